@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.helpers import assert_close
+from tokenexit import attention
 from tokenexit.attention import (
     attention_path,
     packed_attention,
@@ -150,3 +151,43 @@ def test_attention__on_cuda_equals_the_reference(dtype, tolerance):
         *(t.to(device, dtype) for t in (q, k, v)), Packing.of(lengths_q, device), Packing.of(lengths_k, device)
     )
     assert_close(out.cpu(), by_hand(q, k, v, lengths_q, lengths_k), tolerance)
+
+
+@pytest.mark.parametrize("scores_in_cache", [1, 7, 40, 300, 2**20])
+@given(rows=st.integers(1, 9), keys=st.integers(1, 9), images=st.integers(1, 3), heads=st.integers(1, 3))
+def test_products__equal_the_fused_kernel_in_pieces_of_any_size(scores_in_cache, rows, keys, images, heads):
+    q, k, v = drawn([rows * images], [keys * images], heads)
+    shaped = [t.unflatten(0, (images, -1)).transpose(1, 2) for t in (q, k, v)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SCORES_IN_CACHE", scores_in_cache)
+        out = attention._products(*shaped, 0.0)
+    expected = attention._fused(*shaped, 0.0)
+    assert_close(out, expected)
+    weight = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), weight), torch.autograd.grad(expected, (q, k, v), weight)
+    ):
+        assert_close(ours, theirs)
+
+
+def test_products__in_bf16_stay_within_its_rounding():
+    q, k, v = (t.detach() for t in drawn([300], [300], heads=3, width=64))
+    shaped = [t.unflatten(0, (1, -1)).transpose(1, 2) for t in (q, k, v)]
+    error = attention._products(*(t.bfloat16() for t in shaped), 0.0).float() - attention._fused(*shaped, 0.0)
+    assert error.abs().max() < 0.02
+    assert error.abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_attention__on_a_cpu_multiplies_bf16_plainly_unless_it_has_matrix_tiles(monkeypatch, has_tiles):
+    called = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    attention._products_are_faster.cache_clear()
+    for name in ("_products", "_fused"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, real=real, name=name: called.append(name) or real(*a))
+    q, k, v = (t.detach() for t in drawn([3], [3]))
+    for dtype in (torch.float32, torch.bfloat16):
+        packed_attention(q.to(dtype), k.to(dtype), v.to(dtype), Packing.of([3], CPU), Packing.of([3], CPU))
+    attention._products_are_faster.cache_clear()
+    assert called == ["_fused", "_fused" if has_tiles else "_products"]

@@ -13,6 +13,7 @@ frozen ones. Four ways lead to the same result; `attention_path` names the one t
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -20,6 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.tokens import Packing
+
+SCORES_IN_CACHE = 2**20
+"""Attention scores that one piece of `_products` holds: 2 MiB in bf16, about a core's own cache."""
 
 Path = Literal["batched", "loop", "varlen", "padded"]
 
@@ -63,7 +67,50 @@ def _batched(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: 
     q, k, v = (
         t.unflatten(0, (images, t.shape[0] // images)).transpose(1, 2) for t in (q_TNH, k_TNH, v_TNH)
     )  # (B, N, t, H)
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout).transpose(1, 2).flatten(0, 1)
+    attend = _products if q_TNH.dtype == torch.bfloat16 and _products_are_faster(q_TNH.device) else _fused
+    return attend(q, k, v, dropout).transpose(1, 2).flatten(0, 1)
+
+
+def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """`(B, N, tq, H)` and twice `(B, N, tk, H)` to `(B, N, tq, H)`."""
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """The same as two matrix products and a softmax, in pieces whose scores stay in the cache.
+
+    The fused CPU kernel multiplies bf16 at the rate of fp32 where the processor has no matrix tiles (AMX); plain
+    products run at the bf16 rate and make attention two to three times faster, forward and backward.
+    """
+    images, heads, rows, _ = q.shape
+    q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    step = max(SCORES_IN_CACHE // max(k.shape[1], 1), 1)
+
+    if step >= rows:  # several heads at once
+        together = max(step // max(rows, 1), 1)
+        pieces = [
+            _piece(*of_heads, dropout) for of_heads in zip(q.split(together), k.split(together), v.split(together))
+        ]
+    else:
+        even = -(-rows // -(-rows // step))  # rows of a head in pieces of nearly equal size
+        pieces = [
+            torch.cat([_piece(some, k_1, v_1, dropout) for some in q_1.split(even, 1)], 1)
+            for q_1, k_1, v_1 in zip(q.split(1), k.split(1), v.split(1))
+        ]
+    out: Tensor = torch.cat(pieces).unflatten(0, (images, heads))
+    return out
+
+
+def _piece(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+    """Some rows of some heads, scaled `(n, t, H)`, against all keys of these heads `(n, tk, H)`."""
+    weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1)
+    return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
+
+
+@functools.cache
+def _products_are_faster(device: torch.device) -> bool:
+    has_tiles: bool = torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and not has_tiles
 
 
 def _loop(
