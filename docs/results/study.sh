@@ -1,0 +1,34 @@
+#!/bin/sh
+# study.sh SEED [train|figures]: the main table of docs/results.md for one seed, from the project's folder.
+# Four trainings (about an hour on one CPU core), then figures on the test split. Interrupted, it continues.
+set -e
+seed=${1:?which seed?} part=${2:-all}
+runs=runs/seed$seed figures=docs/results/camvid
+data="--data camvid --data-root ../shared/data/camvid --split test"
+thresholds="0.98 0.9/0.7/0.5 0.95/0.8/0.65 0.98/0.8/0.65 0.98/0.9/0.8"
+
+train() {  # train CONFIG FOLDER [OPTION ...]
+    config=$1 folder=$2
+    shift 2
+    tokenexit train --config "configs/$config.yaml" --seed "$seed" --out "$runs/$folder" "$@"
+}
+
+figures() {  # figures NAME FOLDER [OPTION ...]
+    file=$figures/$1_seed$seed.json folder=$2
+    shift 2
+    [ -f "$file" ] || tokenexit evaluate "$runs/$folder" $data --json "$file" "$@"
+}
+
+if [ "$part" != figures ]; then
+    train camvid_vit_tiny dense
+    for method in dense dtop dovit; do
+        train "camvid_${method}_finetune" "$method-finetune" --model.init_from "$runs/dense"
+    done
+fi
+[ "$part" != train ] || exit 0
+figures dense dense-finetune --method dense dtop --threshold $thresholds
+figures dtop_finetune dtop-finetune --method dtop --threshold $thresholds
+figures dovit_finetune dovit-finetune --method dovit --threshold $thresholds
+figures dense_smaller_input dense-finetune --method dense --input-scale 0.9 0.8 0.7
+figures dense_truncated dense-finetune --method truncated --after 1 2 3
+figures dense_references dense-finetune --method dtop --threshold 0.98/0.8/0.65 --references
