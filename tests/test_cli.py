@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -273,6 +274,68 @@ def test_evaluate_takes_the_data_that_the_model_was_trained_on(model: Path, caps
     assert "1 images of folder (val), bf16 on cpu" in text
 
 
+def test_evaluate_gives_every_input_scale_a_row(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    text = fine(capsys, "evaluate", model, "--input-scale", "1", "0.8", "1.0", "--json", tmp_path / "figures.json")
+    assert "│ dense @0.8 " in text
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [(row["label"], row["input_scale"]) for row in rows] == [("dense", 1.0), ("dense @0.8", 0.8)]
+    assert rows[1]["dense_gmacs_mean"] == rows[0]["dense_gmacs_mean"] == rows[0]["gmacs_mean"] > rows[1]["gmacs_mean"]
+
+
+def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
+    model: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    own = ExitSegmenter.from_pretrained(model)
+    own.preprocessing = replace(own.preprocessing, window=16, stride=(12, 16))
+    own.save_pretrained(tmp_path / "own")
+    costs = {}
+    for name, options in {
+        "own": [],
+        "stride": ["--stride", "8"],
+        "window": ["--window", "16", "24"],
+        "whole": ["--window", "none"],
+    }.items():
+        arguments = [tmp_path / "own", "--data", "folder", "--data-root", data, *options]
+        text = fine(capsys, "evaluate", *arguments, "--json", tmp_path / f"{name}.json")
+        content = json.loads((tmp_path / f"{name}.json").read_text())
+        size, about = content["results"][0]["gmacs_mean"], content["about"]
+        costs[name] = (size, about["window"], about["stride"])
+        assert (" in windows of " in text) == (name != "whole")
+        out = tmp_path / name
+        fine(capsys, "predict", tmp_path / "own", data / "images" / "test" / "p0.png", "--out", out, *options)
+        assert np.asarray(Image.open(out / "p0.png")).shape == (24, 32)
+    assert [costs[name][1:] for name in costs] == [
+        ([16, 16], [12, 16]),
+        ([16, 16], [8, 8]),
+        ([16, 24], [16, 24]),
+        (None, None),
+    ]
+    whole = fine(capsys, "evaluate", model, "--data", "folder", "--data-root", data, "--json", tmp_path / "plain.json")
+    assert "windows" not in whole
+    plain = json.loads((tmp_path / "plain.json").read_text())["results"][0]["gmacs_mean"]
+    assert costs["whole"][0] == plain < costs["own"][0] < costs["stride"][0]
+
+
+@pytest.mark.parametrize("command", ["evaluate", "predict"])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--window", "0"], "--window=(0, 0) is no size: give one side in pixels, or a (height, width) pair."),
+        (["--window", "wide"], "--window wide is no size: give one side in pixels, or height and width."),
+        (["--window", "8", "8", "8"], "--window=(8, 8, 8) is no size"),
+        (["--window", "8", "--stride", "9"], "--stride=(9, 9) is longer than --window=(8, 8) and would leave pixels"),
+        (["--stride", "9"], "--stride=(9, 9) has no --window: give both, or neither."),
+        (["--window", "none", "--stride", "9"], "--stride=(9, 9) has no --window: give both, or neither."),
+    ],
+)
+def test_impossible_windows_end_in_one_sentence(
+    command: str, arguments: list[str], words: str, model: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    needed = [data / "images" / "test" / "p0.png", "--out", tmp_path / "out"] if command == "predict" else []
+    assert wrong(capsys, command, model, *needed, *arguments).startswith(words)
+    assert not (tmp_path / "out").exists()
+
+
 def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
     model: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -286,6 +349,8 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
     ("arguments", "words"),
     [
         (["--limit", "0"], "--limit 0 must be at least 1."),
+        (["--input-scale", "0"], "input_scale=0.0 is no share of a side: give a number above 0."),
+        (["--input-scale", "small"], "argument --input-scale: invalid float value: 'small'"),
         (["--limit", "two"], "argument --limit: invalid int value: 'two'"),
         (["--method", "nope"], "--method nope is unknown: choose one of dense, dtop, dovit."),
         (["--method", "dtop", "--threshold", "1.5"], "threshold=1.5 is outside [0, 1]"),

@@ -21,6 +21,7 @@ ORDER = [
     ("ledger",),
     ("output",),
     ("preprocessing",),
+    ("windows",),
     ("segmenter",),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

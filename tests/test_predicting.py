@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from tokenexit.predicting import RESULTS, list_pictures, predict_files, save_ato
 from tokenexit.preprocessing import default_labels, load_image
 from tokenexit.report.pictures import exit_map
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.windows import WindowedOutput
 
 METHOD = DToP(threshold=0.4, keep_per_class=1)
 
@@ -118,6 +120,19 @@ def test_the_exit_map_lies_on_the_picture_without_the_padding(model: ExitSegment
     assert np.asarray(Image.open(tmp_path / "out" / "a.exits.png")).tolist() == np.asarray(expected).tolist()
 
 
+def test_windows_of_the_model_are_used_and_the_exit_map_is_their_mean(tmp_path: Path) -> None:
+    windowed = tiny_segmenter("fcn")
+    windowed.preprocessing = replace(windowed.preprocessing, window=(8, 8), stride=(5, 5))
+    noise(17, 21).save(tmp_path / "a.png")
+    predict_files(windowed, [tmp_path / "a.png"], tmp_path / "out", METHOD)
+    expected = windowed.predict(tmp_path / "a.png", METHOD)
+    assert isinstance(expected, WindowedOutput)
+    assert len(expected.boxes[0]) == 3 * 4
+    assert np.asarray(Image.open(tmp_path / "out" / "a.png")).tolist() == expected.labels[0].tolist()
+    stages = exit_map(expected.exit_stage[0].numpy(), expected.num_exits, (17, 21), image=noise(17, 21))
+    assert np.asarray(Image.open(tmp_path / "out" / "a.exits.png")).tolist() == np.asarray(stages).tolist()
+
+
 def test_a_corrupt_picture_is_reported_and_the_others_are_written(model: ExitSegmenter, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
@@ -164,7 +179,9 @@ def test_a_picture_that_does_not_fit_into_memory_is_reported(
 
     monkeypatch.setattr(ExitSegmenter, "predict", full)
     failed = predict_files(model, [tmp_path / "a.png"], tmp_path / "out", METHOD)
-    assert failed == [f"image '{tmp_path / 'a.png'}' of 8x12 pixels does not fit into memory: shrink it."]
+    assert failed == [
+        f"image '{tmp_path / 'a.png'}' of 8x12 pixels does not fit into memory: shrink it, or take it in windows."
+    ]
 
 
 # -------------------------------------------------------------------------------------------------- what is listed

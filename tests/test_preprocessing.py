@@ -94,9 +94,13 @@ positive = st.floats(1e-3, 2)
 resizes = st.one_of(st.just("none"), st.integers(1, 2000), st.tuples(st.integers(1, 2000), st.integers(1, 2000)))
 
 
-@given(st.tuples(*[finite] * 3), st.tuples(*[positive] * 3), resizes, st.none() | any_labels())
-def test_preprocessing__survives_json(mean, std, resize, labels):
-    preprocessing = Preprocessing(mean, std, resize, labels)
+strides = st.tuples(st.integers(1, 400), st.integers(1, 400))
+windows = st.just((None, None)) | st.tuples(st.tuples(*[st.integers(400, 999)] * 2), st.none() | strides)
+
+
+@given(st.tuples(*[finite] * 3), st.tuples(*[positive] * 3), resizes, st.none() | any_labels(), windows)
+def test_preprocessing__survives_json(mean, std, resize, labels, window):
+    preprocessing = Preprocessing(mean, std, resize, labels, *window)
     assert Preprocessing.from_dict(json.loads(json.dumps(preprocessing.to_dict()))) == preprocessing
 
 
@@ -118,12 +122,34 @@ def test_preprocessing__keys_left_out_take_their_defaults():
         ({"resize": True}, "True"),
         ({"labels": {"names": ["a"]}}, "lacks the key 'palette'"),
         ({"labels": 5}, "labels is 5"),
+        ({"window": 0}, r"preprocessing\.window=0 is no size: give one side in pixels, or a \(height, width\) pair\."),
+        ({"window": [512]}, r"window=\[512\]"),
+        ({"window": [512, 512.0]}, r"window=\[512, 512\.0\]"),
+        ({"window": "512"}, "window='512'"),
+        ({"window": True}, "window=True"),
+        ({"window": 512, "stride": [341, -1]}, r"stride=\[341, -1\]"),
+        ({"window": 512, "stride": [512, 513]}, r"stride=\(512, 513\) is longer than .*window=\(512, 512\)"),
+        ({"stride": 341}, "stride=341 has no preprocessing.window: give both, or neither"),
         ([], "mapping"),
     ],
 )
 def test_preprocessing__nonsense_is_refused_by_name_and_value(values, words):
     with pytest.raises(ConfigError, match=words):
         Preprocessing.from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "pairs"),
+    [
+        (None, None, (None, None)),
+        (512, 341, ((512, 512), (341, 341))),
+        ([768, 800], 512, ((768, 800), (512, 512))),
+        ((480, 320), None, ((480, 320), (480, 320))),
+    ],
+)
+def test_preprocessing__a_number_is_a_square_and_windows_touch_without_a_stride(window, stride, pairs):
+    preprocessing = Preprocessing(window=window, stride=stride)
+    assert (preprocessing.window, preprocessing.stride) == pairs
 
 
 def test_to_tensor__subtracts_mean_and_divides_by_std_per_channel():
@@ -142,6 +168,23 @@ def test_to_tensor__subtracts_mean_and_divides_by_std_per_channel():
 def test_to_tensor__resize_is_none_or_shortest_side_or_height_and_width(resize, expected):
     tensor = Preprocessing(resize=resize).to_tensor(Image.new("RGB", (40, 30)))
     assert tuple(tensor.shape[1:]) == expected
+
+
+@pytest.mark.parametrize(
+    ("resize", "scale", "expected"),
+    [
+        ("none", 0.9, (27, 36)),
+        ("none", 0.85, (26, 34)),
+        (15, 2.0, (30, 40)),
+        ((10, 50), 0.5, (5, 25)),
+        (1, 0.1, (1, 1)),
+    ],
+)
+def test_to_tensor__scale_multiplies_both_sides_and_resizes_once(resize, scale, expected):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (30, 40, 3)).astype(np.uint8))
+    tensor = Preprocessing(resize=resize).to_tensor(image, scale)
+    assert tuple(tensor.shape[1:]) == expected
+    assert torch.equal(tensor, Preprocessing(resize=expected).to_tensor(image))
 
 
 @given(st.integers(1, 5000), st.integers(1, 5000), st.integers(1, 2000))

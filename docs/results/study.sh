@@ -30,5 +30,5 @@ figures dense dense-finetune --method dense dtop --threshold $thresholds
 figures dtop_finetune dtop-finetune --method dtop --threshold $thresholds
 figures dovit_finetune dovit-finetune --method dovit --threshold $thresholds
 figures dense_smaller_input dense-finetune --method dense --input-scale 0.9 0.8 0.7
-figures dense_truncated dense-finetune --method truncated --after 1 2 3
+for exit in 1 2 3; do figures "dense_truncated$exit" dense-finetune --method truncated --after $exit; done
 figures dense_references dense-finetune --method dtop --threshold 0.98/0.8/0.65 --references

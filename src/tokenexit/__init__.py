@@ -17,6 +17,10 @@ __version__ = "0.1.0"
 _HOME = {
     "ExitSegmenter": "tokenexit.segmenter",
     "SegmentationOutput": "tokenexit.output",
+    "calibrate": "tokenexit.calibration.calibrate",
+    "Budget": "tokenexit.calibration.calibrate",
+    "Bound": "tokenexit.calibration.calibrate",
+    "Bench": "tokenexit.calibration.runs",
     "Dense": "tokenexit.methods",
     "DToP": "tokenexit.methods",
     "DoViT": "tokenexit.methods",
@@ -27,6 +31,8 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from tokenexit.calibration.calibrate import Bound, Budget, calibrate
+    from tokenexit.calibration.runs import Bench
     from tokenexit.errors import TokenExitError
     from tokenexit.methods import Dense, DoViT, DToP
     from tokenexit.output import SegmentationOutput
@@ -35,6 +41,9 @@ if TYPE_CHECKING:
     from tokenexit.vit import ViTConfig
 
 __all__ = [
+    "Bench",
+    "Bound",
+    "Budget",
     "DToP",
     "Dense",
     "DoViT",
@@ -45,6 +54,7 @@ __all__ = [
     "TokenExitError",
     "ViTConfig",
     "__version__",
+    "calibrate",
 ]
 
 

@@ -5,39 +5,75 @@ Legend: P live patch tokens of the batch in packed order, K classes, cells = all
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from typing import Literal, TypeVar, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.errors import ConfigError
-from tokenexit.tokens import Grid, pack_grids, unpack_grids
+from tokenexit.tokens import Grid, Packing, pack_grids, unpack_grids
 
 NEVER = 1.0
 """The threshold at which no token leaves: scores are at most 1 and the comparison is strict."""
 
-Thresholds = float | Sequence[float]
-"""One threshold for all exits, or one for each."""
+Threshold = float | Sequence[float]
+"""The threshold of an exit: one for all classes, or one for each."""
+
+Thresholds = float | Sequence[Threshold]
+"""One threshold for all exits, or for each exit a number or one for each class."""
+
+Score = Literal["probability", "margin", "entropy"]
+"""How sure a head is of a token: see `graded`."""
+
+PerExit = float | Sequence[float]
+"""A number for all exits, or one for each."""
+
+T = TypeVar("T", bound=Threshold)
 
 
-def per_exit(threshold: Thresholds, num_exits: int) -> tuple[float, ...]:
-    """One threshold for every exit. Refuses a list of another length, and values outside [0, 1]."""
-    values = (threshold,) * num_exits if isinstance(threshold, int | float) else tuple(threshold)
+def per_exit(value: float | Sequence[T], num_exits: int, name: str = "threshold") -> tuple[float | T, ...]:
+    """One value, such as a threshold, for every exit. Refuses a list of another length."""
+    values = (value,) * num_exits if isinstance(value, int | float) else tuple(value)
     if len(values) != num_exits:
         raise ConfigError(
-            f"threshold has {len(values)} values for {num_exits} exits: give one number, or one for each exit."
+            f"{name} has {len(values)} values for {num_exits} exits: give one number, or one for each exit."
         )
-    return tuple(float(v) for v in values)
+    return values
+
+
+def of_class(threshold: Threshold, label: Tensor) -> float | Tensor:
+    """What each token is held to: the exit's one threshold, or `(P,)`, that of the class predicted, `label (P,)`."""
+    if isinstance(threshold, int | float):
+        return threshold
+    return torch.tensor(threshold, dtype=torch.float32, device=label.device).index_select(0, label)
+
+
+def per_class(threshold: Thresholds) -> bool:
+    """Whether some exit has a threshold for each class."""
+    return not isinstance(threshold, int | float) and not all(isinstance(tau, int | float) for tau in threshold)
 
 
 def check_thresholds(threshold: Thresholds) -> None:
     """Refuse thresholds that are no score."""
     if isinstance(threshold, str) or not isinstance(threshold, int | float | Sequence):
         raise ConfigError(f"threshold={threshold!r} is no number: give one in [0, 1], or one for each exit.")
-    for value in (threshold,) if isinstance(threshold, int | float) else threshold:
-        if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-            raise ConfigError(f"threshold={value} is outside [0, 1]: scores are; use 1 for 'never'.")
+    for exit in (threshold,) if isinstance(threshold, int | float) else threshold:
+        for value in exit if isinstance(exit, list | tuple) else (exit,):
+            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise ConfigError(f"threshold={value} is outside [0, 1]: scores are; use 1 for 'never'.")
+
+
+def check_threshold_sizes(threshold: Thresholds, num_exits: int, num_classes: int) -> None:
+    """Refuse thresholds for another number of exits or classes."""
+    for n, tau in enumerate(per_exit(threshold, num_exits)):
+        if not isinstance(tau, int | float) and len(tau) != num_classes:
+            raise ConfigError(
+                f"threshold of exit {n + 1} has {len(tau)} values for {num_classes} classes: "
+                "give one number, or one for each class."
+            )
 
 
 def warmed_up(threshold: Thresholds, progress: float, warmup: float) -> Thresholds:
@@ -46,35 +82,124 @@ def warmed_up(threshold: Thresholds, progress: float, warmup: float) -> Threshol
     `tau(i) = 1 - min(1, i / T) (1 - tau)` with `i / T = progress / warmup` (DoViT, A.4).
     """
     done = min(1.0, progress / warmup) if warmup > 0 else 1.0
-    if isinstance(threshold, int | float):
-        return 1.0 - done * (1.0 - threshold)
-    return tuple(1.0 - done * (1.0 - tau) for tau in threshold)
+
+    def now(tau: Threshold) -> Threshold:
+        return 1.0 - done * (1.0 - tau) if isinstance(tau, int | float) else tuple(1.0 - done * (1.0 - t) for t in tau)
+
+    return now(threshold) if isinstance(threshold, int | float) else tuple(map(now, threshold))
 
 
-def max_probability(logits: Tensor) -> Tensor:
-    """Highest class probability of each token: `(P, K)` logits to `(P,)`, fp32."""
-    return logits.float().softmax(dim=-1).amax(dim=-1)
+def check_score(score: str) -> None:
+    """Refuse names of no score."""
+    if score not in get_args(Score):
+        raise ConfigError(f"score='{score}': choose probability, margin or entropy.")
 
 
-def pooled_max_probability(logits: Tensor, grids: Sequence[Grid], scale: int, upscale: int) -> Tensor:
-    """Highest class probability on the head's fine grid, averaged over each patch (DoViT, A.4).
+def check_temperature(temperature: PerExit) -> None:
+    """Refuse what logits cannot be divided by."""
+    if isinstance(temperature, str) or not isinstance(temperature, int | float | Sequence):
+        raise ConfigError(f"temperature={temperature!r} is no number: give one above 0, or one for each exit.")
+    for value in (temperature,) if isinstance(temperature, int | float) else temperature:
+        if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+            raise ConfigError(f"temperature={value} must be a number above 0: 1 leaves scores as they are.")
+
+
+def check_cap(cap: Sequence[float] | None) -> None:
+    """Refuse caps that are no shares of an image's tokens."""
+    if cap is None:
+        return
+    if isinstance(cap, str | int | float) or not all(0.0 <= share <= 1.0 for share in cap):
+        raise ConfigError(f"cap={cap!r} is no share in [0, 1] for each exit: give those of an image's tokens to go on.")
+
+
+def check_cap_length(cap: Sequence[float] | None, num_exits: int) -> None:
+    """Refuse a cap for another number of exits."""
+    if cap is not None and len(cap) != num_exits:
+        raise ConfigError(f"cap has {len(cap)} values for {num_exits} exits: give one share for each exit.")
+
+
+def cap_limits(cap: Sequence[float], n: int, grids: Sequence[Grid], device: torch.device) -> Tensor:
+    """How many patch tokens of each image may go on after exit `n`: `(B,)` int64."""
+    return torch.tensor([int(cap[n] * h * w + 1e-9) for h, w in grids], device=device)
+
+
+def tempered(logits: Tensor, temperature: float) -> Tensor:
+    """Logits over the temperature, in fp32; at 1 as they are (Guo et al., 2017: one number per head, above 1 where it
+    is too sure). Order and so classes stay; only scores move."""
+    return logits if temperature == 1.0 else logits.float() / temperature
+
+
+def graded(probabilities: Tensor, score: Score = "probability", dim: int = -1) -> Tensor:
+    """How sure a head is, in [0, 1], 1 for what cannot be surer: `(P, K)` to `(P,)`.
+
+    probabilities: of the classes, along `dim`, fp32. score: the highest "probability", its "margin" over the second
+    highest, or "entropy", `1 - H / log K` for the entropy H of the distribution. Of one class it is its probability.
+    """
+    if score == "probability" or probabilities.shape[dim] == 1:
+        return probabilities.amax(dim)
+    if score == "margin":
+        highest: Tensor = probabilities.topk(2, dim).values
+        return highest.select(dim, 0) - highest.select(dim, 1)
+    entropy: Tensor = torch.special.entr(probabilities).sum(dim)
+    return (1.0 - entropy / math.log(probabilities.shape[dim])).clamp(0.0, 1.0)
+
+
+def pooled_score(
+    logits: Tensor,
+    grids: Sequence[Grid],
+    scale: int,
+    upscale: int,
+    score: Score = "probability",
+    temperature: float = 1.0,
+) -> Tensor:
+    """Score on the softmax head's fine grid, averaged over each patch (DoViT, A.4).
 
     logits: `(sum h w scale^2, K)` on complete grids; they are first interpolated by `upscale`. Returns `(cells,)`.
     """
+    logits = tempered(logits, temperature)
     if scale == upscale == 1:
-        return max_probability(logits)
-    pooled = []
-    for members, maps in unpack_grids(logits.float(), grids, scale):
-        if upscale > 1:
-            maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
-        confidence = maps.softmax(dim=1).amax(dim=1, keepdim=True)
-        pooled.append((members, F.avg_pool2d(confidence, scale * upscale)))
+        return graded(logits.float().softmax(dim=-1), score)
+    fine = _fine_probabilities(logits, grids, scale, upscale)
+    pooled = [(members, F.avg_pool2d(graded(p, score, 1).unsqueeze(1), scale * upscale)) for members, p in fine]
     return pack_grids(pooled).squeeze(1)
 
 
-def select(score: Tensor, threshold: float) -> Tensor:
-    """Tokens that may leave: score strictly above the threshold. `(P,)` to `(P,)` bool."""
+def pooled_label(logits: Tensor, grids: Sequence[Grid], scale: int, upscale: int) -> Tensor:
+    """Class of the highest probability, averaged over each patch as scores are: `(cells,)` int64."""
+    if scale == upscale == 1:
+        return logits.argmax(dim=-1)
+    fine = _fine_probabilities(logits, grids, scale, upscale)
+    return pack_grids([(members, F.avg_pool2d(p, scale * upscale)) for members, p in fine]).argmax(dim=-1)
+
+
+def _fine_probabilities(
+    logits: Tensor, grids: Sequence[Grid], scale: int, upscale: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    for members, maps in unpack_grids(logits.float(), grids, scale):
+        if upscale > 1:
+            maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
+        yield members, maps.softmax(dim=1)
+
+
+def select(score: Tensor, threshold: float | Tensor) -> Tensor:
+    """Tokens that may leave: score strictly above the threshold, or its own of `(P,)`. `(P,)` to `(P,)` bool."""
     return score > threshold
+
+
+def on_boundary(label: Tensor, grids: Sequence[Grid]) -> Tensor:
+    """Patches beside one of another class, above, below, left or right in their image: `(cells,)` to `(cells,)` bool.
+
+    Corners do not touch. Images of any sizes at once, without a loop.
+    """
+    cells = Packing.of([h * w for h, w in grids], label.device)
+    image, index = cells.image_index(), torch.arange(len(label), device=label.device)
+    height, width = torch.tensor(grids, device=label.device).index_select(0, image).unbind(1)
+    place = index - cells.offsets[:-1].long().index_select(0, image)
+    row, column = place // width, place % width
+    right = (column + 1 < width) & (label != label.roll(-1))
+    below = (row + 1 < height) & (label != label[(index + width).clamp(max=len(label) - 1)])
+    above = (row > 0) & below[(index - width).clamp(min=0)]
+    return right | right.roll(1) | below | above
 
 
 def retain_top_k(candidate: Tensor, score: Tensor, label: Tensor, image: Tensor, num_classes: int, k: int) -> Tensor:
@@ -88,10 +213,23 @@ def retain_top_k(candidate: Tensor, score: Tensor, label: Tensor, image: Tensor,
     # Tokens that are no candidates go to a group of their own behind all others.
     outside = (image[-1] + 1) * num_classes if len(image) else 0
     group = torch.where(candidate, image * num_classes + label, outside)
-    by_score = torch.sort(score, descending=True, stable=True).indices
+    return candidate & (_rank(group, score, descending=True) < k)
+
+
+def keep_at_most(leaves: Tensor, score: Tensor, image: Tensor, limit: Tensor) -> Tensor:
+    """Tokens that leave once every image is held to its limit: beyond those that leave anyway, the surest ones.
+
+    leaves: `(P,)` bool; score, image `(P,)`; limit: `(B,)` int64, how many tokens of each image may go on. The least
+    sure go on, ties by lowest position. Returns `(P,)` bool.
+    """
+    group = torch.where(leaves, len(limit), image)
+    return leaves | (_rank(group, score, descending=False) >= limit.index_select(0, image))
+
+
+def _rank(group: Tensor, score: Tensor, descending: bool) -> Tensor:
+    """Place of every row among those of its group by score, ties by row: `(P,)` int64, 0 is first."""
+    by_score = torch.sort(score, descending=descending, stable=True).indices
     order = by_score[torch.sort(group[by_score], stable=True).indices]
     ordered = group[order]
     rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
-    stays = torch.empty_like(candidate)
-    stays[order] = rank < k
-    return stays & candidate
+    return torch.empty_like(rank).index_copy_(0, order, rank)

@@ -84,7 +84,7 @@ def write_ledger(
         for head, stage in zip(exit_heads, stages):
             if stage.head_tokens:
                 heads += head.ops(stage.head_tokens[i], grid)
-        final = decode_head.ops(stages[-1].head_tokens[i], grid)
+        final = decode_head.ops(stages[-1].head_tokens[i], grid) if stages[-1].head_tokens else Ops()
         embed = backbone.embed_ops(grid)
         live.append(tuple(block[i] - prefix for block in lengths))
         parts.append(Parts(embed.macs, blocks.macs, heads.macs, final.macs))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -72,14 +72,12 @@ class SegmentationOutput:
 
         This is the largest tensor of all; use `labels` if the classes are all you need.
         """
-        maps = [self._resize(i, self.grid_logits[i]) for i in range(len(self))]
-        return torch.stack(maps) if len(set(self.targets)) == 1 else maps
+        return stack_equal([self._resize(i, self.grid_logits[i]) for i in range(len(self))])
 
     @property
     def labels(self) -> Tensor | list[Tensor]:
         """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ."""
-        maps = [self._labels(i) for i in range(len(self))]
-        return torch.stack(maps) if len(set(self.targets)) == 1 else maps
+        return stack_equal([self._labels(i) for i in range(len(self))])
 
     def _resize(self, image: int, maps: Tensor) -> Tensor:
         """Grid maps `(k, h s, w s)` of one image to its target size, class by class alike."""
@@ -94,16 +92,29 @@ class SegmentationOutput:
         return h, w
 
     def _labels(self, image: int) -> Tensor:
-        """Argmax over classes, a few full-size maps at a time; ties go to the lower class."""
         maps = self.grid_logits[image]
-        height, width = (max(a, b) for a, b in zip(self.targets[image], self.sizes[image]))
-        step = max(1, LABEL_TILE_ELEMENTS // (height * width))
-        best, label = self._resize(image, maps[:step]).max(dim=0)
-        for start in range(step, maps.shape[0], step):
-            value, index = self._resize(image, maps[start : start + step]).max(dim=0)
-            label = torch.where(value > best, index + start, label)
-            best = torch.maximum(best, value)
-        return label
+        return argmax_by_tiles(
+            lambda classes: self._resize(image, maps[classes]), len(maps), self.sizes[image], self.targets[image]
+        )
+
+
+def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: Size) -> Tensor:
+    """Class of every pixel, `(H, W)` int64, holding a few full-size maps at a time; ties go to the lower class.
+
+    maps: makes the `(k, H, W)` maps of some classes. sizes: those that the maps have on the way.
+    """
+    step = max(1, LABEL_TILE_ELEMENTS // max(height * width for height, width in sizes))
+    best, label = maps(slice(0, step)).max(dim=0)
+    for start in range(step, num_classes, step):
+        value, index = maps(slice(start, start + step)).max(dim=0)
+        label = torch.where(value > best, index + start, label)
+        best = torch.maximum(best, value)
+    return label
+
+
+def stack_equal(maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor of maps of one size, a list of others."""
+    return torch.stack(list(maps)) if len({m.shape for m in maps}) == 1 else list(maps)
 
 
 def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: Size, out: Size | None = None) -> Tensor:

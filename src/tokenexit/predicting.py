@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from tokenexit.calibration.drift import Monitor, monitored
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import Method
 from tokenexit.preprocessing import MAX_PIXELS, default_labels, load_image
@@ -28,14 +29,16 @@ def predict_files(
     *,
     precision: str = "fp32",
     max_pixels: int = MAX_PIXELS,
+    monitor: Monitor | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
 ) -> list[str]:
     """Segment pictures and write, for each, `NAME.png` (palette mask at the picture's size, class per pixel),
     `NAME.overlay.jpg` and `NAME.exits.png` to `out`.
 
     sources: pictures, and folders whose pictures are taken with their sub-folders, but for those in `out`. max_pixels:
-    larger pictures are refused. Returns one sentence for each picture that could not be segmented. Raises
-    `ConfigError` for options that cannot work with this model or these pictures.
+    larger pictures are refused. monitor: learns how sure the exits were of each picture. Returns one sentence for each
+    picture that could not be segmented. Raises `ConfigError` for options that cannot work with this model or these
+    pictures.
     """
     jobs = list_pictures(sources, out)
     check_targets(jobs, out)
@@ -43,7 +46,8 @@ def predict_files(
     failed = []
     for path in progress(list(jobs)):
         try:
-            pictures = _predict_one(model, path, method, precision, max_pixels)
+            with monitored(model, monitor):
+                pictures = _predict_one(model, path, method, precision, max_pixels)
         except DataError as error:
             failed.append(str(error))
             continue
@@ -129,7 +133,8 @@ def _predict_one(
         labels = output.labels[0].cpu().numpy()
     except (torch.OutOfMemoryError, MemoryError):
         raise DataError(
-            f"image '{path}' of {picture.height}x{picture.width} pixels does not fit into memory: shrink it."
+            f"image '{path}' of {picture.height}x{picture.width} pixels does not fit into memory: shrink it, or "
+            "take it in windows."
         ) from None
     classes = model.preprocessing.labels or default_labels(model.config.num_classes)
     size, patch = (picture.height, picture.width), output.patch_size

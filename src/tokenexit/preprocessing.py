@@ -130,6 +130,8 @@ class Preprocessing:
     resize: "none" keeps the picture's size; one number is the shortest side in pixels, aspect ratio kept;
         (height, width) is exactly that size. Bilinear, with antialiasing where it shrinks.
     labels: what the model's class indices mean, if known.
+    window, stride: height and width of the windows in which the resized picture is segmented, and their distance;
+        one number stands for both. Without a stride windows touch; without a window the picture is taken as a whole.
 
     Raises `ConfigError` for values that cannot work.
     """
@@ -138,6 +140,8 @@ class Preprocessing:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     resize: Resize = "none"
     labels: Labels | None = None
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", _three_floats("mean", self.mean))
@@ -147,11 +151,15 @@ class Preprocessing:
         object.__setattr__(self, "resize", checked_resize("preprocessing.resize", self.resize))
         if self.labels is not None and not isinstance(self.labels, Labels):
             raise ConfigError(f"preprocessing.labels is {self.labels!r}: give a Labels object or None.")
+        window, stride = checked_window("preprocessing.", self.window, self.stride)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "stride", stride)
 
-    def to_tensor(self, image: Image.Image) -> torch.Tensor:
-        """image -> (3, H, W) float32, resized as `resize` says, then normalised."""
+    def to_tensor(self, image: Image.Image, scale: float = 1.0) -> torch.Tensor:
+        """image -> (3, H, W) float32, resized as `resize` says, both sides times `scale`, then normalised."""
         image = load_image(image)
-        height, width = resized_size((image.height, image.width), self.resize)
+        size = resized_size((image.height, image.width), self.resize)
+        height, width = (max(1, int(side * scale + 0.5)) for side in size)
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return self.normalise(image)
@@ -176,6 +184,8 @@ class Preprocessing:
             "std": list(self.std),
             "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
             "labels": None if self.labels is None else self.labels.to_dict(),
+            "window": None if self.window is None else list(self.window),
+            "stride": None if self.stride is None else list(self.stride),
         }
 
     @classmethod
@@ -184,7 +194,7 @@ class Preprocessing:
 
         Raises `ConfigError` for unknown keys and impossible values.
         """
-        _check_keys("preprocessing", values, known=("mean", "std", "resize", "labels"))
+        _check_keys("preprocessing", values, known=("mean", "std", "resize", "labels", "window", "stride"))
         labels = values.get("labels")
         if labels is not None and not isinstance(labels, Labels):
             labels = Labels.from_dict(labels)
@@ -202,6 +212,34 @@ def checked_resize(name: str, resize: object) -> Resize:
     raise ConfigError(
         f'{name}={resize!r} is no size: give "none", the shortest side in pixels, or a (height, width) pair.'
     )
+
+
+def checked_window(
+    prefix: str, window: object, stride: object
+) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
+    """Window and stride as two (height, width) pairs, or None twice without a window.
+
+    A number is a square, and a stride of None the window itself. Raises `ConfigError` about the options
+    `{prefix}window` and `{prefix}stride` for what is no size, and for strides that leave pixels out.
+    """
+    if window is None:
+        if stride is not None:
+            raise ConfigError(f"{prefix}stride={stride!r} has no {prefix}window: give both, or neither.")
+        return None, None
+    window = _checked_pair(f"{prefix}window", window)
+    stride = window if stride is None else _checked_pair(f"{prefix}stride", stride)
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise ConfigError(
+            f"{prefix}stride={stride} is longer than {prefix}window={window} and would leave pixels out: shorten it."
+        )
+    return window, stride
+
+
+def _checked_pair(name: str, size: object) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(_is_int(s) and s >= 1 for s in pair):
+        return pair[0], pair[1]
+    raise ConfigError(f"{name}={size!r} is no size: give one side in pixels, or a (height, width) pair.")
 
 
 def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:

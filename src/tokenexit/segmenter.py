@@ -8,6 +8,7 @@ threads at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -26,12 +27,14 @@ from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
 from tokenexit.ledger import Size, write_ledger
-from tokenexit.methods import Dense, Method, Model
+from tokenexit.methods import Dense, Method, Model, build_method
 from tokenexit.output import SegmentationOutput
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
 from tokenexit.vit import ViT, ViTConfig, vit_config
+from tokenexit.windows import Segmentation, segment_windows
 
 CONFIG_FILE = "config.json"
+CALIBRATION_FILE = "calibration.json"
 WEIGHTS_FILE = "model.safetensors"
 FORMAT = 1
 
@@ -125,6 +128,7 @@ class ExitSegmenter(nn.Module):
         self.exit_heads = nn.ModuleList(build_head(spec, dim, num_classes) for spec in specs)
         self.decode_head = build_head(decode_head, dim, num_classes)
         self.load_report: LoadReport | None = None
+        self.calibration: Mapping[str, Any] | None = None
         if weights is not None:
             path = resolve_weights(weights)
             self.load_report = load_backbone(self.backbone, read_state_dict(path), source=f"weights '{path}'")
@@ -189,12 +193,59 @@ class ExitSegmenter(nn.Module):
             stages=result.stages,
         )
 
+    def segment(
+        self,
+        images: Tensor | Sequence[Tensor],
+        method: Method[Any] | None = None,
+        targets: Sequence[Size] | None = None,
+        with_stages: bool = False,
+    ) -> Segmentation:
+        """As a call of the model, but in the windows of its `preprocessing` if it names one."""
+        window, stride = self.preprocessing.window, self.preprocessing.stride
+        if window is None or stride is None:
+            return self(images, method, targets, with_stages)  # type: ignore[no-any-return]
+        return segment_windows(
+            lambda crops, method: self(crops, method, with_stages=with_stages),
+            _as_list(images),
+            window,
+            stride,
+            Dense() if method is None else method,
+            patch_size=self.config.backbone.patch_size,
+            targets=targets,
+        )
+
+    def calibrated_method(self) -> Method[Any] | None:
+        """The method and thresholds that `tokenexit calibrate` chose for this model, or None if it was not calibrated.
+
+        Raises `CheckpointError` for a calibration of other weights, and for one that is damaged.
+        """
+        if self.calibration is None:
+            return None
+        if self.calibration.get("model") != self.fingerprint():
+            raise CheckpointError(
+                f"{CALIBRATION_FILE} was made for other weights: run `tokenexit calibrate` again, delete it, or name a "
+                "--method."
+            )
+        try:
+            return build_method(self.calibration["method"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{CALIBRATION_FILE} is damaged ({error}): calibrate again, or delete it.") from None
+
+    def fingerprint(self) -> str:
+        """Tells weights from others: a digest of all heads, which every training changes."""
+        digest = hashlib.sha256()
+        for name, value in self.state_dict().items():
+            if name.startswith(("exit_heads.", "decode_head.")):
+                digest.update(name.encode())
+                digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.inference_mode()
-    def predict(
-        self, images: ImageSource | Sequence[ImageSource], method: Method[Any] | None = None
-    ) -> SegmentationOutput:
+    def predict(self, images: ImageSource | Sequence[ImageSource], method: Method[Any] | None = None) -> Segmentation:
         """Segment pictures: paths, PIL images or arrays, one or a list; maps come back at the pictures' own sizes.
 
+        Pictures are taken whole, or in the windows of `preprocessing` if it names one.
+        method: the calibrated one if not given, and `Dense()` for a model that was not calibrated.
         The model must be in evaluation mode, which `from_pretrained` and `eval()` set. Raises `DataError` for a
         picture that cannot be read.
         """
@@ -203,10 +254,12 @@ class ExitSegmenter(nn.Module):
         sources: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         pictures = [load_image(source) for source in sources]
         tensors = [self.preprocessing.to_tensor(picture).to(self.device) for picture in pictures]
-        return self(tensors, method, targets=[(p.height, p.width) for p in pictures])  # type: ignore[no-any-return]
+        method = self.calibrated_method() if method is None else method
+        return self.segment(tensors, method, targets=[(p.height, p.width) for p in pictures])
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` to a folder; whatever stood there stays whole until the end."""
+        """Write `config.json` and `model.safetensors` to a folder, and `calibration.json` if there is a calibration;
+        whatever stood there stays whole until the end."""
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -220,7 +273,11 @@ class ExitSegmenter(nn.Module):
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
             save_file(state, Path(unfinished) / WEIGHTS_FILE, metadata={"format": "pt"})
             (Path(unfinished) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-            for name in (WEIGHTS_FILE, CONFIG_FILE):
+            names = [WEIGHTS_FILE, CONFIG_FILE]
+            if self.calibration is not None:
+                (Path(unfinished) / CALIBRATION_FILE).write_text(json.dumps(self.calibration, indent=2) + "\n")
+                names.append(CALIBRATION_FILE)
+            for name in names:
                 os.replace(Path(unfinished) / name, folder / name)
 
     @classmethod
@@ -245,6 +302,7 @@ class ExitSegmenter(nn.Module):
                 f"'{min(wrong)}'): save the model again."
             )
         model.load_state_dict(state)
+        model.calibration = _read_calibration(folder / CALIBRATION_FILE)
         return model.to(device).eval()
 
 
@@ -261,6 +319,18 @@ def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ConfigError(f"an image has shape {tuple(image.shape)}: pass (3, H, W) tensors with H, W >= 1.")
     return batch
+
+
+def _read_calibration(path: Path) -> dict[str, Any] | None:
+    try:
+        values = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged ({error}): calibrate again, or delete it.") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is damaged (no mapping): calibrate again, or delete it.")
+    return values
 
 
 def _read_config(folder: Path) -> tuple[SegmenterConfig, Preprocessing]:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tokenexit import cost
 from tokenexit.attention import packed_attention
@@ -340,6 +341,8 @@ class ViT(nn.Module):
             for i in range(config.depth)
         )
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
+        self.grad_checkpointing = False
+        """Compute each block a second time in the backward pass instead of keeping what it held."""
         self.reset_parameters()
 
     @property
@@ -397,7 +400,10 @@ class ViT(nn.Module):
         """Blocks `start` (inclusive) to `stop` (exclusive) over the live tokens."""
         x = tokens.x
         for block in self.blocks[start:stop]:
-            x = block(x, tokens.packing)
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, tokens.packing, use_reentrant=False)
+            else:
+                x = block(x, tokens.packing)
         return tokens.with_x(x)
 
     def embed_ops(self, grid: Grid) -> Ops:

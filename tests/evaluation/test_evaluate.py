@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -16,11 +16,12 @@ from tests.helpers import tiny_segmenter
 from tokenexit.cost import GIGA
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation, evaluate, label_of
+from tokenexit.evaluation.evaluate import Evaluation, Scaled, evaluate, label_of
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.methods.reference import Imposed
 from tokenexit.preprocessing import Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.windows import window_boxes
 
 CLASSES = 5
 VOID = 255
@@ -197,6 +198,109 @@ def test_references_follow_the_finish_of_their_method() -> None:
     assert frozen_random.confusion.tolist() != last_random.confusion.tolist()
 
 
+# ---------------------------------------------------------------------------------------------------- input scale
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+@pytest.mark.parametrize("scale", [0.5, 1.3])
+def test_a_scaled_row_is_that_of_resized_pictures_against_full_size_truth_and_dense(
+    model: ExitSegmenter, method: Method[Any], scale: float
+) -> None:
+    full, scaled = evaluate(model, Pictures(), [method, Scaled(method, scale)])
+    assert (full.input_scale, scaled.input_scale) == (1.0, scale)
+    assert scaled.label == f"{full.label} @{scale}"
+    assert scaled.dense_gmacs == full.dense_gmacs
+    confusion = np.zeros((CLASSES, CLASSES), np.int64)
+    for i in range(3):
+        image, mask = Pictures()[i].image, Pictures()[i].mask
+        size = (int(image.width * scale + 0.5), int(image.height * scale + 0.5))
+        small = model.preprocessing.to_tensor(image.resize(size, Image.Resampling.BILINEAR))
+        with torch.inference_mode():
+            output = model([small], method, targets=[mask.shape])
+        assert scaled.gmacs[i] == output.ledger.gmacs[0]
+        for truth, answer in zip(mask.flatten().tolist(), output.labels[0].flatten().tolist()):
+            if truth != VOID:
+                confusion[truth, answer] += 1
+    assert scaled.confusion.tolist() == confusion.tolist()
+    assert scaled.share_of_dense == pytest.approx(sum(scaled.gmacs) / sum(full.dense_gmacs))
+    assert scaled.to_dict(Pictures().labels.names)["input_scale"] == scale
+
+
+def test_dense_on_smaller_pictures_has_a_smaller_share_of_dense(model: ExitSegmenter) -> None:
+    results = evaluate(model, Pictures(), [Scaled(Dense(), scale) for scale in (1.0, 0.8, 0.5)])
+    assert [result.label for result in results] == ["dense", "dense @0.8", "dense @0.5"]
+    assert results[0].share_of_dense == 1.0 > results[1].share_of_dense > results[2].share_of_dense
+
+
+def test_scaled_rows_share_the_call_and_have_random_exits_of_their_own(model: ExitSegmenter) -> None:
+    row = Scaled(METHODS[1], 0.7)
+    together = {result.label: result for result in evaluate(model, Pictures(), [*METHODS, row], references=True)}
+    own, at_random, oracle = evaluate(model, Pictures(), [row], references=True)
+    assert at_random.label == f"random, counts of {row.label}"
+    assert at_random.live == own.live
+    for result in (own, at_random, oracle):
+        assert same_figures(result, together[result.label])
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_scale_that_is_none_is_refused(scale: float) -> None:
+    with pytest.raises(ConfigError, match=rf"input_scale={scale} is no share of a side: give a number above 0\."):
+        Scaled(Dense(), scale)
+
+
+# -------------------------------------------------------------------------------------------------------- windows
+
+
+@pytest.fixture
+def windowed() -> ExitSegmenter:
+    other = tiny_segmenter("fcn", num_classes=CLASSES)
+    other.preprocessing = replace(other.preprocessing, window=(8, 9), stride=(5, 5))
+    return other
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_windows_of_the_preprocessing_are_used_and_all_counted(
+    model: ExitSegmenter, windowed: ExitSegmenter, method: Method[Any]
+) -> None:
+    (result,) = evaluate(windowed, Pictures(), [method])
+    (whole,) = evaluate(model, Pictures(), [method])
+    assert result.confusion.tolist() == by_hand(windowed, Pictures(), method).tolist() != whole.confusion.tolist()
+    for i in range(3):
+        image = model.preprocessing.to_tensor(Pictures()[i].image)
+        boxes = window_boxes((image.shape[1], image.shape[2]), (8, 9), (5, 5))
+        with torch.inference_mode():
+            crops = [image[None, :, top:bottom, left:right] for top, left, bottom, right in boxes]
+            alone = [model(crop, method).ledger for crop in crops]
+        assert result.gmacs[i] == sum(ledger.macs[0] for ledger in alone) / GIGA
+        assert result.dense_gmacs[i] == sum(ledger.dense_macs[0] for ledger in alone) / GIGA > whole.dense_gmacs[i]
+        tokens = sum(ledger.tokens[0] for ledger in alone)
+        live = [sum(ledger.live[0][n] for ledger in alone) / tokens for n in model.config.exits]
+        assert result.live[i] == pytest.approx(live)
+
+
+def test_a_window_that_holds_every_picture_changes_nothing(model: ExitSegmenter, windowed: ExitSegmenter) -> None:
+    windowed.preprocessing = replace(windowed.preprocessing, window=(20, 20), stride=(9, 9))
+    for whole, window in zip(*(evaluate(m, Pictures(), METHODS, references=True) for m in (model, windowed))):
+        assert same_figures(whole, window)
+
+
+def test_references_hold_in_windows_too(windowed: ExitSegmenter) -> None:
+    own, at_random, oracle = evaluate(windowed, Pictures(), [METHODS[1]], references=True)
+    assert at_random.live == own.live
+    assert at_random.gmacs == pytest.approx(own.gmacs, rel=1e-12)  # as many tokens in every single window
+    assert at_random.confusion.tolist() != own.confusion.tolist()
+    assert 0.0 < oracle.live_mean[1] < oracle.live_mean[0] < 1.0
+
+
+def test_a_scaled_row_in_windows_is_counted_against_dense_in_windows_at_full_size(windowed: ExitSegmenter) -> None:
+    full, half = evaluate(windowed, Pictures(), [Dense(), Scaled(Dense(), 0.5)])
+    assert half.dense_gmacs == full.dense_gmacs == full.gmacs
+    for i in range(3):
+        image = windowed.preprocessing.to_tensor(Pictures()[i].image, 0.5)
+        with torch.inference_mode():
+            assert half.gmacs[i] == windowed.segment([image]).ledger.gmacs[0]
+
+
 # -------------------------------------------------------------------------------------------------------- options
 
 
@@ -250,14 +354,9 @@ def test_a_row_is_named_by_what_differs_from_the_defaults(method: Method[Any], l
 def test_figures_of_a_row_are_complete(model: ExitSegmenter) -> None:
     (result,) = evaluate(model, Pictures(), [METHODS[1]])
     figures = result.to_dict(Pictures().labels.names)
-    assert figures["method"] == {
-        "name": "dtop",
-        "threshold": 0.5,
-        "keep_per_class": 0,
-        "finish": "auto",
-        "detach_canvas": False,
-        "threshold_warmup": 0.0,
-    }
+    options = {"threshold": 0.5, "keep_per_class": 0, "finish": "auto", "threshold_warmup": 0.0}
+    assert figures["method"].items() >= {"name": "dtop", **options}.items()
+    assert figures["method"].keys() == {"name", *(f.name for f in fields(DToP))}
     assert figures["images"] == 3
     assert list(figures["IoU"]) == list(Pictures().labels.names)
     assert figures["gmacs_p5"] <= figures["gmacs_mean"] <= figures["gmacs_p95"]

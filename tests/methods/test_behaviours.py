@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from tests.helpers import MARGIN, assert_close, distance, picture
-from tests.methods.cases import BY_HEAD, CASES, ONCE, WITH_EXITS, model_for
+from tests.methods.cases import ALL_HEADS, BY_HEAD, CASES, ONCE, WITH_EXITS, model_for
 from tests.oracles.methods import Weights
 from tokenexit.exits import NEVER
 from tokenexit.methods import METHODS, Dense
@@ -123,7 +123,7 @@ def test_method__any_number_of_live_tokens_works(case, head, options, threshold)
     assert [tuple(labels.shape) for labels in out.labels] == [(1, 1), (4, 4), (3, 17), (9, 5), (16, 16)]
 
 
-@pytest.mark.parametrize(("case", "head"), BY_HEAD)
+@pytest.mark.parametrize(("case", "head"), ALL_HEADS)
 def test_method__a_model_without_exits_is_dense(case, head):
     model, images = model_for(head, exits=()), batch()
     with torch.no_grad():
@@ -173,7 +173,7 @@ def test_method__survives_saving_bit_for_bit(case, head, tmp_path):
     assert a.ledger == b.ledger
 
 
-@pytest.mark.parametrize(("case", "head"), BY_HEAD)
+@pytest.mark.parametrize(("case", "head"), ALL_HEADS)
 def test_method__recording_stages_changes_no_answer(case, head):
     model, images = model_for(head), batch()
     method = case.build(case.thresholds(model, images))
@@ -188,7 +188,7 @@ def test_method__recording_stages_changes_no_answer(case, head):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize(("case", "head"), BY_HEAD)
+@pytest.mark.parametrize(("case", "head"), ALL_HEADS)
 def test_method__training_records_every_stage_and_reaches_every_parameter(case, head):
     model, images = model_for(head).train(), batch()
     out = model(images, case.build(0.3))

@@ -6,6 +6,7 @@ of A.5 in its "mean" mode.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -72,6 +73,37 @@ def scores_of(spec: dict, logits: Tensor, presence: Tensor | None) -> Tensor:
     return torch.softmax(logits, dim=1)
 
 
+def sureness(probabilities: Sequence[float], score: str) -> float:
+    """How sure a head is that says these class probabilities."""
+    ordered = sorted(probabilities, reverse=True)
+    if score == "probability" or len(ordered) == 1:
+        return ordered[0]
+    if score == "margin":
+        return ordered[0] - ordered[1]
+    return 1.0 + sum(p * math.log(p) for p in ordered if p > 0.0) / math.log(len(ordered))
+
+
+def lead(probabilities: Tensor) -> float:
+    """How far the highest value is ahead of the second."""
+    if len(probabilities) == 1:
+        return float("inf")
+    first, second = probabilities.sort(descending=True).values[:2].tolist()
+    return first - second
+
+
+def at_border(named: dict[int, int], position: int, grid: tuple[int, int]) -> bool:
+    """Whether a patch has another class than the one above, below, left or right of it."""
+    row, column = divmod(position, grid[1])
+    for i, j in ((row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)):
+        if 0 <= i < grid[0] and 0 <= j < grid[1] and named[i * grid[1] + j] != named[position]:
+            return True
+    return False
+
+
+def of_exit(value: float | Sequence[float], n: int) -> float:
+    return value if isinstance(value, int | float) else value[n]
+
+
 def to_image(grid: Tensor, image: Tensor, patch: int, upscale: int = 1) -> Tensor:
     """A `(K, a h, a w)` map to the image: the head's own step first, then to the padded size, then cut."""
     h, w = grid_of(image, patch)
@@ -109,7 +141,17 @@ def dense(weights: Weights, image: Tensor) -> Answer:
     return Answer(maps, full, torch.full(grid, len(weights.config.exits)), [n] * config.depth)
 
 
-def dtop(weights: Weights, image: Tensor, thresholds: Sequence[float], k: int = 5, finish: str = "auto") -> Answer:
+def dtop(
+    weights: Weights,
+    image: Tensor,
+    thresholds: Sequence[float | Sequence[float]],
+    k: int = 5,
+    finish: str = "auto",
+    score: str = "probability",
+    temperature: float | Sequence[float] = 1.0,
+    boundary_guard: bool = False,
+    cap: Sequence[float] | None = None,
+) -> Answer:
     """DToP on one image."""
     image, config = image.double(), weights.vit
     grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
@@ -127,6 +169,7 @@ def dtop(weights: Weights, image: Tensor, thresholds: Sequence[float], k: int = 
     stage = torch.full((n,), len(exits))
     last_presence, answer = None, Answer(None, torch.empty(0), stage, [])
     always = torch.ones(prefix, dtype=torch.bool)
+    named: dict[int, int] = {}  # the class of every token when it was last seen
 
     def write(which: int | None) -> Tensor:
         nonlocal last_presence
@@ -138,20 +181,33 @@ def dtop(weights: Weights, image: Tensor, thresholds: Sequence[float], k: int = 
             return torch.empty(0, classes)
         logits, presence = run_head(state, spec, seen)
         last_presence = presence
-        score = scores_of(spec, logits, presence)
-        canvas[alive] = score if holds == "scores" else logits
-        return score
+        canvas[alive] = scores_of(spec, logits, presence) if holds == "scores" else logits
+        return scores_of(spec, logits if which is None else logits / of_exit(temperature, which), presence)
 
     for i in range(config.depth):
         x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]))
         answer.live.append(int(alive.sum()))
         if i + 1 in exits:
             e = exits.index(i + 1)
-            score = write(e)
-            answer.scores.append(score.amax(1) if len(score) else torch.empty(0))
+            rows = write(e)
             absolute = [p for p in range(n) if alive[p]]
-            leaving, gap = _dtop_choice(score, absolute, thresholds[e], k)
+            sure = {p: sureness(row.tolist(), score) for p, row in zip(absolute, rows)}
+            answer.scores.append(torch.tensor(list(sure.values()), dtype=torch.float64))
+            named |= {p: int(row.argmax()) for p, row in zip(absolute, rows)}
+            tau = thresholds[e]
+            bound = {p: tau if isinstance(tau, int | float) else tau[named[p]] for p in absolute}
+            held = {p for p in absolute if boundary_guard and at_border(named, p, grid)}
+            ahead = {p: lead(row) for p, row in zip(absolute, rows)}
+            if boundary_guard or not isinstance(tau, int | float):
+                answer.gap = min([answer.gap, *ahead.values()])
+            leaving, gap = _dtop_choice(sure, named, ahead, bound, held, k)
             answer.gap = min(answer.gap, gap)
+            if cap is not None:
+                going = sorted((p for p in absolute if p not in leaving), key=lambda p: (sure[p], p))
+                limit = int(cap[e] * n + 1e-9)
+                if 0 < limit < len(going):
+                    answer.gap = min(answer.gap, sure[going[limit]] - sure[going[limit - 1]])
+                leaving += going[limit:]
             for p in leaving:
                 alive[p] = False
                 stage[p] = e
@@ -165,18 +221,25 @@ def dtop(weights: Weights, image: Tensor, thresholds: Sequence[float], k: int = 
     return answer
 
 
-def _dtop_choice(score: Tensor, absolute: list[int], threshold: float, k: int) -> tuple[list[int], float]:
-    """Positions that leave, and the smallest margin of any choice that was made (a.6)."""
+def _dtop_choice(
+    sure: dict[int, float],
+    named: dict[int, int],
+    ahead: dict[int, float],
+    bound: dict[int, float],
+    held: set[int],
+    k: int,
+) -> tuple[list[int], float]:
+    """Positions that leave, and the smallest margin of any choice that was made (a.6).
+
+    By position: the score, the class and its lead over the second, the threshold. held: who stays whatever its score.
+    """
     gap = float("inf")
     candidates = []
-    for row, position in enumerate(absolute):
-        ranked = score[row].sort(descending=True).values
-        confidence, label = ranked[0].item(), int(score[row].argmax())
-        gap = min(gap, abs(confidence - threshold))
-        if confidence > threshold:
-            candidates.append((confidence, position, label))
-            if len(ranked) > 1:
-                gap = min(gap, (ranked[0] - ranked[1]).item())
+    for position, confidence in sure.items():
+        gap = min(gap, abs(confidence - bound[position]))
+        if confidence > bound[position] and position not in held:
+            candidates.append((confidence, position, named[position]))
+            gap = min(gap, ahead[position])
     leaving = []
     for label in sorted({c[2] for c in candidates}):
         same = sorted((c for c in candidates if c[2] == label), key=lambda c: (-c[0], c[1]))
@@ -186,8 +249,10 @@ def _dtop_choice(score: Tensor, absolute: list[int], threshold: float, k: int) -
     return leaving, gap
 
 
-def dovit_score(weights: Weights, exit: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Confidence of every patch of the grid (A.4): the highest probability on the head's own grid, averaged."""
+def dovit_grades(
+    weights: Weights, exit: int, x: Tensor, grid: tuple[int, int], score: str, temperature: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Score, class and its lead of every patch of the grid (A.4): averages over the head's own grid."""
     state, spec = weights.head(exit)
     if spec["kind"] == "setr_naive":
         fine = setr_naive_fine(state, x, grid)
@@ -195,23 +260,30 @@ def dovit_score(weights: Weights, exit: int, x: Tensor, grid: tuple[int, int]) -
         fine = setr_up_fine(state, spec, x, grid)
     else:
         fine = run_head(state, spec, x)[0].T.view(-1, *grid)
-    confidence = torch.softmax(fine, dim=0).amax(0)
-    s = confidence.shape[0] // grid[0]
-    pooled = torch.zeros(grid, dtype=torch.float64)
+    tempered, plain = torch.softmax(fine / temperature, dim=0), torch.softmax(fine, dim=0)
+    s = fine.shape[1] // grid[0]
+    grades, labels, leads = [], [], []
     for i in range(grid[0]):
         for j in range(grid[1]):
-            pooled[i, j] = confidence[i * s : (i + 1) * s, j * s : (j + 1) * s].mean()
-    return pooled.flatten()
+            own = [(r, c) for r in range(i * s, (i + 1) * s) for c in range(j * s, (j + 1) * s)]
+            grades.append(sum(sureness(tempered[:, r, c].tolist(), score) for r, c in own) / len(own))
+            mean = torch.stack([plain[:, r, c] for r, c in own]).mean(0)
+            labels.append(int(mean.argmax()))
+            leads.append(lead(mean))
+    return torch.tensor(grades, dtype=torch.float64), torch.tensor(labels), torch.tensor(leads, dtype=torch.float64)
 
 
 def dovit(
     weights: Weights,
     images: Sequence[Tensor],
-    thresholds: Sequence[float],
+    thresholds: Sequence[float | Sequence[float]],
     min_improvement: float | None = None,
     blend_trigger: float = 0.1,
     blend_weight: float = 0.5,
     batch_mode: str = "exact",
+    score: str = "probability",
+    temperature: float | Sequence[float] = 1.0,
+    boundary_guard: bool = False,
 ) -> list[Answer]:
     """DoViT on a batch; images only meet in the one count of `batch_mode="mean"`."""
     images, config, exits = [image.double() for image in images], weights.vit, weights.config.exits
@@ -221,6 +293,7 @@ def dovit(
     keep = [torch.ones(h * w, dtype=torch.bool) for h, w in grids]  # the mask that is carried on
     computed = [mask.clone() for mask in keep]  # the group that really runs
     before: list[Tensor | None] = [None] * len(images)
+    named: list[dict[int, int]] = [{} for _ in images]  # the class of every patch when it was last computed
     stages = [torch.full((h * w,), len(exits)) for h, w in grids]
     answers = [Answer(None, torch.empty(0), torch.empty(0), []) for _ in images]
 
@@ -228,15 +301,22 @@ def dovit(
         if i in exits:
             e = exits.index(i)
             for b, (x, grid) in enumerate(zip(xs, grids)):
-                score = dovit_score(weights, e, x[prefix:], grid)
-                stop = score > thresholds[e]
-                answers[b].scores.append(score)
-                margin = (score - thresholds[e]).abs()
+                sure, label, ahead = dovit_grades(weights, e, x[prefix:], grid, score, of_exit(temperature, e))
+                tau = thresholds[e]
+                bound = tau if isinstance(tau, int | float) else label.double().apply_(lambda c: tau[int(c)])
+                stop = sure > bound
+                answers[b].scores.append(sure)
+                margin = (sure - bound).abs()
                 if min_improvement is not None and before[b] is not None:  # the first checkpoint has none before it
-                    grown = score - before[b]
+                    grown = sure - before[b]
                     stop |= grown < min_improvement
                     margin = torch.minimum(margin, (grown - min_improvement).abs())
-                before[b] = score
+                before[b] = sure
+                if boundary_guard or not isinstance(tau, int | float):
+                    margin = torch.minimum(margin, ahead)
+                named[b] |= {p: int(label[p]) for p in range(len(label)) if computed[b][p]}
+                if boundary_guard:
+                    stop &= torch.tensor([not at_border(named[b], p, grid) for p in range(len(label))])
                 answers[b].gap = min(answers[b].gap, margin[keep[b]].min().item() if keep[b].any() else 1.0)
                 keep[b] = keep[b] & ~stop
             ran, computed = computed, [mask.clone() for mask in keep]

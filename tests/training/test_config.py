@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 
 from tokenexit.errors import ConfigError
-from tokenexit.training.config import FREE_KEYS, DataConfig, ModelConfig, OptimConfig, TrainConfig, differing_key, flat
+from tokenexit.training.config import (
+    FREE_KEYS,
+    DataConfig,
+    DistillConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    differing_key,
+    flat,
+    saved_config,
+)
 
 
 @pytest.mark.parametrize(
@@ -23,6 +33,12 @@ from tokenexit.training.config import FREE_KEYS, DataConfig, ModelConfig, OptimC
         (TrainConfig, {"checkpoint_every": -1}, "checkpoint_every=-1 must be at least 0"),
         (TrainConfig, {"val_limit": 0}, "val_limit=0 must be at least 1"),
         (TrainConfig, {"methods": []}, "methods is empty: name at least one"),
+        (TrainConfig, {"accumulate": 0}, "accumulate=0 must be at least 1"),
+        (TrainConfig, {"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
+        (TrainConfig, {"freeze": "heads"}, "freeze='heads' is unknown: choose one of none, backbone, all_but_exit"),
+        (DistillConfig, {"features": -1.0}, r"distill\.features=-1\.0 must be at least 0"),
+        (DistillConfig, {"temperature": 0.0}, r"distill\.temperature=0\.0 must be positive"),
+        (DistillConfig, {"teacher": "t", "features": 0, "logits": 0}, r"distill\.teacher has nothing to teach"),
         (TrainConfig, {"class_weights": [1.0, -1.0]}, "class_weights=.* must not be negative"),
         (OptimConfig, {"lr": 0.0}, r"optim\.lr=0\.0 must be positive"),
         (OptimConfig, {"lr": float("inf")}, r"optim\.lr=inf must be positive"),
@@ -53,12 +69,19 @@ def test_every_key_that_shapes_the_weights_parts_two_runs(key: str) -> None:
     assert differing_key(saved, TrainConfig()) == key
 
 
+def test_a_run_saved_before_a_key_existed_had_its_default() -> None:
+    saved = flat(TrainConfig(seed=3))
+    del saved["distill.teacher"], saved["accumulate"]
+    assert differing_key(saved_config(saved), TrainConfig(seed=3)) is None
+    assert differing_key(saved_config(saved), TrainConfig(seed=3, accumulate=2)) == "accumulate"
+
+
 def test_keys_beside_the_training_part_no_runs() -> None:
     assert flat(TrainConfig()).keys() >= FREE_KEYS
     other = TrainConfig(
-        out="elsewhere", resume=False, validate_every=5, val_limit=2, checkpoint_every=7, data=DataConfig(root="there")
+        out="elsewhere", resume=False, validate_every=5, val_limit=2, checkpoint_every=7, checkpoint_blocks=True
     )
-    other.data.workers, other.data.cache, other.data.val_split = 4, True, "test"
+    other.data = DataConfig(root="there", val_split="test", workers=4, cache=True)
     assert differing_key(flat(other), TrainConfig()) is None
     assert differing_key(flat(replace(other, steps=7)), TrainConfig()) == "steps"
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import socket
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ import pytest
 import torch
 
 import tokenexit.training.loop as loop
+from tests.training.driver import drive, ended
 from tests.training.tiny import (
     nearly_same_weights,
     same_weights,
@@ -159,12 +156,12 @@ def test_state_and_rates_of_the_optimiser_continue(
     assert same_weights(run(config("killed")), never)
 
 
-@pytest.mark.parametrize("when", ["step:4", "write", "rename", "pointer", "forget"])
+@pytest.mark.parametrize("when", ["step:4", "write:2", "rename", "pointer", "forget"])
 def test_sigkill_at_any_moment_leaves_a_run_that_ends_with_the_same_weights(
     when: str, data: Path, tmp_path: Path, steady: Weights
 ) -> None:
-    ended = drive(data, tmp_path, when)
-    assert ended.returncode == -signal.SIGKILL, ended.stderr
+    killed = ended(drive(data, tmp_path, when))
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
     latest = (tmp_path / "checkpoints" / "latest").read_text()
     assert latest == ("step-0000004" if when == "forget" else "step-0000002")
     assert not (tmp_path / "model.safetensors").exists()
@@ -177,9 +174,9 @@ def test_sigkill_at_any_moment_leaves_a_run_that_ends_with_the_same_weights(
 def test_ctrl_c_leaves_the_last_checkpoint_whole_and_says_where_it_stands(
     data: Path, tmp_path: Path, steady: Weights
 ) -> None:
-    ended = drive(data, tmp_path, "interrupt:4")
-    assert "KeyboardInterrupt" in ended.stderr
-    assert ended.stdout.splitlines()[-1] == "interrupted after step 3; the same command continues after step 2"
+    interrupted = ended(drive(data, tmp_path, "interrupt:4"))
+    assert "KeyboardInterrupt" in interrupted.stderr
+    assert interrupted.stdout.splitlines()[-1] == "interrupted after step 3; the same command continues after step 2"
     assert nearly_same_weights(run(steady_run(data, tmp_path)), steady)
 
 
@@ -197,37 +194,6 @@ def test_ctrl_c_before_the_first_checkpoint_leaves_nothing_broken(
     assert lines[-1].endswith("continues from the start, as no checkpoint is saved yet")
     assert list(tmp_path.iterdir()) == []
     assert same_weights(run(tiny_run(data, tmp_path)), whole)
-
-
-def drive(data: Path, out: Path, when: str, *launcher: str) -> subprocess.CompletedProcess[str]:
-    threads = str(torch.get_num_threads())  # another number may round differently
-    command = [sys.executable, *launcher, "-m", "tests.training.driver", str(data), str(out), when, threads]
-    root = Path(__file__).resolve().parents[2]
-    paths = os.pathsep.join([str(root), str(root / "src"), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment, cwd=root)
-
-
-def test_two_processes_train_one_model_with_every_method_even_when_every_token_leaves(
-    data: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-addr", "127.0.0.1")
-    ended = drive(data, out, "several", *launcher, "--master-port", str(free_port()))
-    assert ended.returncode == 0, ended.stderr
-    first, second = (torch.load(f"{out}.{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert all(bool(value.isfinite().all()) for value in first.values())
-    assert same_weights(first, second)
-    assert same_weights(first, weights(ExitSegmenter.from_pretrained(out)))
-    assert sum(line.startswith("training") for line in ended.stdout.splitlines()) == 1  # one of them speaks
-    assert [path.name for path in (out / "checkpoints").glob("step-*")] == ["step-0000006"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_a_warmed_up_threshold_continues_from_the_saved_step(

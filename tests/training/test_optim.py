@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from tests.helpers import tiny_segmenter
 from tokenexit.training.config import OptimConfig
-from tokenexit.training.optim import build_optimizer, lr_factor, parameter_groups
+from tokenexit.training.optim import build_optimizer, learning_rate, parameter_groups
 
 
 def rates_and_decays(head: str, config: OptimConfig) -> dict[str, tuple[float, float]]:
@@ -71,27 +72,36 @@ def test_optimisers_are_those_of_the_papers() -> None:
     assert sgd.param_groups[0]["momentum"] == 0.7
 
 
+def rates(config: OptimConfig, steps: int, at: Iterable[int], initial: float = 1.0) -> list[float]:
+    return [learning_rate(initial, step, steps, config) for step in at]
+
+
 def test_rate_decays_polynomially_to_zero() -> None:
     config = OptimConfig(warmup_steps=0, power=0.9)
-    assert lr_factor(0, 100, config) == 1.0
-    assert lr_factor(50, 100, config) == pytest.approx(0.5**0.9)
-    assert lr_factor(99, 100, config) == pytest.approx(0.01**0.9)
+    assert rates(config, 100, (0, 50, 99, 100)) == pytest.approx([1.0, 0.5**0.9, 0.01**0.9, 0.0])
 
 
-def test_rate_of_the_backbone_ends_at_its_floor() -> None:
+@pytest.mark.parametrize("initial", [1e-2, 1e-1])
+def test_rate_of_every_group_ends_at_the_same_floor(initial: float) -> None:
     config = OptimConfig(lr=1e-2, min_lr=1e-4, warmup_steps=0, power=1.0)
-    assert config.lr * lr_factor(100, 100, config) == pytest.approx(1e-4)
-    assert config.lr * lr_factor(50, 100, config) == pytest.approx((1e-2 + 1e-4) / 2)
+    assert rates(config, 100, (50, 100), initial) == pytest.approx([(initial + 1e-4) / 2, 1e-4])
+
+
+def test_rate_may_begin_its_decay_later_and_aim_beyond_the_run() -> None:
+    config = OptimConfig(warmup_steps=0, power=1.0, decay_start=10, decay_end=50)
+    assert rates(config, 30, (0, 10, 20, 29)) == pytest.approx([1.0, 1.0, 0.75, 1 - 19 / 40])
+
+
+def test_rate_stays_at_its_floor_after_a_decay_that_ends_early() -> None:
+    assert rates(OptimConfig(warmup_steps=0, decay_end=10), 30, (10, 29)) == [0.0, 0.0]
 
 
 def test_warm_up_rises_linearly_from_its_start() -> None:
     config = OptimConfig(warmup_steps=10, warmup_start=0.1, power=0.0)  # no decay beside it
-    assert [lr_factor(step, 100, config) for step in (0, 5, 10, 60)] == pytest.approx([0.1, 0.55, 1.0, 1.0])
+    assert rates(config, 100, (0, 5, 10, 60)) == pytest.approx([0.1, 0.55, 1.0, 1.0])
 
 
 def test_rate_only_falls_after_the_warm_up() -> None:
-    config = OptimConfig(warmup_steps=20)
-    factors = [lr_factor(step, 200, config) for step in range(200)]
+    factors = rates(OptimConfig(warmup_steps=20), 200, range(200))
     assert all(a < b for a, b in pairwise(factors[:16]))
     assert all(a > b for a, b in pairwise(factors[20:]))
-    assert factors == [lr_factor(step, 200, config) for step in range(200)]

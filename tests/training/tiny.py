@@ -75,10 +75,27 @@ def steady_run(root: Path, out: Path) -> TrainConfig:
     return config
 
 
-def everybody_leaves(root: Path, out: Path) -> TrainConfig:
-    """No token is left for later blocks and heads, in the steps of DToP and DoViT."""
-    methods = ["dense", {"name": "dtop", "threshold": 0.0, "keep_per_class": 0}, {"name": "dovit", "threshold": 0.0}]
-    return tiny_run(root, out, methods=methods)
+EVERYBODY_LEAVES: list[Any] = [
+    {"name": "dtop", "threshold": 0.0, "keep_per_class": 0},
+    {"name": "dovit", "threshold": 0.0},
+]
+"""No token is left for later blocks and heads."""
+
+
+def everything_on(root: Path, out: Path) -> TrainConfig:
+    """A run for two processes: an average of the weights, two parts of each batch, blocks computed twice, a limit on
+    the gradient, and methods after which no token is left. No token decides, nothing divides by small gradients."""
+    config = tiny_run(
+        *(root, out),
+        methods=["dense", *EVERYBODY_LEAVES],
+        batch_size=4,
+        accumulate=2,
+        ema_decay=0.6,
+        checkpoint_blocks=True,
+        sync_batch_norm=True,
+    )
+    config.optim = replace(config.optim, name="sgd", lr=0.05, clip_grad_norm=1.0)
+    return config
 
 
 def silent(line: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, cast
 
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.preprocessing import Labels
 
 # name: "module:opener". The module is imported when the dataset is opened; the opener is called with root, split and
 # options. One without the parameter `root` makes its pictures itself. One with an attribute `splits(root)` says
@@ -51,6 +52,17 @@ def open_dataset(name: str, root: str | Path | None, split: str, **options: Any)
 def dataset_options(name: str) -> tuple[str, ...]:
     """The options of a dataset. Raises `DataError` for an unknown name."""
     return tuple(key for key in inspect.signature(_opener(name)).parameters if key not in ("root", "split"))
+
+
+def dataset_labels(name: str) -> Labels | None:
+    """Classes of a dataset that everybody has alike; None for one that brings its own.
+
+    Raises `DataError` for an unknown name.
+    """
+    opener = _opener(name)
+    if "root" not in inspect.signature(opener).parameters:  # drawn, so it is always there
+        return opener(split="train").labels
+    return getattr(opener, "labels", None)
 
 
 def dataset_splits(name: str, root: str | Path | None) -> tuple[str, ...]:

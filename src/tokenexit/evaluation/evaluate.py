@@ -1,9 +1,13 @@
-"""Accuracy and cost of methods on a dataset, from true runs: counts first, ratios last."""
+"""Accuracy and cost of methods on a dataset, from true runs: counts first, ratios last.
+
+Several processes share the images, and each ends with the figures of one that took them all.
+"""
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -13,13 +17,17 @@ from torch import Tensor
 
 from tokenexit.cost import GIGA
 from tokenexit.data.base import SegmentationDataset
-from tokenexit.data.loader import EvaluationSet
+from tokenexit.data.loader import mask_tensor
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import Scores, boundary_counts, boundary_iou, confusion_matrix, scores
+from tokenexit.evaluation.processes import gather, place, together
+from tokenexit.exits import Thresholds, per_class
+from tokenexit.ledger import dense_ops
 from tokenexit.methods import DToP, Method
 from tokenexit.methods.reference import Imposed, agreement_exits, random_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.windows import Segmentation, WindowedOutput, window_boxes
 
 Precision = str
 
@@ -28,8 +36,9 @@ Precision = str
 class Evaluation:
     """What one method reached on one dataset.
 
-    gmacs, dense_gmacs, latency_ms: of every image. live: share of all patch tokens still computed after each exit,
-    per image and exit. boundary_iou: percent. confusion: `(K, K)` counts, truth by row.
+    gmacs, dense_gmacs, latency_ms: of every image; dense is the model without exits on pictures of full size. live:
+    share of all patch tokens still computed after each exit, per image and exit. boundary_iou: percent. confusion:
+    `(K, K)` counts, truth by row. input_scale: what the sides of the pictures were multiplied by.
     """
 
     method: Method[Any]
@@ -41,6 +50,7 @@ class Evaluation:
     live: tuple[tuple[float, ...], ...]
     latency_ms: tuple[float, ...]
     confusion: Tensor
+    input_scale: float = 1.0
 
     @property
     def gmacs_mean(self) -> float:
@@ -61,6 +71,7 @@ class Evaluation:
         return {
             "label": self.label,
             "method": _method_dict(self.method),
+            "input_scale": self.input_scale,
             "images": len(self.gmacs),
             "mIoU": self.scores.miou,
             "aAcc": self.scores.aacc,
@@ -77,48 +88,87 @@ class Evaluation:
         }
 
 
-class Tally:
-    """Running counts of one method."""
+@dataclass(frozen=True)
+class Scaled:
+    """A method on pictures whose sides are multiplied by `input_scale`; its maps come back at the full size.
 
-    def __init__(self, method: Method[Any], label: str, num_classes: int) -> None:
-        self.method, self.label = method, label
+    Dense at a lower resolution is what early exits have to beat: it costs its user nothing.
+    """
+
+    method: Method[Any]
+    input_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.input_scale < math.inf:
+            raise ConfigError(f"input_scale={self.input_scale} is no share of a side: give a number above 0.")
+
+    @property
+    def label(self) -> str:
+        return label_of(self.method) + (f" @{self.input_scale:g}" if self.input_scale != 1.0 else "")
+
+
+@dataclass(frozen=True)
+class ImageFigures:
+    """What is kept of one image beside its counts: see `Evaluation`."""
+
+    gmacs: float
+    dense_gmacs: float
+    live: tuple[float, ...]
+    latency_ms: float
+
+
+class Tally:
+    """Running counts of one row of the table."""
+
+    def __init__(self, method: Method[Any], label: str, num_classes: int, input_scale: float = 1.0) -> None:
+        self.method, self.label, self.input_scale = method, label, input_scale
         self.confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64)
         self.boundary = torch.zeros(2, num_classes, dtype=torch.int64)
-        self.gmacs: list[float] = []
-        self.dense: list[float] = []
-        self.live: list[tuple[float, ...]] = []
-        self.latency: list[float] = []
+        self.images: dict[int, ImageFigures] = {}
 
-    def add(self, output: SegmentationOutput, mask: Tensor, ignore_index: int, exits: Sequence[int], ms: float) -> None:
+    def add(
+        self,
+        output: Segmentation,
+        picture: _Picture,
+        ignore_index: int,
+        exits: Sequence[int],
+        ms: float,
+    ) -> None:
         """Count one image."""
         (label,) = output.labels
         classes = len(self.confusion)
-        self.confusion += confusion_matrix(label.cpu(), mask, classes, ignore_index)
-        self.boundary += torch.stack(boundary_counts(label.cpu(), mask, classes, ignore_index))
+        self.confusion += confusion_matrix(label.cpu(), picture.truth, classes, ignore_index)
+        self.boundary += torch.stack(boundary_counts(label.cpu(), picture.truth, classes, ignore_index))
         ledger = output.ledger
-        self.gmacs.append(ledger.gmacs[0])
-        self.dense.append(ledger.dense_macs[0] / GIGA)
-        self.live.append(tuple(ledger.live[0][n] / ledger.tokens[0] for n in exits))
-        self.latency.append(ms)
+        live = tuple(ledger.live[0][n] / ledger.tokens[0] for n in exits)
+        self.images[picture.index] = ImageFigures(ledger.gmacs[0], picture.dense_macs / GIGA, live, ms)
+
+    def merge(self, other: Tally) -> None:
+        """Take in the counts of other images."""
+        self.confusion += other.confusion
+        self.boundary += other.boundary
+        self.images |= other.images
 
     def finish(self) -> Evaluation:
+        images = [self.images[index] for index in sorted(self.images)]
         return Evaluation(
             self.method,
             self.label,
             scores(self.confusion),
             boundary_iou(*self.boundary),
-            tuple(self.gmacs),
-            tuple(self.dense),
-            tuple(self.live),
-            tuple(self.latency),
+            tuple(image.gmacs for image in images),
+            tuple(image.dense_gmacs for image in images),
+            tuple(image.live for image in images),
+            tuple(image.latency_ms for image in images),
             self.confusion,
+            self.input_scale,
         )
 
 
 def evaluate(
     model: ExitSegmenter,
     data: SegmentationDataset,
-    methods: Sequence[Method[Any]],
+    methods: Sequence[Method[Any] | Scaled],
     *,
     limit: int | None = None,
     precision: Precision = "fp32",
@@ -127,10 +177,16 @@ def evaluate(
 ) -> list[Evaluation]:
     """Run every method on every image, one image at a time and the methods in turn, so that their times compare.
 
-    Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method. limit:
-    the first so many images only. references: add reference lines behind the methods, namely random exits at the
-    counts of every DToP method, and the dense-pass agreement oracle (neither for models with grid heads). progress:
-    wraps the loop over images. Raises `ConfigError` if the classes differ or a method cannot run on the model.
+    methods: one for each row; `Scaled` gives a method smaller pictures. limit: the first so many images only.
+    references: add reference lines behind the methods, namely random exits at the counts of every DToP method, and the
+    dense-pass agreement oracle at full size (neither for models with grid heads). progress: wraps the loop over images.
+
+    Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method. Raises
+    `ConfigError` if the classes differ or a method cannot run on the model.
+
+    Connected processes (torch.distributed) must all call it, with the same weights and buffers. They take the images in
+    turn and all return the same: what one process returns, but for its times. They wait for each other after every
+    image, so that what fails in one fails in all at once.
     """
     check_classes(model, data)
     if limit is not None and limit < 1:
@@ -138,45 +194,97 @@ def evaluate(
     count = len(data) if limit is None else min(limit, len(data))
     if count == 0 or not methods:
         raise ConfigError(f"{count} images and {len(methods)} methods are nothing to evaluate: give one of each.")
-    pictures = EvaluationSet(data, model.preprocessing)
     classes = model.config.num_classes
-    rows = [_Row(method, classes, references and type(method) is DToP) for method in methods]
+    rows = [_Row(row if isinstance(row, Scaled) else Scaled(row), classes, references) for row in methods]
+    scales = {row.tally.input_scale for row in rows}
     oracle = Tally(Imposed(), "agreement oracle", classes) if references else None
-    for i in progress(range(count)):
-        item = pictures[i]
-        image, mask = item["image"], item["mask"]
-
-        def run(tally: Tally, method: Method[Any], image: Tensor = image, mask: Tensor = mask) -> SegmentationOutput:
-            output, ms = timed_forward(model, image, method, (mask.shape[0], mask.shape[1]), precision)
-            tally.add(output, mask, data.labels.ignore_index, model.config.exits, ms)
-            return output
-
-        if i == 0:  # warm-up
-            for row in rows:
-                timed_forward(model, image, row.tally.method, (1, 1), precision)
-        for row in rows:
-            output = run(row.tally, row.tally.method)
-            if row.at_random is not None:
-                # Seeded by the image alone, so that no other row changes what is drawn.
-                stages = random_exits(output.exit_stage[0], torch.Generator().manual_seed(i)).flatten()
-                run(row.at_random, Imposed(finish=row.finish, exit_stage=stages))
-        if oracle is not None:
-            with torch.inference_mode(), _autocast(model.device, precision):
-                seen = model([image.to(model.device)], with_stages=True)
-            run(oracle, Imposed(exit_stage=agreement_exits(seen.stages, seen.ledger.tokens)))
+    rank, processes = place()
+    for first in (progress if rank == 0 else iter)(range(0, count, processes)):
+        with together():
+            if first + rank < count:
+                picture = _Picture.of(data, first + rank, model, scales)
+                _judge(model, picture, rows, oracle, precision, data.labels.ignore_index, warm_up=first == 0)
     at_random = [row.at_random for row in rows if row.at_random is not None]
-    return [tally.finish() for tally in (*(row.tally for row in rows), *at_random, *([oracle] if oracle else []))]
+    tallies = [*(row.tally for row in rows), *at_random, *([oracle] if oracle else [])]
+    mine, *others = gather(tallies)
+    for other in others:
+        for tally, more in zip(mine, other):
+            tally.merge(more)
+    return [tally.finish() for tally in mine]
+
+
+def _judge(
+    model: ExitSegmenter,
+    picture: _Picture,
+    rows: Sequence[_Row],
+    oracle: Tally | None,
+    precision: Precision,
+    ignore_index: int,
+    warm_up: bool,
+) -> None:
+    """Run all rows on one image and count what they say."""
+
+    def run(tally: Tally, method: Method[Any]) -> Segmentation:
+        output, ms = timed_forward(model, picture.images[tally.input_scale], method, picture.size, precision)
+        tally.add(output, picture, ignore_index, model.config.exits, ms)
+        return output
+
+    if warm_up:
+        for row in rows:
+            timed_forward(model, picture.images[row.tally.input_scale], row.tally.method, (1, 1), precision)
+    for row in rows:
+        output = run(row.tally, row.tally.method)
+        if row.at_random is not None:
+            # Seeded by the image alone, so that no other row changes what is drawn.
+            generator = torch.Generator().manual_seed(picture.index)
+            stages = [random_exits(stage, generator).flatten() for stage in _seen(output).exit_stage]
+            run(row.at_random, Imposed(finish=row.finish, exit_stage=torch.cat(stages)))
+    if oracle is not None:
+        with torch.inference_mode(), _autocast(model.device, precision):
+            dense = _seen(model.segment([picture.images[1.0].to(model.device)], with_stages=True))
+        run(oracle, Imposed(exit_stage=agreement_exits(dense.stages, dense.ledger.tokens)))
+
+
+def _seen(output: Segmentation) -> SegmentationOutput:
+    """What the network saw: the image, or its windows."""
+    return output.windows if isinstance(output, WindowedOutput) else output
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """One image of the dataset: what the network is given, by input scale, its truth `(H, W)`, and the cost of dense
+    at full size."""
+
+    index: int
+    images: Mapping[float, Tensor]
+    truth: Tensor
+    dense_macs: int
+
+    @classmethod
+    def of(cls, data: SegmentationDataset, index: int, model: ExitSegmenter, scales: Iterable[float]) -> _Picture:
+        sample, preprocessing = data[index], model.preprocessing
+        images = {scale: preprocessing.to_tensor(sample.image, scale) for scale in {1.0, *scales}}
+        height, width = images[1.0].shape[1:]
+        boxes = window_boxes((height, width), preprocessing.window, preprocessing.stride)
+        grids = [model.backbone.patch_embed.grid(bottom - top, right - left) for top, left, bottom, right in boxes]
+        dense_macs = sum(dense_ops(model.backbone, model.decode_head, grid).macs for grid in grids)
+        return cls(index, images, mask_tensor(sample.mask), dense_macs)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.truth.shape[0], self.truth.shape[1]
 
 
 class _Row:
     """A method's counts and, if asked for, those of random exits in its numbers."""
 
-    def __init__(self, method: Method[Any], num_classes: int, with_random: bool) -> None:
-        self.tally = Tally(method, label_of(method), num_classes)
+    def __init__(self, row: Scaled, num_classes: int, references: bool) -> None:
+        method, scale = row.method, row.input_scale
+        self.tally = Tally(method, row.label, num_classes, scale)
         self.at_random: Tally | None = None
         self.finish = method.finish if isinstance(method, DToP) else "auto"
-        if with_random:
-            self.at_random = Tally(Imposed(), f"random, counts of {self.tally.label}", num_classes)
+        if references and type(method) is DToP:
+            self.at_random = Tally(Imposed(), f"random, counts of {row.label}", num_classes, scale)
 
 
 def check_classes(model: ExitSegmenter, data: SegmentationDataset) -> None:
@@ -202,24 +310,32 @@ def label_of(method: Method[Any]) -> str:
     for f in fields(method):
         value = getattr(method, f.name)
         if f.name == "threshold":
-            values = (value,) if isinstance(value, float | int) else value
-            parts.append("/".join(f"{v:g}" for v in values))
+            parts.append(_threshold_label(value))
         elif value != getattr(default, f.name):
             parts.append(f"{f.name}={value}")
     return " ".join(parts)
 
 
+def _threshold_label(threshold: Thresholds) -> str:
+    """`0.95`, `0.98/0.9`, or with one for each class the least and the largest of all, `0.9-0.998 per class`."""
+    exits = (threshold,) if isinstance(threshold, int | float) else threshold
+    if not per_class(threshold):
+        return "/".join(f"{tau:g}" for tau in exits)
+    values = [tau for exit in exits for tau in ((exit,) if isinstance(exit, int | float) else exit)]
+    return f"{min(values):g}-{max(values):g} per class"
+
+
 @torch.inference_mode()
 def timed_forward(
     model: ExitSegmenter, image: Tensor, method: Method[Any], target: tuple[int, int], precision: Precision
-) -> tuple[SegmentationOutput, float]:
+) -> tuple[Segmentation, float]:
     """One forward pass on one image `(3, H, W)`, and its milliseconds."""
     device = model.device
     image = image.to(device)
     _synchronize(device)
     start = time.perf_counter()
     with _autocast(device, precision):
-        output: SegmentationOutput = model([image], method, targets=[target])
+        output = model.segment([image], method, targets=[target])
     _synchronize(device)
     return output, 1e3 * (time.perf_counter() - start)
 

@@ -9,8 +9,13 @@ from tokenexit.methods.base import Method, Model, Result, Stage
 from tokenexit.methods.dense import Dense
 from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
+from tokenexit.methods.fixed_ratio import FixedRatio
+from tokenexit.methods.paumer import PAUMER
+from tokenexit.methods.truncated import Truncated
 
-METHODS: dict[str, type[Method[Any]]] = {method.name: method for method in (Dense, DToP, DoViT)}
+METHODS: dict[str, type[Method[Any]]] = {
+    method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
+}
 
 MethodSpec = str | Mapping[str, Any]
 """A method's name, or a mapping with `name` and the method's own fields: `{"name": "dtop", "threshold": 0.95}`."""
@@ -26,9 +31,27 @@ def build_method(spec: MethodSpec) -> Method[Any]:
     for option, value in options.items():
         if option not in known:
             raise ConfigError(f"method '{name}' has no option '{option}': it takes {', '.join(known) or 'none'}.")
-        if isinstance(value, list):
-            options[option] = tuple(value)
+        options[option] = _frozen(value)
     return METHODS[name](**options)
 
 
-__all__ = ["METHODS", "DToP", "Dense", "DoViT", "Method", "MethodSpec", "Model", "Result", "Stage", "build_method"]
+def _frozen(value: Any) -> Any:
+    """Lists as tuples, at any depth."""
+    return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
+
+
+__all__ = [
+    "METHODS",
+    "PAUMER",
+    "DToP",
+    "Dense",
+    "DoViT",
+    "FixedRatio",
+    "Method",
+    "MethodSpec",
+    "Model",
+    "Result",
+    "Stage",
+    "Truncated",
+    "build_method",
+]

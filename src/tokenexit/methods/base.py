@@ -50,6 +50,8 @@ class Stage:
     logits: if asked for, the full map at this stage `(cells scale^2, K)`: what exited earlier as stored, the rest
         from this head; else None.
     presence: the head's presence logits `(B, K, 2)` (ATM).
+    seen: if maps are asked for, the tokens that the decode head was run on, after the final norm, for losses on
+        features; of exit heads only some methods record them.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -58,6 +60,7 @@ class Stage:
     kind: HeadKind = "softmax"
     scale: int = 1
     upscale: int = 1
+    seen: Tokens | None = None
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,8 @@ class Result:
     """The finished map.
 
     logits: `(cells scale^2, K)`, class logits or scores as `value` says.
-    stages: one for each exit, and in the last place the decode head's, whose `logits` are those its loss is taken on.
+    stages: one for each exit, and in the last place the decode head's, whose `logits` are those its loss is taken on;
+        empty for a head that did not run.
     exit_stage: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
     """
 
@@ -86,6 +90,10 @@ class Method(ABC, Generic[State]):
 
     def at(self, progress: float) -> Self:
         """The method as it stands after this share of the training, in [0, 1]."""
+        return self
+
+    def of_cells(self, cells: slice) -> Self:
+        """The method for these cells of the batch's flat canvas, where the batch is run in several calls."""
         return self
 
     @abstractmethod
@@ -110,9 +118,9 @@ def all_stay(tokens: Tokens, num_exits: int) -> Tensor:
     return torch.full((tokens.cells,), num_exits, dtype=torch.int64, device=tokens.x.device)
 
 
-def stage_of(head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None) -> Stage:
+def stage_of(head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None) -> Stage:
     """The record of one run of `head` on `tokens`, with the map its loss is taken on."""
-    return Stage(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale)
+    return Stage(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
 
 
 def decode_grid(patches: Tokens, stages: tuple[Stage, ...], exit_stage: Tensor, model: Model) -> Result:
@@ -120,7 +128,7 @@ def decode_grid(patches: Tokens, stages: tuple[Stage, ...], exit_stage: Tensor, 
     patches = patches.with_x(model.norm(patches.x))
     head = model.decode_head
     out = head(patches)
-    final = stage_of(head, patches, out, out.logits)
+    final = stage_of(head, patches, out, out.logits, patches if model.with_stages else None)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*stages, final), exit_stage)
     scores = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())

@@ -27,10 +27,23 @@ from torch import Tensor
 
 from tokenexit.errors import ConfigError
 from tokenexit.exits import (
+    PerExit,
+    Score,
     Thresholds,
+    cap_limits,
+    check_cap,
+    check_cap_length,
+    check_score,
+    check_temperature,
+    check_threshold_sizes,
     check_thresholds,
+    keep_at_most,
+    of_class,
+    on_boundary,
+    per_class,
     per_exit,
-    pooled_max_probability,
+    pooled_label,
+    pooled_score,
     select,
     warmed_up,
 )
@@ -43,13 +56,15 @@ class DoViTState:
     """What travels from exit to exit.
 
     full: the complete sequence, stopped tokens with the features they stopped with. keep: `(cells,)` bool, patches no
-    checkpoint has stopped. score: `(cells,)` of the previous checkpoint, None before the first.
+    checkpoint has stopped. score: `(cells,)` of the previous checkpoint, None before the first. label: `(cells,)`
+    int64, the class that each patch was predicted to be when last computed, for the boundary guard.
     """
 
     full: Tokens
     keep: Tensor
     score: Tensor | None
     exit_stage: Tensor
+    label: Tensor
     stages: tuple[Stage, ...] = ()
 
 
@@ -58,7 +73,8 @@ class DoViT(Method[DoViTState]):
     """Dynamic Token-Pass.
 
     threshold: tau, one for all exits or one for each; a patch stops if its score is strictly above. Published: 0.985
-        (Cityscapes), 0.95 to 0.98 (ADE20K) (A.4).
+        (Cityscapes), 0.95 to 0.98 (ADE20K) (A.4). In place of an exit's number, one for each class: a patch is held
+        to that of the class it is predicted to be (class-based thresholding; not published for DoViT).
     min_improvement: delta, stop also where the score grew by less since the previous checkpoint; None is off (A.4).
     blend_trigger: blend into the class token only if the share of stopped tokens is strictly above this (A.6).
     blend_weight: weight of the stopped tokens' mean in the class token, 0.5 as published, 0 without blend (A.6).
@@ -68,6 +84,13 @@ class DoViT(Method[DoViTState]):
     detach_aux: stop the exit heads' losses from reaching the backbone; published: no (A.3).
     threshold_warmup: share of the training over which thresholds fall from 1 to their value; 0.875 in the Segmenter
         recipes (A.4).
+    cap: for each exit the share of an image's tokens that may go on, the least sure; a limit on every image's compute
+        (not published).
+    score: what is pooled and compared with the threshold: the best class's "probability", as published (A.4), its
+        "margin" over the second, or one minus the "entropy" over its maximum.
+    temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
+    boundary_guard: a patch beside one that is predicted another class, as each was when last computed, is not
+        stopped; a cap goes before it (not published).
     """
 
     name: ClassVar[str] = "dovit"
@@ -80,9 +103,18 @@ class DoViT(Method[DoViTState]):
     scoring: Literal["grid", "live"] = "grid"
     detach_aux: bool = False
     threshold_warmup: float = 0.0
+    cap: tuple[float, ...] | None = None
+    score: Score = "probability"
+    temperature: PerExit = 1.0
+    boundary_guard: bool = False
 
     def __post_init__(self) -> None:
         check_thresholds(self.threshold)
+        check_cap(self.cap)
+        check_score(self.score)
+        check_temperature(self.temperature)
+        if self.cap is not None and self.batch_mode == "mean":
+            raise ConfigError("cap limits every image by itself, which batch_mode='mean' does not: use 'exact'.")
         for name in ("blend_trigger", "blend_weight", "threshold_warmup"):
             if not 0.0 <= getattr(self, name) <= 1.0:
                 raise ConfigError(f"{name}={getattr(self, name)} is outside [0, 1]: it is a share.")
@@ -102,7 +134,9 @@ class DoViT(Method[DoViTState]):
         return replace(self, threshold=warmed_up(self.threshold, progress, self.threshold_warmup))
 
     def check(self, model: Model) -> None:
-        per_exit(self.threshold, model.num_exits)
+        check_threshold_sizes(self.threshold, model.num_exits, model.num_classes)
+        check_cap_length(self.cap, model.num_exits)
+        per_exit(self.temperature, model.num_exits, "temperature")
         if any(head.kind != "softmax" for head in model.exit_heads):
             raise ConfigError(
                 "DoViT scores tokens by class probability, and this model has ATM exit heads: "
@@ -124,7 +158,9 @@ class DoViT(Method[DoViTState]):
                 "batch_mode='mean' needs images of one size in a batch: resize them, or use batch_mode='exact'."
             )
         keep = torch.ones(tokens.cells, dtype=torch.bool, device=tokens.x.device)
-        return DoViTState(tokens, keep, None, all_stay(tokens, model.num_exits))
+        return DoViTState(
+            tokens, keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
+        )
 
     def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: Model) -> tuple[Tokens, DoViTState]:
         # Reconstruction: all tokens in grid order, stopped ones with stale features (A.7).
@@ -132,15 +168,21 @@ class DoViT(Method[DoViTState]):
         patches, live = full.patches(), tokens.patches()
 
         # Score, and decide: above tau, or no longer improving (A.4). The decision carries no gradient.
-        score, stage = self._score(n, patches, live, model)
+        score, label, stage = self._grade(n, patches, live, model)
         with torch.no_grad():
-            stop = select(score, per_exit(self.threshold, model.num_exits)[n])
+            stop = select(score, of_class(per_exit(self.threshold, model.num_exits)[n], label))
             if self.min_improvement is not None and state.score is not None:
                 stop |= score - state.score < self.min_improvement
+            was_live = scatter(torch.zeros_like(stop), live.position, torch.ones_like(live.position))
+            label = torch.where(was_live, label, state.label)
+            if self.boundary_guard:
+                stop &= ~on_boundary(label, tokens.grids)
             keep = state.keep & ~stop
             cells = cell_packing(tokens)
+            if self.cap is not None:
+                limit = cap_limits(self.cap, n, tokens.grids, keep.device)
+                keep = ~keep_at_most(~keep, score, cells.image_index(), limit)
             chosen = keep if self.batch_mode == "exact" else _mean_count(keep, cells)
-            was_live = scatter(torch.zeros_like(keep), live.position, torch.ones_like(live.position))
             left = torch.where(was_live, n, state.exit_stage)
             exit_stage = torch.where(chosen, model.num_exits, left)
 
@@ -150,15 +192,18 @@ class DoViT(Method[DoViTState]):
             full = blend(full, mean, share > self.blend_trigger, self.blend_weight)
 
         # Separate: only the chosen tokens go on (A.5).
-        state = DoViTState(full, keep, score, exit_stage, (*state.stages, stage))
+        state = DoViTState(full, keep, score, exit_stage, label, (*state.stages, stage))
         return full.keep(chosen), state
 
     def result(self, tokens: Tokens, state: DoViTState, model: Model) -> Result:
         full = _put_back(state.full, tokens)
         return decode_grid(full.patches(), state.stages, state.exit_stage, model)
 
-    def _score(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Stage]:
-        """Confidence of every patch `(cells,)`, detached, and the record of the head's run."""
+    def _grade(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
+        """Score and class of every patch, `(cells,)` each, detached, and the record of the head's run.
+
+        Patches that were not scored have a score of 0. Classes are told where a rule asks for them, else they are 0.
+        """
         head = model.exit_heads[n]
         on_grid = self.scoring == "grid" or model.with_stages
         seen = patches if on_grid else live
@@ -166,10 +211,15 @@ class DoViT(Method[DoViTState]):
             seen = seen.with_x(seen.x.detach())
         out = head(seen)
         with torch.no_grad():
-            score = pooled_max_probability(out.logits, seen.grids, head.scale, head.upscale)
+            temperature = per_exit(self.temperature, model.num_exits)[n]
+            score = pooled_score(out.logits, seen.grids, head.scale, head.upscale, self.score, temperature)
+            label = torch.zeros_like(score, dtype=torch.int64)
+            if self.boundary_guard or per_class(self.threshold):
+                label = pooled_label(out.logits, seen.grids, head.scale, head.upscale)
             if not on_grid:
                 score = scatter(score.new_zeros(patches.cells), live.position, score)
-        return score, stage_of(head, seen, out, out.logits if model.with_stages else None)
+                label = scatter(label.new_zeros(patches.cells), live.position, label)
+        return score, label, stage_of(head, seen, out, out.logits if model.with_stages else None)
 
 
 def blend(full: Tokens, mean: Tensor, applies: Tensor, weight: float) -> Tokens:

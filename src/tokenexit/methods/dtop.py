@@ -18,16 +18,38 @@ Legend: P live patch tokens of the batch, cells = all patches of all images, K c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tokenexit.errors import ConfigError
-from tokenexit.exits import Thresholds, check_thresholds, per_exit, retain_top_k, select, warmed_up
+from tokenexit.exits import (
+    PerExit,
+    Score,
+    Thresholds,
+    cap_limits,
+    check_cap,
+    check_cap_length,
+    check_score,
+    check_temperature,
+    check_threshold_sizes,
+    check_thresholds,
+    graded,
+    keep_at_most,
+    of_class,
+    on_boundary,
+    per_exit,
+    retain_top_k,
+    select,
+    tempered,
+    warmed_up,
+)
 from tokenexit.heads import Head, HeadOutput, class_scores
 from tokenexit.methods.base import Method, Model, Result, Stage, Value, all_stay, stage_of
 from tokenexit.tokens import Tokens, cell_packing, scatter
+
+Finish = Literal["auto", "presence_last", "frozen"]
 
 
 @dataclass(frozen=True)
@@ -36,12 +58,14 @@ class DToPState:
 
     logits: `(cells, K)` canvas of (mask) logits; scores: the canvas of scores where the finish needs it, else None.
     presence: `(B, K, 2)` of the last head that saw a token of the image (ATM), else None.
+    label: `(cells,)` int64, the class that the last head to see a token named, for the boundary guard.
     """
 
     logits: Tensor
     scores: Tensor | None
     presence: Tensor | None
     exit_stage: Tensor
+    label: Tensor
     stages: tuple[Stage, ...] = ()
 
 
@@ -50,27 +74,42 @@ class DToP(Method[DToPState]):
     """Dynamic Token Pruning.
 
     threshold: p0, one for all exits or one for each; a token leaves if its score is strictly above (a.6). 0.95 is the
-        paper's for ATM heads, 0.98 better for FCN heads.
+        paper's for ATM heads, 0.98 better for FCN heads. In place of an exit's number, one for each class: a token is
+        held to that of the class it is predicted to be (class-based thresholding; not published for DToP).
     keep_per_class: k, how many of each predicted class stay at every exit; 5 as published, 0 keeps nobody (a.6).
     finish: "presence_last" scores exited tokens with the presence of the last head (a.7, ATM heads throughout);
         "frozen" keeps the scores a token left with; "auto" is presence_last where all heads are ATM, else frozen.
     detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no, b.3).
     threshold_warmup: share of the training over which thresholds fall from 1 to their value (published: none).
+    cap: for each exit the share of an image's tokens that may go on, the least sure; a limit on every image's compute
+        (not published).
+    score: what is compared with the threshold: the best class's "probability", as published (of ATM heads presence
+        times sigmoid, a.5), its "margin" over the second, or one minus the "entropy" over its maximum (softmax heads).
+    temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
+    boundary_guard: a token beside one that is predicted another class stays in, be that one live or exited; a cap
+        goes before it (not published).
     """
 
     name: ClassVar[str] = "dtop"
 
     threshold: Thresholds = 0.95
     keep_per_class: int = 5
-    finish: Literal["auto", "presence_last", "frozen"] = "auto"
+    finish: Finish = "auto"
     detach_canvas: bool = False
     threshold_warmup: float = 0.0
+    cap: tuple[float, ...] | None = None
+    score: Score = "probability"
+    temperature: PerExit = 1.0
+    boundary_guard: bool = False
 
     def __post_init__(self) -> None:
         check_thresholds(self.threshold)
+        check_cap(self.cap)
+        check_score(self.score)
+        check_temperature(self.temperature)
         if self.keep_per_class < 0:
             raise ConfigError(f"keep_per_class={self.keep_per_class} is negative: use 0 to keep nobody.")
-        if self.finish not in ("auto", "presence_last", "frozen"):
+        if self.finish not in get_args(Finish):
             raise ConfigError(f"finish='{self.finish}': choose auto, presence_last or frozen.")
         if not 0.0 <= self.threshold_warmup <= 1.0:
             raise ConfigError(f"threshold_warmup={self.threshold_warmup} is outside [0, 1]: it is a share.")
@@ -82,7 +121,14 @@ class DToP(Method[DToPState]):
 
     def check(self, model: Model) -> None:
         heads = (*model.exit_heads, model.decode_head)
-        per_exit(self.threshold, model.num_exits)
+        check_threshold_sizes(self.threshold, model.num_exits, model.num_classes)
+        check_cap_length(self.cap, model.num_exits)
+        temperatures = per_exit(self.temperature, model.num_exits, "temperature")
+        if any(head.kind == "atm" and (self.score == "entropy" or t != 1.0) for head, t in zip(heads, temperatures)):
+            raise ConfigError(
+                "scores of ATM heads are no distribution over classes, and this model has an ATM exit head: "
+                "leave temperature at 1, and choose score='probability' or 'margin'."
+            )
         if any(head.needs_grid for head in heads):
             raise ConfigError(
                 "DToP runs its heads on live tokens only, and this model has a head that needs the whole grid: "
@@ -106,6 +152,7 @@ class DToP(Method[DToPState]):
             scores=empty if keeps_scores else None,
             presence=None,
             exit_stage=all_stay(tokens, model.num_exits),
+            label=torch.zeros(tokens.cells, dtype=torch.int64, device=tokens.x.device),
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: Model) -> tuple[Tokens, DToPState]:
@@ -116,19 +163,35 @@ class DToP(Method[DToPState]):
 
         # Rule: candidates are above p0; the k most confident of each class stay (a.6).
         with torch.no_grad():
-            leaves = self.leaves(n, head, patches, out, model)
+            score, label = self._grade(n, head, out, model)
+            state = replace(state, label=scatter(state.label, patches.position, label))
+            leaves = self.leaves(n, score, patches, state, model)
             stages = torch.where(leaves, n, model.num_exits)
             exit_stage = state.exit_stage.index_copy(0, patches.position, stages)
 
         # Carrier: none but the tokens kept; whoever leaves is gone for later blocks (a.4).
         return tokens.keep(~leaves), replace(state, exit_stage=exit_stage)
 
-    def leaves(self, n: int, head: Head, patches: Tokens, out: HeadOutput, model: Model) -> Tensor:
-        """Which of the live patch tokens leave at exit `n`: `(P,)` bool."""
-        image = out.packing.image_index()
-        score, label = class_scores(head.kind, out.logits, out.presence, image).max(dim=-1)
-        easy = select(score, per_exit(self.threshold, model.num_exits)[n])
-        return easy & ~retain_top_k(easy, score, label, image, model.num_classes, self.keep_per_class)
+    def _grade(self, n: int, head: Head, out: HeadOutput, model: Model) -> tuple[Tensor, Tensor]:
+        """Score and predicted class of the live patch tokens, `(P,)` each."""
+        logits = tempered(out.logits, per_exit(self.temperature, model.num_exits)[n])
+        probabilities = class_scores(head.kind, logits, out.presence, out.packing.image_index())
+        best, label = probabilities.max(dim=-1)
+        return best if self.score == "probability" else graded(probabilities, self.score), label
+
+    def leaves(self, n: int, score: Tensor, patches: Tokens, state: DToPState, model: Model) -> Tensor:
+        """Which of the live patch tokens leave at exit `n`: `(P,)` bool.
+
+        score: `(P,)`. state: with the classes predicted here, and where tokens left with those they left with.
+        """
+        image, label = patches.packing.image_index(), state.label.index_select(0, patches.position)
+        easy = select(score, of_class(per_exit(self.threshold, model.num_exits)[n], label))
+        if self.boundary_guard:
+            easy &= ~on_boundary(state.label, patches.grids).index_select(0, patches.position)
+        leaves = easy & ~retain_top_k(easy, score, label, image, model.num_classes, self.keep_per_class)
+        if self.cap is None:
+            return leaves
+        return keep_at_most(leaves, score, image, cap_limits(self.cap, n, patches.grids, score.device))
 
     def result(self, tokens: Tokens, state: DToPState, model: Model) -> Result:
         patches = tokens.patches()
@@ -152,7 +215,8 @@ class DToP(Method[DToPState]):
             live = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
             scores = scatter(scores, patches.position, live)
         presence = _latest_presence(out, state.presence)
-        stage = stage_of(head, patches, replace(out, presence=presence), logits if model.with_stages else None)
+        recorded = (logits, patches) if model.with_stages else (None, None)
+        stage = stage_of(head, patches, replace(out, presence=presence), *recorded)
         return replace(state, logits=logits, scores=scores, presence=presence, stages=(*state.stages, stage))
 
 

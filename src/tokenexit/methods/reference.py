@@ -9,16 +9,16 @@ Legend: cells = all patches of all images, P live patch tokens, K classes.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadOutput, class_scores
+from tokenexit.heads import class_scores
 from tokenexit.methods.base import Model, Stage
-from tokenexit.methods.dtop import DToP
+from tokenexit.methods.dtop import DToP, DToPState
 from tokenexit.tokens import Packing, Tokens
 
 
@@ -33,7 +33,10 @@ class Imposed(DToP):
 
     exit_stage: Tensor | None = None
 
-    def leaves(self, n: int, head: Head, patches: Tokens, out: HeadOutput, model: Model) -> Tensor:
+    def of_cells(self, cells: slice) -> Imposed:
+        return self if self.exit_stage is None else replace(self, exit_stage=self.exit_stage[cells])
+
+    def leaves(self, n: int, score: Tensor, patches: Tokens, state: DToPState, model: Model) -> Tensor:
         assert self.exit_stage is not None, "Imposed is made with the stages it imposes"
         return self.exit_stage.to(patches.position.device).index_select(0, patches.position) == n
 

@@ -73,7 +73,7 @@ def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], 
         "threads": torch.get_num_threads(),
     }
     content = {"about": {**about, **machine}, "results": [result.to_dict(names) for result in results]}
-    text = json.dumps(_without_nan(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with whole(path) as unfinished:
@@ -87,10 +87,10 @@ def _percents(shares: Sequence[float]) -> str:
     return "/".join(f"{100 * share:.0f}" for share in shares)
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same with None for NaN, which JSON does not know."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(inner) for key, inner in value.items()}
+        return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(inner) for inner in value]
+        return [without_nan(inner) for inner in value]
     return None if isinstance(value, float) and math.isnan(value) else value

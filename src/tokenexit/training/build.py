@@ -34,19 +34,42 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
                 f"{config.init_from} predicts {model.config.num_classes} classes, dataset {data.name} has "
                 f"{labels.num_classes}: choose a model of this dataset, or start from backbone weights."
             )
+        if config.new_exits:
+            model = _with_new_exits(model, config)
+        model.calibration = None  # thresholds belong to the weights they were chosen for
         _apply_drop_path(model, config)
         return model.train(), None
+    if config.new_exits:
+        raise ConfigError("model.new_exits puts exits on a saved model: give its folder as model.init_from.")
     model = ExitSegmenter(
         config.backbone,
         num_classes=labels.num_classes,
         exits=config.exits,
         exit_head=config.exit_head,
         decode_head=config.decode_head,
-        preprocessing=Preprocessing(mean=data.mean, std=data.std, labels=labels),
+        preprocessing=_preprocessing(data, labels),
         weights=config.weights,
         **config.options,
     )
     return model.train(), model.load_report
+
+
+def _preprocessing(data: DataConfig, labels: Labels) -> Preprocessing:
+    return Preprocessing(mean=data.mean, std=data.std, labels=labels, window=data.window, stride=data.stride)
+
+
+def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
+    """Backbone, decode head and preprocessing of a saved model, with fresh exit heads where `config` wants them."""
+    model = ExitSegmenter(
+        saved.config.backbone,
+        num_classes=saved.config.num_classes,
+        exits=config.exits,
+        exit_head=config.exit_head,
+        decode_head=saved.config.decode_head,
+        preprocessing=saved.preprocessing,
+    )
+    model.backbone, model.decode_head = saved.backbone, saved.decode_head
+    return model
 
 
 def _apply_drop_path(model: ExitSegmenter, config: ModelConfig) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -18,35 +19,34 @@ import torch
 from torch import nn
 
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.training.config import TrainConfig, differing_key, flat
+from tokenexit.training.config import TrainConfig, differing_key, flat, saved_config
 
 LATEST = "latest"
 STATE, RUN = "state.pt", "run.json"
 
+Parts = Mapping[str, nn.Module | torch.optim.Optimizer]
+"""What a run is made of, by name."""
+
 
 @dataclass(frozen=True)
-class Resume:
-    """Where a run stands: `step` steps are done; `history` holds what was logged so far."""
+class Stand:
+    """Where a run stands: `step` steps are done by `processes` processes; `history` holds what was logged so far."""
 
     step: int
     history: list[dict[str, Any]]
+    processes: int
 
 
-def save_checkpoint(
-    folder: Path,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    config: TrainConfig,
-    history: list[dict[str, Any]],
-) -> None:
-    """Write the checkpoint after `step` steps and forget all others, finished or not."""
+def save_checkpoint(folder: Path, stand: Stand, parts: Parts, config: TrainConfig) -> None:
+    """Write the checkpoint of `parts` as they stand, and forget all others, finished or not."""
+    step = stand.step
     unfinished = folder / f".step-{step:07d}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        torch.save({"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict()}, unfinished / STATE)
-        (unfinished / RUN).write_text(json.dumps({"config": flat(config), "history": history}))
+        torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, unfinished / STATE)
+        run = {"config": flat(config), "history": stand.history, "processes": stand.processes}
+        (unfinished / RUN).write_text(json.dumps(run))
         final = _free_name(folder / f"step-{step:07d}")
         os.replace(unfinished, final)
         pointer = folder / f".{LATEST}"
@@ -63,10 +63,8 @@ def save_checkpoint(
             shutil.rmtree(other, ignore_errors=True)
 
 
-def load_checkpoint(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig
-) -> Resume | None:
-    """Restore the last complete checkpoint; None if there is none.
+def load_checkpoint(folder: Path, parts: Parts, config: TrainConfig) -> Stand | None:
+    """Restore `parts` from the last complete checkpoint; None if there is none.
 
     Raises `ConfigError` if it belongs to a run of another configuration, `CheckpointError` if it is damaged.
     """
@@ -81,20 +79,24 @@ def load_checkpoint(
         )
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        return Resume(int(state["step"]), list(run["history"]))
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        return Stand(int(state["step"]), run["history"], run["processes"])
     except Exception as error:  # a cut or foreign file ends in any of a dozen types
         raise _damaged(path, error) from None
 
 
 def _read_run(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder that `latest` names, and its configuration and history."""
+    """The folder that `latest` names, and its configuration, history and number of processes."""
     path = folder
     try:
         path = folder / (folder / LATEST).read_text().strip()
         run = json.loads((path / RUN).read_text())
-        return path, {"config": dict(run["config"]), "history": list(run["history"])}
+        return path, {
+            "config": saved_config(run["config"]),
+            "history": list(run["history"]),
+            "processes": int(run.get("processes", 1)),
+        }
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from tokenexit.errors import ConfigError
 
@@ -29,6 +29,8 @@ class ModelConfig:
     """Backbone weights to start from: a .safetensors or .pth file, or hf-hub:OWNER/NAME."""
     init_from: str | None = None
     """Folder of a saved model to fine-tune; architecture, preprocessing and classes are taken from it."""
+    new_exits: bool = False
+    """With init_from: keep backbone and decode head, and put fresh exit heads at `exits`, as `exit_head` says."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path alone."""
 
@@ -51,12 +53,18 @@ class DataConfig:
     """Height and width of training crops, in pixels."""
     ratio: tuple[float, float] = (0.5, 2.0)
     """Range of the random resize."""
+    resize_base: tuple[int, int] | None = None
+    """Long and short side, in pixels, that the random resize takes as 1; the picture's own if not given."""
     cat_max_ratio: float = 0.75
     """Largest share of one class in a crop; crops beyond are drawn again, as in mmsegmentation."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Subtracted from pixels in 0..1, red, green and blue; AugReg weights need 0.5."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixels in 0..1 are divided by it; AugReg weights need 0.5."""
+    window: tuple[int, int] | None = None
+    """Height and width of the windows in which the model segments later; the whole picture if not given."""
+    stride: tuple[int, int] | None = None
+    """Distance of these windows; they touch if not given."""
     workers: int = 0
     """Processes that load pictures; 0 loads them between the steps."""
     cache: bool = False
@@ -91,14 +99,20 @@ class OptimConfig:
     """Share of the rate that the first step has."""
     power: float = 0.9
     """Of the polynomial decay."""
+    decay_start: int = 0
+    """Step at which the decay begins; 0 lets it run during the warm-up, as mmcv 0.x did."""
+    decay_end: int | None = None
+    """Step at which the decay would end; that of the run if not given."""
     min_lr: float = 0.0
-    """Rate of the backbone that the decay ends at."""
+    """Rate that the decay ends at, the same for backbone and heads."""
     clip_grad_norm: float | None = None
     """Largest norm of the gradient; no limit if not given."""
 
     def __post_init__(self) -> None:
         _positive("optim", self, "lr", "head_lr_factor")
-        _at_least("optim", self, weight_decay=0, warmup_steps=0, power=0, min_lr=0)
+        _at_least("optim", self, weight_decay=0, warmup_steps=0, power=0, min_lr=0, decay_start=0)
+        if self.decay_end is not None:
+            _at_least("optim", self, decay_end=self.decay_start + 1)
         _in_range("optim", self, 0.0, 1.0, "momentum", "warmup_start")
         if self.min_lr > self.lr:
             raise ConfigError(f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}: lower it.")
@@ -111,6 +125,31 @@ class OptimConfig:
 
 
 @dataclass
+class DistillConfig:
+    """Learning from a dense model, beside the labels (DoViT B.1)."""
+
+    teacher: str | None = None
+    """Folder of a saved model that is asked without exits; none for no distillation."""
+    features: float = 0.5
+    """Weight of the squared difference of the features that the decode heads read."""
+    logits: float = 1.0
+    """Weight of the divergence of the decode heads' logits."""
+    exits: float = 0.0
+    """Weight of the divergence of every exit's logits from the teacher's decode head."""
+    temperature: float = 1.0
+    """Logits are divided by it, and divergences multiplied by its square."""
+
+    def __post_init__(self) -> None:
+        _at_least("distill", self, features=0, logits=0, exits=0)
+        _positive("distill", self, "temperature")
+        if self.teacher is not None and not (self.features or self.logits or self.exits):
+            raise ConfigError("distill.teacher has nothing to teach: make one of features, logits and exits positive.")
+
+
+Freeze = Literal["none", "backbone", "all_but_exit_heads"]
+
+
+@dataclass
 class TrainConfig:
     """A training run."""
 
@@ -119,6 +158,9 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    freeze: Freeze = "none"
+    """What is not trained: the backbone, or all_but_exit_heads, which leaves the dense prediction as it was."""
     methods: list[Any] = field(default_factory=lambda: ["dense"])
     """What the forward pass runs, names or mappings of `name` and options; one is drawn for each step, so that one
     model serves them all, and the first is validated."""
@@ -126,6 +168,16 @@ class TrainConfig:
     """Steps of the optimiser; the schedule of rates ends with them."""
     batch_size: int = 8
     """Pictures per step, of all processes together."""
+    accumulate: int = 1
+    """Parts that a process takes its pictures of a step in, one after the other, to save memory; they weigh alike, as
+    processes do, and each has batch statistics of its own."""
+    checkpoint_blocks: bool = False
+    """Compute each block a second time in the backward pass instead of keeping what it held; the result is the same."""
+    sync_batch_norm: bool = False
+    """Take batch statistics over all processes; on CUDA alone."""
+    ema_decay: float | None = None
+    """Average the weights, those so far with this share; the average is what is validated and saved. No average if not
+    given."""
     aux_weight: float = 0.4
     """Weight of every exit's loss; 0.4 is usual for softmax heads, 1 for ATM heads."""
     loss_stride: int = 1
@@ -147,7 +199,7 @@ class TrainConfig:
     """Continue from the last checkpoint in `out`; false starts anew and overwrites it."""
 
     def __post_init__(self) -> None:
-        _at_least("", self, steps=1, batch_size=1, loss_stride=1, seed=0, aux_weight=0)
+        _at_least("", self, steps=1, batch_size=1, accumulate=1, loss_stride=1, seed=0, aux_weight=0)
         _at_least("", self, validate_every=0, checkpoint_every=0)
         if self.val_limit is not None:
             _at_least("", self, val_limit=1)
@@ -155,10 +207,14 @@ class TrainConfig:
             raise ConfigError(f"class_weights={self.class_weights} must not be negative: give one factor per class.")
         if not self.methods:
             raise ConfigError("methods is empty: name at least one, such as dense.")
+        if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
+            raise ConfigError(f"ema_decay={self.ema_decay} must lie between 0 and 1: choose a value such as 0.999.")
+        if self.freeze not in get_args(Freeze):
+            raise ConfigError(f"freeze='{self.freeze}' is unknown: choose one of {', '.join(get_args(Freeze))}.")
 
 
 FREE_KEYS = {
-    *("out", "resume", "validate_every", "val_limit", "checkpoint_every"),
+    *("out", "resume", "validate_every", "val_limit", "checkpoint_every", "checkpoint_blocks"),
     *("data.root", "data.val_split", "data.workers", "data.cache"),
 }
 """What may differ when a run continues: where things lie, and what is done beside the training.
@@ -171,7 +227,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     """All values by their dotted key, in the types that JSON gives back."""
     flattened: dict[str, Any] = {}
     for key, value in asdict(config).items():
-        if key in ("model", "data", "optim"):
+        if key in ("model", "data", "optim", "distill"):
             flattened |= {f"{key}.{name}": _plain(inner) for name, inner in value.items()}
         else:
             flattened[key] = _plain(value)
@@ -182,6 +238,11 @@ def differing_key(saved: dict[str, Any], config: TrainConfig) -> str | None:
     """The first key that parts a run, saved as `flat`, from this configuration."""
     now = flat(config)
     return next((key for key in now if key not in FREE_KEYS and saved.get(key) != now[key]), None)
+
+
+def saved_config(values: dict[str, Any]) -> dict[str, Any]:
+    """A configuration saved as `flat`, with those keys at their defaults that did not exist when it was written."""
+    return flat(TrainConfig()) | values
 
 
 def _plain(value: Any) -> Any:

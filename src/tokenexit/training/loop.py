@@ -1,7 +1,7 @@
 """The training loop: data, forward, loss, backward, step, log, evaluate, save, in that order.
 
-Everything random in a step is a function of (seed, step, process), so that a run that was killed and resumed ends
-with the weights of one that was not.
+Everything random in a step is a function of (seed, step, part of the batch), so that a run that was killed and resumed
+ends with the weights of one that was not.
 """
 
 from __future__ import annotations
@@ -12,28 +12,35 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from tokenexit.checkpoints.load import LoadReport
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training
 from tokenexit.data.transforms import training_transform
 from tokenexit.errors import ConfigError
+from tokenexit.evaluation.processes import gather, together
 from tokenexit.methods import Method, build_method
 from tokenexit.segmenter import WEIGHTS_FILE, ExitSegmenter
+from tokenexit.training.batch_norm import synchronise_batch_norms
 from tokenexit.training.build import build_dataset, build_model
-from tokenexit.training.checkpoint import load_checkpoint, save_checkpoint
+from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_checkpoint
 from tokenexit.training.config import TrainConfig
+from tokenexit.training.distill import distillation_loss, load_teacher
+from tokenexit.training.freeze import check_start, training_mode
 from tokenexit.training.losses import segmentation_loss
-from tokenexit.training.optim import build_optimizer, lr_factor
+from tokenexit.training.optim import build_optimizer, learning_rate
 
 Say = Callable[[str], None]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -49,10 +56,50 @@ def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitS
     refused with a `ConfigError`, except for the keys in `FREE_KEYS`. say: receives one line per event.
     """
     config = replace(config, precision=_precision(config))
-    methods = [build_method(spec) for spec in config.methods]
     # On a CPU several processes find each other only if it is asked for. Autocast is ours, as accelerate would fix the
     # precision of the whole process.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
+    with together():
+        run, report = _set_up(config, accelerator, say if accelerator.is_main_process else _silent)
+        resumed = load_checkpoint(run.checkpoints, run.parts, config) if config.resume else None
+    _check_same_step(run, resumed)
+    if resumed is None:
+        run.say("\n".join([*([report.summary()] if report else []), run.headline()]))
+    else:
+        run.step, run.saved, run.history = resumed.step, resumed.step, resumed.history
+        if resumed.step == config.steps:
+            run.say(f"{run.out} is finished: all {config.steps} steps are done, its model is there")
+        else:
+            run.say(f"resuming {run.out} after step {run.step} of {config.steps}" + _other_processes(run, resumed))
+    try:
+        _run_steps(run, progress)
+        run.share_buffers()
+    except KeyboardInterrupt:
+        after = f"after step {run.saved}" if run.saved else "from the start, as no checkpoint is saved yet"
+        run.say(f"interrupted after step {run.step}; the same command continues {after}")
+        raise
+    except RuntimeError as error:
+        if accelerator.num_processes > 1 and _lost_connection(error):
+            raise ConfigError(
+                "another process of this run has ended: its own message says why; the same command continues from the "
+                "last checkpoint."
+            ) from None
+        raise
+    if accelerator.is_main_process:
+        if run.saved < run.step:
+            run.save()
+        run.result.save_pretrained(run.out)
+        training = {"config": asdict(config), "history": run.history}
+        (run.out / "training.json").write_text(json.dumps(training, indent=2))
+    accelerator.wait_for_everyone()
+    return run.result.eval()
+
+
+def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Run, LoadReport | None]:
+    """Everything that a run is made of, before its first step; and what was loaded to start from."""
+    _check_parts(config, accelerator.num_processes)
+    check_start(config.freeze, config.model)
+    methods = [build_method(spec) for spec in config.methods]
     torch.manual_seed(config.seed)
     data = build_dataset(config.data, config.data.train_split)
     if config.class_weights is not None and len(config.class_weights) != data.labels.num_classes:
@@ -61,35 +108,23 @@ def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitS
             "give one for each."
         )
     model, report = build_model(config.model, config.data, data.labels)
-    out = _checked_out(config)
-    run = Run(config, out, accelerator, model, methods, data, say if accelerator.is_main_process else _silent)
-
-    optimizer = build_optimizer(model, config.optim)
-    resumed = load_checkpoint(run.checkpoints, model, optimizer, config) if config.resume else None
-    if resumed is None:
-        run.say("\n".join([*([report.summary()] if report else []), run.headline()]))
-    else:
-        run.step, run.saved, run.history = resumed.step, resumed.step, resumed.history
-        if resumed.step == config.steps:
-            run.say(f"{out} is finished: all {config.steps} steps are done, its model is there")
-        else:
-            run.say(f"resuming {out} after step {resumed.step} of {config.steps}")
-    try:
-        _run_steps(run, optimizer, progress)
-    except KeyboardInterrupt:
-        after = f"after step {run.saved}" if run.saved else "from the start, as no checkpoint is saved yet"
-        run.say(f"interrupted after step {run.step}; the same command continues {after}")
-        raise
-    if accelerator.num_processes > 1:
-        for buffer in model.buffers():  # batch statistics are a process's own: all end with those that are saved
-            torch.distributed.broadcast(buffer, 0)
-    if accelerator.is_main_process:
-        if run.saved < run.step:
-            run.save(optimizer)
-        model.save_pretrained(out)
-        (out / "training.json").write_text(json.dumps({"config": asdict(config), "history": run.history}, indent=2))
-    accelerator.wait_for_everyone()
-    return model.eval()
+    model.to(accelerator.device).backbone.grad_checkpointing = config.checkpoint_blocks
+    if _syncs(config, accelerator):
+        synchronise_batch_norms(model)
+    training_mode(model, config.freeze)
+    run = Run(
+        config=config,
+        out=_checked_out(config),
+        accelerator=accelerator,
+        model=model,
+        optimizer=build_optimizer(model, config.optim),
+        average=None if config.ema_decay is None else average_of(model, config.ema_decay),
+        teacher=load_teacher(config.distill, model),
+        methods=methods,
+        data=data,
+        say=say,
+    )
+    return run, report
 
 
 @dataclass
@@ -100,6 +135,9 @@ class Run:
     out: Path
     accelerator: Accelerator
     model: ExitSegmenter
+    optimizer: torch.optim.Optimizer
+    average: AveragedModel | None
+    teacher: ExitSegmenter | None
     methods: list[Method[Any]]
     data: SegmentationDataset
     say: Say
@@ -111,34 +149,64 @@ class Run:
     def checkpoints(self) -> Path:
         return self.out / "checkpoints"
 
+    @property
+    def parts(self) -> Parts:
+        """What a checkpoint holds."""
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        return parts if self.average is None else parts | {"average": self.average}
+
+    @property
+    def result(self) -> ExitSegmenter:
+        """The model that is validated and saved: the average of the weights, if there is one."""
+        return self.model if self.average is None else cast(ExitSegmenter, self.average.module)
+
     def headline(self) -> str:
         """What is about to happen, in one line."""
-        config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
-        processes = self.accelerator.num_processes
-        return (
-            f"training {parameters / 1e6:.1f} M parameters on {len(self.data)} pictures of {config.data.name}, "
-            f"{config.steps} steps of {config.batch_size}, on {self.accelerator.device.type} in {config.precision}"
-            + (f", {processes} processes, each with batch statistics of its own" if processes > 1 else "")
-        )
+        config, processes = self.config, self.accelerator.num_processes
+        total = sum(p.numel() for p in self.model.parameters())
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        words = [
+            f"training {trained / 1e6:.1f} M",
+            f" of {total / 1e6:.1f} M" if trained < total else "",
+            " parameters",
+            f" on {len(self.data)} pictures of {config.data.name}, {config.steps} steps of {config.batch_size}",
+            f" in {config.accumulate} parts" if config.accumulate > 1 else "",
+            f", on {self.accelerator.device.type} in {config.precision}",
+            f", taught by {config.distill.teacher}" if self.teacher else "",
+            f", {processes} processes, {self._statistics()}" if processes > 1 else "",
+        ]
+        return "".join(words)
 
-    def save(self, optimizer: torch.optim.Optimizer) -> None:
-        save_checkpoint(self.checkpoints, self.step, self.model, optimizer, self.config, self.history)
+    def _statistics(self) -> str:
+        if _syncs(self.config, self.accelerator):
+            return "with batch statistics of all together"
+        why = ", as sync_batch_norm needs CUDA" if self.config.sync_batch_norm else ""
+        return f"each with batch statistics of its own{why}"
+
+    def share_buffers(self) -> None:
+        """Batch statistics are a process's own: all take those of the first, which are the ones that are saved."""
+        if self.accelerator.num_processes > 1:
+            for buffer in self.result.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def save(self) -> None:
+        stand = Stand(self.step, self.history, self.accelerator.num_processes)
+        save_checkpoint(self.checkpoints, stand, self.parts, self.config)
         self.saved = self.step
 
 
-def _run_steps(run: Run, optimizer: torch.optim.Optimizer, progress: bool) -> None:
+def _run_steps(run: Run, progress: bool) -> None:
     """The steps that are left."""
     config, accelerator = run.config, run.accelerator
     validation = _validation_set(run)
-    wrapped, prepared = accelerator.prepare(run.model, optimizer)
+    wrapped, prepared = accelerator.prepare(run.model, run.optimizer)
     log = TrainingLog(config.steps, run.step)
     with _progress_bar(log, run.say, progress and accelerator.is_main_process) as advance:
         for batch in _loader(run):
             for group in prepared.param_groups:
-                group["lr"] = group["initial_lr"] * lr_factor(run.step, config.steps, config.optim)
-            torch.manual_seed(_step_seed(config.seed, run.step, accelerator.process_index))
+                group["lr"] = learning_rate(group["initial_lr"], run.step, config.steps, config.optim)
             method = draw_method(run.methods, config.seed, run.step).at(run.step / config.steps)
-            loss = train_step(wrapped, prepared, batch, method, config, run.data.labels.ignore_index, accelerator)
+            loss = train_step(wrapped, prepared, batch, method, run)
             if not math.isfinite(loss):  # before anything is saved
                 raise ConfigError(
                     f"the loss became {loss} at step {run.step + 1}: lower optim.lr={config.optim.lr}, lengthen "
@@ -148,36 +216,53 @@ def _run_steps(run: Run, optimizer: torch.optim.Optimizer, progress: bool) -> No
             log.add(loss)
             advance()
             if validation is not None and (run.step % config.validate_every == 0 or run.step == config.steps):
+                run.share_buffers()
                 entry = {"step": run.step, "loss": log.mean(), "seconds": log.seconds()}
-                entry |= validate(run.model, config, run.methods[0], validation)
+                entry |= validate(run.result, config, run.methods[0], validation)
                 run.history.append(entry)
                 run.say(f"step {run.step}: loss {entry['loss']:.3f}, validation mIoU {entry['miou']:.2f}")
             due = config.checkpoint_every and run.step % config.checkpoint_every == 0
             if due and run.step < config.steps and accelerator.is_main_process:
-                run.save(optimizer)
+                run.save()
 
 
-def train_step(
-    model: torch.nn.Module,
-    optimizer: Any,
-    batch: TrainingBatch,
-    method: Method[Any],
-    config: TrainConfig,
-    ignore_index: int,
-    accelerator: Accelerator,
-) -> float:
-    """One step of the optimiser; returns the loss."""
-    device = accelerator.device
-    images, masks = batch["image"].to(device), batch["mask"].to(device)
-    with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(images, method)
-    loss = segmentation_loss(output, masks, ignore_index, config.aux_weight, config.loss_stride, config.class_weights)
-    accelerator.backward(loss)
+def train_step(model: torch.nn.Module, optimizer: Any, batch: TrainingBatch, method: Method[Any], run: Run) -> float:
+    """One step of the optimiser; returns the mean loss over all parts of the batch, those of other processes too."""
+    config, accelerator = run.config, run.accelerator
+    parts = config.accumulate
+    total = torch.zeros((), device=accelerator.device)
+    for i, (images, masks) in enumerate(zip(batch["image"].chunk(parts), batch["mask"].chunk(parts))):
+        torch.manual_seed(_seed_of_part(config.seed, run.step, accelerator.process_index * parts + i))
+        with accelerator.no_sync(model) if i + 1 < parts else nullcontext():
+            loss = _loss(model, images.to(total.device), masks.to(total.device), method, run) / parts
+            accelerator.backward(loss)
+        total += loss.detach()
     if config.optim.clip_grad_norm is not None:
         accelerator.clip_grad_norm_(model.parameters(), config.optim.clip_grad_norm)
     optimizer.step()
     optimizer.zero_grad()
-    return float(loss.detach())
+    if run.average is not None:
+        run.average.update_parameters(run.model)
+    return float(accelerator.reduce(total, "mean"))
+
+
+def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[Any], run: Run) -> Tensor:
+    """The loss of one part of a batch."""
+    config, target = run.config, None
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+        output = model(images, method)
+        if run.teacher is not None:
+            with torch.no_grad():
+                target = run.teacher(images, with_stages=True)
+    void = run.data.labels.ignore_index
+    loss = segmentation_loss(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights)
+    return loss if target is None else loss + distillation_loss(output, target, config.distill)
+
+
+def average_of(model: ExitSegmenter, decay: float) -> AveragedModel:
+    """The exponential moving average of a model's weights, from those after the first step on; its buffers are the
+    model's own."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def draw_method(methods: list[Method[Any]], seed: int, step: int) -> Method[Any]:
@@ -194,7 +279,7 @@ def validate(
     from tokenexit.evaluation.evaluate import evaluate
 
     (result,) = evaluate(model.eval(), data, [method], limit=config.val_limit, precision=_precision(config))
-    model.train()
+    training_mode(model, config.freeze)
     return {"miou": result.scores.miou, "gmacs": result.gmacs_mean}
 
 
@@ -216,6 +301,7 @@ def _loader(run: Run) -> DataLoader[Any]:
         (config.data.crop[0], config.data.crop[1]),
         ignore_index=run.data.labels.ignore_index,
         ratio=(config.data.ratio[0], config.data.ratio[1]),
+        base=config.data.resize_base,
         cat_max_ratio=config.data.cat_max_ratio,
     )
     sampler = ResumableSampler(
@@ -251,8 +337,43 @@ def _checked_out(config: TrainConfig) -> Path:
     return out
 
 
-def _step_seed(seed: int, step: int, process: int) -> int:
-    return int(np.random.SeedSequence([seed, step, process]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+def _check_parts(config: TrainConfig, processes: int) -> None:
+    """Every process must get as many pictures of a step, in as many equal parts."""
+    if config.batch_size % (processes * config.accumulate):
+        raise ConfigError(
+            f"batch_size={config.batch_size} is no multiple of {processes} processes x accumulate={config.accumulate}: "
+            "choose one that is."
+        )
+
+
+def _check_same_step(run: Run, resumed: Stand | None) -> None:
+    """Machines that do not share the run's folder would go on from different steps, and wait for each other forever."""
+    steps = sorted(set(gather(resumed.step if resumed else 0)))
+    if len(steps) > 1:
+        raise ConfigError(
+            f"processes found {run.checkpoints} at steps {', '.join(map(str, steps))}: choose an out that all machines "
+            "share."
+        )
+
+
+def _other_processes(run: Run, resumed: Stand) -> str:
+    now = run.accelerator.num_processes
+    return f", processes: {now}, before {resumed.processes}" if now != resumed.processes else ""
+
+
+def _lost_connection(error: RuntimeError) -> bool:
+    """gloo, which connects processes on CPUs, has no error of its own."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
+
+
+def _syncs(config: TrainConfig, accelerator: Accelerator) -> bool:
+    """Whether batch statistics are taken over all processes, for which torch needs CUDA."""
+    return config.sync_batch_norm and accelerator.device.type == "cuda" and accelerator.num_processes > 1
+
+
+def _seed_of_part(seed: int, step: int, part: int) -> int:
+    """part: counted over all processes, so that what is random does not hang on which of them takes it."""
+    return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _precision(config: TrainConfig) -> Precision:

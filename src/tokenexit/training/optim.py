@@ -37,13 +37,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas)
 
 
-def lr_factor(step: int, total: int, config: OptimConfig) -> float:
-    """Factor on every group's learning rate: linear warm-up, then polynomial decay to `min_lr`.
+def learning_rate(initial: float, step: int, steps: int, config: OptimConfig) -> float:
+    """Rate of a group that starts at `initial`: linear warm-up, then polynomial decay to `min_lr`.
 
     A pure function of the step, so that a resumed run continues where it stood.
     """
-    floor = config.min_lr / config.lr
-    decay: float = (1.0 - step / total) ** config.power * (1.0 - floor) + floor
+    end = steps if config.decay_end is None else config.decay_end
+    done = min(max(step - config.decay_start, 0) / max(end - config.decay_start, 1), 1.0)
+    rate: float = (initial - config.min_lr) * (1.0 - done) ** config.power + config.min_lr
     if step < config.warmup_steps:
-        decay *= config.warmup_start + (1.0 - config.warmup_start) * step / config.warmup_steps
-    return decay
+        rate *= config.warmup_start + (1.0 - config.warmup_start) * step / config.warmup_steps
+    return rate

@@ -1,0 +1,229 @@
+"""Does the guarantee hold? Many calibrations drawn from one pool of scenes whose true risk is known.
+
+    python -m benchmarks.guarantee --out runs/guarantee --plot docs/calibration/guarantee.png
+
+A small model is trained on small scenes; a path of thresholds is fixed on scenes of their own. The network then runs
+once for every place of the path over the pool, and its losses per image are kept. A calibration draws `--draws-of`
+images from the pool, with replacement, walks the path as `tokenexit calibrate` does, and is judged by the mean loss of
+the whole pool at the place where it ended, which is the true risk of such draws: it *violates* its bound if that is
+above it. The share of violations must not exceed 1 - confidence by more than binomial noise.
+
+Interrupted, it goes on where it was: model, path and every place are kept in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from tokenexit.calibration import guarantee
+from tokenexit.calibration.calibrate import Bound, Planner, Trial, places_to_test, spec_of
+from tokenexit.calibration.runs import Bench, Progress, dense_reference, error, true_run
+from tokenexit.data.base import Sample, SegmentationDataset
+from tokenexit.data.scenes import Scenes
+from tokenexit.methods import DToP, build_method
+from tokenexit.quickstart import scene_recipe
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.training.config import DataConfig
+from tokenexit.training.loop import train
+from tokenexit.writing import whole
+
+POOL_SEED, PATH_SEED = 71, 72
+PLACES = 16
+
+
+class Remembered:
+    """Scenes that are drawn once: small ones take as long to draw as to segment."""
+
+    def __init__(self, data: SegmentationDataset) -> None:
+        self.data, self.labels = data, data.labels
+        self.sample = lru_cache(maxsize=None)(data.__getitem__)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        return self.sample(index)
+
+
+def trained(out: Path, size: tuple[int, int], steps: int) -> ExitSegmenter:
+    """The quickstart's model on scenes of this size; trained once."""
+    if not (out / "config.json").exists():
+        recipe = scene_recipe(out, steps, "fp32", seed=0)
+        data = DataConfig(name="scenes", options={"length": 100_000, "size": size}, crop=size, ratio=(1.0, 1.5))
+        options = {**recipe.model.options, "pos_embed_grid": [size[0] // 8, size[1] // 8]}
+        train(replace(recipe, data=data, model=replace(recipe.model, options=options)), say=print)
+    return ExitSegmenter.from_pretrained(out)
+
+
+def fixed_path(path: Path, bench: Bench, bounds: Sequence[float]) -> list[dict[str, Any]]:
+    """Methods along a path fixed on images of its own, dense enough around every bound; built once."""
+    if path.exists():
+        specs: list[dict[str, Any]] = json.loads(path.read_text())
+        return specs
+    planner = Planner(bench, DToP(), "classes")
+    trial = Trial.on(bench, Bound("max_disagreement", sorted(bounds)[len(bounds) // 2]))
+    places_to_test(planner, trial)  # chooses the path
+    end = planner.path.end
+    specs = [spec_of(planner.at(end * (i + 1) / PLACES)) for i in range(PLACES)]
+    _keep(path, specs)
+    return specs
+
+
+def losses_of_pool(out: Path, bench: Bench, specs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+    """Disagreement with dense and share of dense compute, `(places, pool)` each; one run of the network per place."""
+    reference = None
+    losses, shares = [], []
+    for n, spec in enumerate(specs):
+        kept = out / f"place-{n:02}.npy"
+        if not kept.exists():
+            reference = reference or dense_reference(bench)
+            run = true_run(bench, build_method(spec), reference, f"place {n + 1} of {len(specs)}")
+            values = torch.stack([error(run.confusion, "pixels"), run.macs.double() / run.dense_macs]).numpy()
+            with whole(kept) as unfinished:
+                np.save(unfinished, values)
+        loss, share = np.load(kept)
+        losses.append(loss)
+        shares.append(share)
+    return np.stack(losses), np.stack(shares)
+
+
+def draw_calibrations(
+    losses: np.ndarray, shares: np.ndarray, bound: float, confidence: float, draws: int, images: int, seed: int
+) -> dict[str, Any]:
+    """What so many calibrations to "mean disagreement at most `bound`" choose, and how often they are wrong."""
+    rng = np.random.default_rng(seed)
+    risk = np.concatenate([[0.0], losses.mean(axis=1)])  # behind dense, whose loss is none
+    cost = np.concatenate([[1.0], shares.mean(axis=1)])
+    chosen = []
+    for _ in range(draws):
+        picked = losses[:, rng.integers(losses.shape[1], size=images)].mean(axis=1)
+        p_values = guarantee.hoeffding_bentkus(picked, images, bound)
+        chosen.append(guarantee.fixed_sequence(p_values, 1 - confidence))
+    violations = int((risk[chosen] > bound).sum())
+    delta = 1 - confidence
+    return {
+        "bound": bound,
+        "confidence": confidence,
+        "draws": draws,
+        "images": images,
+        "violations": violations,
+        "share_of_violations": violations / draws,
+        "allowed": delta,
+        "allowed_with_noise": delta + 1.645 * math.sqrt(delta * (1 - delta) / draws),
+        "true_risk": {"mean": float(risk[chosen].mean()), "largest": float(risk[chosen].max())},
+        "share_of_dense": {"mean": float(cost[chosen].mean()), "largest": float(cost[chosen].max())},
+        "risks": risk[chosen].tolist(),
+    }
+
+
+def draw_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
+    """True risk of every calibration beside its bound."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(results), figsize=(3.6 * len(results), 3.4), layout="constrained", sharey=True)
+    for ax, result in zip(np.atleast_1d(axes), results):
+        bound = result["bound"]
+        top = max(1.15 * bound, 1.05 * max(result["risks"]))
+        ax.hist(result["risks"], bins=np.linspace(0, top, 36), color="#1f6fb4")
+        ax.axvline(bound, color="#c8501e", linewidth=2)
+        saved = 1 - result["share_of_dense"]["mean"]
+        ax.set_title(
+            f"bound {bound:g} at confidence {result['confidence']:g}\n"
+            f"violated by {result['share_of_violations']:.1%}, allowed {result['allowed']:.0%}; "
+            f"{saved:.0%} fewer multiply-adds",
+            fontsize=9,
+        )
+        ax.set_xlabel("true disagreement with dense")
+        ax.spines[["top", "right"]].set_visible(False)
+    np.atleast_1d(axes)[0].set_ylabel(f"calibrations, of {results[0]['draws']}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
+    plt.close(figure)
+
+
+def _keep(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with whole(path) as unfinished:
+        unfinished.write_text(json.dumps(value, indent=1) + "\n")
+
+
+def _bar(title: str) -> Progress:
+    from rich.console import Console
+    from rich.progress import track
+
+    return lambda items: track(items, description=title, console=Console(stderr=True))
+
+
+def run(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """The whole experiment; returns what each bound came to."""
+    out, size = options.out, (options.size, options.size)
+    settings = {name: getattr(options, name) for name in ("pool", "path_images", "size", "steps", "bounds")}
+    kept = out / "settings.json"
+    if kept.exists() and json.loads(kept.read_text()) != settings:
+        raise SystemExit(f"{out} holds a run of other settings: choose another --out.")
+    _keep(kept, settings)
+    model = trained(out / "model", size, options.steps)
+    pool = Bench(model, Remembered(Scenes(options.pool, size, POOL_SEED)), tuple(range(options.pool)), progress=_bar)
+    scenes = Remembered(Scenes(options.path_images, size, PATH_SEED))
+    aside = Bench(model, scenes, tuple(range(options.path_images)), progress=_bar)
+    specs = fixed_path(out / "path.json", aside, options.bounds)
+    losses, shares = losses_of_pool(out, pool, specs)
+    results = [
+        draw_calibrations(losses, shares, bound, options.confidence, options.draws, options.draws_of, seed=n)
+        for n, bound in enumerate(options.bounds)
+    ]
+    about = {**settings, "method": specs[0]["name"], "risk_along_path": losses.mean(axis=1).tolist()}
+    about["share_of_dense_along_path"] = shares.mean(axis=1).tolist()
+    _keep(options.json or out / "guarantee.json", {"about": about, "results": results})
+    if options.plot is not None:
+        draw_plot(results, options.plot)
+    for result in results:
+        print(
+            f"bound {result['bound']:g}: {result['violations']} of {result['draws']} draws violate it "
+            f"({result['share_of_violations']:.1%}, allowed {result['allowed']:.0%}, with noise "
+            f"{result['allowed_with_noise']:.1%}); compute {result['share_of_dense']['mean']:.1%} of dense"
+        )
+    return results
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("runs/guarantee"), help="model, path and losses")
+    parser.add_argument("--pool", type=int, default=5000, help="scenes whose mean loss is the true risk")
+    parser.add_argument("--path-images", type=int, default=200, help="other scenes, on which the path is fixed")
+    parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels, a multiple of 8")
+    parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--draws", type=int, default=200, help="calibrations for each bound")
+    parser.add_argument("--draws-of", type=int, default=600, help="images for each")
+    parser.add_argument("--bounds", type=float, nargs="+", default=[0.02, 0.03, 0.05], help="on mean disagreement")
+    parser.add_argument("--confidence", type=float, default=0.9)
+    parser.add_argument("--json", type=Path, help="figures; in --out if not given")
+    parser.add_argument("--plot", type=Path, help="a PNG of true risks beside their bounds")
+    parser.add_argument("--quick", action="store_true", help="a minute or so, to see that it works")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    if options.quick:
+        options.pool, options.path_images, options.size, options.steps = 12, 6, 32, 1
+        options.draws, options.draws_of, options.bounds = 20, 40, [0.1, 0.3]
+    run(options)
+
+
+if __name__ == "__main__":
+    main()

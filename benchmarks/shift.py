@@ -1,0 +1,177 @@
+"""What a calibration is worth on other pictures: brightness, blur, noise, JPEG, and another place altogether.
+
+    python -m benchmarks.shift runs/camvid-calibrated --data camvid --data-root ../shared/data/camvid --split test
+    python -m benchmarks.shift runs/scenes-calibrated --data scenes --other camvid --other-root ../shared/data/camvid
+
+For every shift: how many pixels differ from the dense model on the same pictures, with the standard error over images,
+beside the bound that the calibration promises, if it does; what it costs; mIoU of both; and whether the monitor of
+`tokenexit predict` would warn. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageEnhance, ImageFilter
+
+from tokenexit.calibration.drift import Monitor
+from tokenexit.calibration.runs import Bench, dense_reference, drawn, error, true_run, truth_reference
+from tokenexit.calibration.saved import usual_of
+from tokenexit.data.base import Sample, SegmentationDataset
+from tokenexit.data.registry import open_dataset
+from tokenexit.evaluation.metrics import scores
+from tokenexit.methods import Dense
+from tokenexit.report.tables import Column, Table
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.writing import whole
+
+Shift = Callable[[Image.Image, int], Image.Image]
+
+
+def brightness(factor: float) -> Shift:
+    return lambda image, index: ImageEnhance.Brightness(image).enhance(factor)
+
+
+def blur(radius: float) -> Shift:
+    """Gaussian, radius in pixels."""
+    return lambda image, index: image.filter(ImageFilter.GaussianBlur(radius))
+
+
+def noise(sigma: float) -> Shift:
+    """Gaussian, of 255 grey values; a function of the picture's index."""
+
+    def noisy(image: Image.Image, index: int) -> Image.Image:
+        pixels = np.asarray(image, dtype=np.float64)
+        added = pixels + np.random.default_rng(index).normal(0.0, sigma, pixels.shape)
+        return Image.fromarray(added.round().clip(0, 255).astype(np.uint8))
+
+    return noisy
+
+
+def jpeg(quality: int) -> Shift:
+    def packed(image: Image.Image, index: int) -> Image.Image:
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality)
+        return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+    return packed
+
+
+SHIFTS: dict[str, Shift] = {
+    "none": lambda image, index: image,
+    **{f"brightness x {factor}": brightness(factor) for factor in (0.25, 0.5, 0.75, 1.5, 2.0)},
+    **{f"blur, radius {radius}": blur(radius) for radius in (1, 2, 4)},
+    **{f"noise, sigma {sigma}": noise(sigma) for sigma in (8, 16, 32)},
+    **{f"JPEG, quality {quality}": jpeg(quality) for quality in (50, 20, 8)},
+}
+
+
+class Shifted:
+    """A dataset whose pictures are changed; what they show is not."""
+
+    def __init__(self, data: SegmentationDataset, shift: Shift) -> None:
+        self.data, self.shift, self.labels = data, shift, data.labels
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        sample = self.data[index]
+        return Sample(self.shift(sample.image, index), sample.mask, sample.name)
+
+
+def measure(bench: Bench, name: str) -> dict[str, Any]:
+    """What the calibrated method does on these pictures."""
+    model = bench.model
+    method = model.calibrated_method()
+    assert method is not None, "checked when the model was read"
+    run = true_run(bench, method, dense_reference(bench), name)
+    losses = {average: error(run.confusion, average) for average in ("pixels", "classes")}
+    monitor = Monitor(usual_of(model))
+    monitor.add(run.histograms)
+    row = {
+        "shift": name,
+        "images": len(bench),
+        "disagreement": losses["pixels"].mean().item(),
+        "standard_error": losses["pixels"].std().item() / len(bench) ** 0.5,
+        "disagreement_mean_over_classes": losses["classes"].mean().item(),
+        "share_of_dense": run.share,
+        "unusual": monitor.unusual / monitor.pictures,
+        "warns": monitor.warning() is not None,
+        "miou": None,
+        "dense_miou": None,
+    }
+    # Where another dataset has other classes, agreement is all that can be asked.
+    if bench.data.labels.names == (model.preprocessing.labels or bench.data.labels).names:
+        truth = truth_reference(bench)
+        row["miou"] = scores(true_run(bench, method, truth, name).confusion.sum(0)).miou
+        row["dense_miou"] = scores(true_run(bench, Dense(), truth, name).confusion.sum(0)).miou
+    return row
+
+
+def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
+    columns = [
+        Column("pictures"),
+        Column("unlike dense", "{}", "right", "Share of pixels, mean over images, with its standard error."),
+        Column("bound", "{:.3g}", "right", "On that mean, promised for pictures like the calibration's only."),
+        Column("of dense", "{:.1%}", "right", "Multiply-adds over those of the dense model."),
+        Column("mIoU", "{:.2f}", "right"),
+        Column("dense mIoU", "{:.2f}", "right"),
+        Column("unusual", "{:.0%}", "right", "Pictures farther from the calibration's than 95 % of those."),
+        Column("warns", "{}", "right", "Whether `tokenexit predict` would say so."),
+    ]
+    cells = [
+        [
+            row["shift"],
+            f"{row['disagreement']:.2%} ± {row['standard_error']:.2%}",
+            bound,
+            row["share_of_dense"],
+            row["miou"],
+            row["dense_miou"],
+            row["unusual"],
+            "yes" if row["warns"] else "no",
+        ]
+        for row in rows
+    ]
+    return Table(columns, cells).to_markdown()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="a calibrated model")
+    parser.add_argument("--data", required=True, help="dataset that is shifted; not the calibration's own images")
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--limit", type=int, help="so many images of each, drawn at random")
+    parser.add_argument("--other", help="another dataset, as it is")
+    parser.add_argument("--other-root", type=Path)
+    parser.add_argument("--shifts", nargs="+", choices=list(SHIFTS), default=list(SHIFTS))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    model = ExitSegmenter.from_pretrained(options.model)
+    if model.calibrated_method() is None or model.calibration is None:
+        raise SystemExit(f"{options.model} is not calibrated: run `tokenexit calibrate` first.")
+    torch.manual_seed(0)
+    data = open_dataset(options.data, options.data_root, options.split)
+    indices = drawn(len(data), options.limit, 0)
+    rows = [measure(Bench(model, Shifted(data, SHIFTS[name]), indices), name) for name in options.shifts]
+    if options.other is not None:
+        other = open_dataset(options.other, options.other_root, options.split)
+        rows.append(measure(Bench(model, other, drawn(len(other), options.limit, 0)), options.other))
+    bound = model.calibration["asked"].get("max_disagreement")
+    print(table(rows, bound))
+    if options.json is not None:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        with whole(options.json) as unfinished:
+            unfinished.write_text(json.dumps({"bound": bound, "data": options.data, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Thresholds by intent: ask for a budget or for a bounded loss, get the exits."""

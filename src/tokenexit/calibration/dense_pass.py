@@ -1,0 +1,323 @@
+"""What each exit would say, from one dense pass per image; exits and costs for any thresholds follow without a run.
+
+An approximation, and stated as one: in a true run the tokens that go on have lost those that left as context, so their
+scores at later exits differ a little. Decisions at the first exit are exact. Whatever is chosen here is verified by a
+true run.
+
+Agreement is judged between tokens, too: where neighbours differ, class maps are interpolated, and an exit that names
+the right class less loudly moves the edge. So each map is sampled at S = 16 places per token. A token's samples are
+taken from a map of one exit alone; that its neighbours may have left elsewhere is the second approximation.
+
+Legend: E exits, N patch tokens of all images, n images, K classes. Doubt is 1 - score: half precision holds it to a
+thousandth of itself near a score of 1, where thresholds live.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenexit.calibration.runs import Bench
+from tokenexit.errors import ConfigError
+from tokenexit.exits import graded, on_boundary, per_exit, pooled_score, tempered
+from tokenexit.heads import Head, class_scores
+from tokenexit.ledger import dense_ops
+from tokenexit.methods import Dense, DoViT, DToP, Method, Model, Stage
+from tokenexit.methods.base import stage_of
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
+from tokenexit.windows import WindowedOutput
+
+SAMPLES = 4
+"""Places per side of a token at which maps are compared."""
+
+
+@dataclass(frozen=True)
+class DensePass:
+    """The record of a dense pass over n images.
+
+    doubt: `(E, N)` fp16, 1 - score of every token at every exit. label: `(E, N)` int16, the class its exit head names.
+    said: `(E + 1, N, S)` uint8 (int16 from 256 classes on), classes at S places of every token if it left at an exit,
+    the dense answer last. image: `(N,)` int64. grids: patches of each image. Where pictures are taken in windows, an
+    image is a window here.
+    groups: for each exit an order of all tokens by image, class and doubt, and where each token's group begins in it.
+    """
+
+    doubt: Tensor
+    label: Tensor
+    said: Tensor
+    image: Tensor
+    grids: tuple[Grid, ...]
+    num_classes: int
+    groups: tuple[tuple[Tensor, Tensor], ...]
+
+    @classmethod
+    def of(cls, bench: Bench, method: Method[Any]) -> DensePass:
+        """Run the dense model once on every image. Raises `ConfigError` for methods without thresholds."""
+        method = check_method(method)
+        recorder = _Recorder(decoded=isinstance(method, DoViT))
+        classes, steps = bench.model.config.num_classes, 2 if recorder.decoded else 1
+        doubts, labels, said = [], [], []
+        grids: list[Grid] = []
+        temperatures = per_exit(method.temperature, len(bench.model.config.exits), "temperature")
+        for _, _, seen in bench.forward(recorder, "dense pass"):
+            output = seen.windows if isinstance(seen, WindowedOutput) else seen
+            own = tuple(output.grid(i) for i in range(len(output)))
+            exits = output.stages[:-1:steps]
+            left = (*output.stages[steps - 1 : -1 : steps], output.stages[-1])
+            scores = [_score(stage, own, method, t) for stage, t in zip(exits, temperatures)]
+            doubts.append(1.0 - torch.stack(scores).cpu())
+            labels.append(torch.stack([_label(stage, own) for stage in exits]).short().cpu())
+            said.append(torch.stack([_samples(stage, own) for stage in left]).to(_small(classes)).cpu())
+            grids += own
+        return cls.made(torch.cat(doubts, 1).half(), torch.cat(labels, 1), torch.cat(said, 1), grids, classes)
+
+    @classmethod
+    def made(cls, doubt: Tensor, label: Tensor, said: Tensor, grids: Sequence[Grid], num_classes: int) -> DensePass:
+        image = Packing.of([h * w for h, w in grids], torch.device("cpu")).image_index()
+        groups = tuple(_grouped(image * num_classes + own.long(), d) for own, d in zip(label, doubt))
+        return cls(doubt, label, said, image, tuple(grids), num_classes, groups)
+
+    def __len__(self) -> int:
+        return len(self.grids)
+
+    def first(self, images: int) -> DensePass:
+        """The first so many images."""
+        n = sum(h * w for h, w in self.grids[:images])
+        return DensePass.made(
+            self.doubt[:, :n], self.label[:, :n], self.said[:, :n], self.grids[:images], self.num_classes
+        )
+
+    def losses(self, average: str) -> Tensor:
+        """What is lost if a token leaves at an exit or at none: `(E + 1, N)` fp32, to be summed over tokens.
+
+        average: "pixels" is the share of all samples whose class differs from the dense one. "classes" weighs a
+        sample that turns from class a to b by (1 / samples of a + 1 / samples of b) / (2 K), both as the dense model
+        has them: to first order the loss of mIoU against the dense labels, in which a class of few tokens, lost or
+        invented, weighs as much as a large one.
+        """
+        dense = self.said[-1].long()
+        wrong = self.said != self.said[-1]
+        if average == "pixels":
+            return wrong.float().mean(dim=2) / dense.shape[0]
+        counts = torch.bincount(dense.flatten(), minlength=self.num_classes).float()
+        weight = 1.0 / (2.0 * (counts > 0).sum() * counts.clamp(min=SAMPLES**2))
+        return torch.stack([((weight[dense] + weight[own.long()]) * bad).sum(1) for own, bad in zip(self.said, wrong)])
+
+
+@dataclass(frozen=True)
+class _Recorder(Dense):
+    """Dense, with the exit heads run on all tokens and, with `decoded`, the decode head on them as well: DoViT's
+    decode head reads the features a token left with."""
+
+    name: ClassVar[str] = "recorder"
+
+    decoded: bool = False
+
+    def at_exit(
+        self, n: int, tokens: Tokens, state: tuple[Stage, ...], model: Model
+    ) -> tuple[Tokens, tuple[Stage, ...]]:
+        patches = tokens.patches()
+        state = (*state, _stage(model.exit_heads[n], patches))
+        if self.decoded:
+            state = (*state, _stage(model.decode_head, patches.with_x(model.norm(patches.x))))
+        return tokens, state
+
+
+def _stage(head: Head, patches: Tokens) -> Stage:
+    out = head(patches)
+    return stage_of(head, patches, out, out.logits)
+
+
+def context_price(exits: Sequence[int], depth: int) -> Tensor:
+    """What it may cost others that a token is gone, by exit and for none, `(E + 1,)`: the square of the share of blocks
+    that miss it. A dense pass cannot see that cost; paths are built with several multiples of this and compared by
+    true runs."""
+    return torch.tensor([(1 - n / depth) ** 2 for n in exits] + [0.0])
+
+
+def check_method(method: Method[Any]) -> DToP | DoViT:
+    """Refuse what has no thresholds to choose, or lets images decide for each other."""
+    if not isinstance(method, DToP | DoViT) or type(method) not in (DToP, DoViT):
+        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose dtop or dovit.")
+    if isinstance(method, DoViT) and method.batch_mode == "mean":
+        raise ConfigError("batch_mode='mean' lets images decide for each other: calibrate with batch_mode='exact'.")
+    return method
+
+
+def _score(stage: Stage, grids: tuple[Grid, ...], method: Method[Any], temperature: float) -> Tensor:
+    """`(cells,)` fp32, as the method grades tokens."""
+    assert stage.logits is not None, "the recorder keeps every map"
+    assert isinstance(method, DToP | DoViT), "checked when the pass begins"
+    if isinstance(method, DoViT):
+        return pooled_score(stage.logits, grids, stage.scale, stage.upscale, method.score, temperature)
+    return graded(_class_scores(replace(stage, logits=tempered(stage.logits, temperature)), grids), method.score)
+
+
+def _label(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
+    """Class of every token, `(cells,)`; of a finer grid the class of the mean score over the token."""
+    return _class_scores(stage, grids).argmax(dim=-1)
+
+
+def _samples(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
+    """Classes at S places of every token, `(cells, S)`: the map interpolated as for the full size, sampled."""
+    assert stage.logits is not None, "the recorder keeps every map"
+    maps = stage.logits.float() if stage.kind == "softmax" else _class_scores(replace(stage, scale=1), grids)
+    batches = []
+    for members, grid_maps in unpack_grids(maps, grids, stage.scale):
+        side = [cells * SAMPLES // stage.scale for cells in grid_maps.shape[2:]]
+        fine = F.interpolate(grid_maps.contiguous(), side, mode="bilinear", align_corners=False).argmax(dim=1)
+        places = fine.unflatten(2, (-1, SAMPLES)).unflatten(1, (-1, SAMPLES))  # (b, h, S1, w, S2)
+        batches.append((members, places.permute(0, 2, 4, 1, 3).flatten(1, 2)))
+    return pack_grids(batches)
+
+
+def _small(classes: int) -> torch.dtype:
+    return torch.uint8 if classes <= 256 else torch.int16
+
+
+def _class_scores(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
+    """`(cells, K)`, averaged over each token where the head speaks of a finer grid."""
+    assert stage.logits is not None, "the recorder keeps every map"
+    rows = [h * w * stage.scale**2 for h, w in grids]
+    scores = class_scores(stage.kind, stage.logits, stage.presence, Packing.of(rows, stage.logits.device).image_index())
+    if stage.scale == 1:
+        return scores
+    batches = unpack_grids(scores, grids, stage.scale)
+    return pack_grids([(members, F.avg_pool2d(maps, stage.scale)) for members, maps in batches])
+
+
+def _grouped(group: Tensor, doubt: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by group, least doubt first, ties by row; and for each place in that order the start of its group."""
+    by_doubt = torch.sort(doubt, stable=True).indices
+    order = by_doubt[torch.sort(group[by_doubt], stable=True).indices]
+    ordered = group[order]
+    return order, torch.searchsorted(ordered, ordered)
+
+
+# ------------------------------------------------------------------------------------------------------- decisions
+
+
+def compose(dense: DensePass, method: Method[Any], limits: tuple[float, ...]) -> Tensor:
+    """At which exit each token leaves if its doubt must be below `limits` (one per exit): `(N,)` int64, E is never.
+
+    The method's own rules apply: DToP's retention, DoViT's second criterion, boundary guard, caps.
+    """
+    exits = len(dense.doubt)
+    stage = torch.full_like(dense.image, exits)
+    live = torch.ones_like(dense.image, dtype=torch.bool)
+    named = dense.label[0].long()  # the class each token had when it was last computed
+    for n, limit in enumerate(limits):
+        named = torch.where(live, dense.label[n].long(), named)
+        leaves = live & (dense.doubt[n].float() < limit)
+        if isinstance(method, DoViT) and method.min_improvement is not None and n > 0:
+            leaves |= live & (dense.doubt[n - 1].float() - dense.doubt[n].float() < method.min_improvement)
+        if isinstance(method, DToP | DoViT) and method.boundary_guard:
+            leaves &= ~on_boundary(named, dense.grids)
+        if isinstance(method, DToP):
+            leaves &= ~_retained(dense, n, leaves, method.keep_per_class)
+        if isinstance(method, DToP | DoViT) and method.cap is not None:
+            leaves |= _crowded_out(dense, n, live & ~leaves, method.cap[n])
+        stage = torch.where(leaves, n, stage)
+        live = live & ~leaves
+    return stage
+
+
+def _retained(dense: DensePass, n: int, candidate: Tensor, k: int) -> Tensor:
+    """The k most confident candidates of each image and class, `(N,)` bool: `retain_top_k` on a prepared order."""
+    if k == 0:
+        return torch.zeros_like(candidate)
+    order, start = dense.groups[n]
+    ordered = candidate[order]
+    count = ordered.int().cumsum(0)
+    before = count - ordered.int()  # candidates before this place, over all groups
+    stays = ordered & (before - before[start] < k)
+    return torch.zeros_like(candidate).index_copy_(0, order, stays)
+
+
+def _crowded_out(dense: DensePass, n: int, going_on: Tensor, share: float) -> Tensor:
+    """Those of `going_on` beyond the share of their image's tokens that may, the surest of them: `(N,)` bool."""
+    rows = going_on.nonzero().squeeze(1)
+    # Most doubt first, ties by row, within each image.
+    by_doubt = rows[torch.sort(dense.doubt[n][rows], descending=True, stable=True).indices]
+    order = by_doubt[torch.sort(dense.image[by_doubt], stable=True).indices]
+    image = dense.image[order]
+    rank = torch.arange(len(order)) - torch.searchsorted(image, image)
+    limit = torch.tensor([int(share * h * w + 1e-9) for h, w in dense.grids])
+    out = torch.zeros_like(going_on)
+    out[order[rank >= limit[image]]] = True
+    return out
+
+
+def live_counts(dense: DensePass, stage: Tensor) -> Tensor:
+    """Tokens of each image before the first exit and after each: `(n, E + 1)` int64."""
+    exits = len(dense.doubt)
+    left = torch.bincount(dense.image * (exits + 1) + stage, minlength=len(dense) * (exits + 1))
+    left = left.view(len(dense), exits + 1)
+    return left.flip(1).cumsum(1).flip(1)
+
+
+# ----------------------------------------------------------------------------------------------------------- costs
+
+
+class Costs:
+    """Multiply-adds of images from their live counts: the ledger's formulas, tabled over counts once per grid."""
+
+    def __init__(self, model: ExitSegmenter, method: Method[Any], grids: tuple[Grid, ...]) -> None:
+        self.exits = model.config.exits
+        self.depth = model.config.backbone.depth
+        self.on_grid = isinstance(method, DoViT)
+        self.scored_on_grid = isinstance(method, DoViT) and method.scoring == "grid"
+        distinct = list(dict.fromkeys(grids))
+        self.kind = torch.tensor([distinct.index(grid) for grid in grids])
+        self.tables = [self._table(model, grid) for grid in distinct]
+        self.dense = torch.tensor([dense_ops(model.backbone, model.decode_head, grid).macs for grid in distinct])[
+            self.kind
+        ]
+
+    def _table(self, model: ExitSegmenter, grid: Grid) -> Tensor:
+        """`(E + 3, cells + 1)` int64 by live tokens: each exit head, the decode head, a block, the embedding."""
+        counts = range(grid[0] * grid[1] + 1)
+        prefix = model.config.backbone.num_prefix_tokens
+        heads = [head for head in (*model.exit_heads, model.decode_head) if isinstance(head, Head)]
+        rows = [[head.ops(count, grid).macs for count in counts] for head in heads]
+        rows.append([model.backbone.block_ops(count + prefix).macs for count in counts])
+        rows.append([model.backbone.embed_ops(grid).macs] * len(counts))
+        return torch.tensor(rows)
+
+    def macs(self, live: Tensor) -> Tensor:
+        """`(n, E + 1)` live counts to `(n,)` int64 multiply-adds, exit heads included."""
+        exits = len(self.exits)
+        bounds = (0, *self.exits, self.depth)
+        total = torch.zeros(len(live), dtype=torch.int64)
+        for kind, table in enumerate(self.tables):
+            rows = self.kind == kind
+            own, cells = live[rows], live.new_full((int(rows.sum()),), table.shape[1] - 1)
+            macs = table[exits + 2][own[:, 0]]
+            for n in range(exits):
+                macs = macs + table[n][cells if self.scored_on_grid else own[:, n]]
+            macs = macs + table[exits][cells if self.on_grid else own[:, exits]]
+            for n in range(exits + 1):
+                macs = macs + (bounds[n + 1] - bounds[n]) * table[exits + 1][own[:, n]]
+            total[rows] = macs
+        return total
+
+    def share(self, live: Tensor) -> float:
+        """Multiply-adds over dense ones, both summed over images."""
+        return self.macs(live).sum().item() / self.dense.sum().item()
+
+
+def with_limits(method: Method[Any], limits: tuple[float, ...]) -> Method[Any]:
+    """The method with thresholds for these limits on doubt; 0 is never."""
+    assert isinstance(method, DToP | DoViT), "checked when calibration begins"
+    return replace(method, threshold=tuple(threshold_of(limit) for limit in limits))
+
+
+def threshold_of(limit: float) -> float:
+    """A threshold for a limit on doubt."""
+    return round(min(1.0, max(0.0, 1.0 - limit)), 10)

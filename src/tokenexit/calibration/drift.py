@@ -1,0 +1,182 @@
+"""Are these pictures like those of the calibration? Histograms of scores, image by image.
+
+Thresholds and guarantees hold for pictures exchangeable with the calibration's. A histogram per image of how sure each
+exit head was shows a good part of what breaks that: weather, blur, noise, another city. The unit is the image. An
+image is *unusual* if its histograms are farther from the calibration's mean than those of 95 % of the calibration
+images; of N exchangeable pictures about 5 % are, so a binomial test says when there are too many.
+
+It sees changes in scores, not in errors: a model that is sure and wrong goes unnoticed.
+
+Legend: n images, E exits, bins of doubt = 1 - score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tokenexit.heads import Head, HeadOutput, class_scores
+from tokenexit.segmenter import ExitSegmenter
+
+EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
+"""Inner edges of the bins of doubt, finer where models are sure."""
+USUAL = 0.95
+ALARM = 1e-3
+"""A warning is given if so many unusual pictures have at most this probability."""
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """counts: `(n, E, bins)` int64, how many tokens of each image an exit head was so sure of."""
+
+    counts: Tensor
+
+    def shares(self) -> Tensor:
+        """`(n, E, bins)` fp64; zeros at exits that saw no token."""
+        counts = self.counts.double()
+        return counts / counts.sum(dim=2, keepdim=True).clamp(min=1)
+
+
+class Seen:
+    """What the exit heads said while they were watched."""
+
+    def __init__(self, num_exits: int) -> None:
+        self.calls: list[list[Tensor]] = [[] for _ in range(num_exits)]
+
+    def histograms(self, windows: Sequence[int]) -> Histograms:
+        """Of all images seen so far, in their order; zeros for heads that were not run, as by Dense.
+
+        windows: into how many windows each image was cut, 1 for those taken whole.
+        """
+        image = torch.repeat_interleave(torch.arange(len(windows)), torch.tensor(windows))
+        counts = torch.zeros(len(windows), len(self.calls), len(EDGES) + 1, dtype=torch.int64)
+        for n, calls in enumerate(self.calls):
+            if calls:
+                counts[:, n].index_add_(0, image, torch.cat(calls).cpu())
+        return Histograms(counts)
+
+
+@contextmanager
+def monitored(model: ExitSegmenter, monitor: Monitor | None) -> Iterator[None]:
+    """A block in which one picture is segmented, which `monitor` then takes into account; nothing without one."""
+    if monitor is None:
+        yield
+        return
+    with watch(model) as seen:
+        yield
+    monitor.add(seen.histograms([max(sum(len(counts) for counts in calls) for calls in seen.calls)]))
+
+
+@contextmanager
+def watch(model: ExitSegmenter) -> Iterator[Seen]:
+    """Record the scores of the exit heads in every call within the block, which must run in one thread.
+
+    Methods differ in what they show a head, live tokens or all, so histograms compare only within one method.
+    """
+    heads = [head for head in model.exit_heads if isinstance(head, Head)]
+    seen = Seen(len(heads))
+
+    def recorder(n: int) -> Any:
+        def record(head: Head, args: tuple[Any, ...], out: HeadOutput) -> None:
+            seen.calls[n].append(_histogram(head, out))
+
+        return record
+
+    handles = [head.register_forward_hook(recorder(n)) for n, head in enumerate(heads)]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def _histogram(head: Head, out: HeadOutput) -> Tensor:
+    """`(B, bins)` counts of one run of a head."""
+    image = out.packing.image_index()
+    if len(out.logits) != len(image):  # a finer grid: several rows per token, image after image
+        image = torch.repeat_interleave(image, len(out.logits) // max(1, len(image)))
+    doubt = 1.0 - class_scores(head.kind, out.logits, out.presence, image).amax(dim=-1)
+    bins = len(EDGES) + 1
+    place = torch.bucketize(doubt, torch.tensor(EDGES, device=doubt.device))
+    counts = torch.bincount(image * bins + place, minlength=len(out.packing.lengths) * bins)
+    return counts.view(-1, bins)
+
+
+def distances(histograms: Histograms, mean: Tensor) -> Tensor:
+    """How far each image is from the mean `(E, bins)`: the largest total variation over exits, `(n,)` in [0, 1].
+
+    Exits that saw no token of the image, or none in the calibration, say nothing.
+    """
+    shares = histograms.shares()
+    apart = 0.5 * (shares - mean).abs().sum(dim=2)
+    empty = (shares.sum(dim=2) == 0) | (mean.sum(dim=1) == 0)
+    return apart.masked_fill(empty, 0.0).amax(dim=1)
+
+
+@dataclass(frozen=True)
+class Usual:
+    """What calibration images look like.
+
+    mean: `(E, bins)` shares. limit: the distance from it that 95 % of them keep.
+    """
+
+    mean: Tensor
+    limit: float
+
+    @classmethod
+    def of(cls, histograms: Histograms) -> Usual:
+        shares = histograms.shares()
+        there = (shares.sum(dim=2) > 0).sum(dim=0).clamp(min=1)
+        mean = shares.sum(dim=0) / there[:, None]
+        return cls(mean, torch.quantile(distances(histograms, mean), USUAL).item())
+
+    def to_dict(self) -> dict[str, Any]:
+        rows = [[round(x, 5) for x in row] for row in self.mean.tolist()]
+        return {"edges_of_doubt": list(EDGES), "mean": rows, "limit": round(self.limit, 5), "share_within": USUAL}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Usual:
+        mean = torch.tensor(values["mean"], dtype=torch.float64)
+        if list(values["edges_of_doubt"]) != list(EDGES) or mean.ndim != 2 or mean.shape[1] != len(EDGES) + 1:
+            raise ValueError("score histograms with other bins")
+        return cls(mean, float(values["limit"]))
+
+
+class Monitor:
+    """Counts unusual pictures as they come."""
+
+    def __init__(self, usual: Usual) -> None:
+        self.usual = usual
+        self.pictures = 0
+        self.unusual = 0
+
+    def add(self, histograms: Histograms) -> None:
+        far = distances(histograms, self.usual.mean) > self.usual.limit
+        self.pictures += len(far)
+        self.unusual += int(far.sum())
+
+    @property
+    def p_value(self) -> float:
+        """Probability of so many unusual pictures or more among pictures like the calibration's."""
+        from tokenexit.calibration.guarantee import binomial_cdf
+
+        if self.unusual == 0:
+            return 1.0
+        # P(X >= k) for X ~ Bin(N, 1 - USUAL) is P(N - X <= N - k), and N - X ~ Bin(N, USUAL).
+        return float(binomial_cdf(self.pictures, USUAL)[self.pictures - self.unusual])
+
+    def warning(self) -> str | None:
+        """One sentence, if the pictures are unlike the calibration's; else None."""
+        if self.p_value > ALARM:
+            return None
+        return (
+            f"{self.unusual} of {self.pictures} pictures have scores unlike the calibration's, of which about "
+            f"{(1 - USUAL) * self.pictures:.1f} would be: its budget and its bounds may not hold here, so calibrate on "
+            "pictures like these."
+        )

@@ -1,0 +1,133 @@
+"""Bounds on a mean loss from finitely many images: learn-then-test, conformal risk control, and a bootstrap.
+
+A *path* of settings is fixed beforehand, from safe to daring. Fixed-sequence testing walks it: setting j is tested at
+the full level `1 - confidence`, and the walk ends at the first that fails, so that the chance of ever accepting a
+setting whose true risk is above the bound is at most `1 - confidence` (Bauer 1991; Angelopoulos et al., Learn then
+Test, 2021, section 2.3). The losses must be of images that had no part in fixing the path.
+
+Legend: n images, L a loss per image in [0, 1], risk = E[L], delta = 1 - confidence.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+Array = npt.NDArray[np.float64]
+
+
+@lru_cache(maxsize=64)
+def binomial_cdf(n: int, p: float) -> Array:
+    """`P(Bin(n, p) <= k)` for k = 0..n."""
+    k = np.arange(n + 1)
+    log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
+    log_pmf = log_factorial[n] - log_factorial - log_factorial[::-1] + k * math.log(p) + (n - k) * math.log1p(-p)
+    cdf: Array = np.minimum(np.cumsum(np.exp(log_pmf)), 1.0)
+    cdf.setflags(write=False)
+    return cdf
+
+
+def hoeffding_bentkus(mean: npt.ArrayLike, n: int, alpha: float) -> Array:
+    """p-value of "risk > alpha" from the mean of n losses in [0, 1]; broadcasts over `mean`.
+
+    The smaller of Hoeffding's `exp(-n h(min(mean, alpha), alpha))` and Bentkus' `e P(Bin(n, alpha) <= ceil(n mean))`
+    (Bates et al., Distribution-Free, Risk-Controlling Prediction Sets, 2021, section 3.1).
+    """
+    mean = np.asarray(mean, dtype=np.float64)
+    below = np.minimum(mean, alpha)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        first = np.where(below > 0, below * np.log(below / alpha), 0.0)
+        h = first + np.where(below < 1, (1 - below) * np.log((1 - below) / (1 - alpha)), 0.0)
+    bentkus = math.e * binomial_cdf(n, alpha)[np.minimum(np.ceil(n * mean).astype(np.int64), n)]
+    p: Array = np.minimum(1.0, np.minimum(np.exp(-n * h), bentkus))
+    return p
+
+
+def binomial(exceeding: npt.ArrayLike, n: int, share: float) -> Array:
+    """p-value of "more than `share` of all images exceed", from how many of n did: exact; broadcasts."""
+    p: Array = np.asarray(binomial_cdf(n, share)[np.asarray(exceeding, dtype=np.int64)])
+    return p
+
+
+def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
+    """How many settings of the path pass, from its beginning to the first that does not; lazy."""
+    passed = 0
+    for p in p_values:
+        if p > delta:
+            break
+        passed += 1
+    return passed
+
+
+def needed_images(alpha: float, confidence: float) -> int:
+    """Images without which no test can pass: with no loss at all on n of them, `(1 - alpha)^n <= 1 - confidence`.
+
+    The same for Hoeffding's bound at mean 0 and for the binomial test with nobody above.
+    """
+    return math.ceil(math.log(1 - confidence) / math.log1p(-alpha) - 1e-9)
+
+
+def smallest_bound(mean: float, n: int, confidence: float) -> float:
+    """The smallest bound that n losses in [0, 1] of this mean support, to four decimals rounded up; 1 if none does."""
+    low, high = min(mean, 1.0), 1.0
+    while high - low > 1e-6:
+        middle = (low + high) / 2
+        passes = 0.0 < middle < 1.0 and hoeffding_bentkus(mean, n, middle) <= 1 - confidence
+        low, high = (low, middle) if passes else (middle, high)
+    return math.ceil(high * 1e4) / 1e4
+
+
+def controls_expectation(envelope_mean: float, n: int, alpha: float) -> bool:
+    """Conformal risk control: `n / (n + 1) mean + 1 / (n + 1) <= alpha`, losses in [0, 1].
+
+    envelope_mean: of each image's largest loss so far along the path, which makes losses monotone as the theorem asks
+    (Angelopoulos et al., Conformal Risk Control, 2022, theorem 1). The last setting of the path that satisfies it has
+    an expected loss of at most alpha on the next image, over the draw of the calibration images, too.
+    """
+    return (n * envelope_mean + 1.0) / (n + 1) <= alpha
+
+
+def needed_images_in_expectation(alpha: float) -> int:
+    """Images without which conformal risk control cannot pass, even with no loss at all: `1 / (n + 1) <= alpha`."""
+    return math.ceil(1 / alpha - 1 - 1e-9)
+
+
+def bootstrap_drop(
+    dense: Tensor, dynamic: Tensor, confidence: float, draws: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
+    """Drop of mIoU from dense to dynamic in points, with the ends of a percentile interval over resampled images.
+
+    dense, dynamic: `(n, K, K)` counts per image, truth by row. The upper end is exceeded by a share `1 - confidence`
+    of the draws, and so is the lower end undercut. An estimate: it has no guarantee at any number of images.
+    """
+    n = len(dense)
+    generator = torch.Generator().manual_seed(seed)
+    times = torch.zeros(draws, n, dtype=torch.float64)
+    picks = torch.randint(n, (draws, n), generator=generator)
+    times.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
+
+    def drop(weights: Tensor) -> Tensor:
+        return _mean_iou(weights, dense) - _mean_iou(weights, dynamic)
+
+    values = drop(times).nan_to_num()
+    low, high = torch.quantile(values, torch.tensor([1 - confidence, confidence], dtype=torch.float64)).tolist()
+    return drop(torch.ones(1, n, dtype=torch.float64)).nan_to_num().item(), low, high
+
+
+def _mean_iou(weights: Tensor, confusion: Tensor) -> Tensor:
+    """mIoU in percent of weighted sums of confusion matrices: `(D, n)` and `(n, K, K)` to `(D,)`."""
+    counts = (weights @ confusion.flatten(1).double()).unflatten(1, confusion.shape[1:])
+    right = counts.diagonal(dim1=1, dim2=2)
+    iou: Tensor = 100 * right / (counts.sum(1) + counts.sum(2) - right)
+    return iou.nanmean(dim=1)
+
+
+def walk(count: int, passes: Callable[[int], bool]) -> int:
+    """How many of the settings 0..count - 1 pass before the first that does not; later ones are never looked at."""
+    return next((j for j in range(count) if not passes(j)), count)

@@ -1,0 +1,94 @@
+"""`calibration.json`: what was asked, on what, what was reached, and the method to use. Lives beside the weights."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenexit import __version__
+from tokenexit.calibration.drift import Usual
+from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.segmenter import CALIBRATION_FILE, CONFIG_FILE, WEIGHTS_FILE, ExitSegmenter
+from tokenexit.writing import whole
+
+FORMAT = 1
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, "training.json")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Thresholds chosen by intent.
+
+    asked: the wish and its options. promise: one or two sentences on what holds, and what does not. method: the
+    specification that `build_method` takes. reached: figures on the calibration images. images: which they were.
+    usual: what scores look like on them, for the drift monitor. model: fingerprint of the weights. made: when, UTC.
+    """
+
+    asked: dict[str, Any]
+    promise: str
+    method: dict[str, Any]
+    reached: dict[str, Any]
+    images: dict[str, Any]
+    usual: Usual
+    model: str
+    made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "asked": self.asked,
+            "promise": self.promise,
+            "method": self.method,
+            "reached": self.reached,
+            "images": self.images,
+            "made": self.made,
+            "made_with": {"tokenexit": __version__, "torch": torch.__version__, "machine": platform.machine()},
+            "model": self.model,
+            "scores": self.usual.to_dict(),
+        }
+
+
+def write_calibration(calibration: Calibration, model: Path, out: Path) -> Path:
+    """Write `calibration.json` to the folder `out`, with a copy of the model's files where `out` is not `model`.
+
+    The calibration comes last and each file whole, so an interrupted call leaves what was there. Raises
+    `ConfigError` for a folder that cannot be written, or that holds another model.
+    """
+    target = out / CALIBRATION_FILE
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if out.resolve() != model.resolve():
+            if (out / WEIGHTS_FILE).exists() and not _same(out / WEIGHTS_FILE, model / WEIGHTS_FILE):
+                raise ConfigError(f"{out} holds another model: choose another folder for the calibrated one.")
+            for name in MODEL_FILES:
+                if (model / name).exists():
+                    with whole(out / name) as unfinished:
+                        shutil.copyfile(model / name, unfinished)
+        with whole(target) as unfinished:
+            unfinished.write_text(json.dumps(calibration.to_dict(), indent=2) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{target} cannot be written ({error.strerror}): choose another folder.") from None
+    return target
+
+
+def usual_of(model: ExitSegmenter) -> Usual:
+    """What scores looked like when the model was calibrated. Raises `CheckpointError` for a damaged file."""
+    assert model.calibration is not None, "asked of calibrated models"
+    try:
+        usual = Usual.from_dict(model.calibration["scores"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{CALIBRATION_FILE} is damaged ({error!r}): calibrate again, or delete it.") from None
+    if len(usual.mean) != len(model.config.exits):
+        raise CheckpointError(f"{CALIBRATION_FILE} has scores of another model: calibrate again, or delete it.")
+    return usual
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()

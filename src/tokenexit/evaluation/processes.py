@@ -1,0 +1,70 @@
+"""Several processes that evaluate together: who takes which image, what all get to know, and how all fail as one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+from torch import distributed
+
+from tokenexit.errors import ConfigError, TokenExitError
+
+T = TypeVar("T")
+
+
+def place() -> tuple[int, int]:
+    """The number of this process, from 0, and how many there are; (0, 1) where there is one."""
+    if distributed.is_available() and distributed.is_initialized():
+        return distributed.get_rank(), distributed.get_world_size()
+    return 0, 1
+
+
+def gather(value: T) -> list[T]:
+    """What each process gave, in order; all must call it, and all get the same.
+
+    Raises `ConfigError` if one of them has ended.
+    """
+    _, count = place()
+    if count == 1:
+        return [value]
+    values: list[T] = [value] * count
+    try:
+        distributed.all_gather_object(values, value)
+    except RuntimeError:  # the connection to a process broke
+        raise ConfigError("another process of this run has ended: its own message says why.") from None
+    return values
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """A block that all processes enter and that succeeds in all or in none.
+
+    What a user can cause in one process is raised in all of them: the error of the first process that has one.
+    """
+    error: TokenExitError | None = None
+    try:
+        yield
+    except TokenExitError as mine:
+        error = mine
+    failed = [each for each in gather(error) if each is not None]
+    if failed:
+        raise failed[0]
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Connect with the other processes that torchrun started, if there are others; leave them at the end."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
+        yield
+        return
+    try:
+        distributed.init_process_group("gloo")  # counts are gathered, and those lie on the host
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"the processes do not find each other ({reason}): start them with torchrun.") from None
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()

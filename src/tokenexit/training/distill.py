@@ -1,0 +1,139 @@
+"""Distillation: beside the labels, a student learns from a dense model (DoViT B.1).
+
+Methods know nothing of it. It reads what every pass in training mode records: the tokens that the decode head was run
+on, and the full map of every stage on the patch grid, before any upsampling.
+
+Legend: P live patch tokens of the batch, cells = all patches of all images, C channels, K classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenexit.errors import ConfigError
+from tokenexit.heads import Head
+from tokenexit.methods import Stage
+from tokenexit.output import SegmentationOutput
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.tokens import Packing, Tokens
+from tokenexit.training.config import DistillConfig
+
+SURE = -1e-6
+"""Largest log-score of an ATM head that a divergence is taken of, so that the opposite has a finite one."""
+
+
+def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter | None:
+    """The model that `config` names, frozen, in evaluation mode and on the student's device; None if it names none.
+
+    It comes without its exits, as its dense prediction alone is asked for. Raises `ConfigError` for a model that
+    cannot teach this student, `CheckpointError` for a folder that holds none.
+    """
+    if config.teacher is None:
+        return None
+    teacher = ExitSegmenter.from_pretrained(config.teacher, student.device).requires_grad_(False)
+    _check(teacher, student, config)
+    teacher.config, teacher.exit_heads = replace(teacher.config, exits=(), exit_heads=()), nn.ModuleList()
+    return teacher
+
+
+def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, config: DistillConfig) -> Tensor:
+    """Weighted sum of the losses on features, on the decode head's logits and on those of every exit.
+
+    Both outputs hold recorded stages of the same images; `target` is the teacher's and carries no gradient.
+    """
+    *exits, final = output.stages
+    teacher = target.stages[-1]
+    image = _image_of_cells(target)
+    loss = torch.zeros((), device=image.device)
+    if config.features:
+        loss = loss + config.features * feature_loss(_features(final), _features(teacher))
+    for weight, stage in ((config.logits, final), *((config.exits, stage) for stage in exits)):
+        if weight:
+            loss = loss + weight * divergence(stage, teacher, image, config.temperature)
+    return loss
+
+
+def feature_loss(student: Tokens, teacher: Tokens) -> Tensor:
+    """Mean squared difference of the features that the decode heads read.
+
+    student: `(P, C)`, teacher: `(cells, C)`. With DoViT and Dense P is all cells. With DToP the mean is over the
+    tokens that are live at the end, as those that left have no final features; it is zero if none is.
+    """
+    difference = student.x.float() - teacher.x.float().index_select(0, student.position)
+    return difference.square().sum() / max(difference.numel(), 1)
+
+
+def _features(stage: Stage) -> Tokens:
+    assert stage.seen is not None, "distillation needs recorded stages"
+    return stage.seen
+
+
+def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float) -> Tensor:
+    """Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells, times temperature^2.
+
+    Softmax heads: between the distributions over classes. ATM heads say of every class by itself whether it is there,
+    with presence times sigmoid: the sum over classes of the divergences of these answers.
+    image: `(cells,)` image of each row of the maps.
+    """
+    said, wanted = (_log_probability(stage, image, temperature) for stage in (student, teacher))
+    return F.kl_div(said, wanted, reduction="sum", log_target=True) / said.shape[0] * temperature**2
+
+
+def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities `(cells, K)` of the classes; of ATM heads `(cells, 2 K)`, yes and no to every class."""
+    assert stage.logits is not None, "distillation needs recorded stages"
+    logits = stage.logits.float() / temperature
+    if stage.kind == "softmax":
+        return logits.log_softmax(dim=1)
+    assert stage.presence is not None
+    present = (stage.presence.float() / temperature).log_softmax(dim=2)[..., 0]
+    yes = (present.index_select(0, image) + F.logsigmoid(logits)).clamp(max=SURE)
+    return torch.cat([yes, torch.log(-torch.expm1(yes))], dim=1)
+
+
+def _image_of_cells(output: SegmentationOutput) -> Tensor:
+    """Image of each row of the decode head's map."""
+    cells = [maps.shape[1] * maps.shape[2] for maps in output.grid_logits]
+    return Packing.of(cells, output.grid_logits[0].device).image_index()
+
+
+def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig) -> None:
+    """Refuse, in one sentence, a teacher whose answers mean something else than the student's."""
+    theirs, ours = teacher.preprocessing, student.preprocessing
+    same = {
+        "class names": (getattr(theirs.labels, "names", None), getattr(ours.labels, "names", None)),
+        "patch_size": (teacher.config.backbone.patch_size, student.config.backbone.patch_size),
+        "mean of pixels": (theirs.mean, ours.mean),
+        "std of pixels": (theirs.std, ours.std),
+    }
+    for name, (a, b) in same.items():
+        if a != b:
+            raise ConfigError(
+                f"distill.teacher={config.teacher} has other {name} ({a}, not {b}): choose a teacher that sees and "
+                "names things as this model does."
+            )
+    width, wanted = teacher.config.backbone.embed_dim, student.config.backbone.embed_dim
+    if config.features and width != wanted:
+        raise ConfigError(
+            f"distill.teacher={config.teacher} has features of {width} channels, not {wanted}: set distill.features=0, "
+            "or choose a teacher of this width."
+        )
+    for key, heads in (("logits", [student.decode_head]), ("exits", list(student.exit_heads))):
+        wrong = [head for head in heads if isinstance(head, Head) and _map(head) != _map(teacher.decode_head)]
+        if getattr(config, key) and wrong:
+            raise ConfigError(
+                f"distill.{key} compares heads alike, and the decode head of {config.teacher} is "
+                f"{_described(teacher.decode_head)}, not {_described(wrong[0])}: set distill.{key}=0."
+            )
+
+
+def _map(head: Head) -> tuple[str, int]:
+    return head.kind, head.scale
+
+
+def _described(head: Head) -> str:
+    return f"{'an ATM' if head.kind == 'atm' else 'a softmax'} head with {head.scale} cells per patch side"

@@ -1,0 +1,32 @@
+"""What is not trained: no gradient, and in evaluation mode, so that its buffers stay as they are too."""
+
+from __future__ import annotations
+
+from tokenexit.errors import ConfigError
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.training.config import Freeze, ModelConfig
+
+FROZEN: dict[Freeze, tuple[str, ...]] = {
+    "none": (),
+    "backbone": ("backbone",),
+    "all_but_exit_heads": ("backbone", "decode_head"),
+}
+"""Parts of an `ExitSegmenter`; its final norm belongs to the backbone."""
+
+
+def check_start(freeze: Freeze, model: ModelConfig) -> None:
+    """Refuse to freeze what nobody has trained."""
+    if freeze == "backbone" and model.weights is None and model.init_from is None:
+        raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")
+    if freeze == "all_but_exit_heads" and model.init_from is None:
+        raise ConfigError("freeze=all_but_exit_heads would keep a random decode head: give model.init_from.")
+
+
+def training_mode(model: ExitSegmenter, freeze: Freeze) -> None:
+    """Training mode for what is trained. Without a trained parameter in front of a head, autograd builds no graph
+    through the backbone. Raises `ConfigError` if nothing is left."""
+    model.train()
+    for name in FROZEN[freeze]:
+        model.get_submodule(name).eval().requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError(f"freeze={freeze} leaves nothing to train, as the model has no exits: name some.")

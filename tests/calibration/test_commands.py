@@ -1,0 +1,276 @@
+"""`tokenexit calibrate` and `tokenexit sweep` as a user types them, and what uses a calibration."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import budgets, shift
+from benchmarks import guarantee as experiment
+
+from tests.calibration.test_dense_pass import Noise
+from tests.helpers import tiny_segmenter
+from tests.test_cli import fine, wrong
+from tokenexit.calibration import calibrate as calibration
+from tokenexit.calibration import sweep as sweeping
+from tokenexit.cli import main
+from tokenexit.segmenter import ExitSegmenter
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(autouse=True)
+def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "PRICES", (0.0,))
+    monkeypatch.setattr(calibration, "SCOUTS", 3)
+    monkeypatch.setattr("tokenexit.calibration.path.LEVELS", 8)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of pictures, and a dataset of the same ones with masks."""
+    from PIL import Image
+
+    root = tmp_path_factory.mktemp("pictures")
+    noise = Noise(12, ((16, 20),))
+    for split in ("val", "test"):
+        for kind in ("images", "annotations"):
+            (root / "set" / kind / split).mkdir(parents=True)
+        for i in range(12):
+            sample = noise[i]
+            sample.image.save(root / "set" / "images" / split / f"{i}.png")
+            Image.fromarray(sample.mask.astype("uint8")).save(root / "set" / "annotations" / split / f"{i}.png")
+    (root / "set" / "dataset.yaml").write_text("classes: [a, b, c, d, e]\n")
+    shutil.copytree(root / "set" / "images" / "val", root / "plain")
+    return root
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    tiny_segmenter().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def calibrated(capsys: Captured, model: Path, pictures: Path, *more: str) -> str:
+    data = ("--images", pictures / "plain", "--keep-per-class", 1)
+    return fine(capsys, "calibrate", model, *data, "--budget", 0.9, *more)
+
+
+def test_calibrate__writes_to_the_model_and_says_what_it_reached(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    text = calibrated(capsys, model, pictures)
+    content = json.loads((model / "calibration.json").read_text())
+    assert content["promise"] in text
+    assert f"{content['reached']['share_of_dense']:.1%} of dense" in text
+    assert content["method"]["keep_per_class"] == 1
+    assert content["images"] == {"data": str(pictures / "plain"), "count": 12}
+    calibrated(capsys, model, pictures, "--out", str(tmp_path / "copy"))
+    assert ExitSegmenter.from_pretrained(tmp_path / "copy").calibrated_method() is not None
+
+
+def test_calibrate__takes_a_bound_on_a_labelled_dataset(model: Path, pictures: Path, capsys: Captured) -> None:
+    data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 11, "--method", "dovit")
+    text = fine(capsys, "calibrate", model, *data, "--max-error-increase", 0.4, "--confidence", 0.7, "--seed", 2)
+    assert "With confidence 0.7 over the draw of" in text
+    content = json.loads((model / "calibration.json").read_text())
+    assert content["images"]["count"] == 11
+    assert content["method"]["name"] == "dovit"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--budget", "0.6", "--max-disagreement", "0.1"], "not allowed with"),
+        ([], "one of the arguments --budget"),
+        (["--budget", "0.01"], "out of reach"),
+        (["--budget", "-1"], "budget=-1 must be above 0"),
+        (["--budget", "0.8", "--confidence", "0.5"], "confidence belongs to a bound"),
+        (["--max-disagreement", "0.01"], "needs at least 230 images to test on"),
+        (["--max-error-increase", "0.2", "--confidence", "0.7"], "no labels"),
+        (["--budget", "0.8", "--method", "dense"], "has no thresholds to calibrate"),
+        (["--budget", "0.8", "--data", "camvid"], "--images are pictures and --data is a dataset"),
+        (["--budget", "0.8", "--limit", "0"], "--limit 0 must be at least 1"),
+    ],
+)
+def test_calibrate__refuses_in_one_sentence(
+    options: list[str], words: str, model: Path, pictures: Path, capsys: Captured
+) -> None:
+    assert words in wrong(capsys, "calibrate", model, "--images", pictures / "plain", *options)
+    assert not (model / "calibration.json").exists()
+
+
+def test_evaluate_and_predict__use_the_calibration_unless_a_method_is_named(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    calibrated(capsys, model, pictures)
+    data = ("--data", "folder", "--data-root", pictures / "set", "--json", tmp_path / "figures.json")
+    fine(capsys, "evaluate", model, *data)
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["results"]
+    method = json.loads((model / "calibration.json").read_text())["method"]
+    assert row["method"]["threshold"] == method["threshold"]
+    fine(capsys, "evaluate", model, *data, "--method", "dtop", "--threshold", "0.9")
+    (row,) = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert row["method"]["threshold"] == 0.9
+    refused = wrong(capsys, "evaluate", model, *data, "--threshold", "0.9")
+    assert "options of a method need --method, as this model has a calibration" in refused
+    assert main(["predict", str(model), str(pictures / "plain"), "--out", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().err == ""  # the calibration's own pictures are nothing unusual
+
+
+def test_predict__warns_once_of_pictures_unlike_the_calibrations(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    from PIL import Image
+
+    calibrated(capsys, model, pictures)
+    dark = tmp_path / "dark"
+    dark.mkdir()
+    for i in range(6):
+        Image.new("RGB", (20, 16), (3 * i, 0, 0)).save(dark / f"{i}.png")
+    arguments = ["predict", str(model), str(dark), "--out", str(tmp_path / "out")]
+    assert main(arguments) == 0
+    warning = capsys.readouterr().err
+    assert "6 of 6 pictures have scores unlike the calibration's" in warning
+    assert warning.count("\n") == 1
+    assert main([*arguments, "--method", "dtop"]) == 0
+    assert capsys.readouterr().err == ""
+
+
+# ------------------------------------------------------------------------------------------------------------- sweep
+
+
+def sweep(capsys: Captured, model: Path, pictures: Path, out: Path, *more: Any) -> str:
+    data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 3, "--tune-limit", 4)
+    lines = ("--method", "dtop", "dovit", "--points", 3, "--input-scale", 0.5, "--out", out)
+    return fine(capsys, "sweep", model, *data, *lines, *more)
+
+
+def test_sweep__writes_curves_and_goes_on_where_it_was(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    true, calls = sweeping.evaluate, []
+
+    def dies_at_the_third(*args: Any, **options: Any) -> Any:
+        calls.append(args[2][0].label)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return true(*args, **options)
+
+    monkeypatch.setattr(sweeping, "evaluate", dies_at_the_third)
+    out = tmp_path / "out"
+    with pytest.raises(AssertionError):
+        sweep(capsys, model, pictures, out, "--threshold", "0.9")
+    assert len(json.loads((out / "sweep.json").read_text())["rows"]) == 2
+    assert not (out / "sweep.csv").exists()
+    text = sweep(capsys, model, pictures, out, "--threshold", "0.9")
+    rows = list(csv.DictReader((out / "sweep.csv").open()))
+    assert f"{len(rows)} points" in text
+    assert len(calls) == 1 + len(rows)  # the third was run twice, no other
+    names = {row["series"] for row in rows}
+    assert names == {
+        "dense",
+        "dense, smaller pictures",
+        "dtop, one threshold",
+        "dovit, one threshold",
+        "dtop, thresholds chosen",
+        "dovit, thresholds chosen",
+    }
+    chosen = [float(row["gmacs_mean"]) for row in rows if row["series"] == "dtop, thresholds chosen"]
+    assert chosen == sorted(chosen, reverse=True)
+    assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    refused = wrong(capsys, "sweep", model, "--data", "folder", "--data-root", pictures / "set", "--out", out)
+    assert "sweep.json was made with" in refused
+
+
+def test_sweep__refuses_what_is_no_sweep(model: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "sweep.json").write_text("{}")
+    data = ("--data", "folder", "--data-root", pictures / "set", "--out", tmp_path / "out")
+    assert "is no sweep: choose another --out" in wrong(capsys, "sweep", model, *data)
+    assert "has no thresholds" in wrong(
+        capsys, "sweep", model, *data[:-1], tmp_path / "new", "--method", "dense", "--tune-limit", 1
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- experiment
+
+
+def test_guarantee_experiment__runs_the_network_once_per_place_and_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(experiment, "PLACES", 3)
+    plot = tmp_path / "plot.png"
+    arguments = ["--quick", "--out", str(tmp_path / "run"), "--plot", str(plot)]
+    experiment.main(arguments)
+    first = json.loads((tmp_path / "run" / "guarantee.json").read_text())
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert [result["draws"] for result in first["results"]] == [20, 20]
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("the network ran again")
+
+    monkeypatch.setattr(experiment, "true_run", never)
+    experiment.main(arguments)
+    assert json.loads((tmp_path / "run" / "guarantee.json").read_text()) == first
+    capsys.readouterr()
+
+
+def test_draw_calibrations__are_judged_by_the_risk_of_the_pool() -> None:
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    risks = np.array([0.01, 0.03, 0.055, 0.2])
+    losses = (rng.random((4, 5000)) < risks[:, None]).astype(float)
+    result = experiment.draw_calibrations(losses, np.ones((4, 5000)), 0.05, 0.9, 300, 600, seed=1)
+    true = losses.mean(1)
+    assert set(result["risks"]) <= {0.0, *true}
+    assert result["violations"] == sum(risk > 0.05 for risk in result["risks"])
+    assert result["share_of_violations"] <= result["allowed_with_noise"]
+
+
+def test_shift_study__measures_every_shift(model: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
+    calibrated(capsys, model, pictures)
+    data = ["--data", "folder", "--data-root", str(pictures / "set"), "--limit", "3"]
+    other = ["--other", "folder", "--other-root", str(pictures / "set")]
+    shifts = ["--shifts", "none", "brightness x 0.25", "blur, radius 4", "noise, sigma 32", "JPEG, quality 8"]
+    shift.main([str(model), *data, *other, *shifts, "--json", str(tmp_path / "shift.json")])
+    rows = json.loads((tmp_path / "shift.json").read_text())["rows"]
+    assert [row["shift"] for row in rows] == [*shifts[1:], "folder"]
+    assert rows[0]["disagreement"] == rows[-1]["disagreement"]
+    assert len({row["disagreement"] for row in rows}) > 3
+    assert all(row["miou"] is not None for row in rows)
+    assert capsys.readouterr().out.count("\n| ") >= 6
+
+
+def test_budget_study__checks_on_other_images_and_goes_on(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = ["--data", "folder", "--data-root", str(pictures / "set"), "--json", str(tmp_path / "budgets.json")]
+    arguments = [str(model), *data, "--method", "dtop", "--budgets", "0.9", "0.01", "--hand", "0.2", "0.99"]
+    budgets.main(arguments)
+    text = capsys.readouterr().out
+    assert "budget=0.01 is out of reach" in text
+    results = json.loads((tmp_path / "budgets.json").read_text())["results"]
+    assert results["dtop to 0.9 on other half (val)"]["images"] == 6
+    assert results["dtop to 0.9 on test"]["images"] == 12
+    assert text.count("| dtop ") == 3
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("something ran again")
+
+    monkeypatch.setattr(budgets, "true_run", never)
+    budgets.main(arguments)
+    assert capsys.readouterr().out == text
+
+
+def test_by_hand__interpolates_and_never_extrapolates() -> None:
+    curve = [{"share": 0.4, "miou": 50.0}, {"share": 0.8, "miou": 60.0}]
+    assert budgets.by_hand(curve, 0.6) == pytest.approx(55.0)
+    assert budgets.by_hand(curve, 0.3) is None

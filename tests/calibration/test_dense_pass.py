@@ -1,0 +1,224 @@
+"""Exits and costs composed from a dense pass, against a slow oracle and against true runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.helpers import SOFTMAX_TOKEN_HEADS, tiny_segmenter
+from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts, with_limits
+from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
+from tokenexit.data.base import Sample
+from tokenexit.errors import ConfigError
+from tokenexit.methods import Dense, DoViT, DToP
+from tokenexit.preprocessing import Labels, default_labels
+
+CLASSES = 5
+
+
+class Noise:
+    """Pictures of noise, of two sizes in turn, whose truth is noise as well."""
+
+    def __init__(self, count: int, sizes: tuple[tuple[int, int], ...] = ((16, 20), (12, 24))) -> None:
+        self.count, self.sizes = count, sizes
+        self.labels: Labels = default_labels(CLASSES)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int, /) -> Sample:
+        rng = np.random.default_rng(index)
+        size = self.sizes[index % len(self.sizes)]
+        picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        return Sample(picture, rng.integers(0, CLASSES, size), f"noise-{index}")
+
+
+def bench(count: int = 6, **model: Any) -> Bench:
+    return Bench(tiny_segmenter(**model), Noise(count), tuple(range(count)))
+
+
+def oracle(dense: DensePass, method: Any, limits: tuple[float, ...]) -> list[int]:
+    """Token by token and image by image, from the words of the rules."""
+    exits, stage, first = len(limits), [], 0
+    for h, w in dense.grids:
+        cells = range(first, first + h * w)
+        left = dict.fromkeys(cells, exits)
+        named = {}
+        for n in range(exits):
+            live = [i for i in cells if left[i] == exits]
+            sure = [i for i in live if dense.doubt[n][i].item() < limits[n]]
+            if isinstance(method, DoViT) and method.min_improvement is not None and n > 0:
+                grown = {i: dense.doubt[n - 1][i].item() - dense.doubt[n][i].item() for i in live}
+                sure = [i for i in live if i in sure or grown[i] < method.min_improvement]
+            named |= {i: int(dense.label[n][i]) for i in live}
+            if method.boundary_guard:
+                sure = [i for i in sure if all(named[i] == named[j] for j in beside(i, first, h, w))]
+            if isinstance(method, DToP):
+                for c in range(dense.num_classes):
+                    own = sorted((i for i in sure if dense.label[n][i] == c), key=lambda i: (dense.doubt[n][i], i))
+                    sure = [i for i in sure if i not in own[: method.keep_per_class]]
+            if method.cap is not None:
+                going = sorted((i for i in live if i not in sure), key=lambda i: (-dense.doubt[n][i], i))
+                sure += going[int(method.cap[n] * h * w + 1e-9) :]
+            left |= dict.fromkeys(sure, n)
+        stage += [left[i] for i in cells]
+        first += h * w
+    return stage
+
+
+def beside(i: int, first: int, h: int, w: int) -> list[int]:
+    row, column = divmod(i - first, w)
+    around = [(row - 1, column), (row + 1, column), (row, column - 1), (row, column + 1)]
+    return [first + r * w + c for r, c in around if 0 <= r < h and 0 <= c < w]
+
+
+def random_pass(seed: int, exits: int = 3, grids: tuple[tuple[int, int], ...] = ((3, 4), (1, 1), (2, 5))) -> DensePass:
+    """Few distinct doubts, so that ties are common."""
+    rng = torch.Generator().manual_seed(seed)
+    cells = sum(h * w for h, w in grids)
+    doubt = torch.randint(0, 9, (exits, cells), generator=rng).half() / 8
+    label = torch.randint(0, 3, (exits, cells), generator=rng).short()
+    said = torch.randint(0, 3, (exits + 1, cells, 4), generator=rng).to(torch.uint8)
+    return DensePass.made(doubt, label, said, grids, 3)
+
+
+limits_of_three = st.tuples(*[st.sampled_from([0.0, 0.1, 0.2, 0.4, 0.7, 1.0])] * 3)
+caps = st.none() | st.tuples(*[st.sampled_from([0.0, 0.3, 0.5, 1.0])] * 3)
+
+
+@given(st.integers(0, 10**6), limits_of_three, st.integers(0, 3), caps, st.booleans())
+def test_compose__equals_the_oracle_for_dtop(seed: int, limits: Any, k: int, cap: Any, guard: bool) -> None:
+    dense, method = random_pass(seed), DToP(keep_per_class=k, cap=cap, boundary_guard=guard)
+    assert compose(dense, method, limits).tolist() == oracle(dense, method, limits)
+
+
+@given(st.integers(0, 10**6), limits_of_three, st.none() | st.sampled_from([-0.2, 0.1]), caps, st.booleans())
+def test_compose__equals_the_oracle_for_dovit(
+    seed: int, limits: Any, delta: float | None, cap: Any, guard: bool
+) -> None:
+    dense, method = random_pass(seed), DoViT(min_improvement=delta, cap=cap, boundary_guard=guard)
+    assert compose(dense, method, limits).tolist() == oracle(dense, method, limits)
+
+
+METHODS = [
+    DToP(keep_per_class=1),
+    DToP(keep_per_class=0, cap=(0.4,)),
+    DoViT(),
+    DoViT(cap=(0.6,)),
+    DoViT(scoring="live"),
+    DToP(keep_per_class=0, score="margin", temperature=1.5, boundary_guard=True),
+    DoViT(score="entropy", temperature=0.7, boundary_guard=True),
+]
+
+
+def middle_limit(dense: DensePass) -> float:
+    """Between two doubts, so that rounding to half precision decides nothing."""
+    doubts = dense.doubt[0].float().unique()
+    gaps = doubts.diff()
+    at = len(gaps) // 4 + int(gaps[len(gaps) // 4 : 3 * len(gaps) // 4].argmax())
+    return float((doubts[at] + doubts[at + 1]) / 2)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=repr)
+def test_dense_pass__is_exact_at_the_first_exit(method: Any) -> None:
+    images = bench(exits=(2,))
+    dense = DensePass.of(images, method)
+    limits = (middle_limit(dense),)
+    live = live_counts(dense, compose(dense, method, limits))
+    run = true_run(images, with_limits(method, limits), dense_reference(images))
+    assert live[:, 1].tolist() == run.live[:, 0].tolist()
+    assert 0 < live[:, 1].sum() < live[:, 0].sum()
+    costs = Costs(images.model, method, dense.grids)
+    assert costs.macs(live).tolist() == run.macs.tolist()
+    assert costs.dense.tolist() == run.dense_macs.tolist()
+
+
+@pytest.mark.parametrize("head", [*SOFTMAX_TOKEN_HEADS, "atm"])
+@pytest.mark.parametrize("method", [DToP(keep_per_class=2), DoViT()], ids=["dtop", "dovit"])
+def test_costs__are_the_ledgers_for_the_counts_of_a_true_run(head: str, method: Any) -> None:
+    if head == "atm" and method.name == "dovit":
+        return
+    images = bench(3, exit_head=head)
+    chosen = with_limits(method, (0.4, 0.3))
+    run = true_run(images, chosen, dense_reference(images))
+    live = torch.cat([run.tokens[:, None], run.live], 1)
+    grids = DensePass.of(images, chosen).grids
+    assert Costs(images.model, chosen, grids).macs(live).tolist() == run.macs.tolist()
+
+
+@pytest.mark.parametrize("decode", ["fcn", "setr_pup", "atm"])
+def test_dense_pass__knows_the_dense_answer(decode: str) -> None:
+    images = bench(2, exit_head="atm" if decode == "atm" else "fcn", decode_head=decode)
+    method = DToP() if decode == "atm" else DoViT()
+    dense = DensePass.of(images, method)
+    never = torch.full_like(dense.image, 2)
+    assert dense.losses("pixels").gather(0, never[None]).sum() == 0
+    if decode != "setr_pup":  # whose random weights name one class everywhere
+        assert dense.losses("pixels")[0].sum() > 0
+    assert dense.said.shape == (3, sum(h * w for h, w in dense.grids), 16)
+
+
+def test_losses__count_samples_by_the_words_of_the_docstring() -> None:
+    dense = random_pass(5)
+    a, b = dense.said[0].long(), dense.said[-1].long()
+    assert dense.losses("pixels")[0].sum().item() == pytest.approx((a != b).double().mean().item())
+    counts = torch.bincount(b.flatten(), minlength=3).clamp(min=16)
+    expected = sum((1 / counts[x] + 1 / counts[y]).item() / 6 for x, y in zip(a.flatten(), b.flatten()) if x != y)
+    assert dense.losses("classes")[0].sum().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_first__is_the_pass_of_the_first_images() -> None:
+    images, method = bench(4), DToP()
+    whole, part = DensePass.of(images, method).first(2), DensePass.of(images.part([0, 1]), method)
+    assert torch.equal(whole.doubt, part.doubt)
+    assert torch.equal(whole.said, part.said)
+    assert whole.grids == part.grids
+
+
+def test_dense_pass__refuses_what_it_cannot_compose() -> None:
+    with pytest.raises(ConfigError, match="method 'dense' has no thresholds"):
+        DensePass.of(bench(1), Dense())
+    with pytest.raises(ConfigError, match="images decide for each other"):
+        DensePass.of(bench(1), DoViT(batch_mode="mean"))
+
+
+# -------------------------------------------------------------------------------------------------------- true runs
+
+
+def test_true_run__does_not_depend_on_how_images_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
+    images, method = bench(5), DToP(threshold=0.6, keep_per_class=1)
+    reference = dense_reference(images)
+    together = true_run(images, method, reference)
+    monkeypatch.setattr("tokenexit.calibration.runs.BATCH_PIXELS", 1)
+    singly = true_run(images, method, reference)
+    assert torch.equal(together.macs, singly.macs)
+    assert torch.equal(together.confusion, singly.confusion)
+    assert torch.equal(together.histograms.counts, singly.histograms.counts)
+    assert together.share < 1.1
+
+
+def test_error__pools_pixels_or_averages_over_the_classes_of_the_reference() -> None:
+    confusion = torch.tensor([[[6, 2, 0], [1, 1, 0], [0, 0, 0]], [[0, 0, 0], [0, 4, 0], [0, 0, 0]], [[0] * 3] * 3])
+    assert error(confusion, "pixels").tolist() == pytest.approx([0.3, 0.0, 0.0])
+    assert error(confusion, "classes").tolist() == pytest.approx([(2 / 8 + 1 / 2) / 2, 0.0, 0.0])
+
+
+def test_true_run__of_windows_counts_pictures() -> None:
+    from dataclasses import replace
+
+    images = bench(3)
+    images.model.preprocessing = replace(images.model.preprocessing, window=(12, 12), stride=(8, 8))
+    method = DToP(threshold=0.6)
+    run = true_run(images, method, dense_reference(images))
+    assert len(run.macs) == len(run.histograms.counts) == 3
+    assert (run.histograms.counts[:, 0].sum(1) == run.tokens).all()  # the first exit sees every token
+    dense = DensePass.of(images, method)
+    assert len(dense) > 3
+    never = Costs(images.model, method, dense.grids).share(torch.tensor([[h * w] * 3 for h, w in dense.grids]))
+    assert never == pytest.approx(true_run(images, DToP(threshold=1.0), dense_reference(images)).share)

@@ -1,0 +1,328 @@
+"""Distillation against slow loops, and what a student sees of its teacher."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.helpers import picture, tiny_segmenter
+from tests.training.test_loop import run, run_until
+from tests.training.tiny import same_weights, silent, tiny_run, weights, write_dataset
+from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.methods import Dense, DoViT, DToP, Stage, build_method
+from tokenexit.output import SegmentationOutput
+from tokenexit.preprocessing import Preprocessing, default_labels
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.tokens import Packing, Tokens
+from tokenexit.training.config import DistillConfig, TrainConfig
+from tokenexit.training.distill import distillation_loss, divergence, feature_loss, load_teacher
+from tokenexit.training.loop import train
+
+
+def softmax(values: Sequence[float]) -> list[float]:
+    total = sum(math.exp(value) for value in values)
+    return [math.exp(value) / total for value in values]
+
+
+def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> float:
+    """DoViT B.1, a cell and a class at a time."""
+    total = 0.0
+    for said, wanted in zip(student.tolist(), teacher.tolist()):
+        p, q = (softmax([value / temperature for value in values]) for values in (wanted, said))
+        total += sum(a * math.log(a / b) for a, b in zip(p, q))
+    return total / len(student) * temperature**2
+
+
+def atm_divergence(student: Stage, teacher: Stage, image: Sequence[int], temperature: float) -> float:
+    """Each class is a question with the answers yes, of probability presence times sigmoid, and no."""
+
+    def yes(stage: Stage, cell: int, k: int) -> float:
+        assert stage.logits is not None
+        assert stage.presence is not None
+        present = softmax([value / temperature for value in stage.presence[image[cell], k].tolist()])[0]
+        return present / (1 + math.exp(-stage.logits[cell, k].item() / temperature))
+
+    cells, classes = student.logits.shape  # type: ignore[union-attr]
+    total = 0.0
+    for cell in range(cells):
+        for k in range(classes):
+            p, q = yes(teacher, cell, k), yes(student, cell, k)
+            total += p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
+    return total / cells * temperature**2
+
+
+def atm_stage(cells: int, images: int, classes: int = 3) -> Stage:
+    logits = torch.randn(cells, classes, dtype=torch.float64)
+    return Stage(logits=logits, presence=torch.randn(images, classes, 2, dtype=torch.float64), kind="atm")
+
+
+# --------------------------------------------------------------------------------------------------- single losses
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_of_softmax_heads_is_that_of_the_slow_loop(temperature: float) -> None:
+    student, teacher = (Stage(logits=2 * torch.randn(7, 4)) for _ in range(2))
+    loss = divergence(student, teacher, torch.zeros(7, dtype=torch.int64), temperature)
+    assert student.logits is not None
+    assert teacher.logits is not None
+    expected = softmax_divergence(student.logits, teacher.logits, temperature)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_divergence_of_atm_heads_is_that_of_the_slow_loop(temperature: float) -> None:
+    image = [0, 0, 0, 1, 1]
+    student, teacher = atm_stage(5, 2), atm_stage(5, 2)
+    loss = divergence(student, teacher, torch.tensor(image), temperature)
+    assert loss.item() == pytest.approx(atm_divergence(student, teacher, image, temperature), rel=1e-5)
+
+
+def test_divergence_of_atm_heads_that_are_sure_is_finite_with_a_finite_gradient() -> None:
+    logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
+    presence = torch.tensor([[[100.0, -100.0], [-100.0, 100.0]]], requires_grad=True)
+    student = Stage(logits=logits, presence=presence, kind="atm")
+    teacher = Stage(logits=-logits.detach(), presence=-presence.detach(), kind="atm")
+    loss = divergence(student, teacher, torch.zeros(1, dtype=torch.int64), 1.0)
+    loss.backward()
+    assert logits.grad is not None
+    assert presence.grad is not None
+    assert all(bool(value.isfinite().all()) for value in (loss, logits.grad, presence.grad))
+
+
+def tokens(x: Tensor, position: Sequence[int], cells: int) -> Tokens:
+    return Tokens(x, torch.tensor(position, dtype=torch.int64), Packing.of([len(position)], x.device), ((1, cells),), 0)
+
+
+def test_features_are_compared_where_tokens_are_live() -> None:
+    teacher, student = torch.randn(5, 3), torch.randn(2, 3)
+    loss = feature_loss(tokens(student, [1, 4], 5), tokens(teacher, range(5), 5))
+    expected = sum((float(student[i, c]) - float(teacher[p, c])) ** 2 for i, p in ((0, 1), (1, 4)) for c in range(3))
+    assert loss.item() == pytest.approx(expected / 6, rel=1e-5)
+
+
+def test_features_of_nobody_cost_nothing_and_are_part_of_the_graph() -> None:
+    student = torch.zeros(0, 3, requires_grad=True)
+    loss = feature_loss(tokens(student, [], 5), tokens(torch.randn(5, 3), range(5), 5))
+    loss.backward()
+    assert loss.item() == 0.0
+    assert student.grad is not None
+
+
+# ----------------------------------------------------------------------------------------------------- whole outputs
+
+
+def two_passes(method: Any, head: str = "fcn") -> tuple[SegmentationOutput, SegmentationOutput]:
+    images = torch.stack([picture(12, 16, seed) for seed in range(2)])
+    student, teacher = tiny_segmenter(head, seed=1).train(), tiny_segmenter(head, seed=2, exits=())
+    with torch.no_grad():
+        return student(images, method), teacher(images, with_stages=True)
+
+
+@pytest.mark.parametrize("head", ["fcn", "atm", "setr_naive"])
+@pytest.mark.parametrize("weights", [(0.5, 1.0, 0.0), (0.0, 1.0, 0.3), (2.0, 0.0, 0.0), (0.0, 0.0, 0.7)])
+def test_the_loss_is_the_weighted_sum_of_features_decode_head_and_exits(
+    head: str, weights: tuple[float, float, float]
+) -> None:
+    output, target = two_passes(Dense(), head)
+    teacher, image = target.stages[-1], torch.arange(2).repeat_interleave(12)
+    features, logits, exits = weights
+    first, second, last = (divergence(stage, teacher, image, 1.5) for stage in output.stages)
+    seen = output.stages[-1].seen, teacher.seen
+    assert seen[0] is not None
+    assert seen[1] is not None
+    expected = features * (seen[0].x - seen[1].x).square().mean() + logits * last + exits * (first + second)
+    loss = distillation_loss(output, target, DistillConfig("folder", *weights, temperature=1.5))
+    torch.testing.assert_close(loss, expected)
+    assert loss > 0
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
+    model, images = tiny_segmenter("fcn"), picture(12, 16)[None]
+    output = model(images, with_stages=True)
+    loss = distillation_loss(output, output, DistillConfig("folder"))
+    assert loss.item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_dtop_is_compared_on_the_canvas_and_in_the_features_of_those_who_stayed() -> None:
+    output, target = two_passes(DToP(threshold=0.5, keep_per_class=1))
+    left = torch.cat([stage.flatten() for stage in output.exit_stage]) < 2
+    seen = output.stages[-1].seen
+    assert seen is not None
+    stayed = torch.zeros_like(left).index_fill(0, seen.position, True)
+    assert 0 < int(stayed.sum()) < 24
+    assert torch.equal(stayed, ~left)
+    canvas = torch.cat([maps.flatten(1).T for maps in output.grid_logits])  # what the result is made of
+    wanted = torch.cat([maps.flatten(1).T for maps in target.grid_logits])
+    loss = distillation_loss(output, target, DistillConfig("folder", features=0.0))
+    assert loss.item() == pytest.approx(softmax_divergence(canvas, wanted, 1.0), rel=1e-4)
+    teacher = target.stages[-1].seen
+    assert teacher is not None
+    features = distillation_loss(output, target, DistillConfig("folder", features=1.0, logits=0.0))
+    torch.testing.assert_close(features, (seen.x - teacher.x[stayed]).square().mean())
+
+
+@pytest.mark.parametrize("method", [Dense(), DoViT(threshold=0.5)])
+def test_others_are_compared_in_the_features_of_all_cells(method: Any) -> None:
+    output, _ = two_passes(method)
+    seen = output.stages[-1].seen
+    assert seen is not None
+    assert seen.position.tolist() == list(range(24))
+
+
+def test_outputs_without_stages_hold_no_features() -> None:
+    for method in (Dense(), DToP(), DoViT()):
+        output = tiny_segmenter("fcn")(picture(12, 16)[None], method)
+        assert all(stage.seen is None for stage in output.stages)
+
+
+@pytest.mark.parametrize("name", ["dense", "dtop", "dovit"])
+def test_what_is_learnt_from_the_teacher_reaches_backbone_and_heads(name: str) -> None:
+    student, teacher = tiny_segmenter("fcn", seed=1).train(), tiny_segmenter("fcn", seed=2, exits=())
+    images = picture(12, 16)[None]
+    method = build_method(name if name == "dense" else {"name": name, "threshold": 0.5})
+    with torch.no_grad():
+        target = teacher(images, with_stages=True)
+    distillation_loss(student(images, method), target, DistillConfig("folder", exits=0.5)).backward()
+    assert [n for n, parameter in student.named_parameters() if parameter.grad is None] == []
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------- teachers
+
+
+def test_a_teacher_comes_frozen_and_without_its_exits(tmp_path: Path) -> None:
+    original = tiny_segmenter("fcn")
+    original.save_pretrained(tmp_path)
+    teacher = load_teacher(DistillConfig(str(tmp_path)), tiny_segmenter("fcn"))
+    assert teacher is not None
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
+    output = teacher(picture(12, 16)[None], with_stages=True)
+    assert len(output.stages) == 1
+    assert torch.equal(output.logits, original(picture(12, 16)[None]).logits)
+    assert load_teacher(DistillConfig(), tiny_segmenter("fcn")) is None
+
+
+def named(model: ExitSegmenter, **changes: Any) -> ExitSegmenter:
+    model.preprocessing = replace(model.preprocessing, **changes)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("teacher", "changes", "words"),
+    [
+        (lambda: tiny_segmenter("fcn", num_classes=4), {}, "has other class names"),
+        (lambda: tiny_segmenter("fcn", patch_size=8), {}, r"has other patch_size \(8, not 4\)"),
+        (lambda: named(tiny_segmenter("fcn"), mean=(0.1, 0.2, 0.3)), {}, r"has other mean of pixels \(\(0\.1, 0\.2"),
+        (
+            lambda: tiny_segmenter("fcn", embed_dim=16),
+            {},
+            "has features of 16 channels, not 32: set distill.features=0",
+        ),
+        (lambda: tiny_segmenter("atm"), {}, r"distill\.logits compares heads alike, .* is an ATM head"),
+        (
+            lambda: tiny_segmenter("setr_pup"),
+            {},
+            "a softmax head with 2 cells per patch side, not a softmax head with 1",
+        ),
+        (lambda: tiny_segmenter("atm"), {"logits": 0.0, "exits": 1.0}, r"distill\.exits compares heads alike"),
+    ],
+)
+def test_a_teacher_of_other_things_is_refused_in_one_sentence(
+    teacher: Any, changes: dict[str, float], words: str, tmp_path: Path
+) -> None:
+    teacher().save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=words) as error:
+        load_teacher(DistillConfig(str(tmp_path), **changes), tiny_segmenter("fcn"))
+    assert str(error.value).count("\n") == 0
+
+
+@pytest.mark.parametrize(
+    ("teacher", "changes"),
+    [
+        (lambda: tiny_segmenter("fcn", embed_dim=16), {"features": 0.0}),
+        (lambda: tiny_segmenter("atm"), {"logits": 0.0}),
+        (lambda: tiny_segmenter("linear", "setr_naive", depth=6), {"exits": 1.0}),
+    ],
+)
+def test_a_teacher_may_differ_in_what_is_not_compared(teacher: Any, changes: dict[str, float], tmp_path: Path) -> None:
+    teacher().save_pretrained(tmp_path)
+    assert load_teacher(DistillConfig(str(tmp_path), **changes), tiny_segmenter("fcn")) is not None
+
+
+def test_labels_of_other_names_are_other_classes(tmp_path: Path) -> None:
+    model = tiny_segmenter("fcn")
+    labels = default_labels(5)
+    renamed = replace(labels, names=(*labels.names[1:], "other"))
+    ExitSegmenter(model.config.backbone, 5, (1, 3), "fcn", "fcn", Preprocessing(labels=renamed)).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="has other class names"):
+        load_teacher(DistillConfig(str(tmp_path)), model)
+
+
+# --------------------------------------------------------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def teacher(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("teacher")
+    run(tiny_run(data, out, methods=["dense"], steps=3, seed=9))
+    return out
+
+
+def taught(data: Path, out: Path, teacher: Path, **changes: Any) -> TrainConfig:
+    return tiny_run(data, out, distill=DistillConfig(str(teacher), exits=0.5), **changes)
+
+
+def test_a_run_with_a_teacher_resumes_exactly_and_leaves_the_teacher_alone(
+    data: Path, tmp_path: Path, teacher: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (teacher / "model.safetensors").read_bytes()
+    lines: list[str] = []
+    never = run(taught(data, tmp_path / "never", teacher), say=lines.append)
+    assert f", taught by {teacher}" in lines[0]
+    config = taught(data, tmp_path / "killed", teacher)
+    run_until(4, config, monkeypatch)
+    assert same_weights(run(config), never)
+    assert not same_weights(run(tiny_run(data, tmp_path / "alone")), never)
+    assert (teacher / "model.safetensors").read_bytes() == before
+
+
+def test_a_student_comes_nearer_to_its_teacher_than_one_that_reads_labels_alone(
+    data: Path, tmp_path: Path, teacher: Path
+) -> None:
+    images = torch.stack([picture(24, 32, seed) for seed in range(4)])
+    target = load_teacher(DistillConfig(str(teacher)), ExitSegmenter.from_pretrained(teacher))
+    assert target is not None
+    far = []
+    for name, config in (
+        ("taught", taught(data, tmp_path / "taught", teacher, methods=["dense"], steps=20, checkpoint_every=0)),
+        ("alone", tiny_run(data, tmp_path / "alone", methods=["dense"], steps=20, checkpoint_every=0)),
+    ):
+        student = train(config, say=silent, progress=False)
+        output = student(images, with_stages=True)
+        far.append(distillation_loss(output, target(images, with_stages=True), DistillConfig(name)).item())
+    assert far[0] < 0.8 * far[1]
+
+
+def test_bf16_runs_may_have_a_teacher(data: Path, tmp_path: Path, teacher: Path) -> None:
+    config = taught(data, tmp_path, teacher, steps=2, precision="bf16")
+    assert all(bool(value.isfinite().all()) for value in weights(train(config, say=silent, progress=False)).values())
+
+
+def test_a_folder_without_a_teacher_ends_in_one_sentence(data: Path, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"holds no config\.json"):
+        run(taught(data, tmp_path / "out", tmp_path))
