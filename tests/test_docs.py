@@ -15,8 +15,8 @@ def test_names(repo_root: Path) -> set[str]:
 
 
 def rows(page: Path) -> list[list[str]]:
-    """Cells of every table row that stands for an item of a specification (a.1, B.2, ...)."""
-    lines = [line for line in page.read_text().splitlines() if re.match(r"\| [abAB]\.\d", line)]
+    """Cells of every table row that stands for an item (a.1, B.2, R.3, ...)."""
+    lines = [line for line in page.read_text().splitlines() if re.match(r"\| [a-zA-Z]\.\d", line)]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,11 +10,16 @@ from tokenexit.errors import ConfigError
 from tokenexit.exits import (
     NEVER,
     check_thresholds,
-    max_probability,
+    graded,
+    of_class,
+    on_boundary,
+    per_class,
     per_exit,
-    pooled_max_probability,
+    pooled_label,
+    pooled_score,
     retain_top_k,
     select,
+    tempered,
     warmed_up,
 )
 
@@ -111,7 +118,7 @@ def test_per_exit__refuses_another_number_of_values():
         per_exit([0.9, 0.8], 3)
 
 
-@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), [0.5, 2.0]])
+@pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), [0.5, 2.0], [0.5, [0.5, 2.0]], [[0.5], ["0.5"]]])
 def test_check_thresholds__refuses_what_is_no_score(threshold):
     with pytest.raises(ConfigError, match=r"threshold=.* is outside \[0, 1\].*use 1 for 'never'"):
         check_thresholds(threshold)
@@ -127,29 +134,142 @@ def test_warmed_up__without_warm_up_is_the_threshold_from_the_start():
     assert warmed_up(0.8, 0.0, warmup=0.0) == 0.8
 
 
-def test_max_probability__is_taken_in_fp32_in_any_precision():
+def test_warmed_up__of_thresholds_by_class_falls_for_each():
+    of_all, by_class = warmed_up([0.8, [0.6, 1.0]], 0.1, warmup=0.2)
+    assert of_all == pytest.approx(0.9)
+    assert by_class == pytest.approx((0.8, 1.0))
+
+
+def test_per_class__tells_whether_an_exit_has_one_for_each_class():
+    assert not per_class(0.9)
+    assert not per_class([0.9, 0.8])
+    assert per_class([0.9, [0.9, 0.8]])
+
+
+def test_of_class__is_the_threshold_of_the_class_predicted():
+    label = torch.tensor([2, 0, 0, 1])
+    assert of_class((0.5, 0.25, 0.75), label).tolist() == [0.75, 0.5, 0.5, 0.25]
+    assert of_class(0.9, label) == 0.9
+
+
+# Scores.
+
+
+def by_definition(row, score):
+    """In words and in double precision."""
+    ordered = sorted(row, reverse=True)
+    if score == "probability":
+        return ordered[0]
+    if score == "margin":
+        return ordered[0] - ordered[1]
+    return 1.0 - sum(-p * math.log(p) for p in ordered if p > 0) / math.log(len(row))
+
+
+@pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
+@given(rows=st.lists(st.lists(st.floats(-30, 30), min_size=4, max_size=4), min_size=1, max_size=6))
+def test_graded__is_its_definition_and_lies_in_the_unit_interval(score, rows):
+    probabilities = torch.tensor(rows, dtype=torch.float64).softmax(dim=1)
+    scores = graded(probabilities.float(), score)
+    assert_close(scores, torch.tensor([by_definition(row, score) for row in probabilities.tolist()]))
+    assert ((scores >= 0) & (scores <= NEVER)).all()
+    assert torch.equal(graded(probabilities.float().T[None], score, dim=1), scores[None])
+
+
+@pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
+def test_graded__is_one_for_certainty_and_least_for_none(score):
+    assert graded(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), score).item() == 1.0
+    least = graded(torch.full((1, 4), 0.25), score).item()
+    assert least == pytest.approx(0.25 if score == "probability" else 0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
+def test_graded__of_a_single_class_is_its_probability(score):
+    assert graded(torch.tensor([[1.0], [0.25]]), score).tolist() == [1.0, 0.25]
+
+
+@given(logits=st.lists(st.floats(-8, 8), min_size=2, max_size=5), hotter=st.floats(1.1, 5.0))
+def test_tempered__heat_makes_less_sure_and_moves_no_class(logits, hotter):
+    logits = torch.tensor([logits])
+    top = logits.sort(descending=True).values[0]
+    warm = tempered(logits, hotter)
+    for score in ("probability", "margin", "entropy"):
+        assert graded(warm.softmax(1), score) <= graded(logits.softmax(1), score) + 1e-6
+    if top[0] - top[1] > 1e-4:
+        assert warm.argmax() == logits.argmax()
+
+
+def test_tempered__at_one_is_the_very_same_tensor():
+    logits = torch.randn(3, 4).bfloat16()
+    assert tempered(logits, 1.0) is logits
+    assert tempered(logits, 2.0).dtype == torch.float32
+
+
+def test_pooled_score__is_taken_in_fp32_in_any_precision():
     logits = torch.randn(20, 5).bfloat16()
-    assert max_probability(logits).dtype == torch.float32
-    assert torch.equal(max_probability(logits), logits.float().softmax(1).max(1).values)
-    assert_close(pooled_max_probability(logits, [(4, 5)], 1, 2), pooled_max_probability(logits.float(), [(4, 5)], 1, 2))
+    assert pooled_score(logits, [(4, 5)], 1, 1).dtype == torch.float32
+    assert torch.equal(pooled_score(logits, [(4, 5)], 1, 1), logits.float().softmax(1).max(1).values)
+    assert_close(pooled_score(logits, [(4, 5)], 1, 2), pooled_score(logits.float(), [(4, 5)], 1, 2))
 
 
-def test_pooled_max_probability__averages_the_fine_grid_inside_each_patch():
+@pytest.mark.parametrize(("score", "of_unsure"), [("probability", 0.5), ("margin", 0.0), ("entropy", 0.0)])
+def test_pooled_score__averages_the_fine_grid_inside_each_patch(score, of_unsure):
     # One image of 1 x 2 patches, four cells each, in raster order of the 2 x 4 grid.
     sure, unsure = [50.0, 0.0], [0.0, 0.0]
     rows = torch.tensor([sure, sure, unsure, unsure, unsure, unsure, unsure, sure])
-    pooled = pooled_max_probability(rows, [(1, 2)], scale=2, upscale=1)
-    assert_close(pooled, torch.tensor([0.75, 0.625]))
+    pooled = pooled_score(rows, [(1, 2)], scale=2, upscale=1, score=score)
+    assert_close(pooled, torch.tensor([0.5 + 0.5 * of_unsure, 0.25 + 0.75 * of_unsure]))
 
 
-def test_pooled_max_probability__without_a_finer_grid_is_the_plain_one():
-    logits = torch.randn(6, 3)
-    assert torch.equal(pooled_max_probability(logits, [(2, 2), (1, 2)], 1, 1), max_probability(logits))
+def test_pooled_score__at_a_temperature_is_that_of_the_divided_logits():
+    logits, grids = torch.randn(8, 3), [(1, 2), (2, 3)]
+    for upscale in (1, 4):
+        hot = pooled_score(logits, grids, 1, upscale, "margin", 2.5)
+        assert_close(hot, pooled_score(logits / 2.5, grids, 1, upscale, "margin"))
+        assert not torch.allclose(hot, pooled_score(logits, grids, 1, upscale, "margin"))
 
 
-def test_pooled_max_probability__images_of_several_sizes_keep_their_places():
+@pytest.mark.parametrize("pooled", [pooled_score, pooled_label])
+def test_pooled__images_of_several_sizes_keep_their_places(pooled):
     grids = [(1, 2), (2, 2), (1, 2)]
     logits = torch.randn(8, 3)
-    pooled = pooled_max_probability(logits, grids, 1, 4)
-    alone = [pooled_max_probability(part, [grid], 1, 4) for part, grid in zip(logits.split([2, 4, 2]), grids)]
-    assert_close(pooled, torch.cat(alone))
+    together = pooled(logits, grids, 1, 4)
+    alone = [pooled(part, [grid], 1, 4) for part, grid in zip(logits.split([2, 4, 2]), grids)]
+    assert_close(together, torch.cat(alone))
+
+
+def test_pooled_label__is_the_class_of_the_highest_mean_probability():
+    # The first patch: two cells barely say class 1, two are sure of class 0. The second patch says class 1 throughout.
+    sure, barely, other = [9.0, 0.0], [0.0, 0.5], [0.0, 9.0]
+    rows = torch.tensor([sure, barely, other, other, barely, sure, other, other])
+    assert pooled_label(rows, [(1, 2)], scale=2, upscale=1).tolist() == [0, 1]
+    assert pooled_label(rows[:4], [(2, 2)], scale=1, upscale=1).tolist() == [0, 1, 1, 1]
+
+
+# Boundaries.
+
+
+def beside_another_class(label, h, w):
+    """Cell by cell."""
+    found = []
+    for i in range(h):
+        for j in range(w):
+            near = [(i + 1, j), (i - 1, j), (i, j + 1), (i, j - 1)]
+            found.append(any(0 <= a < h and 0 <= b < w and label[a * w + b] != label[i * w + j] for a, b in near))
+    return found
+
+
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=4),
+    seed=st.integers(0, 1000),
+    classes=st.integers(1, 3),
+)
+def test_on_boundary__equals_a_loop_over_cells_and_images_do_not_touch(grids, seed, classes):
+    generator = torch.Generator().manual_seed(seed)
+    images = [torch.randint(classes, (h * w,), generator=generator) for h, w in grids]
+    expected = [found for image, grid in zip(images, grids) for found in beside_another_class(image.tolist(), *grid)]
+    assert on_boundary(torch.cat(images), grids).tolist() == expected
+
+
+def test_on_boundary__corners_do_not_touch():
+    label = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1])
+    assert on_boundary(label, [(3, 3)]).tolist() == [False] * 5 + [True, False, True, True]

@@ -174,7 +174,10 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument("--split", default="test", help="part of the dataset")
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument(
-        "--method", nargs="+", help="dense, dtop, dovit; one or several; the calibrated one if not given, else dense"
+        "--method",
+        nargs="+",
+        help="dense, dtop, dovit, paumer, fixed_ratio, truncated; one or several; the calibrated one if not given, "
+        "else dense",
     )
     _add_method_options(parser, several=True)
     parser.add_argument(
@@ -269,7 +272,7 @@ def calibrate(arguments: list[str]) -> int:
     parser.add_argument("--images", nargs="+", type=Path, metavar="IMAGE|DIR", help="pictures without labels instead")
     parser.add_argument("--limit", type=int, help="so many images only, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
-    parser.add_argument("--method", default="dtop", help="dtop or dovit")
+    parser.add_argument("--method", default="dtop", help="dtop, dovit or paumer")
     _add_method_options(parser)
     _add_window_options(parser)
     wish = parser.add_argument_group("what you wish for, one of").add_mutually_exclusive_group(required=True)
@@ -325,7 +328,8 @@ def calibrate(arguments: list[str]) -> int:
     )
     path = write_calibration(result, options.model, options.out or options.model)
     print(result.promise)
-    print(f"{result.method}: {result.reached['share_of_dense']:.1%} of dense multiply-adds")
+    reached, predicted = (result.reached[key] for key in ("share_of_dense", "dense_pass_share_of_dense"))
+    print(f"{result.method}: {reached:.1%} of dense multiply-adds; the dense pass predicted {predicted:.1%}")
     print(f"calibration: {path}")
     return 0
 
@@ -339,7 +343,7 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument("--tune-split", default="val", help="part of the dataset to choose thresholds on, unlabelled")
     parser.add_argument("--tune-limit", type=int, help="so many of them only, drawn at random")
-    parser.add_argument("--method", nargs="+", default=["dtop", "dovit"], help="dtop, dovit; one or several")
+    parser.add_argument("--method", nargs="+", default=["dtop", "dovit"], help="any but dense; one or several")
     _add_method_options(parser, several=True)
     parser.add_argument("--points", type=int, default=8, help="of every method's curve")
     parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
@@ -355,7 +359,7 @@ def sweep(arguments: list[str]) -> int:
     from tokenexit.evaluation.evaluate import check_classes
     from tokenexit.segmenter import ExitSegmenter
 
-    by_hand = _methods(options.method, options) if options.threshold else []
+    by_hand = [m for m in _methods(options.method, options) if hasattr(m, "threshold")] if options.threshold else []
     options.threshold = None
     methods = _methods(options.method, options)
     model = ExitSegmenter.from_pretrained(options.model, _device(options.device))
@@ -522,7 +526,8 @@ def _add_method_options(parser: Any, several: bool = False) -> None:
         nargs="+" if several else None,
         type=str,
         default=None,
-        help="threshold of all exits, or one for each as 0.98/0.9/0.8; the method's own if not given",
+        help="threshold of all exits, or one for each as 0.98/0.9/0.8, an exit's for all classes or one for each as "
+        "0.9,0.99,0.95; the method's own if not given",
     )
     parser.add_argument("--score", type=str, default=None, help="what thresholds meet: probability, margin or entropy")
     parser.add_argument("--temperature", type=str, default=None, help="of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")

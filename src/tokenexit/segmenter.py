@@ -154,15 +154,7 @@ class ExitSegmenter(nn.Module):
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
         method = Dense() if method is None else method
-        heads = [head for head in self.exit_heads if isinstance(head, Head)]
-        model = Model(
-            exit_heads=heads,
-            decode_head=self.decode_head,
-            norm=self.backbone.norm,
-            num_classes=self.config.num_classes,
-            has_class_token=self.config.backbone.class_token,
-            with_stages=self.training or with_stages,
-        )
+        model = self._for_methods(self.training or with_stages)
         method.check(model)
 
         tokens = self.backbone.embed(images)
@@ -185,12 +177,26 @@ class ExitSegmenter(nn.Module):
             value=result.value,
             exit_stage=tuple(s.view(grid) for s, grid in zip(stages, grids)),
             num_exits=model.num_exits,
-            ledger=write_ledger(self.backbone, heads, self.decode_head, grids, lengths, result.stages),
+            ledger=write_ledger(self.backbone, model.exit_heads, self.decode_head, grids, lengths, result.stages),
             sizes=sizes,
             targets=sizes if targets is None else tuple(targets),
             patch_size=self.config.backbone.patch_size,
             upscale=self.decode_head.upscale,
             stages=result.stages,
+        )
+
+    def check(self, method: Method[Any]) -> None:
+        """Raise `ConfigError`, in one sentence, for a method that cannot run on this model."""
+        method.check(self._for_methods(with_stages=False))
+
+    def _for_methods(self, with_stages: bool) -> Model:
+        return Model(
+            exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
+            decode_head=self.decode_head,
+            norm=self.backbone.norm,
+            num_classes=self.config.num_classes,
+            has_class_token=self.config.backbone.class_token,
+            with_stages=with_stages,
         )
 
     def segment(

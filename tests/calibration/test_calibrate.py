@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -365,6 +366,19 @@ def test_calibrate__refuses_bounds_on_errors_without_labels(tmp_path: Path) -> N
         calibrate(images, DToP(), Bound("max_error_increase", 0.4, 0.8))
     result = calibrate(images, DToP(keep_per_class=0), Budget("budget", 0.9))
     assert result.reached["share_of_dense"] <= 0.9
+
+
+def test_calibrate__leaves_images_without_labels_out_of_bounds_on_errors() -> None:
+    """They would count as images on which nothing is lost."""
+
+    class HalfLabelled(Noise):
+        def __getitem__(self, index: int, /) -> Any:
+            sample = super().__getitem__(index)
+            return replace(sample, mask=np.full_like(sample.mask, 255)) if index % 2 else sample
+
+    images = Bench(tiny_segmenter(), HalfLabelled(40), range(40))
+    result = calibrate(images, DToP(keep_per_class=0), Bound("max_error_increase", 0.4, 0.8))
+    assert result.images["count"] == 20
 
 
 def test_drawn__spreads_a_limit_over_all_images() -> None:

@@ -18,6 +18,7 @@ from tests.test_cli import fine, wrong
 from tokenexit.calibration import calibrate as calibration
 from tokenexit.calibration import sweep as sweeping
 from tokenexit.cli import main
+from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
 
 Captured = pytest.CaptureFixture[str]
@@ -44,7 +45,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
             sample = noise[i]
             sample.image.save(root / "set" / "images" / split / f"{i}.png")
             Image.fromarray(sample.mask.astype("uint8")).save(root / "set" / "annotations" / split / f"{i}.png")
-    (root / "set" / "dataset.yaml").write_text("classes: [a, b, c, d, e]\n")
+    (root / "set" / "dataset.yaml").write_text(f"classes: {json.dumps(default_labels(5).names)}\n")
     shutil.copytree(root / "set" / "images" / "val", root / "plain")
     return root
 
@@ -146,7 +147,7 @@ def test_predict__warns_once_of_pictures_unlike_the_calibrations(
 
 def sweep(capsys: Captured, model: Path, pictures: Path, out: Path, *more: Any) -> str:
     data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 3, "--tune-limit", 4)
-    lines = ("--method", "dtop", "dovit", "--points", 3, "--input-scale", 0.5, "--out", out)
+    lines = ("--method", "dtop", "dovit", "fixed_ratio", "truncated", "--points", 3, "--input-scale", 0.5, "--out", out)
     return fine(capsys, "sweep", model, *data, *lines, *more)
 
 
@@ -180,9 +181,13 @@ def test_sweep__writes_curves_and_goes_on_where_it_was(
         "dovit, one threshold",
         "dtop, thresholds chosen",
         "dovit, thresholds chosen",
+        "fixed_ratio",
+        "truncated",
     }
-    chosen = [float(row["gmacs_mean"]) for row in rows if row["series"] == "dtop, thresholds chosen"]
-    assert chosen == sorted(chosen, reverse=True)
+    for name in ("dtop, thresholds chosen", "fixed_ratio", "truncated"):
+        compute = [float(row["gmacs_mean"]) for row in rows if row["series"] == name]
+        assert compute == sorted(compute, reverse=True)
+        assert len(compute) in (2, 3)
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     refused = wrong(capsys, "sweep", model, "--data", "folder", "--data-root", pictures / "set", "--out", out)
     assert "sweep.json was made with" in refused

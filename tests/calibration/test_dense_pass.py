@@ -17,6 +17,8 @@ from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP
+from tokenexit.methods.paumer import PAUMER
+from tokenexit.methods.reference import Imposed
 from tokenexit.preprocessing import Labels, default_labels
 
 CLASSES = 5
@@ -113,6 +115,7 @@ METHODS = [
     DoViT(cap=(0.6,)),
     DoViT(scoring="live"),
     DToP(keep_per_class=0, score="margin", temperature=1.5, boundary_guard=True),
+    PAUMER(),
     DoViT(score="entropy", temperature=0.7, boundary_guard=True),
 ]
 
@@ -184,6 +187,8 @@ def test_first__is_the_pass_of_the_first_images() -> None:
 def test_dense_pass__refuses_what_it_cannot_compose() -> None:
     with pytest.raises(ConfigError, match="method 'dense' has no thresholds"):
         DensePass.of(bench(1), Dense())
+    with pytest.raises(ConfigError, match="method 'imposed' has no thresholds"):
+        DensePass.of(bench(1), Imposed())
     with pytest.raises(ConfigError, match="images decide for each other"):
         DensePass.of(bench(1), DoViT(batch_mode="mean"))
 

@@ -345,6 +345,7 @@ def test_evaluation_leaves_the_model_as_it_was(model: ExitSegmenter) -> None:
         (DToP(), "dtop 0.95"),
         (DToP(threshold=(0.98, 0.9, 0.8), keep_per_class=3), "dtop 0.98/0.9/0.8 keep_per_class=3"),
         (DoViT(threshold=1, blend_weight=0.0), "dovit 1 blend_weight=0.0"),
+        (DToP(threshold=(0.8, (0.95, 0.9)), score="margin"), "dtop 0.8-0.95 per class score=margin"),
     ],
 )
 def test_a_row_is_named_by_what_differs_from_the_defaults(method: Method[Any], label: str) -> None:

@@ -51,7 +51,7 @@ def by_class(thresholds: Any) -> Any:
     """A threshold of its own for each of 5 classes, from one for each exit; one number for all is left alone."""
     if isinstance(thresholds, float | int):
         return thresholds
-    return tuple(tuple(t + (1.0 - t) * c / 30 for c in range(5)) for t in thresholds)
+    return tuple(tuple(t + (1.0 - t) * c / 100 for c in range(5)) for t in thresholds)
 
 
 def dtop_case(
@@ -109,17 +109,19 @@ CASES: dict[str, Case] = {
     "dtop-keep-nobody": dtop_case(0),
     "dtop-frozen": dtop_case(2, "frozen", ("atm", "fcn")),
     "dtop-margin": dtop_case(1, heads=("atm", "fcn"), score="margin"),
-    "dtop-entropy": dtop_case(1, heads=("fcn", "setr_naive"), score="entropy", temperature=(1.5, 0.7)),
-    "dtop-by-class": dtop_case(1, heads=("atm", "fcn"), given=by_class, boundary_guard=True),
+    "dtop-entropy": dtop_case(1, heads=("fcn", "setr_naive"), score="entropy", temperature=1.5),
+    "dtop-by-class": dtop_case(1, heads=("atm", "fcn"), given=by_class),
+    "dtop-guarded": dtop_case(0, heads=("atm", "mask_transformer"), boundary_guard=True),
     "fixed-ratio": ratio_case((0.6, 0.3)),
     "truncated": truncated_case(1),
     "truncated-late": truncated_case(2),
     "dovit": dovit_case(),
     "dovit-live": dovit_case(("linear", "fcn"), scoring="live"),
     "dovit-improving": dovit_case(("fcn", "setr_naive"), min_improvement=0.02),
-    "dovit-margin": dovit_case(("fcn", "setr_naive"), score="margin", temperature=(0.7, 1.5)),
-    "dovit-by-class": dovit_case(("fcn", "setr_naive", "setr_pup"), given=by_class, boundary_guard=True),
-    "dovit-by-class-live": dovit_case(("fcn",), given=by_class, boundary_guard=True, scoring="live"),
+    "dovit-margin": dovit_case(("fcn", "setr_naive"), score="margin", temperature=0.7),
+    "dovit-by-class": dovit_case(("fcn", "setr_pup"), given=by_class),
+    "dovit-guarded": dovit_case(("mask_transformer", "setr_naive"), boundary_guard=True),
+    "dovit-guarded-live": dovit_case(("linear", "fcn"), given=by_class, boundary_guard=True, scoring="live"),
     "paumer": paumer_case(),
 }
 

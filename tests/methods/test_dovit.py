@@ -52,6 +52,9 @@ def at_first_exit(model, images, method):
             "min_improvement": st.sampled_from([None, 0.0, 0.05]),
             "blend_trigger": st.sampled_from([0.0, 0.1, 0.5]),
             "blend_weight": st.sampled_from([0.0, 0.5, 0.9]),
+            "score": st.sampled_from(["probability", "margin", "entropy"]),
+            "temperature": st.sampled_from([1.0, (0.6, 1.7)]),
+            "boundary_guard": st.booleans(),
         }
     ),
     seed=st.integers(0, 20),
@@ -243,6 +246,39 @@ def test_min_improvement__is_off_by_default():
     assert (run(model, [picture(8, 8)], DoViT(0.9)).exit_stage[0] == 2).all()
 
 
+# Thresholds by class, and the boundary guard.
+
+
+def test_dovit__a_patch_is_held_to_the_threshold_of_its_predicted_class():
+    model = tiny_segmenter("linear", num_classes=3)
+    for n in range(2):
+        fix_exit(model, n, [0.8, 0.8, 0.8, 0.9], label=[0, 1, 2, 2])
+    for scoring in ("grid", "live"):
+        out = run(model, [picture(8, 8)], DoViT(((0.7, 0.9, 1.0), 0.85), scoring=scoring))
+        assert out.exit_stage[0].flatten().tolist() == [0, 2, 2, 1]
+
+
+@pytest.mark.parametrize("scoring", ["grid", "live"])
+def test_boundary_guard__goes_by_classes_as_they_were_when_patches_were_last_computed(scoring):
+    """The first two are stopped at once; that the second head would call them otherwise, stale as they are, is no
+    boundary."""
+    model = tiny_segmenter("linear")
+    fix_exit(model, 0, [0.9, 0.9, 0.3, 0.9, 0.3], label=[1, 1, 1, 2, 2])
+    fix_exit(model, 1, [0.9, 0.9, 0.9, 0.9, 0.9], label=[3, 3, 1, 2, 2])
+    out = run(model, [picture(4, 20)], DoViT(0.5, boundary_guard=True, scoring=scoring))
+    assert out.exit_stage[0].flatten().tolist() == [0, 0, 2, 2, 1]
+
+
+def test_boundary_guard__holds_whom_the_second_criterion_would_stop_and_no_cap():
+    model = tiny_segmenter("linear")
+    for n in range(2):
+        fix_exit(model, n, [0.6, 0.5, 0.4, 0.3], label=[0, 1, 1, 1])
+    guarded = DoViT(0.9, min_improvement=0.05, boundary_guard=True)
+    assert run(model, [picture(4, 16)], guarded).exit_stage[0].flatten().tolist() == [2, 2, 1, 1]
+    capped = replace(guarded, cap=(0.5, 0.5))
+    assert run(model, [picture(4, 16)], capped).exit_stage[0].flatten().tolist() == [0, 0, 1, 1]
+
+
 # Training.
 
 
@@ -326,7 +362,7 @@ def test_warm_up__thresholds_fall_from_one_over_the_share_of_the_training():
 
 
 def test_defaults__are_the_published_ones():
-    assert DoViT() == DoViT(0.985, None, 0.1, 0.5, "exact", "grid", 0.0)
+    assert DoViT() == DoViT(0.985, None, 0.1, 0.5, "exact", "grid", False, 0.0, None, "probability", 1.0, False)
 
 
 # What is refused.
@@ -339,6 +375,8 @@ def test_defaults__are_the_published_ones():
         ({"blend_trigger": 1.5}, r"blend_trigger=1.5 is outside \[0, 1\]"),
         ({"blend_weight": -0.1}, r"blend_weight=-0.1 is outside \[0, 1\]"),
         ({"threshold_warmup": 2.0}, r"threshold_warmup=2.0 is outside \[0, 1\]"),
+        ({"score": "logit"}, r"score='logit': choose probability, margin or entropy"),
+        ({"temperature": (1.0, 0.0)}, r"temperature=0.0 must be a number above 0"),
         ({"batch_mode": "median"}, r"batch_mode='median': choose exact or mean"),
         ({"scoring": "all"}, r"scoring='all': choose grid or live"),
         ({"scoring": "live", "batch_mode": "mean"}, r"batch_mode='mean' .*use scoring='grid'"),
@@ -347,6 +385,18 @@ def test_defaults__are_the_published_ones():
 def test_dovit__impossible_options_are_refused_by_name_and_value(options, words):
     with pytest.raises(ConfigError, match=words):
         DoViT(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"threshold": (0.9, (0.9, 0.8))}, r"threshold of exit 2 has 2 values for 5 classes: give one number, or one"),
+        ({"temperature": (1.0,)}, r"temperature has 1 values for 2 exits"),
+    ],
+)
+def test_dovit__options_for_another_model_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny_segmenter("fcn")(batch(), DoViT(**options))
 
 
 def test_dovit__atm_exit_heads_are_refused_and_an_atm_decode_head_is_not():

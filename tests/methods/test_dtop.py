@@ -120,6 +120,71 @@ def test_dtop__each_exit_has_its_own_threshold():
     assert out.exit_stage[0].flatten().tolist() == [2, 1, 1, 0]
 
 
+def test_dtop__a_token_is_held_to_the_threshold_of_its_predicted_class():
+    model = tiny_segmenter("linear", exits=(1, 2), num_classes=3)
+    for n in range(2):
+        fix_exit(model, n, [0.8, 0.8, 0.8, 0.9], label=[0, 1, 2, 2])
+    out = run(model, [picture(8, 8)], DToP(((0.7, 0.9, 1.0), 0.85), keep_per_class=0))
+    assert out.exit_stage[0].flatten().tolist() == [0, 2, 2, 1]
+
+
+@pytest.mark.parametrize(
+    ("score", "leaves"), [("probability", [0, 0, 1, 1]), ("margin", [0, 1, 1, 1]), ("entropy", [0, 1, 1, 1])]
+)
+def test_dtop__the_score_is_what_meets_the_threshold(score, leaves):
+    """Of five classes: margins are about 0.94, 0.75, 0.5, 0.25, entropies' scores about 0.83, 0.52, 0.24, 0.06."""
+    model = tiny_segmenter("linear", exits=(2,))
+    fix_exit(model, 0, [0.95, 0.8, 0.6, 0.4])
+    threshold = {"probability": 0.75, "margin": 0.8, "entropy": 0.6}[score]
+    out = run(model, [picture(8, 8)], DToP(threshold, 0, score=score))
+    assert out.exit_stage[0].flatten().tolist() == leaves
+
+
+def test_dtop__temperature_is_of_each_exit_and_moves_scores_but_nothing_on_the_canvas():
+    model, images = tiny_segmenter("fcn"), batch()
+    plain = run(model, images, DToP(0.9, 0), with_stages=True)
+    hot = run(model, images, DToP(0.9, 0, temperature=(50.0, 1.0)), with_stages=True)
+    stage = torch.cat([s.flatten() for s in hot.exit_stage])
+    assert set(stage.tolist()) == {1, 2}, "nobody is sure at 50"
+    assert set(torch.cat([s.flatten() for s in plain.exit_stage]).tolist()) == {0, 1, 2}
+    assert torch.equal(hot.stages[0].logits, plain.stages[0].logits)
+    assert torch.equal(hot.stages[2].logits[stage == 1], hot.stages[1].logits[stage == 1])
+
+
+# The boundary guard.
+
+
+def test_boundary_guard__whoever_is_beside_another_class_stays():
+    """Two images of one row; the border between them is none."""
+    model = tiny_segmenter("linear", exits=(2,))
+    fix_exit(model, 0, [0.9] * 8, label=[0, 0, 1, 1, 1, 2, 2, 2])
+    out = run(model, [picture(4, 20), picture(4, 12)], DToP(0.5, 0, boundary_guard=True))
+    assert [s.flatten().tolist() for s in out.exit_stage] == [[0, 1, 1, 0, 0], [0, 0, 0]]
+
+
+def test_boundary_guard__goes_by_what_live_tokens_say_now_and_exited_ones_said_last():
+    model = tiny_segmenter("linear", exits=(1, 2))
+    fix_exit(model, 0, [0.9, 0.9, 0.3, 0.9, 0.3], label=[0, 0, 0, 1, 1])
+    # Of the first two, who have left, what the second exit would say is not asked.
+    fix_exit(model, 1, [0.9, 0.9, 0.9, 0.9, 0.9], label=[3, 3, 1, 1, 1])
+    out = run(model, [picture(4, 20)], DToP(0.5, 0, boundary_guard=True))
+    assert out.exit_stage[0].flatten().tolist() == [0, 0, 2, 1, 1]
+
+
+def test_boundary_guard__whom_it_holds_is_no_candidate_for_retention():
+    model = tiny_segmenter("linear", exits=(2,))
+    fix_exit(model, 0, [0.7, 0.6, 0.9, 0.8], label=[0, 0, 0, 1])
+    out = run(model, [picture(4, 16)], DToP(0.5, 1, boundary_guard=True))
+    assert out.exit_stage[0].flatten().tolist() == [1, 0, 1, 1]
+
+
+def test_boundary_guard__a_cap_goes_before_it():
+    model = tiny_segmenter("linear", exits=(2,))
+    fix_exit(model, 0, [0.9, 0.8, 0.7, 0.6], label=[0, 1, 0, 1])
+    out = run(model, [picture(4, 16)], DToP(0.5, 0, boundary_guard=True, cap=(0.5,)))
+    assert out.exit_stage[0].flatten().tolist() == [0, 0, 1, 1]
+
+
 def test_dtop__prefix_tokens_are_never_scored_and_never_leave():
     model = tiny_segmenter("linear", num_registers=2)
     seen = []
@@ -269,12 +334,29 @@ def test_warm_up__thresholds_fall_from_one_over_the_share_of_the_training():
     assert method.threshold == (0.8, 0.9), "the method itself is untouched"
 
 
+def test_warm_up__of_thresholds_by_class_is_for_each():
+    method = DToP((0.8, (0.6, 1.0)), threshold_warmup=0.5)
+    assert method.at(0.0).threshold == (1.0, (1.0, 1.0))
+    assert method.at(0.25).threshold[1] == pytest.approx((0.8, 1.0))
+    assert hash(method.at(0.25)) != hash(method)
+
+
 def test_warm_up__there_is_none_as_published():
     assert DToP(0.9).at(0.0) == DToP(0.9)
 
 
 def test_defaults__are_the_published_ones():
-    assert DToP() == DToP(threshold=0.95, keep_per_class=5, finish="auto", detach_canvas=False, threshold_warmup=0.0)
+    assert DToP() == DToP(
+        threshold=0.95,
+        keep_per_class=5,
+        finish="auto",
+        detach_canvas=False,
+        threshold_warmup=0.0,
+        cap=None,
+        score="probability",
+        temperature=1.0,
+        boundary_guard=False,
+    )
 
 
 # What is refused.
@@ -290,11 +372,36 @@ def test_defaults__are_the_published_ones():
         ({"threshold": None}, r"threshold=None is no number"),
         ({"threshold_warmup": -1.0}, r"threshold_warmup=-1.0 is outside"),
         ({"threshold_warmup": 2.0}, r"threshold_warmup=2.0 is outside"),
+        ({"score": "logit"}, r"score='logit': choose probability, margin or entropy"),
+        ({"temperature": 0.0}, r"temperature=0.0 must be a number above 0"),
+        ({"temperature": (1.0, -2.0)}, r"temperature=-2.0 must be a number above 0"),
+        ({"temperature": (1.0, (1.0, 2.0))}, r"temperature=\(1.0, 2.0\) must be a number above 0"),
+        ({"temperature": "hot"}, r"temperature='hot' is no number"),
     ],
 )
 def test_dtop__impossible_options_are_refused_by_name_and_value(options, words):
     with pytest.raises(ConfigError, match=words):
         DToP(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"threshold": (0.9, (0.9, 0.8))}, r"threshold of exit 2 has 2 values for 5 classes: give one number, or one"),
+        ({"threshold": ((0.9,) * 5,)}, r"threshold has 1 values for 2 exits"),
+        ({"temperature": (1.0, 2.0, 3.0)}, r"temperature has 3 values for 2 exits"),
+    ],
+)
+def test_dtop__options_for_another_model_are_refused(options, words):
+    with pytest.raises(ConfigError, match=words):
+        tiny_segmenter("fcn")(batch(), DToP(**options))
+
+
+@pytest.mark.parametrize("options", [{"score": "entropy"}, {"temperature": 2.0}, {"temperature": (1.0, 2.0)}])
+def test_dtop__what_needs_a_distribution_is_refused_for_atm_exit_heads(options):
+    with pytest.raises(ConfigError, match=r"scores of ATM heads are no distribution"):
+        tiny_segmenter("atm")(batch(), DToP(**options))
+    run(tiny_segmenter(["atm", "fcn"], "atm"), batch(), DToP(temperature=(1.0, 2.0)))
 
 
 @pytest.mark.parametrize(("exit_head", "decode_head"), [("setr_pup", "fcn"), ("fcn", "setr_pup")])

@@ -1,19 +1,31 @@
+import json
+
 import pytest
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods import METHODS, Dense, DoViT, DToP, build_method
+from tokenexit.methods import METHODS, PAUMER, Dense, DoViT, DToP, FixedRatio, Truncated, build_method
 
 
 def test_build_method__by_name_has_the_defaults():
     assert build_method("dense") == Dense()
     assert build_method("dtop") == DToP()
     assert build_method({"name": "dovit"}) == DoViT()
+    assert build_method("paumer") == PAUMER()
+    assert build_method("fixed_ratio") == FixedRatio()
+    assert build_method("truncated") == Truncated()
 
 
 def test_build_method__takes_the_methods_own_options_and_lists_as_tuples():
     method = build_method({"name": "dtop", "threshold": [0.9, 0.8], "keep_per_class": 2})
     assert method == DToP((0.9, 0.8), 2)
     assert hash(method) == hash(DToP((0.9, 0.8), 2))
+
+
+def test_build_method__takes_lists_in_lists_as_they_come_from_json():
+    method = DToP((0.9, (0.9, 0.8)), score="margin", temperature=(1.0, 2.0), boundary_guard=True)
+    spec = json.loads(json.dumps({"name": "dtop", **vars(method)}))
+    assert build_method(spec) == method
+    assert hash(build_method(spec)) == hash(method)
 
 
 def test_build_method__leaves_the_specification_as_it_was():

@@ -303,7 +303,7 @@ def dovit(
             for b, (x, grid) in enumerate(zip(xs, grids)):
                 sure, label, ahead = dovit_grades(weights, e, x[prefix:], grid, score, of_exit(temperature, e))
                 tau = thresholds[e]
-                bound = tau if isinstance(tau, int | float) else label.double().apply_(lambda c: tau[int(c)])
+                bound = tau if isinstance(tau, int | float) else torch.tensor(tau, dtype=torch.float64)[label]
                 stop = sure > bound
                 answers[b].scores.append(sure)
                 margin = (sure - bound).abs()

@@ -29,6 +29,7 @@ from tokenexit.heads import Head, class_scores
 from tokenexit.ledger import dense_ops
 from tokenexit.methods import Dense, DoViT, DToP, Method, Model, Stage
 from tokenexit.methods.base import stage_of
+from tokenexit.methods.reference import Imposed
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.windows import WindowedOutput
@@ -143,8 +144,8 @@ def context_price(exits: Sequence[int], depth: int) -> Tensor:
 
 def check_method(method: Method[Any]) -> DToP | DoViT:
     """Refuse what has no thresholds to choose, or lets images decide for each other."""
-    if not isinstance(method, DToP | DoViT) or type(method) not in (DToP, DoViT):
-        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose dtop or dovit.")
+    if not isinstance(method, DToP | DoViT) or isinstance(method, Imposed):
+        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose dtop, dovit or paumer.")
     if isinstance(method, DoViT) and method.batch_mode == "mean":
         raise ConfigError("batch_mode='mean' lets images decide for each other: calibrate with batch_mode='exact'.")
     return method

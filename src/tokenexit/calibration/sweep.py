@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from tokenexit.calibration.runs import Bench, dense_reference
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Scaled, evaluate
 from tokenexit.methods import Method, build_method
+from tokenexit.methods.fixed_ratio import FixedRatio
+from tokenexit.methods.truncated import Truncated
 from tokenexit.report.evaluations import without_nan
 from tokenexit.writing import whole
 
@@ -53,6 +55,22 @@ class Job:
     input_scale: float = 1.0
 
 
+def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[Job] | None:
+    """Points of a method without thresholds, from dear to cheap; None for one that has them.
+
+    Of a fixed ratio its shares, falling alike from exit to exit; of a truncation its exits.
+    """
+    if isinstance(method, Truncated):
+        chosen: list[Method[Any]] = [replace(method, after=n) for n in range(num_exits, 0, -1)]
+    elif isinstance(method, FixedRatio):
+        shares = [1 - i / points for i in range(points)]
+        ratios = [tuple(round(share ** (n + 1), 4) for n in range(num_exits)) for share in shares]
+        chosen = [replace(method, ratios=each) for each in ratios]
+    else:
+        return None
+    return [Job(method.name, spec_of(one)) for one in chosen]
+
+
 def plan_method(bench: Bench, method: Method[Any], points: int, average: Average) -> list[Job]:
     """Points of one method from "nobody leaves" to "everybody leaves at once", evenly spaced in predicted compute."""
     planner = Planner(bench, method, average)
@@ -81,9 +99,10 @@ def sweep(
     """Run all points and write `sweep.json`, `sweep.csv` and `sweep.png` to the folder `out`.
 
     bench: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without labels.
-    methods: one line each, thresholds chosen. by_hand: methods as they are, one line for each name. scales: of the
-    pictures' sides, for the line of dense models on smaller pictures; 1 is added. settings: what else decides the
-    figures, such as model and data. Returns the rows. Raises `ConfigError` if `out` holds a sweep of other settings.
+    methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one line for
+    each name. scales: of the pictures' sides, for the line of dense models on smaller pictures. settings: what else
+    decides the figures, such as model and data. Returns the rows. Raises `ConfigError` if `out` holds a sweep of other
+    settings.
     """
     plt = _pyplot()
     path = out / "sweep.json"
@@ -105,8 +124,11 @@ def sweep(
         jobs += [Job(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
         jobs += [Job(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
         for method in methods:
-            say(f"choosing thresholds of {method.name} on {len(tune)} images")
-            jobs += plan_method(tune, method, points, average)
+            planned = plan_rule(method, points, len(bench.model.config.exits))
+            if planned is None:
+                say(f"choosing thresholds of {method.name} on {len(tune)} images")
+                planned = plan_method(tune, method, points, average)
+            jobs += planned
         kept["jobs"] = [asdict(job) for job in jobs]
         _write(path, kept)
     for n, values in enumerate(kept["jobs"]):
@@ -202,7 +224,7 @@ def _draw(plt: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
     for name, (colour, marker) in zip(names, STYLES * len(names)):
         line = [row for row in rows if row["series"] == name] + (dense if name == SMALLER else [])
         line.sort(key=lambda row: row["gmacs_mean"])
-        style = "-" if name.endswith("chosen") else ":"
+        style = ":" if name.endswith("one threshold") else "-"
         spots = [row["gmacs_mean"] for row in line], [row["mIoU"] for row in line]
         axes.plot(*spots, style, color=colour, marker=marker, markersize=5, label=name)
     for row in dense:

@@ -92,7 +92,7 @@ class Layout:
 
         Raises `DataError` for an unknown split, and where folders, lists or partners are missing.
         """
-        part = self.parts[self._known_split(split)]
+        part = self.parts[self.known_split(split)]
         home = self._home(Path(root))
         missing = part.missing(home)
         if missing:
@@ -110,7 +110,8 @@ class Layout:
         home = self._home(Path(root))
         return tuple(split for split, part in self.parts.items() if part.begun(home))
 
-    def _known_split(self, split: str) -> str:
+    def known_split(self, split: str) -> str:
+        """The part's own name. Raises `DataError` for an unknown split, and for one whose masks are withheld."""
         if split in self.withheld:
             raise DataError(f"split {split!r} of {self.title} has no public masks: use 'val', which papers report.")
         split = self.aliases.get(split, split)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
@@ -14,7 +14,7 @@ from tokenexit.preprocessing import Labels
 
 # name: "module:opener". The module is imported when the dataset is opened; the opener is called with root, split and
 # options. One without the parameter `root` makes its pictures itself. One with an attribute `splits(root)` says
-# which splits there are; others have train, val and test.
+# which splits there are; others have train, val and test. One with `known_split(split)` refuses unknown ones by it.
 DATASETS = {
     "ade20k": "tokenexit.data.ade20k:ADE20K",
     "camvid": "tokenexit.data.camvid:CAMVID",
@@ -39,14 +39,19 @@ def open_dataset(name: str, root: str | Path | None, split: str, **options: Any)
     `ConfigError` for an unknown option.
     """
     opener = _opener(name)
-    known = dataset_options(name)
-    unknown = [key for key in options if key not in known]
-    if unknown:
-        raise ConfigError(
-            f"dataset {name!r} has no option {unknown[0]!r}: its options are {', '.join(known) or 'none'}."
-        )
+    _check_options(name, options)
     home = _checked_root(name, opener, root)
     return opener(split=split, **options) if home is None else opener(root=home, split=split, **options)
+
+
+def check_dataset(name: str, root: str | Path | None, split: str, **options: Any) -> None:
+    """Raise what `open_dataset` would whatever lies in the folder, which need not be there."""
+    opener = _opener(name)
+    _check_options(name, options)
+    if _checked_root(name, opener, root) is None:
+        opener(split=split, **options)
+    elif hasattr(opener, "known_split"):
+        opener.known_split(split)
 
 
 def dataset_options(name: str) -> tuple[str, ...]:
@@ -62,7 +67,8 @@ def dataset_labels(name: str) -> Labels | None:
     opener = _opener(name)
     if "root" not in inspect.signature(opener).parameters:  # drawn, so it is always there
         return opener(split="train").labels
-    return getattr(opener, "labels", None)
+    labels = getattr(opener, "labels", None)
+    return labels if isinstance(labels, Labels) else None  # a class has them as a property of what it opens
 
 
 def dataset_splits(name: str, root: str | Path | None) -> tuple[str, ...]:
@@ -83,6 +89,15 @@ def _opener(name: str) -> Callable[..., SegmentationDataset]:
         raise DataError(f"dataset {name!r} is unknown: choose one of {', '.join(sorted(DATASETS))}.")
     module, _, attribute = DATASETS[name].partition(":")
     return cast(Callable[..., SegmentationDataset], getattr(import_module(module), attribute))
+
+
+def _check_options(name: str, options: Mapping[str, Any]) -> None:
+    known = dataset_options(name)
+    unknown = [key for key in options if key not in known]
+    if unknown:
+        raise ConfigError(
+            f"dataset {name!r} has no option {unknown[0]!r}: its options are {', '.join(known) or 'none'}."
+        )
 
 
 def _checked_root(name: str, opener: Callable[..., SegmentationDataset], root: str | Path | None) -> Path | None:

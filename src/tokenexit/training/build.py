@@ -8,6 +8,7 @@ from tokenexit.checkpoints.load import LoadReport
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import Cached
 from tokenexit.data.registry import open_dataset
+from tokenexit.data.transforms import Compose, training_transform
 from tokenexit.errors import ConfigError
 from tokenexit.preprocessing import Labels, Preprocessing
 from tokenexit.segmenter import ExitSegmenter
@@ -20,14 +21,44 @@ def build_dataset(config: DataConfig, split: str) -> SegmentationDataset:
     return Cached(dataset) if config.cache else dataset
 
 
+def build_transform(config: DataConfig, ignore_index: int = 255) -> Compose:
+    """What happens to a picture and its mask in training."""
+    return training_transform(
+        (config.crop[0], config.crop[1]),
+        ignore_index=ignore_index,
+        ratio=(config.ratio[0], config.ratio[1]),
+        base=config.resize_base,
+        cat_max_ratio=config.cat_max_ratio,
+    )
+
+
+def build_preprocessing(config: DataConfig, labels: Labels | None) -> Preprocessing:
+    """What happens to a picture that the model is given later."""
+    return Preprocessing(
+        mean=config.mean,
+        std=config.std,
+        resize="none" if config.resize is None else config.resize,
+        labels=labels,
+        window=config.window,
+        stride=config.stride,
+    )
+
+
+def check_start(config: ModelConfig) -> None:
+    """Refuse two starts at once, and exits for no model."""
+    if config.init_from is not None and config.weights is not None:
+        raise ConfigError("model.weights and model.init_from exclude each other: leave one out.")
+    if config.init_from is None and config.new_exits:
+        raise ConfigError("model.new_exits puts exits on a saved model: give its folder as model.init_from.")
+
+
 def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[ExitSegmenter, LoadReport | None]:
     """A model to train: fresh, with backbone weights, or all of it from a saved model.
 
     Returns the model, in training mode, and the report of the loaded weights, if any.
     """
+    check_start(config)
     if config.init_from is not None:
-        if config.weights is not None:
-            raise ConfigError("model.weights and model.init_from exclude each other: leave one out.")
         model = ExitSegmenter.from_pretrained(config.init_from)
         if model.config.num_classes != labels.num_classes:
             raise ConfigError(
@@ -39,23 +70,17 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
         model.calibration = None  # thresholds belong to the weights they were chosen for
         _apply_drop_path(model, config)
         return model.train(), None
-    if config.new_exits:
-        raise ConfigError("model.new_exits puts exits on a saved model: give its folder as model.init_from.")
     model = ExitSegmenter(
         config.backbone,
         num_classes=labels.num_classes,
         exits=config.exits,
         exit_head=config.exit_head,
         decode_head=config.decode_head,
-        preprocessing=_preprocessing(data, labels),
+        preprocessing=build_preprocessing(data, labels),
         weights=config.weights,
         **config.options,
     )
     return model.train(), model.load_report
-
-
-def _preprocessing(data: DataConfig, labels: Labels) -> Preprocessing:
-    return Preprocessing(mean=data.mean, std=data.std, labels=labels, window=data.window, stride=data.stride)
 
 
 def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:

@@ -61,6 +61,9 @@ class DataConfig:
     """Subtracted from pixels in 0..1, red, green and blue; AugReg weights need 0.5."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixels in 0..1 are divided by it; AugReg weights need 0.5."""
+    resize: int | tuple[int, int] | None = None
+    """Shortest side, or height and width, in pixels, that pictures are given for the model later; their own if not
+    given."""
     window: tuple[int, int] | None = None
     """Height and width of the windows in which the model segments later; the whole picture if not given."""
     stride: tuple[int, int] | None = None
@@ -211,6 +214,23 @@ class TrainConfig:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie between 0 and 1: choose a value such as 0.999.")
         if self.freeze not in get_args(Freeze):
             raise ConfigError(f"freeze='{self.freeze}' is unknown: choose one of {', '.join(get_args(Freeze))}.")
+
+
+def check_class_weights(config: TrainConfig, num_classes: int) -> None:
+    """A factor for every class, or none at all."""
+    if config.class_weights is not None and len(config.class_weights) != num_classes:
+        raise ConfigError(
+            f"class_weights has {len(config.class_weights)} values for {num_classes} classes: give one for each."
+        )
+
+
+def check_parts(config: TrainConfig, processes: int) -> None:
+    """Every process must get as many pictures of a step, in as many equal parts."""
+    if config.batch_size % (processes * config.accumulate):
+        raise ConfigError(
+            f"batch_size={config.batch_size} is no multiple of {processes} processes x accumulate={config.accumulate}: "
+            "choose one that is."
+        )
 
 
 FREE_KEYS = {

@@ -14,7 +14,7 @@ FROZEN: dict[Freeze, tuple[str, ...]] = {
 """Parts of an `ExitSegmenter`; its final norm belongs to the backbone."""
 
 
-def check_start(freeze: Freeze, model: ModelConfig) -> None:
+def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
     """Refuse to freeze what nobody has trained."""
     if freeze == "backbone" and model.weights is None and model.init_from is None:
         raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")

@@ -28,17 +28,16 @@ from torch.utils.data import DataLoader
 from tokenexit.checkpoints.load import LoadReport
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training
-from tokenexit.data.transforms import training_transform
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
 from tokenexit.methods import Method, build_method
 from tokenexit.segmenter import WEIGHTS_FILE, ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
-from tokenexit.training.build import build_dataset, build_model
+from tokenexit.training.build import build_dataset, build_model, build_transform
 from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_checkpoint
-from tokenexit.training.config import TrainConfig
+from tokenexit.training.config import TrainConfig, check_class_weights, check_parts
 from tokenexit.training.distill import distillation_loss, load_teacher
-from tokenexit.training.freeze import check_start, training_mode
+from tokenexit.training.freeze import check_freeze, training_mode
 from tokenexit.training.losses import segmentation_loss
 from tokenexit.training.optim import build_optimizer, learning_rate
 
@@ -97,16 +96,12 @@ def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitS
 
 def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Run, LoadReport | None]:
     """Everything that a run is made of, before its first step; and what was loaded to start from."""
-    _check_parts(config, accelerator.num_processes)
-    check_start(config.freeze, config.model)
+    check_parts(config, accelerator.num_processes)
+    check_freeze(config.freeze, config.model)
     methods = [build_method(spec) for spec in config.methods]
     torch.manual_seed(config.seed)
     data = build_dataset(config.data, config.data.train_split)
-    if config.class_weights is not None and len(config.class_weights) != data.labels.num_classes:
-        raise ConfigError(
-            f"class_weights has {len(config.class_weights)} values for {data.labels.num_classes} classes: "
-            "give one for each."
-        )
+    check_class_weights(config, data.labels.num_classes)
     model, report = build_model(config.model, config.data, data.labels)
     model.to(accelerator.device).backbone.grad_checkpointing = config.checkpoint_blocks
     if _syncs(config, accelerator):
@@ -297,13 +292,7 @@ def _validation_set(run: Run) -> SegmentationDataset | None:
 def _loader(run: Run) -> DataLoader[Any]:
     """Batches from the run's step to the end; each process reads its own part of every batch."""
     config = run.config
-    transform = training_transform(
-        (config.data.crop[0], config.data.crop[1]),
-        ignore_index=run.data.labels.ignore_index,
-        ratio=(config.data.ratio[0], config.data.ratio[1]),
-        base=config.data.resize_base,
-        cat_max_ratio=config.data.cat_max_ratio,
-    )
+    transform = build_transform(config.data, run.data.labels.ignore_index)
     sampler = ResumableSampler(
         len(run.data),
         config.batch_size,
@@ -335,15 +324,6 @@ def _checked_out(config: TrainConfig) -> Path:
             f"out={out} holds a model and no run to continue: choose another out, or overwrite it with resume=false."
         )
     return out
-
-
-def _check_parts(config: TrainConfig, processes: int) -> None:
-    """Every process must get as many pictures of a step, in as many equal parts."""
-    if config.batch_size % (processes * config.accumulate):
-        raise ConfigError(
-            f"batch_size={config.batch_size} is no multiple of {processes} processes x accumulate={config.accumulate}: "
-            "choose one that is."
-        )
 
 
 def _check_same_step(run: Run, resumed: Stand | None) -> None:

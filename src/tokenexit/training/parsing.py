@@ -88,10 +88,10 @@ def _expected(kind: Any, example: Any) -> str:
         return simple[kind]
     origin, inner = get_origin(kind), get_args(kind)
     if type(None) in inner:
-        return f"{_expected(next(a for a in inner if a is not type(None)), example)} or null"
+        return " or ".join([*(_expected(a, example) for a in inner if a is not type(None)), "null"])
     if origin in (tuple, list):
         count = f" of {len(inner)} numbers" if origin is tuple else ""
-        return f"a list{count} such as [{', '.join(map(str, example))}]"
+        return f"a list{count}" + (f" such as [{', '.join(map(str, example))}]" if example else "")
     if origin is dict:
         return "a mapping such as {drop_path: 0.1}"
     return f"one of {', '.join(map(str, inner))}"

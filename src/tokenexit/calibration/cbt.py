@@ -1,0 +1,105 @@
+"""CBT: Class Based Thresholding (Görmez and Koyuncu, 2022, arXiv 2210.15621): easy classes leave at lower scores.
+
+As its authors describe it: of all training pixels of true class k, the mean of the class probabilities is taken at
+every exit, and then over exits. The gap between its two largest elements says how easy the class is. Gaps are mapped
+inversely to [alpha, beta]: the easiest class has the lowest threshold alpha, the hardest has beta. A pixel leaves where
+its highest probability exceeds the threshold of its class, at all exits the same. On Cityscapes they take 0.9 to 0.998
+where one threshold for all classes was 0.998.
+
+Our reading where that leaves room: the end of the network counts as an exit; the mapping is linear; classes that the
+training images do not show have beta. The authors let a pixel leave if any class exceeds its own threshold, which for
+thresholds of at least 1/2 is the one predicted.
+
+Legend: E exits, K classes.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenexit.calibration.runs import Bench
+from tokenexit.errors import ConfigError, DataError
+from tokenexit.evaluation.evaluate import check_classes
+from tokenexit.heads import class_scores
+from tokenexit.methods import Dense, Stage
+from tokenexit.output import SegmentationOutput, resize_maps
+from tokenexit.tokens import unpack_grids
+from tokenexit.windows import window_boxes
+
+
+def cbt_thresholds(bench: Bench, alpha: float = 0.9, beta: float = 0.998) -> tuple[tuple[float, ...], ...]:
+    """Thresholds by exit and class, `(E, K)`, from training images, for `DToP(threshold=..., keep_per_class=0)`.
+
+    bench: the model in evaluation mode, and training images with their truth. alpha, beta: thresholds of the easiest
+    and the hardest class. Raises `ConfigError` for a range that is none and for another number of classes, `DataError`
+    for images without truth.
+    """
+    if not 0.0 <= alpha <= beta <= 1.0:
+        raise ConfigError(f"alpha={alpha:g} and beta={beta:g} are no range in [0, 1]: give alpha <= beta.")
+    check_classes(bench.model, bench.data)
+    by_class = thresholds_by_gap(class_means(bench).mean(dim=0), alpha, beta)
+    return (by_class,) * len(bench.model.config.exits)
+
+
+def thresholds_by_gap(means: Tensor, alpha: float, beta: float) -> tuple[float, ...]:
+    """The class with the widest gap between its two largest means has `alpha`, that with the narrowest `beta`.
+
+    means: `(K, K)` mean probabilities by true class, NaN for a class never seen.
+    """
+    highest = F.pad(means, (0, 1)).topk(2, dim=1).values  # padded as one class alone has no second
+    gap = highest[:, 0] - highest[:, 1]
+    seen = gap[~gap.isnan()]
+    width = (seen.max() - seen.min()).clamp(min=torch.finfo(gap.dtype).tiny)
+    ease = ((gap - seen.min()) / width).nan_to_num(0.0)
+    return tuple(round(beta - e * (beta - alpha), 6) for e in ease.tolist())
+
+
+def class_means(bench: Bench) -> Tensor:
+    """Mean class probabilities over the pixels of each true class at each exit and at the end, in a dense pass.
+
+    Returns `(E + 1, K, K)` fp64, true class by row; NaN for a class that no pixel shows. ATM heads say presence times
+    sigmoid. Masks are taken at the size that the network sees, windows one by one.
+    """
+    model, labels = bench.model, bench.data.labels
+    preprocessing, device = model.preprocessing, model.device
+    sums = torch.zeros(
+        len(model.config.exits) + 1, labels.num_classes, labels.num_classes, dtype=torch.float64, device=device
+    )
+    pixels = torch.zeros(labels.num_classes, dtype=torch.int64, device=device)
+    for _, images, masks in bench.progress("class probabilities")(bench.batches()):
+        for image, mask in zip(images, masks):
+            size = (image.shape[1], image.shape[2])
+            truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long().to(device)
+            for top, left, bottom, right in window_boxes(size, preprocessing.window, preprocessing.stride):
+                crop, own = image[:, top:bottom, left:right], truth[top:bottom, left:right]
+                with (
+                    torch.inference_mode(),
+                    torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16"),
+                ):
+                    output = model([crop], Dense(), with_stages=True)
+                members = {k: own == k for k in own.unique().tolist() if k != labels.ignore_index}
+                for k, member in members.items():
+                    pixels[k] += member.sum()
+                for n, stage in enumerate(output.stages):
+                    probabilities = _probabilities(output, stage)
+                    for k, member in members.items():
+                        sums[n, k] += probabilities[:, member].sum(dim=1, dtype=torch.float64)
+    if not pixels.any():
+        raise DataError("these images have no labels: CBT needs the truth of training images.")
+    return torch.where(pixels[:, None] > 0, sums / pixels[:, None], torch.nan)
+
+
+def _probabilities(output: SegmentationOutput, stage: Stage) -> Tensor:
+    """What a stage says of every pixel of one picture, `(K, H, W)` fp32."""
+    assert stage.logits is not None, "stages are recorded"
+    values = stage.logits.float()
+    if stage.kind == "atm":
+        values = class_scores(
+            "atm", values, stage.presence, torch.zeros(len(values), dtype=torch.long).to(values.device)
+        )
+    grid = output.grid(0)
+    ((_, maps),) = unpack_grids(values, [grid], stage.scale)
+    maps = resize_maps(maps, grid, output.patch_size, stage.upscale, output.sizes[0])[0]
+    return maps if stage.kind == "atm" else maps.softmax(dim=0)
