@@ -269,6 +269,25 @@ def test_evaluate_prints_a_row_per_method_and_threshold_and_writes_json(
     assert content["about"]["split"] == "test"
 
 
+def test_evaluate_takes_scores_rules_and_rivals(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    by_class = "0.5/" + ",".join(["0.4"] * len(ExitSegmenter.from_pretrained(model).preprocessing.labels.names))
+    fine(
+        *(capsys, "evaluate", model, "--limit", "1", "--json", tmp_path / "figures.json", "--temperature", "1.5/0.8"),
+        *("--method", "dtop", "paumer", "fixed_ratio", "truncated", "--threshold", "0.6", by_class),
+        *("--score", "margin", "--boundary-guard", "--ratios", "0.5/0.2", "--after", "2"),
+    )
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]
+    rule = "score=margin temperature=(1.5, 0.8) boundary_guard=True"
+    assert [row["label"] for row in rows] == [
+        *(f"dtop 0.6 {rule}", f"dtop 0.4-0.5 per class {rule}"),
+        *(f"paumer 0.6 {rule}", f"paumer 0.4-0.5 per class {rule}"),
+        "fixed_ratio ratios=(0.5, 0.2) score=margin temperature=(1.5, 0.8)",
+        "truncated after=2",
+    ]
+    assert rows[1]["method"]["threshold"][1] == [0.4] * len(rows[0]["IoU"])
+    assert rows[-1]["share_of_dense"] < 1.0
+
+
 def test_evaluate_takes_the_data_that_the_model_was_trained_on(model: Path, capsys: Captured) -> None:
     text = fine(capsys, "evaluate", model, "--limit", "1", "--split", "val", "--precision", "bf16", "--device", "cpu")
     assert "1 images of folder (val), bf16 on cpu" in text

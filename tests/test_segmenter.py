@@ -86,6 +86,16 @@ def test_forward__other_shapes_are_refused(images, words):
         tiny_segmenter()(images)
 
 
+def test_check__refuses_a_method_as_a_call_would():
+    model = tiny_segmenter("atm")
+    model.check(DToP())
+    with pytest.raises(ConfigError) as checked:
+        model.check(DoViT())
+    with pytest.raises(ConfigError) as called:
+        model([picture(8, 8)], DoViT())
+    assert str(checked.value) == str(called.value)
+
+
 def test_forward__targets_of_another_number_are_refused():
     with pytest.raises(ConfigError, match=r"targets"):
         _ = tiny_segmenter()(batch(), targets=[(8, 8)]).labels

@@ -1,83 +1,70 @@
-"""Draw mIoU against compute from the JSON files of `tokenexit evaluate`.
+"""Draw mIoU against compute from the JSON files of `tokenexit evaluate`, mean and spread over seeds.
 
-    python docs/results/plot.py docs/results/camvid.png docs/results/camvid_*.json
+    python docs/results/plot.py docs/results/camvid.png docs/results/camvid/*_seed?.json
 
-Each file is one model; its rows of one method form one curve for single thresholds and one for thresholds per exit.
+A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
+deviation as a bar.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import sys
-from itertools import product
+from collections import defaultdict
 from pathlib import Path
-from typing import Any
+from statistics import mean, stdev
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-COLOURS = {"dense": "#222222", "dtop": "#1f6fb4", "dovit": "#c8501e", "random": "#999999", "oracle": "#0f7f6b"}
-NAMES = {"dense": "Dense", "dtop": "DToP", "dovit": "DoViT", "random": "random exits", "oracle": "agreement oracle"}
+CURVES = {  # file, label begins with: name, colour, marker, line
+    ("dtop_finetune_smaller_input", "dtop"): ("DToP Finetune, smaller input", "#5aa9dd", "v", ""),
+    ("dtop_distill", "dtop"): ("DToP Finetune with a teacher (one seed)", "#7d4fb3", "P", ""),
+    ("dtop_finetune", "dtop"): ("DToP Finetune", "#1f6fb4", "o", "-"),
+    ("dense", "dtop"): ("DToP Direct", "#1f6fb4", "o", ":"),
+    ("dovit_finetune", "dovit"): ("DoViT", "#c8501e", "s", "-"),
+    ("dense", "dense"): ("Dense", "#222222", "D", ""),
+    ("dense_smaller_input", "dense"): ("Dense, image side 0.9, 0.8, 0.7", "#222222", "d", "--"),
+    ("dense_truncated", "truncated"): ("Dense, stopped after 6, 9 blocks", "#777777", "^", "--"),
+    ("dense_references", "random"): ("random exits at DToP's counts", "#999999", "x", ""),
+    ("dense_references", "agreement"): ("agreement oracle", "#0f7f6b", "*", ""),
+}
+LOWEST = 52.0
+"""mIoU below which nothing is drawn."""
 
 
-RANGE = 5.0
-"""Points of mIoU below the best that are drawn; what lies deeper is named in a note."""
-
-
-def kind(row: dict[str, Any]) -> str:
-    """Which curve a row belongs to."""
-    for word in ("random", "oracle"):
-        if word in row["label"]:
-            return word
-    return str(row["method"]["name"])
-
-
-def per_exit(row: dict[str, Any]) -> bool:
-    """Whether the row has a threshold for each exit."""
-    return "/" in row["label"]
+def points(files: list[Path]) -> dict[tuple[str, str], dict[str, list[tuple[float, float]]]]:
+    """(share of dense, mIoU) of every seed, by curve and label."""
+    found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
+    for file in files:
+        name = re.sub(r"\d*_seed\d+$", "", file.stem)
+        for row in json.loads(file.read_text())["results"]:
+            key = next(((n, word) for n, word in CURVES if n == name and row["label"].startswith(word)), None)
+            if key is not None:
+                found[key][row["label"]].append((100 * row["share_of_dense"], row["mIoU"]))
+    return found
 
 
 def draw(files: list[Path], out: Path) -> None:
-    figure, axes = plt.subplots(figsize=(8, 4.8), layout="constrained")
-    contents = {file: json.loads(file.read_text())["results"] for file in files}
-    best = max(row["mIoU"] for rows in contents.values() for row in rows)
-    below: list[str] = []
-    for file, rows in contents.items():
-        trained = "finetune" in file.stem
-        for name, family in product(COLOURS, (False, True)):
-            curve = [row for row in rows if kind(row) == name and per_exit(row) == family]
-            curve.sort(key=lambda row: row["gmacs_mean"])
-            if (name == "random" and trained) or not curve:
-                continue
-            title = NAMES[name]
-            if name in ("dtop", "dovit"):
-                title += ", fine-tuned" if trained else ", Direct"
-                title += ", threshold per exit" if family else ", one threshold"
-            elif trained:
-                title += f" of the {file.stem.split('_')[1]} model"
-            shown = [row for row in curve if row["mIoU"] > best - RANGE]
-            if not shown:
-                low, high = (f(row["mIoU"] for row in curve) for f in (min, max))
-                below.append(f"{title}: {low:.1f} to {high:.1f}")
-                continue
-            axes.plot(
-                [row["gmacs_mean"] for row in shown],
-                [row["mIoU"] for row in shown],
-                color=COLOURS[name],
-                marker={"random": "x", "oracle": "*", "dense": "D"}.get(name, "s" if family else "o"),
-                markersize=9 if name == "oracle" else 5,
-                linestyle="" if name not in ("dtop", "dovit") else "-" if trained else ":",
-                markerfacecolor="white" if not trained and name != "oracle" else COLOURS[name],
-                label=title if name != "random" or family else None,
-            )
-    axes.set_xlabel("GMACs per image (mean over the test split)")
-    axes.set_ylabel("mIoU, percent")
+    figure, axes = plt.subplots(figsize=(8.5, 5.2), layout="constrained")
+    found = points(files)
+    for key, (name, colour, marker, line) in CURVES.items():
+        curve = sorted(
+            (mean(x for x, _ in seeds), mean(y for _, y in seeds), stdev([y for _, y in seeds]) if seeds[1:] else 0.0)
+            for seeds in found.get(key, {}).values()
+        )
+        curve = [point for point in curve if point[1] > LOWEST]
+        if curve:
+            x, y, spread = zip(*curve)
+            axes.errorbar(x, y, spread, color=colour, marker=marker, linestyle=line, capsize=3, elinewidth=0.8, label=name)
+    axes.set_xlabel("multiply-adds, percent of dense (mean over the test split)")
+    axes.set_ylabel("mIoU on CamVid test, percent")
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.08))
-    axes.text(0.99, 0.01, "below: " + "; ".join(below), fontsize=8, ha="right", transform=axes.transAxes)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
     figure.savefig(out, dpi=130)
 
 

@@ -3,7 +3,7 @@ import pytest
 
 from tests.data.pictures import LABELS, write_pair
 from tokenexit.data import SegmentationDataset, open_dataset
-from tokenexit.data.registry import DATASETS, dataset_options, dataset_splits
+from tokenexit.data.registry import DATASETS, check_dataset, dataset_labels, dataset_options, dataset_splits
 from tokenexit.errors import ConfigError, DataError
 
 
@@ -31,8 +31,9 @@ def test_open_dataset__opens_by_name_and_passes_options_on(root):
     ],
 )
 def test_open_dataset__what_does_not_exist_is_told_with_what_does(root, name, rooted, split, options, error, words):
-    with pytest.raises(error, match=words):
-        open_dataset(name, root if rooted else None, split, **options)
+    for function in (open_dataset, check_dataset):
+        with pytest.raises(error, match=words):
+            function(name, root if rooted else None, split, **options)
 
 
 def test_open_dataset__a_missing_root_is_named(tmp_path):
@@ -57,6 +58,23 @@ def test_open_dataset__every_name_in_the_list_opens_by_root_and_split_or_draws()
         assert name == "scenes" or "'nowhere' does not exist" in refusal(
             lambda name=name: open_dataset(name, "nowhere", "train")
         )
+
+
+def test_check_dataset__needs_no_data():
+    for name in DATASETS:
+        check_dataset(name, None if name == "scenes" else "nowhere", "train")
+    check_dataset("coco_stuff10k", "nowhere", "val")  # by another name
+    assert "'scenes' needs no folder" in refusal(lambda: check_dataset("scenes", "nowhere", "train"))
+    assert "'trian' of the scenes is unknown" in refusal(lambda: check_dataset("scenes", None, "trian"))
+
+
+def test_dataset_labels__are_known_without_data_except_of_folders(root):
+    assert dataset_labels("folder") is None
+    for name in DATASETS.keys() - {"folder"}:
+        labels = dataset_labels(name)
+        assert labels.num_classes == len(labels.names) > 1
+    assert dataset_labels("camvid") == open_dataset("camvid", root, "train").labels
+    assert "'camvod' is unknown" in refusal(lambda: dataset_labels("camvod"))
 
 
 def test_dataset_splits__are_those_with_pictures_whether_complete_or_not(root):

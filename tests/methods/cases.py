@@ -76,7 +76,7 @@ def ratio_case(ratios: tuple[float, ...], **options: Any) -> Case:
     def answers(weights: Weights, images: Sequence[Tensor], _: Sequence[float]) -> list[Answer]:
         return [oracle.dtop(weights, image, (1.0, 1.0), k=0, cap=ratios, **options) for image in images]
 
-    return Case(build, answers, TOKEN_HEADS, exits=False)
+    return Case(build, answers, ("linear", "setr_naive", "atm"), exits=False)
 
 
 def _truncated(after: int, weights: Weights, images: Sequence[Tensor], _: Sequence[float]) -> list[Answer]:
@@ -100,7 +100,7 @@ def paumer_case() -> Case:
     def answers(weights: Weights, images: Sequence[Tensor], thresholds: Sequence[float]) -> list[Answer]:
         return oracle.dovit(weights, images, thresholds, score="entropy", blend_weight=0.0)
 
-    return Case(lambda t: PAUMER(t), answers, ("fcn", "mask_transformer", "setr_pup"))
+    return Case(lambda t: PAUMER(t), answers, ("fcn", "setr_pup"))
 
 
 CASES: dict[str, Case] = {
@@ -121,7 +121,7 @@ CASES: dict[str, Case] = {
     "dovit-margin": dovit_case(("fcn", "setr_naive"), score="margin", temperature=0.7),
     "dovit-by-class": dovit_case(("fcn", "setr_pup"), given=by_class),
     "dovit-guarded": dovit_case(("mask_transformer", "setr_naive"), boundary_guard=True),
-    "dovit-guarded-live": dovit_case(("linear", "fcn"), given=by_class, boundary_guard=True, scoring="live"),
+    "dovit-guarded-live": dovit_case(("linear",), given=by_class, boundary_guard=True, scoring="live"),
     "paumer": paumer_case(),
 }
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
 from tests.training.tiny import HEADS, tiny_run, write_dataset
+from tokenexit.data.base import Sample
 from tokenexit.data.loader import Cached
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.build import build_dataset, build_model
+from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform
 from tokenexit.training.config import DataConfig, ModelConfig
 
 LABELS = default_labels(3)
@@ -46,6 +49,23 @@ def test_a_fresh_model_takes_classes_and_normalisation_from_the_data() -> None:
     assert model.preprocessing.labels == LABELS
     assert model.preprocessing.mean == (0.1, 0.2, 0.3)
     assert model.preprocessing.std == (0.4, 0.5, 0.6)
+
+
+def test_the_model_later_takes_pictures_at_the_size_and_in_the_windows_of_the_data() -> None:
+    model, _ = build_model(config(), DataConfig(resize=(30, 40), window=(20, 20), stride=(10, 15)), LABELS)
+    asked = model.preprocessing
+    assert (asked.resize, asked.window, asked.stride) == ((30, 40), (20, 20), (10, 15))
+    plain = build_preprocessing(DataConfig(), LABELS)
+    assert (plain.resize, plain.window, plain.stride) == ("none", None, None)
+    assert build_preprocessing(DataConfig(resize=32), None).resize == 32
+
+
+def test_training_pictures_are_cut_from_the_size_that_resize_base_says() -> None:
+    sample = Sample(Image.new("RGB", (80, 40)), np.zeros((40, 80), np.uint8), "black")
+    data = DataConfig(crop=(64, 64), ratio=(1.0, 1.0), resize_base=(60, 20), cat_max_ratio=1.0)
+    seen = build_transform(data)(sample, np.random.default_rng(0))
+    assert seen.image.size == (64, 64)
+    assert (seen.mask != 255).sum() == 20 * 40  # twice as wide as high, in a box of 60 x 20; the rest is padding
 
 
 def test_backbone_weights_are_loaded_and_reported(tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_yaml_lists_become_tuples_and_options_beside_the_file_win(tmp_path: Path
     assert config.methods == ["dense", {"name": "dtop", "threshold": [0.9, 0.8]}]
 
 
+def test_a_size_may_be_one_number_two_or_none() -> None:
+    assert parse("--data.resize", "512").data.resize == 512
+    assert parse("--data.resize", "[512, 640]").data.resize == (512, 640)
+    assert parse("--data.resize", "512", "--data.resize", "null").data.resize is None
+
+
 def test_options_may_be_written_with_hyphens() -> None:
     assert parse("--batch-size", "3", "--optim.weight-decay=0.5").batch_size == 3
 
@@ -62,6 +68,8 @@ def test_options_may_be_written_with_hyphens() -> None:
         (("--optim.name", "adam"), "optim.name: adam does not fit, give one of adamw, sgd."),
         (("--resume", "maybe"), "resume: maybe does not fit, give true or false."),
         (("--data.crop", "[64]"), "data.crop: [64] does not fit, give a list of 2 numbers such as [352, 352]."),
+        (("--data.window", "5"), "data.window: 5 does not fit, give a list of 2 numbers or null."),
+        (("--data.resize", "x"), "data.resize: x does not fit, give a whole number or a list of 2 numbers or null."),
         (("--methods", "dtop"), "methods: dtop does not fit, give a list such as [dense]."),
         (("--model.options", "3"), "model.options: 3 does not fit, give a mapping such as {drop_path: 0.1}."),
         (("--optim", "3"), "optim: one value does not fit, give a mapping, or the keys below it as --optim.KEY VALUE."),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from tokenexit.training.parsing import parse_train
 from tokenexit.training.plan import plan, skeleton
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+PAGE = CONFIGS.parent / "docs" / "recipes.md"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 PUBLISHED = [name for name in RECIPES if "/" in name]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -31,6 +34,7 @@ def in_a_folder_without_data_and_runs(monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(tmp_path)
 
 
+@cache
 def recipe(name: str) -> TrainConfig:
     return parse_train(["--config", str(CONFIGS / name)], lambda parser: None)[0]
 
@@ -77,6 +81,14 @@ def test_recipes__predict_at_the_size_that_they_train_at(name: str) -> None:
     assert data.resize == (None if data.name == "cityscapes" else min(data.resize_base))
     assert data.window == data.crop
     assert recipe(name).validate_every == recipe(name).checkpoint_every
+
+
+def test_recipes_page__names_every_recipe_and_none_that_is_not_there() -> None:
+    text = PAGE.read_text()
+    named = {f"{name}.yaml" for name in re.findall(r"(?:configs/|`)((?:dtop|dovit)/\w+)", text)}
+    dynamic = {name for name in PUBLISHED if "_dense" not in name}
+    assert named == dynamic
+    assert "None of them was trained here" in text
 
 
 def test_recipes__are_all_that_were_published() -> None:
@@ -131,6 +143,27 @@ def test_dtop_recipes__hold_the_constants_of_the_specification(name: str) -> Non
         assert (run.optim.betas, run.optim.weight_decay, run.optim.decay_all) == ((0.9, 0.999), 0.01, True)
         assert run.optim.clip_grad_norm is None
         assert run.validate_every == 4000
+
+
+FIGURES: dict[str, tuple[str, str, str, str]] = {
+    # c.1: mIoU and GFLOPs, dense and with exits
+    "ade20k_base": ("49.6", "109.9", "49.8", "86.8"),
+    "ade20k_large": ("53.3", "617.0", "52.8", "412.8"),
+    "pascal_context59_large": ("63.0", "315.4", "62.7", "224.3"),
+    "coco_stuff10k_large": ("47.4", "366.9", "47.1", "276.2"),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_dtop_recipes__and_their_page_say_what_was_published(name: str) -> None:
+    miou, gflops, pruned_miou, pruned_gflops = FIGURES[name]
+    dense, prune = ((CONFIGS / "dtop" / f"{name}{end}.yaml").read_text() for end in ("", "_prune"))
+    assert f"# Published: {miou} mIoU at {gflops} GFLOPs" in dense
+    assert f"# Published: {pruned_miou} mIoU at {pruned_gflops} GFLOPs, base {miou} mIoU at {gflops} GFLOPs" in prune
+    (row,) = (line for line in PAGE.read_text().splitlines() if f"| `dtop/{name}` |" in line)
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    threshold = f"{DTOP[name][9]:.2f}"
+    assert cells[2:] == [miou, gflops, f"`dtop/{name}_prune`", threshold, pruned_miou, pruned_gflops]
 
 
 @pytest.mark.parametrize("name", DTOP)
@@ -350,10 +383,8 @@ def test_dtop_recipes__are_within_one_step_of_what_mmengine_computes() -> None:
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name.startswith("dovit/")])
 def test_dovit_recipes__decay_every_group_to_the_same_rate(name: str, head: bool) -> None:
     """B.2: no warm-up; mmcv's poly policy, `(base - min) * (1 - i / max) ** 0.9 + min`, group by group."""
-    run, ade20k_segmenter = recipe(name), "segmenter_ade20k" in name
-    peak = (0.1 if "setr" in name else 0.01) if head else (0.001 if ade20k_segmenter else 0.01)
-    peak = 0.001 if ade20k_segmenter else peak
-    last = 160_000 if "ade20k" in name else 80_000
+    run, last = recipe(name), 160_000 if "ade20k" in name else 80_000
+    peak = {"setr": 0.1 if head else 0.01, "segmenter": 0.001 if "ade20k" in name else 0.01}[name[6:].split("_")[0]]
     steps = [0, 1, last // 2, last - 1]
     expected = [(peak - 1e-4) * (1 - step / last) ** 0.9 + 1e-4 for step in steps]
     assert rates(run, head, steps) == pytest.approx(expected)

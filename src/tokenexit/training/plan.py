@@ -51,8 +51,7 @@ def plan(config: TrainConfig) -> str:
     preprocessing = build_preprocessing(data, None) if model is None else model.preprocessing
     lines = {
         "model": ", ".join([_start(config), *_figures(model, config)]),
-        "data": f"{data.name} in {_place(data.root)}, {labels.num_classes if labels else 'its own'} classes, crops of "
-        + _size(data.crop),
+        "data": ", ".join(_data(data, labels)),
         "methods": ", ".join(map(label_of, methods)),
         "steps": ", ".join(_steps(config)),
         "predicts": ", ".join(_pictures(preprocessing)),
@@ -103,6 +102,14 @@ def _exits(model: ExitSegmenter) -> str:
     return " and ".join([", ".join(first), last]) if first else last
 
 
+def _data(data: DataConfig, labels: Labels | None) -> Iterator[str]:
+    yield data.name if data.root is None else f"{data.name} in {_place(data.root)}"
+    if data.root is None:
+        yield "drawn when needed"
+    yield f"{labels.num_classes if labels else 'its own'} classes"
+    yield f"crops of {_size(data.crop)}"
+
+
 def _steps(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
     yield f"{config.steps} of {config.batch_size} pictures"
@@ -139,9 +146,7 @@ def _model_place(folder: str) -> str:
     return folder if _saved(folder) else f"{folder} ({NOT_THERE})"
 
 
-def _place(path: str | None) -> str:
-    if path is None:
-        return "memory, as it is drawn"
+def _place(path: str) -> str:
     return path if Path(path).exists() else f"{path} ({NOT_THERE})"
 
 
