@@ -32,3 +32,4 @@ figures dovit_finetune dovit-finetune --method dovit --threshold $thresholds
 figures dense_smaller_input dense-finetune --method dense --input-scale 0.9 0.8 0.7
 for exit in 1 2 3; do figures "dense_truncated$exit" dense-finetune --method truncated --after $exit; done
 figures dense_references dense-finetune --method dtop --threshold 0.98/0.8/0.65 --references
+figures dtop_finetune_smaller_input dtop-finetune --method dtop --threshold 0.98/0.9/0.8 0.99/0.95/0.9 --input-scale 0.9 0.8
