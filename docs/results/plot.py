@@ -59,7 +59,8 @@ def draw(files: list[Path], out: Path) -> None:
         curve = [point for point in curve if point[1] > LOWEST]
         if curve:
             x, y, spread = zip(*curve)
-            axes.errorbar(x, y, spread, color=colour, marker=marker, linestyle=line, capsize=3, elinewidth=0.8, label=name)
+            style = {"color": colour, "marker": marker, "linestyle": line}
+            axes.errorbar(x, y, spread, capsize=3, elinewidth=0.8, label=name, **style)
     axes.set_xlabel("multiply-adds, percent of dense (mean over the test split)")
     axes.set_ylabel("mIoU on CamVid test, percent")
     axes.grid(alpha=0.3)

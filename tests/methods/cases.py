@@ -119,7 +119,7 @@ CASES: dict[str, Case] = {
     "dovit-live": dovit_case(("linear", "fcn"), scoring="live"),
     "dovit-improving": dovit_case(("fcn", "setr_naive"), min_improvement=0.02),
     "dovit-margin": dovit_case(("fcn", "setr_naive"), score="margin", temperature=0.7),
-    "dovit-by-class": dovit_case(("fcn", "setr_pup"), given=by_class),
+    "dovit-by-class": dovit_case(("fcn", "setr_naive"), given=by_class),
     "dovit-guarded": dovit_case(("mask_transformer", "setr_naive"), boundary_guard=True),
     "dovit-guarded-live": dovit_case(("linear",), given=by_class, boundary_guard=True, scoring="live"),
     "paumer": paumer_case(),

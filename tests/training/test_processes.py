@@ -84,11 +84,9 @@ def test_two_processes_killed_in_a_step_in_a_checkpoint_and_one_alone_end_with_t
 
     left, killed = without_agent(data, out, "alone:6")  # in the second part of step 5
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    assert left.returncode == 1
-    assert left.stderr.splitlines()[-1].endswith(
-        "another process of this run has ended: its own message says why; the same command continues from the last "
-        "checkpoint."
-    )
+    assert left.returncode not in (0, -signal.SIGKILL)  # 1; rarely gloo's threads abort while Python shuts down
+    sentence = "another process of this run has ended: its own message says why; the same command continues from the "
+    assert f"{sentence}last checkpoint." in left.stderr
     assert latest.read_text() == "step-0000004"
     assert not (out / "model.safetensors").exists()
 
