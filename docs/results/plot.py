@@ -2,7 +2,7 @@
 
     python docs/results/plot.py docs/results/camvid.png docs/results/camvid/*_seed?.json
 
-A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
+Files of one seed alone are left out. A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
 deviation as a bar.
 """
 
@@ -22,7 +22,6 @@ import matplotlib.pyplot as plt
 
 CURVES = {  # file, label begins with: name, colour, marker, line
     ("dtop_finetune_smaller_input", "dtop"): ("DToP Finetune, smaller input", "#5aa9dd", "v", ""),
-    ("dtop_distill", "dtop"): ("DToP Finetune with a teacher (one seed)", "#7d4fb3", "P", ""),
     ("dtop_finetune", "dtop"): ("DToP Finetune", "#1f6fb4", "o", "-"),
     ("dense", "dtop"): ("DToP Direct", "#1f6fb4", "o", ":"),
     ("dovit_finetune", "dovit"): ("DoViT", "#c8501e", "s", "-"),

@@ -367,3 +367,16 @@ def test_new_exits_need_a_saved_model(data: Path, tmp_path: Path) -> None:
     config.model.new_exits = True
     with pytest.raises(ConfigError, match=r"^model\.new_exits puts exits on a saved model"):
         train(config, say=silent, progress=False)
+
+
+@pytest.mark.parametrize("new_exits", [False, True])
+def test_a_calibration_does_not_outlive_the_weights_it_was_made_for(
+    new_exits: bool, data: Path, tmp_path: Path, saved: Path
+) -> None:
+    calibrated = ExitSegmenter.from_pretrained(saved)
+    calibrated.calibration = {"model": calibrated.fingerprint(), "method": {"name": "dtop", "threshold": 0.9}}
+    calibrated.save_pretrained(tmp_path)
+    config = tiny_run(data, tmp_path / "run")
+    model = replace(config.model, init_from=str(tmp_path), new_exits=new_exits, options={})
+    built, _ = loop.build_model(model, config.data, loop.build_dataset(config.data, "train").labels)
+    assert built.calibration is None
