@@ -2,7 +2,7 @@
 
     python docs/results/plot.py docs/results/camvid.png docs/results/camvid/*_seed?.json
 
-Files of one seed alone are left out. A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
+A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
 deviation as a bar.
 """
 
