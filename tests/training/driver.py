@@ -102,6 +102,9 @@ def main(data: str, out: str, when: str, threads: str) -> None:
     kind, _, number = when.partition(":")
     kill = partial(kill_everybody, out)
     if kind in ("step", "interrupt") or (kind == "alone" and rank == "1"):
+        signal.signal(
+            signal.SIGINT, signal.default_int_handler
+        )  # a shell that runs the tests in the background ignores it
         itself = partial(os.kill, os.getpid(), signal.SIGINT if kind == "interrupt" else signal.SIGKILL)
         backward: Any = Accelerator.backward
         end = kill if kind == "step" else itself
