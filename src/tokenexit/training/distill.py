@@ -113,8 +113,8 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
     for name, (a, b) in same.items():
         if a != b:
             raise ConfigError(
-                f"distill.teacher={config.teacher} has other {name} ({a}, not {b}): choose a teacher that sees and "
-                "names things as this model does."
+                f"distill.teacher={config.teacher} has other {name} ({_short(a)}, not {_short(b)}): choose a teacher that "
+                "sees and names things as this model does."
             )
     width, wanted = teacher.config.backbone.embed_dim, student.config.backbone.embed_dim
     if config.features and width != wanted:
@@ -133,6 +133,13 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
 
 def _map(head: Head) -> tuple[str, int]:
     return head.kind, head.scale
+
+
+def _short(value: object) -> str:
+    """A few of many names are enough for a sentence."""
+    if isinstance(value, tuple) and len(value) > 4:
+        return f"{', '.join(map(str, value[:3]))} and {len(value) - 3} more"
+    return str(value)
 
 
 def _described(head: Head) -> str:
