@@ -113,8 +113,8 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
     for name, (a, b) in same.items():
         if a != b:
             raise ConfigError(
-                f"distill.teacher={config.teacher} has other {name} ({_short(a)}, not {_short(b)}): choose a teacher that "
-                "sees and names things as this model does."
+                f"distill.teacher={config.teacher} has other {name} ({_short(a)}, not {_short(b)}): choose a teacher "
+                "that sees and names things as this model does."
             )
     width, wanted = teacher.config.backbone.embed_dim, student.config.backbone.embed_dim
     if config.features and width != wanted:
