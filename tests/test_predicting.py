@@ -15,7 +15,7 @@ from PIL import Image
 
 import tokenexit.predicting as predicting
 from tests.helpers import tiny_segmenter
-from tokenexit.cli import MAX_PIXELS
+from tokenexit.cli.predict import MAX_PIXELS
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.predicting import RESULTS, list_pictures, predict_files, save_atomically

@@ -1,0 +1,89 @@
+"""The command line: each command parses its options and calls one Python function.
+
+The help of the program itself is static and a command's libraries are imported when it runs, so that help stays fast.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from tokenexit import __version__
+from tokenexit.cli.calibrate import calibrate, sweep
+from tokenexit.cli.evaluate import evaluate
+from tokenexit.cli.options import exit_status
+from tokenexit.cli.predict import predict
+from tokenexit.cli.tools import convert, cost, data, doctor
+from tokenexit.cli.train import quickstart, train
+from tokenexit.errors import TokenExitError
+
+HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision Transformers
+
+usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command's options
+
+  quickstart   train on drawn street scenes, compare Dense, DToP and DoViT, write a report; a few minutes on a CPU
+  train        train or fine-tune a model as a YAML says
+  evaluate     accuracy and compute of a model on a dataset, several methods in one table
+  calibrate    thresholds for a budget or a bounded loss, saved with the model
+  sweep        curves of mIoU against compute, several methods in one picture
+  predict      segment pictures: masks, overlays, exit maps
+  cost         multiply-adds of a model, without weights
+  convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
+  data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
+  doctor       what this machine and installation can do
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0 fine, 1 something failed, 2 wrong use, 130 interrupted.
+
+    What a user can cause is said in one sentence on stderr.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(HELP, end="")
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    if name not in COMMANDS:
+        print(f"tokenexit: command '{name}' is unknown: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    try:
+        status = _status(COMMANDS[name], rest)
+        sys.stdout.flush()  # here, where a reader that has gone is no surprise
+        return status
+    except TokenExitError as error:
+        print(f"tokenexit {name}: {error}", file=sys.stderr)
+        return exit_status(error)
+    except KeyboardInterrupt:
+        print(f"\ntokenexit {name}: interrupted.", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone: nothing more to say, not even when Python flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _status(command: Callable[[list[str]], int], arguments: list[str]) -> int:
+    """What the command returns, or how its parser ended after `--help`."""
+    try:
+        return command(arguments)
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "quickstart": quickstart,
+    "train": train,
+    "evaluate": evaluate,
+    "calibrate": calibrate,
+    "sweep": sweep,
+    "predict": predict,
+    "cost": cost,
+    "convert": convert,
+    "data": data,
+    "doctor": doctor,
+}

@@ -1,0 +1,142 @@
+"""Commands that choose thresholds: calibrate and sweep."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tokenexit.cli.options import (
+    add_machine_options,
+    add_method_options,
+    add_window_options,
+    command_parser,
+    dataset_of,
+    device_of,
+    in_windows,
+    methods_of,
+    positive,
+    progress_bar,
+    set_windows,
+)
+from tokenexit.errors import ConfigError
+
+
+def calibrate(arguments: list[str]) -> int:
+    parser = command_parser("calibrate", "Choose thresholds for what you can afford, or for what you can bear to lose.")
+    parser.add_argument("model", type=Path, help="folder of a saved model")
+    parser.add_argument("--data", help="dataset to calibrate on; that of the training if not given")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
+    parser.add_argument("--split", default="val", help="part of the dataset")
+    parser.add_argument("--images", nargs="+", type=Path, metavar="IMAGE|DIR", help="pictures without labels instead")
+    parser.add_argument("--limit", type=int, help="so many images only, drawn at random")
+    parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
+    parser.add_argument("--method", default="dtop", help="dtop, dovit or paumer")
+    add_method_options(parser)
+    add_window_options(parser)
+    wish = parser.add_argument_group("what you wish for, one of").add_mutually_exclusive_group(required=True)
+    wish.add_argument("--budget", type=float, help="mean multiply-adds at most this share of dense")
+    wish.add_argument("--budget-gmacs", type=float, help="mean GMACs per image at most this")
+    wish.add_argument("--latency-ms", type=float, help="mean milliseconds per image at most this, on this machine")
+    wish.add_argument("--max-disagreement", type=float, help="share of pixels unlike the dense model; needs no labels")
+    wish.add_argument("--max-error-increase", type=float, help="share of wrong pixels over the dense model's")
+    wish.add_argument("--max-miou-drop", type=float, help="points of mIoU; an estimate, no guarantee")
+    parser.add_argument("--confidence", type=float, default=0.9, help="of a bound, over the draw of the images")
+    parser.add_argument("--average", choices=("pixels", "classes"), default="pixels", help="a bound's error is over")
+    parser.add_argument("--clip", type=float, default=1.0, help="largest loss that an image counts with, in a bound")
+    parser.add_argument("--images-above", type=float, help="bound the share of images that lose more, not the mean")
+    parser.add_argument("--in-expectation", action="store_true", help="bound on average, without a confidence")
+    parser.add_argument("--cap", type=float, help="no image may cost more than this share of dense")
+    parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
+    parser.add_argument("--out", type=Path, help="folder for a calibrated copy; the model's own if not given")
+    add_machine_options(parser)
+    options = parser.parse_args(arguments)
+    positive("--limit", options.limit)
+    if options.images is not None and (options.data is not None or options.data_root is not None):
+        raise ConfigError("--images are pictures and --data is a dataset: give one of the two.")
+    from tokenexit.calibration.calibrate import calibrate as run
+    from tokenexit.calibration.calibrate import wish_of
+    from tokenexit.calibration.runs import Bench, UnlabelledPictures, drawn
+    from tokenexit.calibration.saved import write_calibration
+    from tokenexit.evaluation.evaluate import check_classes
+    from tokenexit.preprocessing import default_labels
+    from tokenexit.segmenter import ExitSegmenter
+
+    asked = wish_of(vars(options))
+    (method,) = methods_of([options.method], options)
+    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    set_windows(model, options)
+    if options.images is None:
+        name, data = dataset_of(options)
+        about = {"data": name, "split": options.split}
+    else:
+        labels = model.preprocessing.labels or default_labels(model.config.num_classes)
+        data = UnlabelledPictures(options.images, labels)
+        about = {"data": ", ".join(map(str, options.images))}
+    check_classes(model, data)
+    indices = drawn(len(data), options.limit, options.seed)
+    result = run(
+        Bench(model, data, indices, options.precision, progress_bar),
+        method,
+        asked,
+        average=options.keep,
+        cap=options.cap,
+        seed=options.seed,
+        about=about,
+        say=print,
+    )
+    path = write_calibration(result, options.model, options.out or options.model)
+    print(result.promise)
+    reached, predicted = (result.reached[key] for key in ("share_of_dense", "dense_pass_share_of_dense"))
+    print(f"{result.method}: {reached:.1%} of dense multiply-adds; the dense pass predicted {predicted:.1%}")
+    print(f"calibration: {path}")
+    return 0
+
+
+def sweep(arguments: list[str]) -> int:
+    parser = command_parser("sweep", "Curves of mIoU against GMACs: methods, one checkpoint, many thresholds.")
+    parser.add_argument("model", type=Path, help="folder of a saved model")
+    parser.add_argument("--data", help="dataset; that of the training if not given")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
+    parser.add_argument("--split", default="test", help="part of the dataset to evaluate on")
+    parser.add_argument("--limit", type=int, help="the first so many images only")
+    parser.add_argument("--tune-split", default="val", help="part of the dataset to choose thresholds on, unlabelled")
+    parser.add_argument("--tune-limit", type=int, help="so many of them only, drawn at random")
+    parser.add_argument("--method", nargs="+", default=["dtop", "dovit"], help="any but dense; one or several")
+    add_method_options(parser, several=True)
+    parser.add_argument("--points", type=int, default=8, help="of every method's curve")
+    parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
+    parser.add_argument("--input-scale", type=float, nargs="*", default=[0.5, 0.625, 0.75, 0.875], help="rivals: dense")
+    parser.add_argument("--out", type=Path, default=Path("sweep"), help="folder for sweep.json, .csv and .png")
+    add_window_options(parser)
+    add_machine_options(parser)
+    options = parser.parse_args(arguments)
+    for name in ("limit", "tune_limit", "points"):
+        positive(f"--{name.replace('_', '-')}", getattr(options, name))
+    from tokenexit.calibration.runs import Bench, drawn
+    from tokenexit.calibration.sweep import sweep as run
+    from tokenexit.evaluation.evaluate import check_classes
+    from tokenexit.segmenter import ExitSegmenter
+
+    by_hand = [m for m in methods_of(options.method, options) if hasattr(m, "threshold")] if options.threshold else []
+    options.threshold = None
+    methods = methods_of(options.method, options)
+    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    set_windows(model, options)
+    name, data = dataset_of(options)
+    options.split, split = options.tune_split, options.split
+    _, tune = dataset_of(options)
+    check_classes(model, data)
+    count = len(data) if options.limit is None else min(options.limit, len(data))
+    rows = run(
+        Bench(model, data, tuple(range(count)), options.precision, progress_bar),
+        Bench(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress_bar),
+        methods,
+        by_hand,
+        options.input_scale,
+        options.out,
+        {"data": name, "split": split, "tune_split": options.tune_split, "windows": in_windows(model)},
+        points=options.points,
+        average=options.keep,
+        say=print,
+    )
+    print(f"{len(rows)} points: {options.out / 'sweep.png'}, sweep.csv and sweep.json")
+    return 0

@@ -1,0 +1,106 @@
+"""The command evaluate."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from tokenexit.cli.options import (
+    add_machine_options,
+    add_method_options,
+    add_window_options,
+    calibrated_methods,
+    command_parser,
+    dataset_of,
+    device_of,
+    existing_folder,
+    in_windows,
+    methods_of,
+    one_voice,
+    positive,
+    progress_bar,
+    set_windows,
+)
+from tokenexit.errors import ConfigError
+
+
+@one_voice()
+def evaluate(arguments: list[str]) -> int:
+    parser = command_parser("evaluate", "Accuracy and compute of a model on a dataset; all methods share one table.")
+    parser.add_argument("model", type=Path, help="folder of a saved model")
+    parser.add_argument("--data", help="dataset, such as scenes, camvid, folder; that of the training if not given")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
+    parser.add_argument("--split", default="test", help="part of the dataset")
+    parser.add_argument("--limit", type=int, help="the first so many images only")
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        help="dense, dtop, dovit, paumer, fixed_ratio, truncated; one or several; the calibrated one if not given, "
+        "else dense",
+    )
+    add_method_options(parser, several=True)
+    parser.add_argument(
+        "--input-scale",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        metavar="SCALE",
+        help="multiply the pictures' sides, predict at their own size; of several, each is a row of every method",
+    )
+    add_window_options(parser)
+    parser.add_argument("--references", action="store_true", help="add random exits and the agreement oracle")
+    add_machine_options(parser)
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    options = parser.parse_args(arguments)
+    positive("--limit", options.limit)
+    if options.json is not None and (
+        options.json.is_dir() or not os.access(existing_folder(options.json.parent), os.W_OK)
+    ):
+        raise ConfigError(f"--json {options.json} cannot be written: name a file in a folder of yours.")
+    from tokenexit.evaluation.evaluate import Scaled
+    from tokenexit.evaluation.evaluate import evaluate as run
+    from tokenexit.evaluation.processes import joined, place, together
+    from tokenexit.report.evaluations import class_table, main_table, write_json
+    from tokenexit.segmenter import ExitSegmenter
+
+    named = None if options.method is None else methods_of(options.method, options)
+    with joined():
+        with together():
+            model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+            set_windows(model, options)
+            name, data = dataset_of(options)
+            methods = named or calibrated_methods(model, options) or methods_of(["dense"], options)
+            rows = [Scaled(method, scale) for scale in dict.fromkeys(options.input_scale) for method in methods]
+        results = run(
+            model,
+            data,
+            rows,
+            limit=options.limit,
+            precision=options.precision,
+            references=options.references,
+            progress=progress_bar("evaluating"),
+        )
+        if place()[0] != 0:
+            return 0
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    images = f"{len(results[0].gmacs)} images of {name} ({options.split})"
+    console.print(f"{images}{in_windows(model)}, {options.precision} on {model.device}")
+    console.print(main_table(results).to_rich())
+    own = results[: len(rows)]  # reference lines are read by their totals
+    console.print(class_table(own, data.labels.names).to_rich())
+    if options.json is not None:
+        about = {
+            "model": str(options.model),
+            "data": name,
+            "split": options.split,
+            "device": str(model.device),
+            "precision": options.precision,
+            "window": model.preprocessing.window,
+            "stride": model.preprocessing.stride,
+        }
+        write_json(options.json, results, data.labels.names, about)
+        print(f"figures: {options.json}")
+    return 0

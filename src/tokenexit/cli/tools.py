@@ -1,0 +1,88 @@
+"""Small commands around a model: cost, convert, data and doctor."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from tokenexit.cli.options import command_parser, positive, progress_bar
+from tokenexit.errors import ConfigError
+
+
+def cost(arguments: list[str]) -> int:
+    parser = command_parser("cost", "Multiply-adds of a dense model on one image, without weights.")
+    parser.add_argument("--backbone", default="vit_tiny_patch16", help="a preset, such as vit_base_patch16")
+    parser.add_argument("--head", default="fcn", help="decode head")
+    parser.add_argument("--num-classes", type=int, default=150, help="classes to predict")
+    parser.add_argument("--image-size", type=int, nargs="+", default=[512], help="one side, or height and width")
+    parser.add_argument(
+        "--convention",
+        choices=("tokenexit", "dtop"),
+        default="tokenexit",
+        help="dtop: as that paper counts, without class token, LayerNorm 5 and upsampling 4 per element",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    for name, value in (("--num-classes", options.num_classes), *(("--image-size", s) for s in options.image_size)):
+        positive(name, value)
+    from tokenexit.ledger import dense_gmacs
+
+    if len(options.image_size) > 2:
+        raise ConfigError(f"--image-size has {len(options.image_size)} numbers: give one side, or height and width.")
+    size = (options.image_size[0], options.image_size[-1])
+    figures = dense_gmacs(options.backbone, options.head, options.num_classes, size, options.convention)
+    if options.json:
+        print(json.dumps(figures))
+    else:
+        for name, value in figures.items():
+            print(f"{name:12} {value}")
+    return 0
+
+
+def convert(arguments: list[str]) -> int:
+    parser = command_parser(
+        "convert", "Weights of another library to a model folder, or a backbone to a .safetensors file."
+    )
+    parser.add_argument("source", help="weight file, folder with one, or hf-hub:OWNER/NAME")
+    parser.add_argument("destination", type=Path, help="model folder, or .safetensors file where there are no heads")
+    parser.add_argument("--kind", default="auto", help="where the weights come from; auto tells by their names")
+    parser.add_argument("--backbone", help="backbone weights, for DINOv2's released linear heads")
+    parser.add_argument("--backbone-only", action="store_true", help="leave the heads out")
+    parser.add_argument("--exits", type=int, nargs="*", help="after how many blocks auxiliary heads stand")
+    options = parser.parse_args(arguments)
+    from tokenexit.converting import convert as run
+
+    report = run(
+        options.source,
+        options.destination,
+        kind=options.kind,
+        backbone=options.backbone,
+        backbone_only=options.backbone_only,
+        exits=options.exits,
+    )
+    print(report.summary())
+    return 0
+
+
+def data(arguments: list[str]) -> int:
+    parser = command_parser("data", "check: read a whole dataset and say what is in it and what is wrong with it.")
+    parser.add_argument("action", choices=("check",))
+    parser.add_argument("name", help="dataset, such as camvid, ade20k, cityscapes, folder")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
+    parser.add_argument("--split", nargs="+", help="these splits only; all on disk if not given")
+    parser.add_argument("--json", type=Path, help="write the report to this file, too")
+    options = parser.parse_args(arguments)
+    from tokenexit.data.check import run_data_check
+
+    return run_data_check(
+        options.name, options.data_root, options.split, progress=progress_bar("checking"), json_path=options.json
+    )
+
+
+def doctor(arguments: list[str]) -> int:
+    command_parser("doctor", "Versions, devices, attention path and precision on this machine.").parse_args(arguments)
+    from tokenexit.doctor import diagnose, format_findings
+
+    findings = diagnose()
+    print(format_findings(findings))
+    return 1 if any(finding.status == "fail" for finding in findings) else 0

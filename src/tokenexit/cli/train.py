@@ -1,0 +1,48 @@
+"""Commands that train: quickstart and train."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from tokenexit.cli.options import add_method_options, command_parser, given_method_options, method_specs
+from tokenexit.errors import ConfigError
+
+
+def quickstart(arguments: list[str]) -> int:
+    parser = command_parser("quickstart", "Train on drawn street scenes and compare Dense, DToP and DoViT in a report.")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the model and report")
+    parser.add_argument("--minutes", type=float, default=2.5, help="how long to train, about")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    options = parser.parse_args(arguments)
+    from tokenexit.quickstart import run_quickstart
+
+    run_quickstart(options.out, minutes=options.minutes, seed=options.seed)
+    return 0
+
+
+def train(arguments: list[str]) -> int:
+    from tokenexit.training.parsing import parse_train
+
+    def add_options(parser: Any) -> None:
+        parser.add_argument("--method", type=str, default=None, help="train with this method alone: dense, dtop, dovit")
+        parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        add_method_options(parser)
+
+    config, options = parse_train(arguments, add_options)
+    if options.method is not None:
+        config.methods = method_specs([options.method], options)
+    elif given_method_options(options):
+        raise ConfigError("options of a method need --method: name it, or write them to methods in the YAML.")
+    if options.dry_run:
+        from tokenexit.training.plan import plan
+
+        print(plan(config))
+        return 0
+    from tokenexit.training.loop import train as run
+
+    run(config)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
+        print(f"model: {config.out}")
+    return 0
