@@ -246,7 +246,7 @@ class ExitSegmenter(nn.Module):
                 digest.update(value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:16]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def predict(self, images: ImageSource | Sequence[ImageSource], method: Method[Any] | None = None) -> Segmentation:
         """Segment pictures: paths, PIL images or arrays, one or a list; maps come back at the pictures' own sizes.
 

@@ -23,6 +23,7 @@ from tokenexit.calibration.runs import Bench
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
+from tokenexit.inference import inference
 from tokenexit.methods import Dense, Stage
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
@@ -74,10 +75,7 @@ def class_means(bench: Bench) -> Tensor:
             truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long().to(device)
             for top, left, bottom, right in window_boxes(size, preprocessing.window, preprocessing.stride):
                 crop, own = image[:, top:bottom, left:right], truth[top:bottom, left:right]
-                with (
-                    torch.inference_mode(),
-                    torch.autocast(device.type, torch.bfloat16, enabled=bench.precision == "bf16"),
-                ):
+                with inference(device, bench.precision):
                     output = model([crop], Dense(), with_stages=True)
                 members = {k: own == k for k in own.unique().tolist() if k != labels.ignore_index}
                 for k, member in members.items():

@@ -18,6 +18,7 @@ from torch import Tensor
 from tokenexit.calibration.drift import Histograms, watch
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.errors import DataError
+from tokenexit.inference import Precision, inference
 from tokenexit.methods import Method
 from tokenexit.predicting import list_pictures
 from tokenexit.preprocessing import Labels, load_image
@@ -64,7 +65,7 @@ class Bench:
     model: ExitSegmenter
     data: SegmentationDataset
     indices: Sequence[int]
-    precision: str = "fp32"
+    precision: Precision = "fp32"
     progress: Callable[[str], Progress] = lambda title: iter
 
     def __len__(self) -> int:
@@ -93,9 +94,8 @@ class Bench:
 
     def forward(self, method: Method[Any], title: str) -> Iterator[tuple[list[int], list[Tensor], Segmentation]]:
         """Run a method on all images, batch by batch: places, masks and the output at the masks' sizes."""
-        device = self.model.device
         for places, images, masks in self.progress(title)(self.batches()):
-            with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            with inference(self.model.device, self.precision):
                 output = self.model.segment(images, method, targets=[(m.shape[0], m.shape[1]) for m in masks])
             yield places, masks, output
 

@@ -57,6 +57,7 @@ def calibrate(arguments: list[str]) -> int:
     from tokenexit.calibration.runs import Bench, UnlabelledPictures, drawn
     from tokenexit.calibration.saved import write_calibration
     from tokenexit.evaluation.evaluate import check_classes
+    from tokenexit.inference import inference
     from tokenexit.preprocessing import default_labels
     from tokenexit.segmenter import ExitSegmenter
 
@@ -73,16 +74,17 @@ def calibrate(arguments: list[str]) -> int:
         about = {"data": ", ".join(map(str, options.images))}
     check_classes(model, data)
     indices = drawn(len(data), options.limit, options.seed)
-    result = run(
-        Bench(model, data, indices, options.precision, progress_bar),
-        method,
-        asked,
-        average=options.keep,
-        cap=options.cap,
-        seed=options.seed,
-        about=about,
-        say=print,
-    )
+    with inference(model.device, options.precision):
+        result = run(
+            Bench(model, data, indices, options.precision, progress_bar),
+            method,
+            asked,
+            average=options.keep,
+            cap=options.cap,
+            seed=options.seed,
+            about=about,
+            say=print,
+        )
     path = write_calibration(result, options.model, options.out or options.model)
     print(result.promise)
     reached, predicted = (result.reached[key] for key in ("share_of_dense", "dense_pass_share_of_dense"))
@@ -114,6 +116,7 @@ def sweep(arguments: list[str]) -> int:
     from tokenexit.calibration.runs import Bench, drawn
     from tokenexit.calibration.sweep import sweep as run
     from tokenexit.evaluation.evaluate import check_classes
+    from tokenexit.inference import inference
     from tokenexit.segmenter import ExitSegmenter
 
     by_hand = [m for m in methods_of(options.method, options) if hasattr(m, "threshold")] if options.threshold else []
@@ -126,17 +129,18 @@ def sweep(arguments: list[str]) -> int:
     _, tune = dataset_of(options)
     check_classes(model, data)
     count = len(data) if options.limit is None else min(options.limit, len(data))
-    rows = run(
-        Bench(model, data, tuple(range(count)), options.precision, progress_bar),
-        Bench(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress_bar),
-        methods,
-        by_hand,
-        options.input_scale,
-        options.out,
-        {"data": name, "split": split, "tune_split": options.tune_split, "windows": in_windows(model)},
-        points=options.points,
-        average=options.keep,
-        say=print,
-    )
+    with inference(model.device, options.precision):
+        rows = run(
+            Bench(model, data, tuple(range(count)), options.precision, progress_bar),
+            Bench(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress_bar),
+            methods,
+            by_hand,
+            options.input_scale,
+            options.out,
+            {"data": name, "split": split, "tune_split": options.tune_split, "windows": in_windows(model)},
+            points=options.points,
+            average=options.keep,
+            say=print,
+        )
     print(f"{len(rows)} points: {options.out / 'sweep.png'}, sweep.csv and sweep.json")
     return 0

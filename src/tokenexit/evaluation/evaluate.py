@@ -22,14 +22,13 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import Scores, boundary_counts, boundary_iou, confusion_matrix, scores
 from tokenexit.evaluation.processes import gather, place, together
 from tokenexit.exits import Thresholds, per_class
+from tokenexit.inference import Precision, inference
 from tokenexit.ledger import dense_ops
 from tokenexit.methods import DToP, Method
 from tokenexit.methods.reference import Imposed, agreement_exits, random_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.windows import Segmentation, WindowedOutput, window_boxes
-
-Precision = str
 
 
 @dataclass(frozen=True)
@@ -199,11 +198,12 @@ def evaluate(
     scales = {row.tally.input_scale for row in rows}
     oracle = Tally(Imposed(), "agreement oracle", classes) if references else None
     rank, processes = place()
-    for first in (progress if rank == 0 else iter)(range(0, count, processes)):
-        with together():
-            if first + rank < count:
-                picture = _Picture.of(data, first + rank, model, scales)
-                _judge(model, picture, rows, oracle, precision, data.labels.ignore_index, warm_up=first == 0)
+    with inference(model.device, precision):
+        for first in (progress if rank == 0 else iter)(range(0, count, processes)):
+            with together():
+                if first + rank < count:
+                    picture = _Picture.of(data, first + rank, model, scales)
+                    _judge(model, picture, rows, oracle, precision, data.labels.ignore_index, warm_up=first == 0)
     at_random = [row.at_random for row in rows if row.at_random is not None]
     tallies = [*(row.tally for row in rows), *at_random, *([oracle] if oracle else [])]
     mine, *others = gather(tallies)
@@ -240,7 +240,7 @@ def _judge(
             stages = [random_exits(stage, generator).flatten() for stage in _seen(output).exit_stage]
             run(row.at_random, Imposed(finish=row.finish, exit_stage=torch.cat(stages)))
     if oracle is not None:
-        with torch.inference_mode(), _autocast(model.device, precision):
+        with inference(model.device, precision):
             dense = _seen(model.segment([picture.images[1.0].to(model.device)], with_stages=True))
         run(oracle, Imposed(exit_stage=agreement_exits(dense.stages, dense.ledger.tokens)))
 
@@ -325,7 +325,6 @@ def _threshold_label(threshold: Thresholds) -> str:
     return f"{min(values):g}-{max(values):g} per class"
 
 
-@torch.inference_mode()
 def timed_forward(
     model: ExitSegmenter, image: Tensor, method: Method[Any], target: tuple[int, int], precision: Precision
 ) -> tuple[Segmentation, float]:
@@ -334,14 +333,10 @@ def timed_forward(
     image = image.to(device)
     _synchronize(device)
     start = time.perf_counter()
-    with _autocast(device, precision):
+    with inference(device, precision):
         output = model.segment([image], method, targets=[target])
     _synchronize(device)
     return output, 1e3 * (time.perf_counter() - start)
-
-
-def _autocast(device: torch.device, precision: Precision) -> torch.autocast:
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def _synchronize(device: torch.device) -> None:

@@ -16,7 +16,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
+from tokenexit.inference import Precision
 from tokenexit.methods import Method, build_method
 from tokenexit.segmenter import WEIGHTS_FILE, ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
@@ -42,7 +43,6 @@ from tokenexit.training.losses import segmentation_loss
 from tokenexit.training.optim import build_optimizer, learning_rate
 
 Say = Callable[[str], None]
-Precision = Literal["auto", "fp32", "bf16"]
 
 LOGGED_LINES = 20
 """Lines of progress in a whole run where the output is no terminal."""
