@@ -1,10 +1,12 @@
-"""How much of the arithmetic saved becomes time saved, with keep shares imposed.
+"""How much of the arithmetic saved becomes time saved, with the tokens that leave imposed.
 
     python -m benchmarks.conversion --backbone vit_base_patch16 --size 512 --batch 1 --precision fp32 --leave 0.5
 
-Dense and dynamic run in turn in one process, on the same kernels, precision, threads and inputs; the exit heads are
-counted and timed. conversion = (speed-up - 1) / (MAC ratio - 1). A figure is the median over pairs with its 95 %
-interval (order statistics, Conover 1999, section 3.2). Tokens leave in random places, so untrained models can be timed.
+Contenders run in turn in one process, on the same kernels, precision, threads and inputs: dense, dynamic, and with
+`--rivals` the dense model as users would otherwise run it (benchmarks.rivals). Exit heads and the method's own rule are
+counted and timed; then the tokens that leave are replaced by a given share in random places, so that untrained models
+can be timed honestly. conversion = (speed-up - 1) / (MAC ratio - 1). A figure is the median over rounds with its 95 %
+interval (order statistics, Conover 1999, section 3.2).
 """
 
 from __future__ import annotations
@@ -14,16 +16,73 @@ import json
 import math
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from tokenexit.methods import Dense, Method
-from tokenexit.methods.reference import Imposed
+from benchmarks.rivals import agrees, plain
+from tokenexit.inference import inference
+from tokenexit.memory import keep_buffers
+from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.methods.base import Model, Stage
+from tokenexit.methods.dtop import DToPState
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.tokens import Tokens
+
+Contender = Callable[[], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class DToPShares(DToP):
+    """DToP whose rule is computed, and then replaced: who leaves at the first exit is given, `(cells,)` bool."""
+
+    name: ClassVar[str] = "dtop, shares imposed"
+
+    leaving: Tensor | None = None
+
+    def leaves(self, n: int, score: Tensor, patches: Tokens, state: DToPState, model: Model) -> Tensor:
+        ruled = super().leaves(n, score, patches, state, model)
+        assert self.leaving is not None
+        imposed = self.leaving.index_select(0, patches.position)
+        return imposed if n == 0 else torch.zeros_like(ruled)
+
+
+@dataclass(frozen=True, eq=False)
+class DoViTShares(DoViT):
+    """DoViT whose scores are computed, and then replaced by 1 for those given to stop, 0 for others."""
+
+    name: ClassVar[str] = "dovit, shares imposed"
+
+    leaving: Tensor | None = None
+
+    def _grade(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
+        score, label, stage = super()._grade(n, patches, live, model)
+        assert self.leaving is not None
+        return self.leaving.to(score.dtype), label, stage
+
+
+def imposed(method: str, cells: Sequence[int], leave: Sequence[float], device: torch.device, seed: int) -> Method[Any]:
+    """Of each image the share that leaves at the first exit, in random places."""
+    generator = torch.Generator().manual_seed(seed)
+    parts = []
+    for count, share in zip(cells, leave):
+        part = torch.zeros(count, dtype=torch.bool)
+        part[torch.randperm(count, generator=generator)[: round(count * share)]] = True
+        parts.append(part)
+    leaving = torch.cat(parts).to(device)
+    return DToPShares(leaving=leaving) if method == "dtop" else DoViTShares(leaving=leaving)
+
+
+def one_image(method: Method[Any], cells: Sequence[int], index: int) -> Method[Any]:
+    """The same method for one image of the batch."""
+    start = sum(cells[:index])
+    assert isinstance(method, DToPShares | DoViTShares)
+    assert method.leaving is not None
+    return replace(method, leaving=method.leaving[start : start + cells[index]])
 
 
 def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
@@ -35,91 +94,129 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
     return (ordered[(n - 1) // 2] + ordered[n // 2]) / 2, ordered[low], ordered[high]
 
 
-def imposed_exits(tokens: Sequence[int], keep: Sequence[float], num_exits: int, seed: int) -> Tensor:
-    """Of each image the share `1 - keep` leaves at the first exit, in random places: `(cells,)` int64."""
-    generator = torch.Generator().manual_seed(seed)
-    stages = []
-    for cells, share in zip(tokens, keep):
-        stage = torch.full((cells,), num_exits)
-        stage[torch.randperm(cells, generator=generator)[: round(cells * (1 - share))]] = 0
-        stages.append(stage)
-    return torch.cat(stages)
+def interleaved_ms(
+    contenders: Mapping[str, Contender], rounds: int, device: torch.device, precision: str, rivals: Sequence[str]
+) -> dict[str, list[float]]:
+    """Milliseconds of every contender in every round; two rounds before are not counted.
+
+    Rivals bring their own precision; all others run under one autocast block, as a program with many images does.
+    """
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(rounds + 2):
+        for name, call in contenders.items():
+            _synchronize(device)
+            start = time.perf_counter()
+            with torch.autocast(device.type, enabled=precision == "bf16" and name not in rivals, dtype=torch.bfloat16):
+                call()
+            _synchronize(device)
+            if turn > 1:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
 
 
-@torch.inference_mode()
-def forward_ms(model: ExitSegmenter, images: Sequence[Tensor], method: Method[Any], precision: str) -> float:
-    device = images[0].device
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
-        model(images, method)
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return 1e3 * (time.perf_counter() - start)
 
 
-def measure(
-    model: ExitSegmenter, images: Sequence[Tensor], method: Method[Any], precision: str, pairs: int
-) -> dict[str, Any]:
-    """Interleaved pairs of dense and `method`: times, speed-up, MAC ratio and conversion with intervals."""
-    with torch.inference_mode():
-        ledger = model(images, method).ledger
-    mac_ratio = sum(ledger.dense_macs) / sum(ledger.macs)
-    for warm in (Dense(), method):
-        forward_ms(model, images, warm, precision)
-    times = [
-        (forward_ms(model, images, Dense(), precision), forward_ms(model, images, method, precision))
-        for _ in range(pairs)
-    ]
-    speedups = [dense / dynamic for dense, dynamic in times]
-    median, low, high = median_interval(speedups)
-    result: dict[str, Any] = {
-        "dense_ms": median_interval([dense for dense, _ in times])[0],
-        "dynamic_ms": median_interval([dynamic for _, dynamic in times])[0],
-        "speedup": median,
-        "speedup_interval": [low, high],
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> dict[str, Any]:
+    """Median and interval of the ratio, round by round."""
+    median, low, high = median_interval([a / b for a, b in zip(numerator, denominator)])
+    return {"median": round(median, 4), "interval": [round(low, 4), round(high, 4)]}
+
+
+def summary(times: Mapping[str, list[float]], macs: Sequence[int], dense_macs: Sequence[int]) -> dict[str, Any]:
+    """Speed-up, MAC ratio, conversion and overhead of `dynamic`, and its lead over every rival."""
+    mac_ratio = sum(dense_macs) / sum(macs)
+    speedup = ratio(times["dense"], times["dynamic"])
+    figures: dict[str, Any] = {
+        "ms": {name: round(median_interval(values)[0], 2) for name, values in times.items()},
+        "rounds": len(times["dense"]),
+        "dense_gmacs": sum(dense_macs) / 1e9,
         "mac_ratio": mac_ratio,
-        "dense_gmacs": sum(ledger.dense_macs) / 1e9,
-        "pairs": pairs,
+        "speedup": speedup,
     }
     if mac_ratio > 1:
-        result["conversion"] = (median - 1) / (mac_ratio - 1)
-        result["conversion_interval"] = [(x - 1) / (mac_ratio - 1) for x in (low, high)]
-    return result
+        values = [speedup["median"], *speedup["interval"]]
+        median, low, high = (round((value - 1) / (mac_ratio - 1), 3) for value in values)
+        figures["conversion"] = {"median": median, "interval": [low, high]}
+    else:  # nothing leaves: what the exits cost, in time and in multiply-adds
+        figures["overhead"] = ratio(times["dynamic"], times["dense"])
+        figures["head_macs_share"] = 1 / mac_ratio - 1
+    for name in times.keys() - {"dense", "dynamic"}:
+        figures[f"{name} / dynamic"] = ratio(times[name], times["dynamic"])
+    return figures
 
 
 def main() -> None:
+    keep_buffers()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="vit_base_patch16")
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="side of every image, in turn")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--method", choices=("dtop", "dovit"), default="dtop")
     parser.add_argument("--leave", type=float, nargs="+", default=[0.5], help="share leaving first, image by image")
     parser.add_argument("--exits", type=int, nargs="+", default=[3])
-    parser.add_argument("--head", default="fcn")
+    parser.add_argument("--exit-head", default="fcn")
+    parser.add_argument("--head", default="fcn", help="decode head")
     parser.add_argument("--num-classes", type=int, default=19)
-    parser.add_argument("--pairs", type=int, default=30)
+    parser.add_argument("--rivals", action="store_true", help="also the plain dense model, eager and compiled")
+    parser.add_argument("--one-by-one", action="store_true", help="also the dynamic images one after another")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, help="torch's own choice if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
+    if options.threads:
+        torch.set_num_threads(options.threads)
     torch.manual_seed(0)
-    model = ExitSegmenter(options.backbone, options.num_classes, options.exits, options.head, options.head)
-    model = model.eval().requires_grad_(False).to(options.device)
+    device = torch.device(options.device)
+    heads = {"exit_head": options.exit_head, "decode_head": options.head}
+    model = ExitSegmenter(options.backbone, options.num_classes, options.exits, **heads).eval().to(device)
     sides = [options.size[i % len(options.size)] for i in range(options.batch)]
-    keep = [1 - options.leave[i % len(options.leave)] for i in range(options.batch)]
-    images = [torch.randn(3, side, side, device=options.device) for side in sides]
-    grids = [model.backbone.patch_embed.grid(side, side) for side in sides]
-    stages = imposed_exits([h * w for h, w in grids], keep, len(options.exits), seed=0)
-    figures = measure(model, images, Imposed(exit_stage=stages), options.precision, options.pairs)
-    settings = {k: v for k, v in vars(options).items() if k != "json"}
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": platform.processor()}
+    leave = [options.leave[i % len(options.leave)] for i in range(options.batch)]
+    images = [torch.randn(3, side, side, device=device) for side in sides]
+    cells = [math.prod(model.backbone.patch_embed.grid(side, side)) for side in sides]
+    method = imposed(options.method, cells, leave, device, seed=0)
+
+    contenders: dict[str, Contender] = {
+        "dense": lambda: model(images, Dense()),
+        "dynamic": lambda: model(images, method),
+    }
+    rivals: list[str] = []
+    if options.rivals:
+        apart = agrees(model, images)
+        assert apart < 1e-3, f"the rival is another model: logits differ by {apart}"
+        contenders["plain"] = plain(model, images, options.precision, compiled=False)
+        contenders["compiled"] = plain(model, images, options.precision, compiled=True)
+        rivals = ["plain", "compiled"]
+    if options.one_by_one:
+        alone = [one_image(method, cells, i) for i in range(len(images))]
+        contenders["one by one"] = lambda: [model([image], own) for image, own in zip(images, alone)]
+
+    with inference(device, options.precision):
+        ledger = model(images, method).ledger
+        times = interleaved_ms(contenders, options.rounds, device, options.precision, rivals)
+    figures = summary(times, ledger.macs, ledger.dense_macs)
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": _processor(device)}
+    settings = {key: value for key, value in vars(options).items() if key not in ("json", "threads")}
     content = {"settings": settings, "machine": machine, **figures}
     print(json.dumps(content, indent=2))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _processor(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
