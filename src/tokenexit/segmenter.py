@@ -154,7 +154,7 @@ class ExitSegmenter(nn.Module):
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
         method = Dense() if method is None else method
-        model = self._for_methods(self.training or with_stages)
+        model = self.for_methods(self.training or with_stages)
         method.check(model)
 
         tokens = self.backbone.embed(images)
@@ -187,9 +187,10 @@ class ExitSegmenter(nn.Module):
 
     def check(self, method: Method[Any]) -> None:
         """Raise `ConfigError`, in one sentence, for a method that cannot run on this model."""
-        method.check(self._for_methods(with_stages=False))
+        method.check(self.for_methods())
 
-    def _for_methods(self, with_stages: bool) -> Model:
+    def for_methods(self, with_stages: bool = False) -> Model:
+        """What a method may know of this model."""
         return Model(
             exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
             decode_head=self.decode_head,

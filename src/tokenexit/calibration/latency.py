@@ -8,13 +8,8 @@ one file for each model, method, device and precision; delete the file to measur
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +18,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokenexit.cache import cached_path, keep, read_cached
 from tokenexit.calibration.runs import Bench
 from tokenexit.evaluation.evaluate import timed_forward
+from tokenexit.gating import nonnegative_fit
 from tokenexit.methods import Method
-from tokenexit.writing import whole
 
 Array = npt.NDArray[np.float64]
 REPEATS = 3
@@ -55,15 +51,7 @@ def _features(live: Tensor, exits: Sequence[int], depth: int) -> Array:
 def fit(live: Tensor, ms: Sequence[float], exits: Sequence[int], depth: int) -> LatencyModel:
     """Least squares of the relative error with coefficients that are not negative: the best of all subsets."""
     features, times = _features(live, exits, depth), np.asarray(ms, dtype=np.float64)
-    weighted, ones = features / times[:, None], np.ones(len(times))
-    best, least = np.zeros(3), np.inf
-    for size in (1, 2, 3):
-        for subset in combinations(range(3), size):
-            values = np.linalg.lstsq(weighted[:, subset], ones, rcond=None)[0]
-            loss = float(((weighted[:, subset] @ values - 1.0) ** 2).sum())
-            if (values >= 0).all() and loss < least - 1e-12:
-                best, least = np.zeros(3), loss
-                best[list(subset)] = values
+    best = np.array(nonnegative_fit(features, times))
     apart = np.median(np.abs(features @ best - times) / times)
     return LatencyModel((float(best[0]), float(best[1]), float(best[2])), float(apart))
 
@@ -84,11 +72,11 @@ def timed_runs(bench: Bench, method: Method[Any], title: str = "timing") -> tupl
 def latency_model(bench: Bench, methods: Sequence[Method[Any]]) -> LatencyModel:
     """The cost model of the first method's kind, from the cache or measured with all `methods` on a few images."""
     path = cache_file(bench, methods[0])
+    kept = read_cached(path)
     try:
-        values = json.loads(path.read_text())
-        a, b, c = (float(x) for x in values["coefficients"])
-        return LatencyModel((a, b, c), float(values["relative_error"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        a, b, c = (float(x) for x in kept["coefficients"])
+        return LatencyModel((a, b, c), float(kept["relative_error"]))
+    except (KeyError, TypeError, ValueError):
         pass  # not measured yet, or not readable: measure
     few = bench.part(range(min(IMAGES, len(bench))))
     times: list[float] = []
@@ -99,27 +87,12 @@ def latency_model(bench: Bench, methods: Sequence[Method[Any]]) -> LatencyModel:
         live.append(runs[0][1])
     config = bench.model.config
     model = fit(torch.cat(live), times, config.exits, config.backbone.depth)
-    _keep(path, model)
+    keep(path, {"coefficients": list(model.coefficients), "relative_error": model.relative_error})
     return model
 
 
 def cache_file(bench: Bench, method: Method[Any]) -> Path:
     """Where the cost model of this model, method, device, threads and precision is kept."""
-    device = bench.model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     grids = sorted({bench.model.preprocessing.to_tensor(bench.data[i].image).shape[1:] for i in bench.indices[:IMAGES]})
-    facts = [bench.model.config.to_dict(), method.name, name, torch.get_num_threads(), bench.precision, grids]
-    key = hashlib.sha256(json.dumps([*facts, torch.__version__], default=list).encode()).hexdigest()[:16]
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return home / "tokenexit" / "latency" / f"{key}.json"
-
-
-def _keep(path: Path, model: LatencyModel) -> None:
-    """Save for the next time; where the cache cannot be written, the next time measures again."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as unfinished:
-            values = {"coefficients": list(model.coefficients), "relative_error": model.relative_error}
-            unfinished.write_text(json.dumps(values) + "\n")
-    except OSError:
-        return
+    model = bench.model
+    return cached_path("latency", model.device, model.config.to_dict(), method.name, bench.precision, grids)

@@ -10,6 +10,7 @@ from tokenexit.methods.dense import Dense
 from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
 from tokenexit.methods.fixed_ratio import FixedRatio
+from tokenexit.methods.gated import Gated
 from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.truncated import Truncated
 
@@ -47,6 +48,7 @@ __all__ = [
     "Dense",
     "DoViT",
     "FixedRatio",
+    "Gated",
     "Method",
     "MethodSpec",
     "Model",

@@ -1,0 +1,138 @@
+"""Auto-gating: exits that do not pay are closed, by size and machine alone, and the reasons can be read."""
+
+from __future__ import annotations
+
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tokenexit import gating
+from tokenexit.gating import Costs, Curve, choose_exits, costs_on_this_machine, gate, measure_costs, nonnegative_fit
+from tokenexit.methods import DToP, Gated
+from tokenexit.segmenter import ExitSegmenter
+
+milliseconds = st.floats(0.0, 10.0)
+curves = st.builds(Curve, milliseconds, st.floats(0.0, 0.1), st.floats(0.0, 1e-3))
+
+
+@pytest.fixture
+def model() -> ExitSegmenter:
+    torch.manual_seed(0)
+    return ExitSegmenter("vit_tiny_patch16", 4, [1, 2], embed_dim=32, num_heads=2, depth=3).eval()
+
+
+def block_by_block(
+    costs: Costs, opened: set[int], exits: list[int], depth: int, tokens: int, live: list[float]
+) -> float:
+    """Oracle: walk through the blocks with whoever is live."""
+    share, ms = 1.0, 0.0
+    for block in range(depth):
+        if block in exits and exits.index(block) in opened:
+            n = exits.index(block)
+            ms += costs.exits[n](share * tokens)
+            share = live[n]
+        ms += costs.block(share * tokens)
+    return ms
+
+
+@given(
+    curves, st.tuples(curves, curves, curves), st.integers(1, 2000), st.lists(st.floats(0, 1), min_size=3, max_size=3)
+)
+def test_choose_exits__takes_the_fastest_of_all_sets(
+    block: Curve, exits: tuple[Curve, ...], tokens: int, live: list[float]
+) -> None:
+    costs, live = Costs(block, exits), sorted(live, reverse=True)
+    chosen = choose_exits(costs, [3, 6, 9], 12, tokens, live)
+
+    def oracle(opened: set[int]) -> float:
+        return block_by_block(costs, opened, [3, 6, 9], 12, tokens, live)
+
+    times = [oracle({n for n in range(3) if keep[n]}) for keep in product([False, True], repeat=3)]
+    assert chosen.expected_ms == pytest.approx(min(times))
+    assert oracle(set(range(3)) - set(chosen.closed)) == pytest.approx(min(times))
+    assert (chosen.dense_ms, chosen.open_ms) == (pytest.approx(oracle(set())), pytest.approx(oracle({0, 1, 2})))
+
+
+def test_choose_exits__keeps_cheap_exits_and_closes_dear_ones() -> None:
+    block, cheap, dear = Curve(0, 0.01, 0), Curve(0.1, 0, 0), Curve(50.0, 0, 0)
+    chosen = choose_exits(Costs(block, (cheap, dear)), [3, 6], 12, 1000, [0.5, 0.2])
+    assert chosen.closed == (1,)
+    first, second = chosen.reasons
+    until = "an image is expected to take"
+    assert first == f"exit 1 after block 3 takes 0.10 ms on 1000 tokens: open, as without it {until} 44.90 ms longer"
+    assert second == f"exit 2 after block 6 takes 50.00 ms on 1000 tokens: closed, as with it {until} 32.00 ms longer"
+
+
+def test_choose_exits__leaves_an_exit_open_that_makes_no_difference() -> None:
+    nothing = Curve(0, 0, 0)
+    assert choose_exits(Costs(nothing, (nothing,)), [3], 12, 1000, [0.5]).closed == ()
+
+
+@given(st.tuples(milliseconds, st.floats(0, 0.1), st.floats(0, 1e-3)).filter(lambda abc: sum(abc) > 1e-3))
+def test_curve__goes_through_points_of_such_a_curve(abc: tuple[float, float, float]) -> None:
+    curve, counts = Curve(*abc), [36, 144, 576, 1600]
+    found = Curve.through(counts, [curve(n) for n in counts])
+    for n in (36, 300, 1600):
+        assert found(n) == pytest.approx(curve(n), rel=1e-4)
+
+
+def test_nonnegative_fit__lets_no_coefficient_below_zero() -> None:
+    counts = torch.tensor([1.0, 2.0, 3.0, 4.0]).double()
+    features = torch.stack([torch.ones(4).double(), counts], 1).numpy()
+    slope_down = nonnegative_fit(features, (10 - 2 * counts).numpy())
+    assert min(slope_down) >= 0
+    assert slope_down[1] == 0
+
+
+def test_measure_costs__times_the_block_and_every_exit(model: ExitSegmenter) -> None:
+    costs = measure_costs(model, DToP())
+    assert len(costs.exits) == 2
+    for curve in (costs.block, *costs.exits):
+        assert 0 < curve(36) <= curve(1600)
+
+
+def test_costs_on_this_machine__are_measured_once_for_a_model_method_and_precision(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    calls = []
+
+    def measure(*asked: object) -> Costs:
+        calls.append(asked[1:])
+        return Costs(Curve(1, 2, 3), (Curve(0, 0, 1), Curve(0, 1, 0)))
+
+    monkeypatch.setattr(gating, "measure_costs", measure)
+    first = costs_on_this_machine(model, DToP())
+    assert costs_on_this_machine(model, DToP(threshold=0.5)) == first
+    assert len(calls) == 1
+    costs_on_this_machine(model, DToP(), "bf16")
+    assert len(calls) == 2
+    for kept in (tmp_path / "tokenexit" / "gating").iterdir():
+        kept.write_text("{")  # damaged: measured again
+    assert costs_on_this_machine(model, DToP()) == first
+    assert len(calls) == 3
+
+
+def test_gate__follows_the_shares_that_the_calibration_saw(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs = Costs(Curve(0, 1, 0), (Curve(10, 0, 0), Curve(10, 0, 0)))
+    monkeypatch.setattr(gating, "measure_costs", lambda *_: costs)
+    assert gate(model, DToP(), (10, 10)).closed == ()  # a third of 100 tokens leaves, and again: 67 ms, 22 ms saved
+    model.calibration = {"reached": {"live_after_exit": [0.99, 0.1]}}
+    assert gate(model, DToP(), (10, 10)).closed == (0,)
+    model.calibration = {"reached": {"live_after_exit": [1.0, 0.99]}}
+    assert gate(model, DToP(), (10, 10)).closed == (0, 1)
+
+
+def test_apply__wraps_only_where_exits_are_closed(model: ExitSegmenter) -> None:
+    nothing = Curve(0, 0, 0)
+    method = DToP()
+    assert choose_exits(Costs(nothing, (nothing,)), [1], 3, 9, [0.5]).apply(method) is method
+    closed = choose_exits(Costs(nothing, (Curve(1, 0, 0),)), [1], 3, 9, [0.5])
+    assert closed.apply(method) == Gated(method, (0,))
