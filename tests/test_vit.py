@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -186,7 +187,8 @@ def test_drop_path__is_drawn_once_for_each_image():
     packing = Packing.of([3, 0, 50, 7, 1], CPU)
     seen = set()
     for _ in range(40):
-        out = drop_path(torch.ones(61, 4), 0.5, packing)
+        out = drop_path(0.5, packing, torch.float32)
+        assert out.shape == (61, 1)
         for image in out.split(packing.lengths):
             if len(image):
                 assert len(image.unique()) == 1
@@ -214,10 +216,33 @@ def test_drop_path__may_spare_attention_as_dovit_does():
     vit = lively(drop_path=0.9, drop_path_attention=False).train()
     tokens = vit.embed([picture(8, 8)])
     block = vit.blocks[3]
-    attended = tokens.x + block.attn(block.norm1(tokens.x), tokens.packing)
+    qkv = block.attn.qkv(block.norm1(tokens.x))
+    attended = tokens.x + block.attn.proj(block.attn.attend(qkv, tokens.packing))
     draws = [vit.run(tokens, 3, 4).x for _ in range(20)]
     assert any(torch.equal(x, attended) for x in draws), "a dropped MLP leaves attention's result"
     assert not any(torch.equal(x, tokens.x) for x in draws), "attention is never dropped"
+
+
+# Compiled blocks.
+
+
+@pytest.mark.skipif(
+    shutil.which("c++") is None and shutil.which("g++") is None, reason="compiling needs a C++ compiler"
+)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_compile_blocks__computes_the_same_for_any_number_of_live_tokens(bf16: bool):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    vit, compiled = lively().eval(), lively().eval()
+    compiled.load_state_dict(vit.state_dict())
+    compiled.compile_blocks()
+    tokens = vit.embed([picture(24, 20), picture(8, 8)])
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for every in (1, 2, 5):
+            live = tokens.keep(torch.arange(sum(tokens.live)) % every == 0)
+            assert_close(compiled.run(live, 0, 4).x, vit.run(live, 0, 4).x, 2e-2 if bf16 else 1e-5)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs == 2, "two graphs for all blocks and lengths"
 
 
 # Options.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from types import MethodType
 from typing import Any, Literal
 
 import torch
@@ -216,11 +217,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """`(T, C)` to `(T, C)`."""
-        q_TNH, k_TNH, v_TNH = self.qkv(x).unflatten(1, (3, self.num_heads, -1)).unbind(1)
-        out_TNH = packed_attention(q_TNH, k_TNH, v_TNH, packing, packing)
-        return self.proj(out_TNH.flatten(1))  # type: ignore[no-any-return]
+    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """`(T, 3 C)` to `(T, C)`, before the last projection."""
+        q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -257,15 +257,20 @@ class LayerScale(nn.Module):
         return x * self.gamma
 
 
-def drop_path(x: Tensor, probability: float, packing: Packing) -> Tensor:
-    """Stochastic depth on packed tokens: drawn once per image, gathered per token (Huang et al., 2016)."""
-    keep = torch.rand(len(packing.lengths), device=x.device) >= probability
-    factor = keep.to(x.dtype) / (1.0 - probability)
-    return x * factor.index_select(0, packing.image_index())[:, None]
+def drop_path(probability: float, packing: Packing, dtype: torch.dtype) -> Tensor:
+    """Factors of stochastic depth on packed tokens, `(T, 1)`: drawn once per image, gathered per token (Huang et al.,
+    2016)."""
+    keep = torch.rand(len(packing.lengths), device=packing.offsets.device) >= probability
+    factor = keep.to(dtype) / (1.0 - probability)
+    return factor.index_select(0, packing.image_index())[:, None]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens."""
+    """Pre-norm transformer block over packed tokens.
+
+    `before` and `after` attention rows do not meet: both are free of the packing, and can be compiled for any number of
+    rows.
+    """
 
     def __init__(
         self,
@@ -292,13 +297,22 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
         """`(T, C)` to `(T, C)`."""
-        drops = self.training and self.drop_path > 0.0
-        branch = self.ls1(self.attn(self.norm1(x), packing))
-        if drops and self.drop_path_attention:
-            branch = drop_path(branch, self.drop_path, packing)
-        x = x + branch
+        attended = self.attn.attend(self.before(x), packing)
+        if not (self.training and self.drop_path > 0.0):
+            return self.after(x, attended)
+        first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
+        return self.after(x, attended, first, drop_path(self.drop_path, packing, attended.dtype))
+
+    def before(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: `(T, C)` to `(T, 3 C)`."""
+        return self.attn.qkv(self.norm1(x))  # type: ignore[no-any-return]
+
+    def after(self, x: Tensor, attended: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        """The residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""
+        branch = self.ls1(self.attn.proj(attended))
+        x = x + (branch if first is None else branch * first)
         branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + (drop_path(branch, self.drop_path, packing) if drops else branch)
+        return x + (branch if second is None else branch * second)  # type: ignore[no-any-return]
 
     def ops(self, tokens: int) -> Ops:
         """Work on one image with this many tokens, prefix included."""
@@ -405,6 +419,19 @@ class ViT(nn.Module):
             else:
                 x = block(x, tokens.packing)
         return tokens.with_x(x)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Let torch.compile make what lies around attention in each block: two graphs for all blocks and any number of
+        live tokens. Takes its time at the first call, and a C++ compiler on CPU.
+
+        options: of torch.compile. On CUDA it fuses norms, activations and residuals and saves launches; on the CPUs
+        that were measured it is as fast as without (docs/performance.md).
+        """
+        before = torch.compile(Block.before, dynamic=True, **options)
+        after = torch.compile(Block.after, dynamic=True, **options)
+        for block in self.blocks:
+            for name, function in (("before", before), ("after", after)):
+                setattr(block, name, MethodType(function, block))
 
     def embed_ops(self, grid: Grid) -> Ops:
         patch = self.config.patch_size
