@@ -200,7 +200,7 @@ def main() -> None:
         ledger = model(images, method).ledger
         times = interleaved_ms(contenders, options.rounds, device, options.precision, rivals)
     figures = summary(times, ledger.macs, ledger.dense_macs)
-    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": _processor(device)}
+    machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor(device)}
     settings = {key: value for key, value in vars(options).items() if key not in ("json", "threads")}
     content = {"settings": settings, "machine": machine, **figures}
     print(json.dumps(content, indent=2))
@@ -209,7 +209,7 @@ def main() -> None:
         options.json.write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _processor(device: torch.device) -> str:
+def processor(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
