@@ -3,7 +3,7 @@
     python -m benchmarks.scaling --backbone vit_small_patch16 --precision bf16 --json FILE --plot FILE
 
 One axis moves, the others stay at 512x512, one image, 19 classes, one thread, half of the tokens leaving after block
-3. Dense and dynamic run in turn; times are to classes at full size, medians over rounds. Peak memory is what the process
+3. Dense and dynamic run in turn; times are to classes at full size, medians over rounds. Peak memory is what a process
 holds beyond what it held before; each point is a process of its own.
 """
 
