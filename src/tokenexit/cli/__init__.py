@@ -14,9 +14,11 @@ from tokenexit.cli.calibrate import calibrate, sweep
 from tokenexit.cli.evaluate import evaluate
 from tokenexit.cli.options import exit_status
 from tokenexit.cli.predict import predict
+from tokenexit.cli.serve import serve
 from tokenexit.cli.tools import convert, cost, data, doctor
 from tokenexit.cli.train import quickstart, train
 from tokenexit.errors import TokenExitError
+from tokenexit.memory import keep_buffers
 
 HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision Transformers
 
@@ -28,6 +30,7 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   calibrate    thresholds for a budget or a bounded loss, saved with the model
   sweep        curves of mIoU against compute, several methods in one picture
   predict      segment pictures: masks, overlays, exit maps
+  serve        a page to try a model on, and an HTTP API
   cost         multiply-adds of a model, without weights
   convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
   data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
@@ -51,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"tokenexit: command '{name}' is unknown: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
+    keep_buffers()
     try:
         status = _status(COMMANDS[name], rest)
         sys.stdout.flush()  # here, where a reader that has gone is no surprise
@@ -82,6 +86,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "calibrate": calibrate,
     "sweep": sweep,
     "predict": predict,
+    "serve": serve,
     "cost": cost,
     "convert": convert,
     "data": data,

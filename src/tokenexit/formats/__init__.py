@@ -1,0 +1,1 @@
+"""Label maps and figures in the layouts of others."""

@@ -1,0 +1,172 @@
+"""`tokenexit serve`: the application around `Service`, its addresses and errors, and the server that runs it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import torch
+import uvicorn
+from fastapi import FastAPI, Request, Response, Security
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse
+from fastapi.security import HTTPBearer
+
+from tokenexit import __version__
+from tokenexit.errors import ConfigError, DataError
+from tokenexit.inference import Precision
+from tokenexit.report.html import report_html
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.serving import answers
+from tokenexit.serving.batching import Expired, Overloaded
+from tokenexit.serving.guards import Guard, said
+from tokenexit.serving.service import Limits, Service
+
+__all__ = ["Limits", "create_app", "serve"]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+def create_app(
+    model: ExitSegmenter,
+    name: str = "model",
+    *,
+    limits: Limits | None = None,
+    precision: Precision = "fp32",
+    token: str | None = None,
+    local_only: bool = True,
+) -> FastAPI:
+    """The application, to be run by any ASGI server in one process.
+
+    model: in evaluation mode. name: what the page calls it. token, local_only: see `Guard`. Raises `ConfigError` for
+    impossible limits and tokens, and `CheckpointError` for a calibration that does not belong to the model.
+    """
+    if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):  # an empty one must not mean "open to all"
+        raise ConfigError(
+            "the token is empty or has signs that a header cannot carry: use letters, digits and -._~+/=."
+        )
+    service = Service(model, name, limits or Limits(), precision)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
+    # The usual pages of documentation load scripts from elsewhere; the document itself is at /openapi.json.
+    app = FastAPI(title="tokenexit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_routes(app, service, token is not None)
+    _add_errors(app)
+    app.add_middleware(
+        Guard,
+        metrics=service.metrics,
+        token=token,
+        local_only=local_only,
+        body_bytes=service.limits.upload_bytes,
+        body_seconds=service.limits.seconds,
+    )
+    return app
+
+
+def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
+    def add(path: str, endpoint: Callable[..., Any], method: str = "GET", **options: Any) -> None:
+        app.add_api_route(path, endpoint, methods=[method], **options)
+
+    asks: dict[str, Any] = {"dependencies": [Security(HTTPBearer(auto_error=False))]} if with_token else {}
+    pictures: dict[str, Any] = {"image/png": {}, "application/zip": {}}
+    add("/", service.index, include_in_schema=False)
+    add("/page.css", service.page_css, include_in_schema=False)
+    add("/page.js", service.page_js, include_in_schema=False)
+    add("/samples/{number}.png", service.sample, include_in_schema=False)
+    add("/plain", service.plain, "POST", include_in_schema=False)
+    add("/healthz", service.healthz)
+    add("/metrics", service.prometheus, response_class=Response, **asks)
+    add("/model", service.about, **asks)
+    add(
+        "/predict",
+        service.predict,
+        "POST",
+        response_model=list[answers.Prediction] | dict[str, Any],
+        responses={200: {"content": pictures}, **ERRORS},
+        **asks,
+    )
+    add("/images", service.keep, "POST", responses=ERRORS, **asks)
+    add(
+        "/view",
+        service.view,
+        "POST",
+        response_class=Response,
+        responses={200: {"model": answers.View}, **ERRORS},
+        **asks,
+    )
+
+
+ERRORS: dict[int | str, dict[str, Any]] = {
+    401: {"description": "The token is missing or wrong."},
+    413: {"description": "More bytes than the server takes, or than fit into memory."},
+    422: {"description": "An option or a picture that cannot be used; `detail` says why."},
+    429: {"description": "Too many pictures are under way: try again after a second."},
+    503: {"description": "No answer within the time limit."},
+}
+
+
+def _add_errors(app: FastAPI) -> None:
+    """Every error as one sentence, on a page for browsers; those nobody foresaw are in the server's log alone."""
+
+    def add(kind: type[Exception], status: int, sentence: Callable[[Any], str], retry: bool = False) -> None:
+        async def handler(request: Request, error: Exception) -> Response:
+            if "text/html" in request.headers.get("accept", ""):  # a form that was sent without scripts
+                return HTMLResponse(report_html("That did not work", [], sentence(error)), status)
+            return said(status, sentence(error), retry=retry)
+
+        app.add_exception_handler(kind, handler)
+
+    add(ConfigError, 422, str)
+    add(DataError, 422, str)
+    add(RequestValidationError, 422, _invalid)
+    add(Overloaded, 429, lambda error: "too many pictures are under way: try again in a second.", retry=True)
+    add(Expired, 503, lambda error: "there was no answer within the time limit: try again.", retry=True)
+    for kind in (MemoryError, torch.OutOfMemoryError):
+        add(kind, 413, lambda error: "the pictures do not fit into memory: send fewer or smaller ones.")
+    add(Exception, 500, lambda error: "something went wrong on the server: its log says what.")
+
+
+def _invalid(error: RequestValidationError) -> str:
+    first = error.errors()[0]
+    return f"{first['loc'][-1]}: {first['msg']}."
+
+
+def serve(
+    model: ExitSegmenter,
+    name: str,
+    *,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    limits: Limits | None = None,
+    precision: Precision = "fp32",
+    token: str | None = None,
+) -> None:
+    """Serve until interrupted. Raises `ConfigError` for an address that cannot be used."""
+    local = host in LOOPBACK
+    app = create_app(model, name, limits=limits, precision=precision, token=token, local_only=local and token is None)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, reuse_port=False)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"--host {host} --port {port} cannot be used ({reason}): choose another address.") from None
+    if not local and token is None:
+        print(
+            "tokenexit serve: everybody who reaches this address may use it; set a token to ask for one.",
+            file=sys.stderr,
+        )
+    shown = f"[{host}]" if ":" in host else host
+    print(f"page and API: http://{shown}:{listener.getsockname()[1]}", flush=True)
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, limit_concurrency=512, timeout_graceful_shutdown=5
+    )
+    uvicorn.Server(config).run(sockets=[listener])

@@ -1,0 +1,137 @@
+"""What a request may ask for: a method, and how daring it is.
+
+A *compute* of 1 lets no token leave, of 0 every token at the first exit. In between, the doubt (1 - threshold) up to
+which tokens leave grows by equal factors, since that is the scale on which models tell sure from very sure. The dial of
+a calibrated model runs through its calibrated thresholds and keeps their proportions; else all exits share one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from tokenexit.errors import ConfigError
+from tokenexit.exits import NEVER, Threshold, per_exit
+from tokenexit.methods import METHODS, Dense, DoViT, DToP, Method, build_method
+from tokenexit.segmenter import ExitSegmenter
+
+OCTAVES = 10.0
+"""The dial spans doubts from 2^-10, a threshold of 0.999, to 1."""
+TITLES = {"dense": "Dense", "dtop": "DToP", "dovit": "DoViT"}
+
+
+@dataclass(frozen=True)
+class Offer:
+    """A method on the page. compute: where its own thresholds are on the dial, None if it has none.
+
+    calibrated: whether they were chosen by `tokenexit calibrate`. refusal: why this model cannot run it, else None.
+    """
+
+    name: str
+    title: str
+    compute: float | None
+    calibrated: bool
+    refusal: str | None
+
+
+class Choices:
+    """Methods of a model: the calibrated one as it was calibrated, others with their own thresholds."""
+
+    def __init__(self, model: ExitSegmenter) -> None:
+        self.calibrated = model.calibrated_method()
+        self._model = model
+
+    @property
+    def usual(self) -> Method[Any]:
+        """What runs if nothing is asked for: the calibrated method, else DToP or what the model can."""
+        if self.calibrated is not None:
+            return self.calibrated
+        return next(method for method in (DToP(), DoViT(), Dense()) if self._refusal(method) is None)
+
+    def offers(self) -> list[Offer]:
+        return [self._offer(name, title) for name, title in TITLES.items()]
+
+    def choose(self, name: str | None, threshold: str | None = None, compute: float | None = None) -> Method[Any]:
+        """The method that a request names.
+
+        threshold: one for all exits, or one for each as `0.98/0.9/0.8`. compute: see above. Raises `ConfigError`.
+        """
+        method = self._named(name)
+        if threshold is not None and compute is not None:
+            raise ConfigError("threshold and compute both say when tokens leave: give one of the two.")
+        if threshold is not None:
+            method = _with_thresholds(method, _numbers(threshold))
+        elif compute is not None and not isinstance(method, Dense):
+            method = dialled(method, compute, self._num_exits)
+        self._model.check(method)
+        return method
+
+    @property
+    def _num_exits(self) -> int:
+        return len(self._model.config.exits)
+
+    def _named(self, name: str | None) -> Method[Any]:
+        if name is None:
+            return self.usual
+        if self.calibrated is not None and self.calibrated.name == name:
+            return self.calibrated
+        if name not in METHODS:
+            raise ConfigError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}.")
+        return build_method(name)
+
+    def _offer(self, name: str, title: str) -> Offer:
+        method = self._named(name)
+        compute = None if isinstance(method, Dense) else place(method, self._num_exits)
+        return Offer(name, title, compute, method is self.calibrated, self._refusal(method))
+
+    def _refusal(self, method: Method[Any]) -> str | None:
+        try:
+            self._model.check(method)
+        except ConfigError as error:
+            return str(error)
+        return None
+
+
+def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
+    """The method with thresholds for a place on the dial, `compute` in [0, 1]."""
+    if not 0.0 <= compute <= 1.0:
+        raise ConfigError(f"compute={compute:g} is outside [0, 1]: 1 is all of the network for every token.")
+    power = compute / place(method, num_exits)
+
+    def moved(tau: float) -> float:
+        return NEVER if compute == 1.0 else round(1.0 - (1.0 - tau) ** power, 6)
+
+    exits = _thresholds(method, num_exits)
+    return _with_thresholds(
+        method, tuple(moved(exit) if isinstance(exit, int | float) else tuple(map(moved, exit)) for exit in exits)
+    )
+
+
+def place(method: Method[Any], num_exits: int) -> float:
+    """Where on the dial a method's thresholds are: the mean over its exits, away from the ends."""
+    octaves = [-math.log2(max(1.0 - tau, 2.0**-OCTAVES)) for tau in _flat(_thresholds(method, num_exits))]
+    return min(max(sum(octaves) / len(octaves) / OCTAVES, 0.05), 0.95) if octaves else 0.5
+
+
+def _thresholds(method: Method[Any], num_exits: int) -> tuple[Threshold, ...]:
+    return per_exit(getattr(method, "threshold", NEVER), num_exits)
+
+
+def _flat(thresholds: Iterable[Threshold]) -> list[float]:
+    return [tau for exit in thresholds for tau in ((exit,) if isinstance(exit, int | float) else exit)]
+
+
+def _with_thresholds(method: Method[Any], threshold: float | tuple[Threshold, ...]) -> Method[Any]:
+    if "threshold" not in {f.name for f in fields(method)}:
+        raise ConfigError(f"method '{method.name}' has no thresholds: leave threshold and compute out.")
+    return replace(method, threshold=threshold)  # type: ignore[call-arg]
+
+
+def _numbers(text: str) -> float | tuple[float, ...]:
+    try:
+        values = tuple(float(part) for part in text.split("/"))
+    except ValueError:
+        raise ConfigError(f"threshold={text!r} is no number: write 0.95, or 0.98/0.9/0.8 for one per exit.") from None
+    return values[0] if len(values) == 1 else values

@@ -1,0 +1,48 @@
+"""Label maps as others read them: COCO's layout, one annotation per class in a picture.
+
+Legend: H, W height and width in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from tokenexit.formats.rle import compressed, run_lengths
+from tokenexit.preprocessing import Labels
+
+
+def coco(pictures: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, Any]:
+    """Label maps `(H, W)` by file name in COCO's layout: images, categories, and one annotation per class in an image.
+
+    Numbers of images begin at 1; those of categories are the model's classes.
+    """
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (name, map_) in enumerate(pictures.items(), start=1):
+        height, width = map_.shape
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        for k, counts in run_lengths(map_).items():
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": number,
+                    "category_id": k,
+                    "segmentation": {"size": [height, width], "counts": compressed(counts)},
+                    "area": sum(counts[1::2]),
+                    "bbox": _box(map_ == k),
+                    "iscrowd": 0,
+                }
+            )
+    categories = [{"id": k, "name": name} for k, name in enumerate(labels.names)]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def _box(mask: npt.NDArray[np.bool_]) -> list[int]:
+    """Left, top, width and height of what is marked."""
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    top, left = int(rows[0]), int(columns[0])
+    return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

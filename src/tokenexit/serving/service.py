@@ -1,0 +1,336 @@
+"""What the server does for a request: the endpoints of the page and of the API, and what they share.
+
+A request reads its pictures, queues them for the batcher, waits, and encodes what it is sent: reading and encoding in
+threads of their own, the model in one. Nothing is kept of a request but, for the page, its last pictures in memory.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import hashlib
+import json
+import math
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from typing import Annotated, Any, Literal, TypeVar
+
+import torch
+from fastapi import File, Form, Header, HTTPException, Response, UploadFile
+from fastapi.responses import HTMLResponse
+from PIL import Image
+from torch import Tensor
+
+from tokenexit import __version__
+from tokenexit.errors import ConfigError, DataError
+from tokenexit.inference import Precision, inference
+from tokenexit.ledger import Size
+from tokenexit.methods import Method
+from tokenexit.preprocessing import default_labels
+from tokenexit.report.pictures import exit_colours
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.serving import answers
+from tokenexit.serving.batching import Answer, Batcher, Expired, Forward, Job
+from tokenexit.serving.choices import Choices, Offer
+from tokenexit.serving.masks import coco
+from tokenexit.serving.metrics import Metrics
+from tokenexit.serving.page import SAMPLES, asset, page_html, sample_png, sample_size
+from tokenexit.serving.uploads import Picture, distinct, file_name, read_picture
+from tokenexit.windows import PACK_TOKENS, Segmentation
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the server takes.
+
+    upload_bytes: of a request. pixels: of a picture, and of what the network sees of it, padding included. pictures: of
+    a request. places: pictures under way at once; more are refused with status 429. seconds: for an upload, and for its
+    answer. wait: seconds that a picture waits for others to share its batch. batch_tokens: patch tokens of a batch.
+    kept_bytes: pictures that the page may come back to.
+    """
+
+    upload_bytes: int = 20_000_000
+    pixels: int = 2048 * 1024
+    pictures: int = 16
+    places: int = 64
+    seconds: float = 30.0
+    wait: float = 0.004
+    batch_tokens: int = PACK_TOKENS
+    kept_bytes: int = 256_000_000
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not (0 < value < math.inf or (value == 0 and name == "wait")):
+                raise ConfigError(f"{name}={value:g} is no limit: give a number above 0.")
+
+
+@dataclass(frozen=True)
+class Health:
+    """status: always "ok" where there is an answer. busy: pictures under way."""
+
+    status: str
+    model: str
+    version: str
+    busy: int
+
+
+@dataclass(frozen=True)
+class About:
+    """What the page needs to know of the model. colours: RGB of the exits in their order, the last for the end."""
+
+    name: str
+    classes: list[str]
+    palette: list[tuple[int, int, int]]
+    blocks: int
+    exits: list[int]
+    colours: list[tuple[int, int, int]]
+    methods: list[Offer]
+    usual: str
+    pixels: int
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A picture that the page may ask for again."""
+
+    id: str
+    height: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Wish:
+    """image: `id` of a picture that was sent before. compute: 1 all of the network for every token, 0 as little as
+    can be; the method's own thresholds if it is not given."""
+
+    image: str
+    method: str | None = None
+    compute: float | None = None
+
+
+class Service:
+    """The endpoints and what they share."""
+
+    def __init__(self, model: ExitSegmenter, name: str, limits: Limits, precision: Precision) -> None:
+        self.limits, self.name = limits, name
+        self.model = _labelled(model)
+        self.choices = Choices(model)
+        self.metrics = Metrics({"tokenexit_busy_pictures": ("Pictures under way.", lambda: self.batcher.taken)})
+        self.batcher = Batcher(
+            _forward(model),
+            max_tokens=limits.batch_tokens,
+            max_places=limits.places,
+            max_wait=limits.wait,
+            observe=self._observe_batch,
+            around=lambda: inference(model.device, precision),  # for good: weights are lowered once
+        )
+        self.page = page_html(name, self.choices.offers())
+        self._kept: OrderedDict[str, Picture] = OrderedDict()
+        # Few at once: full-size maps of many classes are large, and cores are few.
+        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "tokenexit-pictures")
+
+    def close(self) -> None:
+        """Finish what is under way, and end."""
+        self.batcher.close()
+        self._threads.shutdown()
+
+    # ------------------------------------------------------------------------------------------------ the page
+
+    async def index(self) -> HTMLResponse:
+        return HTMLResponse(self.page)
+
+    async def page_css(self) -> Response:
+        return Response(asset("page.css"), media_type="text/css")
+
+    async def page_js(self) -> Response:
+        return Response(asset("page.js"), media_type="text/javascript")
+
+    async def sample(self, number: int) -> Response:
+        if not 0 <= number < len(SAMPLES):
+            raise HTTPException(404, f"there are samples 0 to {len(SAMPLES) - 1}.")
+        png = await self._in_thread(sample_png, number, sample_size(self.model))
+        return Response(png, media_type="image/png", headers={"Cache-Control": "max-age=3600"})
+
+    async def about(self) -> About:
+        """The model: classes, exits, methods."""
+        labels, exits = answers.labels_of(self.model), self.model.config.exits
+        return About(
+            name=self.name,
+            classes=list(labels.names),
+            palette=list(labels.palette),
+            blocks=self.model.config.backbone.depth,
+            exits=list(exits),
+            colours=list(exit_colours(len(exits))),
+            methods=self.choices.offers(),
+            usual=self.choices.usual.name,
+            pixels=self.limits.pixels,
+        )
+
+    async def keep(self, image: Annotated[UploadFile, File()]) -> Kept:
+        """Send a picture to view it several times. It is kept in memory until others need the room."""
+        with self.batcher.places(1):
+            data = await image.read()
+            _, picture = await self._read(data, file_name(image.filename, 0))
+            key = await self._in_thread(_fingerprint, data)
+        self._kept[key] = picture
+        self._kept.move_to_end(key)
+        while sum(kept.image.nbytes for kept in self._kept.values()) > self.limits.kept_bytes and len(self._kept) > 1:
+            self._kept.popitem(last=False)
+        return Kept(key, *picture.size)
+
+    async def view(self, wish: Wish, accept_encoding: Annotated[str, Header()] = "") -> Response:
+        """Maps and figures of a picture that was sent before, for a method and a place on the dial."""
+        picture = self._kept.get(wish.image)
+        if picture is None:
+            raise HTTPException(404, "this picture is no longer kept: send it again.")
+        self._kept.move_to_end(wish.image)
+        method = self.choices.choose(wish.method, compute=wish.compute)
+        with self.batcher.places(1):
+            size = answers.shown_size(picture.size, self.model.config.num_classes)
+            (answer,) = await self._segment([picture], method, [size])
+
+            def encoded() -> bytes:
+                shown = answers.view(self.model, method, answer, picture.size)
+                body = json.dumps(asdict(shown)).encode()
+                return gzip.compress(body, 1) if "gzip" in accept_encoding else body
+
+            body = await self._in_thread(encoded)
+        headers = {"Content-Encoding": "gzip"} if "gzip" in accept_encoding else None
+        return Response(body, media_type="application/json", headers=headers)
+
+    async def plain(
+        self,
+        image: Annotated[UploadFile | None, File()] = None,
+        sample: Annotated[int | None, Form()] = None,
+        method: Annotated[str | None, Form()] = None,
+        compute: Annotated[float | None, Form()] = None,
+    ) -> HTMLResponse:
+        """The result of one picture as a page, for browsers without scripts."""
+        if sample is not None and 0 <= sample < len(SAMPLES):
+            data = await self._in_thread(sample_png, sample, sample_size(self.model))
+            name = f"Sample {sample + 1}"
+        elif image is not None and image.filename:
+            data, name = await image.read(), file_name(image.filename, 0)
+        else:
+            raise DataError("no picture was sent: choose a file or a sample.")
+        chosen = self.choices.choose(None if method == "compare" else method, compute=compute)
+        with self.batcher.places(1):
+            shown, picture = await self._read(data, name)
+            (answer,) = await self._segment([picture], chosen, [picture.size])
+
+            def rendered() -> str:
+                labels = answers.label_map(answer)
+                found = answers.figures(self.model, chosen, answer, labels, picture.size)
+                return answers.plain_page(self.model, shown, labels, answer, found, name)
+
+            return HTMLResponse(await self._in_thread(rendered))
+
+    # ------------------------------------------------------------------------------------------------- the API
+
+    async def healthz(self) -> Health:
+        """Whether the server answers."""
+        return Health("ok", self.name, __version__, self.batcher.taken)
+
+    async def prometheus(self) -> Response:
+        """Figures since the start, in Prometheus' text format."""
+        return Response(self.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    async def predict(
+        self,
+        images: Annotated[list[UploadFile], File(description="One picture or several: JPEG, PNG, WebP, TIFF, ...")],
+        method: Annotated[
+            str | None, Form(description="dense, dtop, dovit, ...; the calibrated one, else dtop")
+        ] = None,
+        threshold: Annotated[str | None, Form(description="of all exits, or one for each as 0.98/0.9/0.8")] = None,
+        compute: Annotated[float | None, Form(description="in [0, 1] instead: from as little as can be to all")] = None,
+        format: Annotated[Literal["json", "png", "coco"], Form(description="figures, masks, or run lengths")] = "json",
+    ) -> Any:
+        """Segment pictures at their own sizes. json: figures and exit maps, a list. png: a palette PNG whose values are
+        the classes; of several pictures a zip of them. coco: images, categories and compressed run lengths."""
+        most = min(self.limits.pictures, self.limits.places)
+        if len(images) > most:
+            raise HTTPException(422, f"{len(images)} pictures are more than {most}: send them in parts.")
+        chosen = self.choices.choose(method, threshold, compute)
+        names = distinct([file_name(image.filename, n) for n, image in enumerate(images)])
+        with self.batcher.places(len(images)):
+            read = [await self._read(await image.read(), name) for image, name in zip(images, names)]
+            pictures = [picture for _, picture in read]
+            found = await self._segment(pictures, chosen, [picture.size for picture in pictures])
+            return await self._in_thread(self._encoded, format, chosen, dict(zip(names, found)))
+
+    def _encoded(self, format: str, method: Method[Any], found: dict[str, Answer]) -> Any:
+        maps = {name: answers.label_map(answer) for name, answer in found.items()}
+        if format == "coco":
+            return coco(maps, answers.labels_of(self.model))
+        if format == "json":
+            return [answers.prediction(self.model, method, found[name], maps[name], name) for name in found]
+        masks = {f"{os.path.splitext(name)[0]}.png": answers.mask_png(self.model, maps[name]) for name in found}
+        if len(masks) > 1:
+            return Response(answers.zipped(masks), media_type="application/zip")
+        (mask,) = masks.values()
+        return Response(mask, media_type="image/png")
+
+    # -------------------------------------------------------------------------------------------- on the way
+
+    async def _read(self, data: bytes, name: str) -> tuple[Image.Image, Picture]:
+        return await self._in_thread(read_picture, self.model, data, name, self.limits.pixels)
+
+    async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
+
+    async def _segment(self, pictures: Sequence[Picture], method: Method[Any], targets: Sequence[Size]) -> list[Answer]:
+        deadline = time.monotonic() + self.limits.seconds
+        jobs = [
+            Job(picture.image, method, target, picture.tokens, deadline) for picture, target in zip(pictures, targets)
+        ]
+        waiting = [asyncio.wrap_future(self.batcher.submit(job)) for job in jobs]
+        try:
+            async with asyncio.timeout(self.limits.seconds):
+                found = await asyncio.gather(*waiting)
+        except TimeoutError:
+            raise Expired from None
+        for answer in found:
+            self._count(method, answer)
+        return list(found)
+
+    def _count(self, method: Method[Any], answer: Answer) -> None:
+        ledger, add = answer.output.ledger, self.metrics.add
+        add("tokenexit_pictures_total", method=method.name)
+        add("tokenexit_macs_total", ledger.macs[0], method=method.name)
+        add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)
+        live = [ledger.tokens[0], *(ledger.live[0][n] for n in self.model.config.exits), 0]
+        places = [*map(str, range(1, len(live) - 1)), "end"]
+        for place, before, after in zip(places, live, live[1:]):
+            add("tokenexit_tokens_total", before - after, method=method.name, exit=place)
+
+    def _observe_batch(self, pictures: int, seconds: float) -> None:
+        self.metrics.observe("tokenexit_batch_pictures", pictures)
+        self.metrics.observe("tokenexit_batch_seconds", seconds)
+
+
+def _fingerprint(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:32]
+
+
+def _labelled(model: ExitSegmenter) -> ExitSegmenter:
+    if model.preprocessing.labels is None:
+        model.preprocessing = replace(model.preprocessing, labels=default_labels(model.config.num_classes))
+    return model
+
+
+def _forward(model: ExitSegmenter) -> Forward:
+    device = model.device
+
+    def forward(images: Sequence[Tensor], method: Method[Any], targets: Sequence[Size]) -> Segmentation:
+        output = model.segment([image.to(device) for image in images], method, targets=targets)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # so that milliseconds are those of the work
+        return output
+
+    return forward

@@ -1,0 +1,92 @@
+"""Files that were sent: what they may be, what they are called, and what the network takes of them."""
+
+from __future__ import annotations
+
+import io
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image
+from torch import Tensor
+
+from tokenexit.errors import DataError
+from tokenexit.ledger import Size
+from tokenexit.preprocessing import decoder_reason, load_image, resized_size
+from tokenexit.segmenter import ExitSegmenter
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is read; Pillow knows more, some of it through programs of its own."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture as the network takes it. size: its own height and width. tokens: what it weighs in a batch."""
+
+    image: Tensor
+    size: Size
+    tokens: int
+
+
+def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, Picture]:
+    """The picture in a file, and as the network takes it. Raises `DataError` for what is none, or too large.
+
+    max_pixels: of the picture, which is not decoded beyond that, and of what the network sees of it. A thin strip is
+    small until its short side is resized or padded to a patch.
+    """
+    picture = load_image(_checked(data, name, max_pixels), max_pixels)
+    size, patch = (picture.height, picture.width), model.config.backbone.patch_size
+    height, width = resized_size(size, model.preprocessing.resize)
+    tokens = -(-height // patch) * -(-width // patch)
+    if tokens * patch**2 > max(max_pixels, patch**2):
+        raise DataError(
+            f"image '{name}' of {size[0]}x{size[1]} pixels is too large for the network, which would see {tokens} "
+            f"patches of {patch}x{patch} pixels: crop it."
+        )
+    return picture, Picture(model.preprocessing.to_tensor(picture), size, tokens)
+
+
+class _Named(io.BytesIO):
+    """A file in memory that has the name it was sent under."""
+
+    def __init__(self, data: bytes, name: str) -> None:
+        super().__init__(data)
+        self.name = name
+
+
+def _checked(data: bytes, name: str, max_pixels: int) -> _Named:
+    """The file, if it begins as one of `FORMATS` does."""
+    file = _Named(data, name)
+    Image.init()
+    known = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow is built with all of them
+    try:
+        Image.open(file, formats=known)
+    except Image.DecompressionBombError:
+        raise DataError(f"image '{name}' has far more than {max_pixels} pixels: shrink it.") from None
+    except Exception as error:  # readers of damaged files raise nearly everything
+        reason = decoder_reason(error)
+        raise DataError(f"image '{name}' cannot be read ({reason}): send JPEG, PNG, WebP, GIF, BMP, TIFF.") from None
+    file.seek(0)
+    return file
+
+
+def file_name(sent: str | None, number: int) -> str:
+    """The name that a file was sent under, without folders and signs that do not belong into names."""
+    name = re.split(r"[\\/]", sent or "")[-1]
+    return re.sub(r"[^\w .()+-]", "_", name)[-100:].lstrip(". ") or f"image-{number + 1}"
+
+
+def distinct(names: Sequence[str]) -> list[str]:
+    """Names without their suffixes stand once: a second `a.png` or `a.jpg` becomes `a-2.jpg`."""
+    taken: set[str] = set()
+    out = []
+    for name in names:
+        stem, suffix = os.path.splitext(name)
+        number, free = 1, stem
+        while free in taken:
+            number += 1
+            free = f"{stem}-{number}"
+        taken.add(free)
+        out.append(f"{free}{suffix}")
+    return out

@@ -1,0 +1,111 @@
+"""`tokenexit serve` from a shell: it starts, answers, ends on Ctrl-C, and says what cannot be."""
+
+from __future__ import annotations
+
+import builtins
+import http.client
+import re
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs fastapi: pip install 'tokenexit[serve]'")
+pytest.importorskip("python_multipart", reason="needs python-multipart: pip install 'tokenexit[serve]'")
+pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[serve]'")
+
+from tests.serving.live import Client, png, small_model
+from tokenexit.cli import main
+
+Captured = pytest.CaptureFixture[str]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "street"
+    small_model().save_pretrained(folder)
+    return folder
+
+
+def wrong(capsys: Captured, *arguments: object) -> str:
+    assert main(["serve", *map(str, arguments)]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    return said.removeprefix("tokenexit serve: ").strip()
+
+
+def test_serve__answers_until_ctrl_c(saved: Path) -> None:
+    command = [sys.executable, "-m", "tokenexit", "serve", str(saved), "--port", "0", "--device", "cpu"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            assert run.stderr is not None
+            said = run.stdout.readline()
+            address = re.fullmatch(r"page and API: http://127\.0\.0\.1:(\d+)\n", said)
+            assert address, said + run.stderr.read()
+            client = Client(int(address[1]), {})
+            assert client.get("/healthz").json["model"].endswith("/street")
+            assert client.predict(("a.png", png()), format="png").status == 200
+            connection = http.client.HTTPConnection("127.0.0.1", client.port)  # one that stays open does not hold it up
+            connection.request("GET", "/healthz")
+            connection.getresponse().read()
+            run.send_signal(signal.SIGINT)
+            assert run.wait(30) == 130
+            assert run.stderr.read() == "\ntokenexit serve: interrupted.\n"
+            connection.close()
+        finally:
+            run.kill()
+
+
+def test_serve__an_address_in_use_is_said(saved: Path, capsys: Captured) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        said = wrong(capsys, saved, "--port", port)
+    assert said.startswith(f"--host 127.0.0.1 --port {port} cannot be used (")
+    assert "cannot be used" in wrong(capsys, saved, "--host", "no.such.host.invalid")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--port", "70000"], "--port 70000 is no port: give one from 0 to 65535."),
+        (["--queue", "0"], "--queue 0 must be above 0."),
+        (["--max-pixels", "-1"], "--max-pixels -1 must be above 0."),
+        (["--timeout", "nan"], "--timeout nan must be above 0."),
+        (["--max-upload-mb", "0"], "--max-upload-mb 0 must be above 0."),
+        (["--wait-ms", "-1"], "--wait-ms -1 must be at least 0."),
+        (["--workers", "2"], "unrecognized arguments: --workers 2: see tokenexit serve --help."),
+    ],
+)
+def test_serve__impossible_options_are_named(arguments: list[str], words: str, saved: Path, capsys: Captured) -> None:
+    assert wrong(capsys, saved, *arguments) == words
+
+
+@pytest.mark.parametrize("token", ["", "open sesame", "schön", "a\nb"])
+def test_serve__a_token_that_cannot_be_sent_is_refused(
+    token: str, saved: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "the token is empty or has signs that a header cannot carry: use letters, digits and -._~+/=."
+    assert wrong(capsys, saved, "--token", token) == words
+    monkeypatch.setenv("TOKENEXIT_TOKEN", token)
+    assert wrong(capsys, saved) == words
+
+
+def test_serve__without_its_packages_says_what_to_install(
+    saved: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *rest: Any) -> Any:
+        if name.partition(".")[0] == "fastapi":
+            raise ModuleNotFoundError("No module named 'fastapi'", name="fastapi")
+        return real(name, *rest)
+
+    for module in [name for name in sys.modules if name.startswith(("fastapi", "tokenexit.serving"))]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setattr(builtins, "__import__", without)
+    assert wrong(capsys, saved) == "serve needs the package fastapi: pip install 'tokenexit[serve]'."
