@@ -83,10 +83,48 @@ def test_calibrate__takes_a_bound_on_a_labelled_dataset(model: Path, pictures: P
     assert content["method"]["name"] == "dovit"
 
 
+def test_calibrate__takes_class_based_thresholds_from_labels(model: Path, pictures: Path, capsys: Captured) -> None:
+    data = ("--data", "folder", "--data-root", pictures / "set", "--keep-per-class", 0)
+    text = fine(capsys, "calibrate", model, *data, "--cbt", 0.3, 0.6)
+    content = json.loads((model / "calibration.json").read_text())
+    thresholds = content["method"]["threshold"]
+    assert [len(exit) for exit in thresholds] == [5, 5]
+    assert (min(thresholds[0]), max(thresholds[0])) == (0.3, 0.6)
+    assert content["asked"]["cbt"] == [0.3, 0.6]
+    assert f"{content['reached']['share_of_dense']:.1%} of dense multiply-adds\n" in text
+    assert ExitSegmenter.from_pretrained(model).calibrated_method() is not None
+
+
+def test_calibrate__fits_temperatures_first_on_images_that_test_nothing(
+    model: Path, pictures: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fitted_on: list[int] = []
+    fit = calibration.fit_temperature
+
+    def watched(bench: Any) -> tuple[float, ...]:
+        fitted_on.append(len(bench))
+        return fit(bench)
+
+    monkeypatch.setattr(calibration, "fit_temperature", watched)
+    data = ("--data", "folder", "--data-root", pictures / "set", "--fit-temperature")
+    text = fine(capsys, "calibrate", model, *data, "--budget", 0.9)
+    content = json.loads((model / "calibration.json").read_text())
+    assert f"temperatures: {'/'.join(map(str, content['method']['temperature']))}" in text
+    fine(capsys, "calibrate", model, *data, "--max-disagreement", 0.4, "--confidence", 0.7)
+    images = json.loads((model / "calibration.json").read_text())["images"]
+    assert fitted_on == [12, images["path"]]
+    assert images["path"] + images["test"] == 12
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--budget", "0.6", "--max-disagreement", "0.1"], "not allowed with"),
+        (["--cbt", "0.9", "0.8"], "alpha=0.9 and beta=0.8 are no range"),
+        (["--cbt", "0.8", "0.9", "--cap", "0.5"], "--cbt follows from labels alone"),
+        (["--cbt", "0.8", "0.9"], "CBT needs the truth of training images"),
+        (["--budget", "0.8", "--fit-temperature"], "a temperature is fitted to the truth"),
+        (["--budget", "0.8", "--fit-temperature", "--temperature", "2"], "give one of the two"),
         ([], "one of the arguments --budget"),
         (["--budget", "0.01"], "out of reach"),
         (["--budget", "-1"], "budget=-1 must be above 0"),

@@ -40,6 +40,7 @@ from tokenexit.calibration.runs import (
     truth_reference,
 )
 from tokenexit.calibration.saved import Calibration
+from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cost import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Method
@@ -173,6 +174,7 @@ def calibrate(
     average: Average = "classes",
     cap: float | None = None,
     seed: int = 0,
+    temperatures: bool = False,
     about: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
@@ -180,7 +182,8 @@ def calibrate(
 
     method: DToP or DoViT; its thresholds are replaced, its other options stay. average: what the path of thresholds
     keeps, agreement over "pixels", or over "classes" so that rare ones are guarded. cap: no image may cost more than
-    this share of its dense multiply-adds. seed: of the split into parts. about: where the images are from.
+    this share of its dense multiply-adds. seed: of the split into parts. temperatures: fit those of the exit heads
+    first, to the labels of the images that fix the path. about: where the images are from.
 
     Raises `ConfigError` in one sentence for wishes out of reach, with what is in reach, and for too few images, with
     how many are needed.
@@ -191,6 +194,13 @@ def calibrate(
         raise ConfigError(f"cap={cap:g} must be above 0: it is a share of dense multiply-adds.")
     if len(bench) == 0:
         raise ConfigError("there are no images to calibrate on: give some.")
+    if isinstance(wish, Bound) and wish.needs_labels:
+        bench = labelled(bench)
+    if temperatures:
+        part = bench if isinstance(wish, Budget) else bench.part(split(len(bench), wish, seed)[0])
+        fit = fit_temperature(part)
+        method = replace(check_method(method), temperature=fit)
+        say(f"temperatures: {'/'.join(map(str, fit))}")
     if isinstance(wish, Budget):
         chosen = _for_budget(bench, method, wish, average, cap)
     else:
@@ -366,7 +376,6 @@ def _for_bound(
     seed: int,
     say: Callable[[str], None],
 ) -> _Chosen:
-    bench = labelled(bench) if wish.needs_labels else bench
     path_part, test_part = split(len(bench), wish, seed)
     scouts, test = bench.part(path_part), bench.part(test_part)
     planner = Planner(scouts, method, average)
@@ -569,13 +578,20 @@ def promise_of(wish: Bound, n: int, figures: dict[str, Any]) -> str:
 def _figures(run: Run, planner: Planner, place: float) -> dict[str, Any]:
     """Costs at the chosen place by the true run, beside what the dense pass predicted for them."""
     return {
+        **costs_of(run),
+        "dense_pass_share_of_dense": planner.share(place),
+        "dense_pass_pixels_unlike_dense": planner.disagreement(place),
+    }
+
+
+def costs_of(run: Run) -> dict[str, Any]:
+    """What a true run cost, over its images."""
+    return {
         "share_of_dense": run.share,
         "share_of_dense_standard_error": run.share_error,
         "gmacs_mean": run.macs.double().mean().item() / GIGA,
         "share_of_dense_largest": (run.macs.double() / run.dense_macs).max().item(),
         "live_after_exit": [round(x, 5) for x in (run.live.double() / run.tokens[:, None]).mean(0).tolist()],
-        "dense_pass_share_of_dense": planner.share(place),
-        "dense_pass_pixels_unlike_dense": planner.disagreement(place),
     }
 
 

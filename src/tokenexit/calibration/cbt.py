@@ -15,16 +15,23 @@ Legend: E exits, K classes.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.calibrate import costs_of, spec_of
+from tokenexit.calibration.dense_pass import check_method
+from tokenexit.calibration.drift import Usual
+from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
+from tokenexit.calibration.saved import Calibration
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
 from tokenexit.inference import inference
-from tokenexit.methods import Dense, Stage
+from tokenexit.methods import Dense, Method, Stage
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
 from tokenexit.windows import window_boxes
@@ -42,6 +49,29 @@ def cbt_thresholds(bench: Bench, alpha: float = 0.9, beta: float = 0.998) -> tup
     check_classes(bench.model, bench.data)
     by_class = thresholds_by_gap(class_means(bench).mean(dim=0), alpha, beta)
     return (by_class,) * len(bench.model.config.exits)
+
+
+def calibrate_by_class(
+    bench: Bench, method: Method[Any], alpha: float = 0.9, beta: float = 0.998, about: dict[str, Any] | None = None
+) -> Calibration:
+    """`method` with class-based thresholds, and what it reaches on the same images; raises as `cbt_thresholds` does.
+
+    CBT itself keeps nobody: `DToP(keep_per_class=0)`.
+    """
+    method = replace(check_method(method), threshold=cbt_thresholds(bench, alpha, beta))
+    run = true_run(bench, method, dense_reference(bench))
+    unlike = error(run.confusion, "pixels").mean().item()
+    return Calibration(
+        asked={"cbt": [alpha, beta], "precision": bench.precision},
+        promise=f"Class-based thresholds from {alpha:g} to {beta:g} (CBT): no budget and no bound was asked for. The "
+        f"mean over these {len(bench)} images is {run.share:.3f} of dense multiply-adds, with {1 - unlike:.2%} of "
+        "pixels as the dense model has them.",
+        method=spec_of(method),
+        reached={**costs_of(run), "pixels_unlike_dense": unlike},
+        images={**(about or {}), "count": len(bench)},
+        usual=Usual.of(run.histograms),
+        model=bench.model.fingerprint(),
+    )
 
 
 def thresholds_by_gap(means: Tensor, alpha: float, beta: float) -> tuple[float, ...]:

@@ -39,6 +39,13 @@ def calibrate(arguments: list[str]) -> int:
     wish.add_argument("--max-disagreement", type=float, help="share of pixels unlike the dense model; needs no labels")
     wish.add_argument("--max-error-increase", type=float, help="share of wrong pixels over the dense model's")
     wish.add_argument("--max-miou-drop", type=float, help="points of mIoU; an estimate, no guarantee")
+    wish.add_argument(
+        "--cbt",
+        type=float,
+        nargs=2,
+        metavar=("ALPHA", "BETA"),
+        help="class-based thresholds between the two from labelled training images, such as 0.9 0.998",
+    )
     parser.add_argument("--confidence", type=float, default=0.9, help="of a bound, over the draw of the images")
     parser.add_argument("--average", choices=("pixels", "classes"), default="pixels", help="a bound's error is over")
     parser.add_argument("--clip", type=float, default=1.0, help="largest loss that an image counts with, in a bound")
@@ -46,6 +53,7 @@ def calibrate(arguments: list[str]) -> int:
     parser.add_argument("--in-expectation", action="store_true", help="bound on average, without a confidence")
     parser.add_argument("--cap", type=float, help="no image may cost more than this share of dense")
     parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
+    parser.add_argument("--fit-temperature", action="store_true", help="of the exit heads first; needs labels")
     parser.add_argument("--out", type=Path, help="folder for a calibrated copy; the model's own if not given")
     add_machine_options(parser)
     options = parser.parse_args(arguments)
@@ -54,6 +62,7 @@ def calibrate(arguments: list[str]) -> int:
         raise ConfigError("--images are pictures and --data is a dataset: give one of the two.")
     from tokenexit.calibration.calibrate import calibrate as run
     from tokenexit.calibration.calibrate import wish_of
+    from tokenexit.calibration.cbt import calibrate_by_class
     from tokenexit.calibration.runs import Bench, UnlabelledPictures, drawn
     from tokenexit.calibration.saved import write_calibration
     from tokenexit.evaluation.evaluate import check_classes
@@ -61,7 +70,11 @@ def calibrate(arguments: list[str]) -> int:
     from tokenexit.preprocessing import default_labels
     from tokenexit.segmenter import ExitSegmenter
 
-    asked = wish_of(vars(options))
+    asked = None if options.cbt is not None else wish_of(vars(options))
+    if asked is None and (options.fit_temperature or options.cap is not None):
+        raise ConfigError("--cbt follows from labels alone: leave --cap and --fit-temperature out.")
+    if options.fit_temperature and options.temperature is not None:
+        raise ConfigError("--temperature is given and --fit-temperature finds one: give one of the two.")
     (method,) = methods_of([options.method], options)
     model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
     set_windows(model, options)
@@ -74,21 +87,27 @@ def calibrate(arguments: list[str]) -> int:
         about = {"data": ", ".join(map(str, options.images))}
     check_classes(model, data)
     indices = drawn(len(data), options.limit, options.seed)
+    bench = Bench(model, data, indices, options.precision, progress_bar)
     with inference(model.device, options.precision):
-        result = run(
-            Bench(model, data, indices, options.precision, progress_bar),
-            method,
-            asked,
-            average=options.keep,
-            cap=options.cap,
-            seed=options.seed,
-            about=about,
-            say=print,
-        )
+        if asked is None:
+            result = calibrate_by_class(bench, method, options.cbt[0], options.cbt[1], about)
+        else:
+            result = run(
+                bench,
+                method,
+                asked,
+                average=options.keep,
+                cap=options.cap,
+                seed=options.seed,
+                temperatures=options.fit_temperature,
+                about=about,
+                say=print,
+            )
     path = write_calibration(result, options.model, options.out or options.model)
     print(result.promise)
-    reached, predicted = (result.reached[key] for key in ("share_of_dense", "dense_pass_share_of_dense"))
-    print(f"{result.method}: {reached:.1%} of dense multiply-adds; the dense pass predicted {predicted:.1%}")
+    predicted = result.reached.get("dense_pass_share_of_dense")
+    beside = "" if predicted is None else f"; the dense pass predicted {predicted:.1%}"
+    print(f"{result.method}: {result.reached['share_of_dense']:.1%} of dense multiply-adds{beside}")
     print(f"calibration: {path}")
     return 0
 
