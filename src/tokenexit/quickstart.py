@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from tokenexit.data.base import Sample, SegmentationDataset
+from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Evaluation, evaluate
@@ -20,8 +20,9 @@ from tokenexit.predicting import save_atomically
 from tokenexit.preprocessing import Labels
 from tokenexit.report.chart import Point, Series, line_chart_svg
 from tokenexit.report.evaluations import class_table, main_table, write_json
+from tokenexit.report.examples import example
 from tokenexit.report.html import Block, Chart, Facts, Figure, FigureRow, Legend, Section, write_report
-from tokenexit.report.pictures import colorize, exit_legend, exit_map, panel
+from tokenexit.report.pictures import exit_legend, panel
 from tokenexit.report.tables import Swatch
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -144,26 +145,6 @@ def write_results(
         footer="Made by tokenexit quickstart.",
     )
     return {"model": out / "model", "pictures": pictures, "figures": out / "results.json", "report": report}
-
-
-def example(model: ExitSegmenter, sample: Sample, methods: Sequence[Method[Any]], labels: Labels) -> list[Figure]:
-    """One scene: picture, truth, and for every method its prediction and where tokens left."""
-    size = sample.size
-    figures = [
-        Figure(sample.image, "image"),
-        Figure(colorize(sample.mask, labels.palette, labels.ignore_index), "truth"),
-    ]
-    for method in methods:
-        output = model.predict(sample.image, method)
-        share = output.ledger.share_of_dense[0]
-        predicted = colorize(output.labels[0].numpy(), labels.palette)
-        figures.append(Figure(predicted, method.name, note=f"{output.ledger.gmacs[0]:.3f} GMACs"))
-        if method.name != "dense":
-            stages = output.exit_stage[0].numpy()
-            extent = (output.sizes[0][0] / output.patch_size, output.sizes[0][1] / output.patch_size)
-            picture = exit_map(stages, output.num_exits, size, image=sample.image, extent=extent)
-            figures.append(Figure(picture, f"{method.name} exits", note=f"{share:.0%} of dense"))
-    return figures
 
 
 def summary(results: Sequence[Evaluation]) -> str:

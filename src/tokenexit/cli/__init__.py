@@ -14,6 +14,7 @@ from tokenexit.cli.calibrate import calibrate, sweep
 from tokenexit.cli.evaluate import evaluate
 from tokenexit.cli.options import exit_status
 from tokenexit.cli.predict import predict
+from tokenexit.cli.report import report
 from tokenexit.cli.serve import serve
 from tokenexit.cli.tools import convert, cost, data, doctor
 from tokenexit.cli.train import quickstart, train
@@ -29,6 +30,7 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   evaluate     accuracy and compute of a model on a dataset, several methods in one table
   calibrate    thresholds for a budget or a bounded loss, saved with the model
   sweep        curves of mIoU against compute, several methods in one picture
+  report       one HTML file: curve, classes, compute by picture, cheapest and dearest pictures
   predict      segment pictures: masks, overlays, exit maps
   serve        a page to try a model on, and an HTTP API
   cost         multiply-adds of a model, without weights
@@ -86,6 +88,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "calibrate": calibrate,
     "sweep": sweep,
     "predict": predict,
+    "report": report,
     "serve": serve,
     "cost": cost,
     "convert": convert,

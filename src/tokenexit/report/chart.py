@@ -91,6 +91,45 @@ def line_chart_svg(
     )
 
 
+def histogram_svg(
+    values: Sequence[float], x_label: str, y_label: str, bins: int = 20, width: int = 480, height: int = 240
+) -> str:
+    """How many of the values lie where, in at most `bins` bars of equal width between round numbers, as SVG text."""
+    if not values or not all(map(math.isfinite, values)):
+        raise ConfigError("the histogram has no value, or one that is not finite: give finite values.")
+    ticks = nice_ticks(min(values), max(values), bins)
+    step = ticks[1] - ticks[0]
+    counts = [0] * (len(ticks) - 1)
+    for value in values:
+        counts[min(len(counts) - 1, int((value - ticks[0]) / step + 1e-9))] += 1
+    left, top, right, bottom = 58.0, 14.0, width - 16.0, height - 50.0
+    y_ticks = [tick for tick in nice_ticks(0, max(counts), 4) if tick == int(tick)]
+    wide, high = (right - left) / len(counts), (bottom - top) / y_ticks[-1]
+    parts = []
+    for tick in y_ticks:
+        y = bottom - tick * high
+        parts.append(f'<path class="tx-grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
+        parts.append(_text(left - 9, y + 4.5, f"{tick:.0f}", "end", "tx-soft"))
+    every = math.ceil(len(ticks) / 8)
+    for n, tick in enumerate(ticks):
+        if n % every == 0:
+            parts.append(_text(left + n * wide, bottom + 20, _number(tick, ticks), "middle", "tx-soft"))
+    for n, count in enumerate(counts):
+        x, y = left + n * wide, bottom - count * high
+        tip = f"{_number(ticks[n], ticks)} to {_number(ticks[n + 1], ticks)}: {count}"
+        if count:
+            bar = f"M{x + 1:.1f} {bottom:.1f}V{y:.1f}H{x + wide - 1:.1f}V{bottom:.1f}Z"
+            parts.append(f'<g class="tx-0"><path class="tx-marker" d="{bar}"><title>{escape(tip)}</title></path></g>')
+    parts.append(_text((left + right) / 2, height - 8, x_label, "middle"))
+    turned = f"translate(15 {(top + bottom) / 2:.1f}) rotate(-90)"
+    parts.append(f'<g transform="{turned}">{_text(0, 0, y_label, "middle")}</g>')
+    name, drawing = escape(f"{y_label} by {x_label}", quote=True), "\n".join(parts)
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{name}">\n'
+        f"<style>{_chart_style()}</style>\n{drawing}\n</svg>"
+    )
+
+
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
     if high - low <= 1e-9 * max(abs(low), abs(high)):

@@ -1,0 +1,71 @@
+"""The command report."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+from tokenexit.cli.options import (
+    add_machine_options,
+    add_method_options,
+    add_window_options,
+    calibrated_methods,
+    command_parser,
+    dataset_of,
+    device_of,
+    in_windows,
+    methods_of,
+    positive,
+    progress_bar,
+    set_windows,
+)
+
+
+def report(arguments: list[str]) -> int:
+    parser = command_parser("report", "One HTML file: what a model reaches, what it costs, and on which pictures.")
+    parser.add_argument("model", type=Path, help="folder of a saved model")
+    parser.add_argument("--data", help="dataset, such as scenes, camvid, folder; that of the training if not given")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
+    parser.add_argument("--split", default="test", help="part of the dataset")
+    parser.add_argument("--limit", type=int, help="the first so many images only")
+    parser.add_argument(
+        "--method", nargs="+", help="dtop, dovit, ...; the first is looked at closely; the calibrated one if not given"
+    )
+    add_method_options(parser, several=True)
+    parser.add_argument(
+        "--input-scale",
+        type=float,
+        nargs="*",
+        default=[0.9, 0.8, 0.7],
+        metavar="SCALE",
+        help="dense on smaller pictures",
+    )
+    parser.add_argument("--examples", type=int, default=3, help="of the cheapest and of the dearest pictures")
+    add_window_options(parser)
+    add_machine_options(parser)
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file")
+    options = parser.parse_args(arguments)
+    positive("--limit", options.limit)
+    positive("--examples", options.examples)
+    from tokenexit.reporting import report_model
+    from tokenexit.segmenter import ExitSegmenter
+
+    named = None if options.method is None else methods_of(options.method, options)
+    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    set_windows(model, options)
+    name, data = dataset_of(options)
+    path = report_model(
+        model,
+        data,
+        named or calibrated_methods(model, options) or methods_of(["dtop"], options),
+        options.out,
+        scales=options.input_scale,
+        limit=options.limit,
+        examples=options.examples,
+        precision=options.precision,
+        what=f"{name} ({options.split}){in_windows(model)}",
+        command=shlex.join(["tokenexit", "report", *arguments]),
+        progress=progress_bar("evaluating"),
+    )
+    print(f"report: {path}")
+    return 0
