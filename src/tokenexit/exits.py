@@ -48,7 +48,8 @@ def of_class(threshold: Threshold, label: Tensor) -> float | Tensor:
     """What each token is held to: the exit's one threshold, or `(P,)`, that of the class predicted, `label (P,)`."""
     if isinstance(threshold, int | float):
         return threshold
-    return torch.tensor(threshold, dtype=torch.float32, device=label.device).index_select(0, label)
+    table = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
+    return table if table.ndim == 0 else table.to(label.device).index_select(0, label)
 
 
 def per_class(threshold: Thresholds) -> bool:
@@ -210,10 +211,9 @@ def retain_top_k(candidate: Tensor, score: Tensor, label: Tensor, image: Tensor,
     """
     if k == 0:
         return torch.zeros_like(candidate)
-    # Tokens that are no candidates go to a group of their own behind all others.
-    outside = (image[-1] + 1) * num_classes if len(image) else 0
-    group = torch.where(candidate, image * num_classes + label, outside)
-    return candidate & (_rank(group, score, descending=True) < k)
+    # Tokens that are no candidates come behind those of their group that are.
+    rank = _rank(image * num_classes + label, torch.where(candidate, score, -1.0), descending=True)
+    return candidate & (rank < k)
 
 
 def keep_at_most(leaves: Tensor, score: Tensor, image: Tensor, limit: Tensor) -> Tensor:
@@ -227,9 +227,15 @@ def keep_at_most(leaves: Tensor, score: Tensor, image: Tensor, limit: Tensor) ->
 
 
 def _rank(group: Tensor, score: Tensor, descending: bool) -> Tensor:
-    """Place of every row among those of its group by score, ties by row: `(P,)` int64, 0 is first."""
+    """Place of every row among those of its group by score, ties by row: `(P,)` int64, 0 is first.
+
+    group: `(P,)` int64, none negative. Operations that graphs can be exported with, and no host synchronisation.
+    """
     by_score = torch.sort(score, descending=descending, stable=True).indices
     order = by_score[torch.sort(group[by_score], stable=True).indices]
     ordered = group[order]
-    rank = torch.arange(len(order), device=order.device) - torch.searchsorted(ordered, ordered)
-    return torch.empty_like(rank).index_copy_(0, order, rank)
+    run = (ordered.diff(prepend=ordered.new_full((1,), -1)) != 0).cumsum(0) - 1  # groups are in one piece now
+    length = torch.zeros_like(run).scatter_add(0, run, torch.ones_like(run))
+    start = length.cumsum(0) - length
+    rank = torch.arange(order.shape[0], device=order.device) - start.index_select(0, run)
+    return torch.empty_like(rank).index_copy(0, order, rank)

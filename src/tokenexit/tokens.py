@@ -44,10 +44,12 @@ class Packing:
     @property
     def uniform(self) -> bool:
         """All images hold the same number of rows, so that the packed tensor is a plain batch."""
-        return len(set(self.lengths)) <= 1
+        return len(self.lengths) <= 1 or len(set(self.lengths)) == 1
 
     def image_index(self) -> Tensor:
         """Image of every packed row, `(T,)` int64."""
+        if len(self.lengths) == 1:
+            return torch.zeros(self.total, dtype=torch.int64, device=self.offsets.device)
         images = torch.arange(len(self.lengths), device=self.offsets.device)
         counts = (self.offsets[1:] - self.offsets[:-1]).long()
         return torch.repeat_interleave(images, counts, output_size=self.total)
@@ -142,6 +144,18 @@ def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:
     return canvas.index_copy(0, position, value.to(canvas.dtype))
 
 
+def alike(values: Sequence[object]) -> list[list[int]]:
+    """Indices of equal values together, groups in the order of their first members; values need no hash."""
+    groups: list[list[int]] = []
+    for i, value in enumerate(values):
+        group = next((group for group in groups if values[group[0]] == value), None)
+        if group is None:
+            groups.append([i])
+        else:
+            group.append(i)
+    return groups
+
+
 def unpack_grids(packed: Tensor, grids: Sequence[Grid], scale: int = 1) -> list[tuple[list[int], Tensor]]:
     """A packed canvas `(sum h w s^2, K)` as image batches, one for every distinct grid.
 
@@ -150,8 +164,8 @@ def unpack_grids(packed: Tensor, grids: Sequence[Grid], scale: int = 1) -> list[
     sizes = [h * w * scale * scale for h, w in grids]
     parts = packed.split(sizes)
     batches = []
-    for grid in dict.fromkeys(grids):
-        members = [i for i, other in enumerate(grids) if other == grid]
+    for members in alike(grids):
+        grid = grids[members[0]]
         rows = torch.stack([parts[i] for i in members]) if len(members) < len(grids) else packed
         height, width = grid[0] * scale, grid[1] * scale
         maps = rows.view(len(members), height, width, packed.shape[1])

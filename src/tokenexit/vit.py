@@ -22,7 +22,7 @@ from tokenexit import cost
 from tokenexit.attention import packed_attention
 from tokenexit.cost import Ops
 from tokenexit.errors import ConfigError
-from tokenexit.tokens import Grid, Packing, Tokens
+from tokenexit.tokens import Grid, Packing, Tokens, alike
 
 
 @dataclass(frozen=True)
@@ -380,8 +380,7 @@ class ViT(nn.Module):
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         grids = tuple(self.patch_embed.grid(*shape) for shape in shapes)
         rows: list[Tensor] = [torch.empty(0)] * len(images)
-        for shape in dict.fromkeys(shapes):
-            members = [i for i, other in enumerate(shapes) if other == shape]
+        for members in alike(shapes):
             batch = self.patch_embed(torch.stack([images[i] for i in members]))  # (b, C, h, w)
             embedded = self._embed_grid(batch)
             for i, image in zip(members, embedded):

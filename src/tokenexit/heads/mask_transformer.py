@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -65,7 +67,7 @@ class MaskTransformerHead(Head):
         rows = [part for image in x.split(lengths) for part in (queries, image)]
         position = [part for image in tokens.position.split(lengths) for part in (minus_one, image)]
         packing = Packing.of([classes + n for n in lengths], x.device)
-        return Tokens(torch.cat(rows), torch.cat(position), packing, tokens.grids, classes)
+        return replace(tokens, x=torch.cat(rows), position=torch.cat(position), packing=packing, num_prefix=classes)
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
         classes, d = self.queries.weight.shape
