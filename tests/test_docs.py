@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import re
 from pathlib import Path
 
@@ -51,3 +52,22 @@ def test_architecture_page__names_rooms_that_exist(repo_root: Path) -> None:
         if line.startswith("| `") and not line.startswith("| `DToP"):
             for room in re.findall(r"`([\w/]+(?:\.py|/))`", line.split("|")[1]):
                 assert (repo_root / "src" / "tokenexit" / room).exists(), room
+
+
+def test_api_page__names_what_exists_and_all_that_the_package_offers(repo_root: Path) -> None:
+    import tokenexit
+
+    text = (repo_root / "docs" / "api.md").read_text()
+    named = re.findall(r"`(tokenexit(?:\.\w+)+)`", text)
+    assert len(named) > 30
+    for name in named:
+        assert pkgutil.resolve_name(name) is not None
+    offered = {f"tokenexit.{name}" for name in tokenexit.__all__ if not name.startswith("__")}
+    assert offered <= set(named)
+
+
+def test_pages__link_to_pages_that_exist(repo_root: Path) -> None:
+    for page in (repo_root / "README.md", *(repo_root / "docs").glob("*.md")):
+        for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
+            if "://" not in target:
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"

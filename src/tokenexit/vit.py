@@ -198,7 +198,8 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
 
     def grid(self, height: int, width: int) -> Grid:
-        return -(-height // self.patch_size), -(-width // self.patch_size)
+        p = self.patch_size
+        return (height + p - 1) // p, (width + p - 1) // p  # graphs divide towards zero: no negative numbers
 
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, H, W)` to `(B, C, h, w)`."""

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from tokenexit import __version__
 from tokenexit.cli.calibrate import calibrate, sweep
 from tokenexit.cli.evaluate import evaluate
+from tokenexit.cli.export import export
 from tokenexit.cli.options import exit_status
 from tokenexit.cli.predict import predict
 from tokenexit.cli.report import report
@@ -34,6 +35,7 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   predict      segment pictures: masks, overlays, exit maps
   serve        a page to try a model on, and an HTTP API
   cost         multiply-adds of a model, without weights
+  export       ONNX or a torch.export program, exits included, compared with the model first
   convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
   data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
   doctor       what this machine and installation can do
@@ -90,6 +92,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "predict": predict,
     "report": report,
     "serve": serve,
+    "export": export,
     "cost": cost,
     "convert": convert,
     "data": data,

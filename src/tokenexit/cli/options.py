@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from tokenexit.segmenter import ExitSegmenter
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, as all others are."""
 
     def error(self, message: str) -> NoReturn:
@@ -35,7 +35,7 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def command_parser(name: str, description: str) -> argparse.ArgumentParser:
-    return _Parser(prog=f"tokenexit {name}", description=description, formatter_class=_Help, allow_abbrev=False)
+    return CommandParser(prog=f"tokenexit {name}", description=description, formatter_class=_Help, allow_abbrev=False)
 
 
 def add_method_options(parser: Any, several: bool = False) -> None:

@@ -1,0 +1,239 @@
+"""Write a model and a method as one file for another runtime, and prove that it says what the model says."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from tokenexit import __version__
+from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
+from tokenexit.methods import Method
+from tokenexit.preprocessing import default_labels
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.writing import whole
+
+Format = Literal["onnx", "torch"]
+FILES: dict[Format, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
+OPSET = 20
+TOLERANCE, ROUNDING = 1e-5, 8.0
+"""Logits may be so far from those in fp64, times the larger of 1 and the largest logit, or so many times as far as the
+model's own in fp32: after twelve blocks rounding alone is 1e-5, and runtimes have kernels of their own."""
+NUDGES = (0.0, 3e-4, -3e-4, 7e-4)
+"""Where a score lies within rounding of a threshold, runtimes may decide differently: then another is tried."""
+
+Answers = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+Runner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], Answers]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The file, and how it was compared with the model: in so many runs, in the worst of which its logits were `error`
+    from those in fp64 where the model's own in fp32 were `own_error`, over the larger of 1 and the largest logit.
+    same_pixels: the least share of pixels with the model's class."""
+
+    path: Path
+    runs: int
+    error: float
+    own_error: float
+    same_pixels: float
+
+
+def export_model(
+    model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], out: Path, format: Format = "onnx"
+) -> Exported:
+    """Trace `model` with `method`, compare the file with it on `images`, and write it to the folder `out`.
+
+    images: `(3, H, W)` each, as `Preprocessing` makes them; sizes should differ, as the graph takes any. Exits, masks
+    and thresholds are compared at the method's thresholds, with nobody leaving and with everybody leaving who may.
+    Raises `ConfigError` for what cannot be exported and for missing packages, and `CheckpointError`, with nothing
+    written, if a file does not say what the model says.
+    """
+    if not images:
+        raise ConfigError("there is no picture to compare the file with the model on: give one.")
+    model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    check_exportable(model, method)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / FILES[format]
+    program = trace(model, method)
+    about = metadata(model, method)
+    with whole(path) as unfinished:
+        write, open_file = (_write_onnx, _open_onnx) if format == "onnx" else (_write_torch, _open_torch)
+        write(program, about, unfinished)
+        runs = _compare(model, method, images, open_file(unfinished))
+    worst = max(runs, key=lambda run: run.error)
+    return Exported(path, len(runs), worst.error, worst.own_error, min(run.same_pixels for run in runs))
+
+
+def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedProgram:
+    """The graph with height, width and token counts left open."""
+    patch = model.config.backbone.patch_size
+    image = torch.zeros(1, 3, 5 * patch + 1, 7 * patch + 2)  # no multiple of the patch, no square, not the table's grid
+    dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}, "thresholds": None}
+    # Sizes of 0 and 1 are as good as others: the graph must not be made for those of the example.
+    with torch.no_grad(), _quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+        example = (image, threshold_table(model, method))
+        return torch.export.export(ExitGraph(model, method), example, dynamic_shapes=dynamic, strict=False)
+
+
+def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
+    """What a program that runs the file must know."""
+    from tokenexit.calibration.calibrate import spec_of
+
+    labels = model.preprocessing.labels or default_labels(model.config.num_classes)
+    kinds = sorted({head.kind for head in (*model.for_methods().exit_heads, model.decode_head)})
+    return {
+        "tokenexit": __version__,
+        "method": spec_of(method),
+        "thresholds": np.round(threshold_table(model, method).double().numpy(), 7).tolist(),
+        "score": getattr(method, "score", "probability"),
+        "heads": kinds,
+        "grid_logits": "class logits before a softmax" if kinds == ["softmax"] else "scores in [0, 1]",
+        "classes": list(labels.names),
+        "palette": [list(colour) for colour in labels.palette],
+        "preprocessing": model.preprocessing.to_dict(),
+        "patch_size": model.config.backbone.patch_size,
+        "exits_after_blocks": list(model.config.exits),
+        "calibrated": model.calibration is not None,
+    }
+
+
+def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
+    try:
+        import onnxscript  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"export to ONNX needs the package {error.name}: pip install 'tokenexit[export]'.") from None
+    from tokenexit.exporting.translations import TRANSLATIONS
+
+    with _quiet():
+        made = torch.onnx.export(
+            program,
+            (),
+            dynamo=True,
+            opset_version=OPSET,
+            output_names=list(OUTPUTS),
+            custom_translation_table=TRANSLATIONS,
+            verbose=False,
+        )
+        assert made is not None
+        made.model.metadata_props["tokenexit"] = json.dumps(about)
+        made.save(path)
+
+
+def _write_torch(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
+    with _quiet():
+        torch.export.save(program, path, extra_files={"tokenexit.json": json.dumps(about)})
+
+
+def _open_onnx(path: Path) -> Runner:
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"export to ONNX needs the package {error.name}: pip install 'tokenexit[export]'.") from None
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
+        labels, logits, stages = session.run(list(OUTPUTS), {"image": image, "thresholds": thresholds})
+        return labels, logits, stages
+
+    return run
+
+
+def _open_torch(path: Path) -> Runner:
+    with _quiet():
+        graph = torch.export.load(path).module(check_guards=False)
+
+    @torch.no_grad()
+    def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
+        labels, logits, stages = graph(torch.from_numpy(image), torch.from_numpy(thresholds))
+        return labels.numpy(), logits.numpy(), stages.numpy()
+
+    return run
+
+
+@dataclass(frozen=True)
+class _Run:
+    error: float
+    own_error: float
+    same_pixels: float
+
+
+def _compare(model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], run: Runner) -> list[_Run]:
+    """Every image at every setting; raises `CheckpointError` where the file does not say what the model says."""
+    own = threshold_table(model, method).numpy()
+    settings = [own] if not hasattr(method, "threshold") else [own, np.ones_like(own), np.zeros_like(own)]
+    exact = copy.deepcopy(model).double()
+    found = [_run(model, exact, method, image, setting, run) for image in images for setting in settings]
+    worst = max(found, key=lambda one: one.error)
+    if any(one.error > max(TOLERANCE, ROUNDING * one.own_error) for one in found):
+        raise CheckpointError(
+            f"the exported graph is off by {worst.error:.1e} where the model is by {worst.own_error:.1e}: nothing was "
+            "written; please report this with the versions of torch and onnxruntime."
+        )
+    return found
+
+
+def _run(
+    model: ExitSegmenter,
+    exact: ExitSegmenter,
+    method: Method[Any],
+    image: Tensor,
+    thresholds: npt.NDArray[np.float32],
+    run: Runner,
+) -> _Run:
+    """One comparison, at thresholds where the file, the model and the model in fp64 let the same tokens leave."""
+    for nudge in NUDGES:
+        tried = np.clip(thresholds + np.float32(nudge), 0.0, 1.0).astype(np.float32)
+        held = _held_to(method, tried)
+        labels, logits, stages = run(image[None].numpy(), tried)
+        with torch.no_grad():
+            ours, truth = model([image], held), exact([image.double()], held)
+        if all(np.array_equal(stages[0], other.exit_stage[0].numpy()) for other in (ours, truth)):
+            reference = truth.grid_logits[0].double().numpy()
+            scale = max(1.0, float(np.abs(reference).max()))
+            error, own_error = (
+                float(np.abs(values - reference).max()) / scale for values in (logits[0], ours.grid_logits[0].numpy())
+            )
+            return _Run(error, own_error, float((labels[0] == torch.as_tensor(ours.labels[0]).numpy()).mean()))
+    raise CheckpointError(
+        f"the exported graph lets other tokens leave than the model at thresholds near {thresholds.tolist()}: nothing "
+        "was written; please report this with the versions of torch and onnxruntime."
+    )
+
+
+def _held_to(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Method[Any]:
+    """The method at these thresholds, the very fp32 numbers that the graph is given."""
+    if not hasattr(method, "threshold"):
+        return method
+    values = (
+        tuple(tuple(map(float, row)) for row in thresholds) if thresholds.ndim == 2 else tuple(map(float, thresholds))
+    )
+    return replace(method, threshold=values)  # type: ignore[call-arg]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the exporters' notes to their own developers."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)

@@ -1,0 +1,25 @@
+"""Pictures that an exported file is compared with the model on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from tokenexit.data.scenes import Scenes
+from tokenexit.preprocessing import load_image
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.sources import list_pictures
+
+COUNT = 3
+SIZES = ((128, 192), (160, 120), (96, 96))
+
+
+def compared_pictures(model: ExitSegmenter, sources: Sequence[Path] | None = None) -> list[Tensor]:
+    """The first three pictures of `sources`, or three drawn scenes of different sizes, as the model takes them."""
+    if sources is None:
+        pictures = [Scenes(1, size, seed)[0].image for seed, size in enumerate(SIZES)]
+    else:
+        pictures = [load_image(path) for path in list(list_pictures(sources))[:COUNT]]
+    return [model.preprocessing.to_tensor(picture) for picture in pictures]

@@ -1,0 +1,177 @@
+"""Exported graphs say what the model says, at any size and threshold, and are written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tests.helpers import assert_close, picture, tiny_segmenter
+from tests.test_cli import fine, wrong
+from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.exporting import export as exporting
+from tokenexit.exporting.export import export_model, trace
+from tokenexit.exporting.graph import threshold_table
+from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, Method, Truncated
+from tokenexit.preprocessing import Preprocessing
+from tokenexit.segmenter import ExitSegmenter
+
+ROOT = Path(__file__).resolve().parents[2]
+SIZES = [(21, 30), (40, 25), (4, 4), (3, 50), (12, 16)]
+BY_CLASS = ((0.24, 0.25, 0.26, 0.27, 0.28),) * 2
+
+
+def needs_onnx() -> Any:
+    pytest.importorskip("onnxscript", reason="ONNX needs the export extra")
+    return pytest.importorskip("onnxruntime", reason="ONNX needs the export extra")
+
+
+CASES: list[tuple[str, Method[Any]]] = [
+    ("fcn", DToP(0.26, 1)),
+    ("fcn", DToP(BY_CLASS, 2, score="margin", temperature=1.5)),
+    ("atm", DToP(0.3, 2)),
+    ("mask_transformer", DToP(0.26, 1)),
+    ("fcn", DoViT(0.26, min_improvement=0.0)),
+    ("setr_pup", DoViT(0.26)),
+    ("linear", PAUMER(0.1)),
+    ("fcn", Truncated(1)),
+]
+
+
+@pytest.mark.parametrize(("head", "method"), CASES, ids=[f"{head} {type(m).__name__}" for head, m in CASES])
+def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method[Any]) -> None:
+    model = tiny_segmenter(head)
+    graph = trace(model, method).module(check_guards=False)
+    own = threshold_table(model, method)
+    left: set[int] = set()
+    sizes = [size for size in SIZES if head != "setr_pup" or min(size) > 4]  # its traced convolutions want two rows
+    for seed, size in enumerate(sizes):
+        image = picture(*size, seed=seed)
+        for thresholds in (own, torch.ones_like(own), torch.zeros_like(own)):
+            with torch.no_grad():
+                labels, logits, stages = graph(image[None], thresholds)
+                expected = model([image], exporting._held_to(method, thresholds.numpy()))
+            assert torch.equal(stages[0], expected.exit_stage[0])
+            assert_close(logits[0], expected.grid_logits[0])
+            assert torch.equal(labels[0], expected.labels[0])
+            left |= set(stages.unique().tolist())
+    assert len(left) > hasattr(method, "threshold"), "some leave and some stay"
+
+
+@pytest.mark.parametrize(("head", "method"), [("atm", DToP(0.3, 2)), ("fcn", DoViT(0.26))], ids=["dtop", "dovit"])
+def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, method: Any, tmp_path: Path) -> None:
+    onnxruntime = needs_onnx()
+    model = tiny_segmenter(head)
+    made = export_model(model, method, [picture(21, 30), picture(8, 13)], tmp_path)
+    assert made.runs == 6
+    assert made.error < 1e-4
+    session = onnxruntime.InferenceSession(made.path)
+    for seed, size in enumerate(SIZES):
+        image = picture(*size, seed=10 + seed)
+        for threshold in (0.3, 1.0, 0.0):
+            given = {"image": image[None].numpy(), "thresholds": np.full(2, threshold, np.float32)}
+            labels, logits, stages = session.run(["labels", "grid_logits", "exit_stage"], given)
+            with torch.no_grad():
+                expected = model([image], replace(method, threshold=threshold))
+            assert np.array_equal(stages[0], expected.exit_stage[0].numpy())
+            assert_close(torch.from_numpy(logits[0]), expected.grid_logits[0], 1e-4)
+            assert labels.shape == (1, *size)
+    about = json.loads(session.get_modelmeta().custom_metadata_map["tokenexit"])
+    assert about["method"]["name"] == method.name
+    assert about["thresholds"] == pytest.approx([method.threshold] * 2)
+    assert len(about["classes"]) == len(about["palette"]) == 5
+    assert about["score"] == "probability"
+
+
+def test_export_model__writes_torch_programs_with_the_same_facts(tmp_path: Path) -> None:
+    made = export_model(tiny_segmenter(), Dense(), [picture(21, 30)], tmp_path, "torch")
+    facts = {"tokenexit.json": ""}
+    graph = torch.export.load(made.path, extra_files=facts).module(check_guards=False)
+    assert json.loads(facts["tokenexit.json"])["method"] == {"name": "dense"}
+    assert (made.runs, made.error == made.own_error) == (1, True)
+    assert graph(picture(9, 9)[None], torch.ones(2))[0].shape == (1, 9, 9)
+
+
+def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = exporting._open_torch
+
+    def worse(path: Path) -> Any:
+        run = opened(path)
+
+        def off(image: Any, thresholds: Any) -> Any:
+            labels, logits, stages = run(image, thresholds)
+            return labels, logits + 1e-3, stages
+
+        return off
+
+    monkeypatch.setattr(exporting, "_open_torch", worse)
+    with pytest.raises(CheckpointError, match="nothing was written"):
+        export_model(tiny_segmenter(), Dense(), [picture(21, 30)], tmp_path, "torch")
+    assert list(tmp_path.iterdir()) == []
+
+    def elsewhere(path: Path) -> Any:
+        run = opened(path)
+        return lambda image, thresholds: (*run(image, thresholds)[:2], np.zeros((1, 6, 8), int))
+
+    monkeypatch.setattr(exporting, "_open_torch", elsewhere)
+    with pytest.raises(CheckpointError, match="lets other tokens leave"):
+        export_model(tiny_segmenter(), Dense(), [picture(21, 30)], tmp_path, "torch")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        (DToP(keep_per_class=0), "export with 1 or more"),
+        (DToP(cap=(0.5, 0.5)), "without --cap"),
+        (DToP(boundary_guard=True), "boundary_guard"),
+        (DoViT(batch_mode="mean"), "batch_mode"),
+        (Gated(DToP(cap=(0.5, 0.5)), (0,)), "export the method inside"),
+    ],
+)
+def test_export_model__refuses_what_a_graph_cannot_hold(method: Any, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        export_model(tiny_segmenter(), method, [picture(8, 8)], tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_model__refuses_windows(tmp_path: Path) -> None:
+    model = tiny_segmenter()
+    model.preprocessing = replace(Preprocessing(), window=(8, 8), stride=(8, 8))
+    with pytest.raises(ConfigError, match="takes pictures in windows"):
+        export_model(model, Dense(), [picture(8, 8)], tmp_path)
+
+
+def test_consumer_example__segments_as_the_model_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    needs_onnx()
+    tiny_segmenter().save_pretrained(tmp_path / "model")
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (22, 31, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    options = ("--method", "dtop", "--threshold", 0.26, "--images", tmp_path / "photo.png", "--out", tmp_path / "onnx")
+    assert "exits were the same" in fine(capsys, "export", tmp_path / "model", *options)
+    example = ROOT / "examples" / "onnx_consumer.py"
+    command = [sys.executable, str(example), *(str(tmp_path / n) for n in ("onnx/model.onnx", "photo.png", "mask.png"))]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    model = ExitSegmenter.from_pretrained(tmp_path / "model")
+    expected = model.predict(tmp_path / "photo.png", DToP(0.26))
+    assert (np.asarray(Image.open(tmp_path / "mask.png")) == expected.labels[0].numpy()).mean() > 0.99
+    shares = [float(share) / 100 for share in re.findall(r"(\d+)% of the tokens", said)]
+    assert shares == pytest.approx([(expected.exit_stage[0] == n).float().mean().item() for n in range(3)], abs=0.006)
+    assert len(example.read_text().splitlines()) <= 36
+
+
+def test_export__refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_segmenter().save_pretrained(tmp_path / "model")
+    (tmp_path / "file").write_text("")
+    assert "is a file" in wrong(capsys, "export", tmp_path / "model", "--out", tmp_path / "file")
+    nobody = ("--method", "dtop", "--keep-per-class", 0)
+    assert "export with 1 or more" in wrong(capsys, "export", tmp_path / "model", "--out", tmp_path / "o", *nobody)
