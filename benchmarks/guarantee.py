@@ -142,7 +142,7 @@ def draw_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         saved = 1 - result["share_of_dense"]["mean"]
         ax.set_title(
             f"bound {bound:g} at confidence {result['confidence']:g}\n"
-            f"violated by {result['share_of_violations']:.1%}, allowed {result['allowed']:.0%}; "
+            f"violated by {result['share_of_violations']:.1%}, allowed {result['allowed']:.0%}\n"
             f"{saved:.0%} fewer multiply-adds",
             fontsize=9,
         )
