@@ -34,6 +34,15 @@ def test_labels__do_not_depend_on_the_tile_they_are_made_in(monkeypatch, tile, t
         assert torch.equal(labels, logits.argmax(0))
 
 
+@pytest.mark.parametrize("tile", [1, 16 * 20 * 2, 1 << 22])
+@pytest.mark.parametrize("head", ["fcn", "atm"])
+def test_scores__are_those_of_the_labels_whatever_the_tile(monkeypatch, head, tile):
+    out = segmented(head, targets=[(40, 31), (5, 5), (2, 3)])
+    monkeypatch.setattr(output, "LABEL_TILE_ELEMENTS", tile)
+    for scores, logits in zip(out.scores, out.logits):
+        assert_close(scores, (logits.softmax(0) if head == "fcn" else logits).amax(0))
+
+
 @pytest.mark.parametrize("tile", [1, 1 << 22])
 def test_labels__ties_go_to_the_lower_class(monkeypatch, tile):
     monkeypatch.setattr(output, "LABEL_TILE_ELEMENTS", tile)

@@ -43,7 +43,7 @@ def test_labels_of_grid__interpolate_only_where_corners_differ(monkeypatch: pyte
     product = Tensor.__matmul__
     monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: seen.append(a.shape) or product(a, b))
     labels = labels_of_grid(maps, 4, (24, 24))
-    assert [shape[1] for shape in seen] == [7], "one column of squares, from top to bottom"
+    assert [shape[0] for shape in seen] == [7], "one column of squares, from top to bottom"
     assert torch.equal(labels, interpolated(maps, 4, (24, 24)).argmax(0))
 
 

@@ -217,6 +217,7 @@ def test_labels__do_not_depend_on_how_many_classes_are_held_at_once(tile: int, m
     out = in_windows(MODELS["fcn"], [picture(24, 20)], Dense(), ((12, 12), (7, 7)), targets=[(33, 30)])
     monkeypatch.setattr(output_module, "LABEL_TILE_ELEMENTS", tile)
     assert torch.equal(out.labels[0], out.logits[0].argmax(0))
+    assert_close(out.scores[0], out.logits[0].softmax(0).amax(0))
 
 
 @torch.inference_mode()

@@ -12,6 +12,7 @@ from torch import Tensor
 from tokenexit.ledger import Ledger, Size
 from tokenexit.methods.base import Stage, Value
 from tokenexit.tokens import Grid
+from tokenexit.upsampling import can_skip, labels_of_grid
 
 LABEL_TILE_ELEMENTS = 1 << 22
 """Full-size elements held at once while labels are made: 16 MiB in fp32, whatever the number of classes."""
@@ -79,6 +80,12 @@ class SegmentationOutput:
         """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ."""
         return stack_equal([self._labels(i) for i in range(len(self))])
 
+    @property
+    def scores(self) -> Tensor | list[Tensor]:
+        """Score of that class, in [0, 1]: `(B, H, W)` fp32, or a list of `(H, W)` if sizes differ. Its probability
+        where `value` is "logits"."""
+        return stack_equal([self._scores(i) for i in range(len(self))])
+
     def _resize(self, image: int, maps: Tensor) -> Tensor:
         """Grid maps `(k, h s, w s)` of one image to its target size, class by class alike."""
         size = self.sizes[image]
@@ -91,11 +98,21 @@ class SegmentationOutput:
         h, w = self.exit_stage[image].shape
         return h, w
 
+    def _maps(self, image: int) -> Callable[[slice], Tensor]:
+        """What makes the `(k, H, W)` maps of some classes at the target's size."""
+        return lambda classes: self._resize(image, self.grid_logits[image][classes])
+
     def _labels(self, image: int) -> Tensor:
-        maps = self.grid_logits[image]
-        return argmax_by_tiles(
-            lambda classes: self._resize(image, maps[classes]), len(maps), self.sizes[image], self.targets[image]
-        )
+        maps, size = self.grid_logits[image], self.sizes[image]
+        num_classes, scale = len(maps), maps.shape[1] // self.grid(image)[0]
+        cell, rest = divmod(self.patch_size, scale)
+        if rest == 0 and can_skip(cell, size, self.targets[image], self.upscale):
+            return labels_of_grid(maps, cell, size)
+        return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
+
+    def _scores(self, image: int) -> Tensor:
+        num_classes = len(self.grid_logits[image])
+        return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
 
 
 def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: Size) -> Tensor:
@@ -103,13 +120,30 @@ def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: S
 
     maps: makes the `(k, H, W)` maps of some classes. sizes: those that the maps have on the way.
     """
-    step = max(1, LABEL_TILE_ELEMENTS // max(height * width for height, width in sizes))
-    best, label = maps(slice(0, step)).max(dim=0)
-    for start in range(step, num_classes, step):
-        value, index = maps(slice(start, start + step)).max(dim=0)
-        label = torch.where(value > best, index + start, label)
+    first, *rest = _tiles(num_classes, sizes)
+    best, label = maps(first).max(dim=0)
+    for classes in rest:
+        value, index = maps(classes).max(dim=0)
+        label = torch.where(value > best, index + classes.start, label)
         best = torch.maximum(best, value)
     return label
+
+
+def scores_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, value: Value, *sizes: Size) -> Tensor:
+    """The largest score of every pixel, `(H, W)` fp32: of logits, the probability by softmax. See `argmax_by_tiles`."""
+    first, *rest = _tiles(num_classes, sizes)
+    tile = maps(first)
+    best, total = tile.amax(dim=0), tile.logsumexp(dim=0)
+    for classes in rest:
+        tile = maps(classes)
+        best, total = torch.maximum(best, tile.amax(dim=0)), torch.logaddexp(total, tile.logsumexp(dim=0))
+    return (best - total).exp() if value == "logits" else best
+
+
+def _tiles(num_classes: int, sizes: Sequence[Size]) -> list[slice]:
+    """All classes, so many at a time that their maps of these sizes stay within `LABEL_TILE_ELEMENTS`."""
+    step = max(1, LABEL_TILE_ELEMENTS // max(height * width for height, width in sizes))
+    return [slice(start, start + step) for start in range(0, num_classes, step)]
 
 
 def stack_equal(maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
@@ -127,8 +161,11 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     maps = maps.contiguous()
     if upscale > 1:
         maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
-    out = size if out is None else out
-    padded = [-(-side * cells * patch_size // whole) for side, cells, whole in zip(out, grid, size)]
+    padded = [cells * patch_size for cells in grid]
+    if out is None:
+        out = size
+    else:
+        padded = [-(-side * cells // whole) for side, cells, whole in zip(out, padded, size)]
     if list(maps.shape[2:]) != padded:
         maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
     return maps[:, :, : out[0], : out[1]]

@@ -2,8 +2,8 @@
 
 A pixel's logits are a mean of those of the four tokens around it, with weights that are not negative. If one class is
 the highest at all four, it is the highest of every such mean, whatever the weights. Only where corners differ, at the
-borders of things, is anything interpolated. The answer is that of `F.interpolate(...).argmax(0)`, for a quarter of its
-time where a third of the squares differ.
+borders of things, is anything interpolated. The answer is that of `F.interpolate(...).argmax(0)`, for a fifth of its
+time on real pictures.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE_ELEMENTS = 1 << 22
-"""Interpolated values held at once: 16 MiB in fp32, whatever the number of classes."""
+TILE_ELEMENTS = 1 << 20
+"""Interpolated values held at once: 4 MiB in fp32, whatever the number of classes."""
 
 
 def can_skip(patch: int, size: tuple[int, int], target: tuple[int, int], upscale: int) -> bool:
@@ -28,25 +28,25 @@ def labels_of_grid(maps: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
     """
     maps = maps.float()
     classes, h, w = maps.shape
-    # A square of pixels between four token centres; beyond the outermost centres the nearest one counts.
-    top = F.pad(maps.argmax(0)[None, None].float(), (1, 1, 1, 1), mode="replicate")[0, 0].long()
+    # Squares of pixels between four token centres; beyond the outermost centres the nearest one counts.
+    top = F.pad(maps.max(dim=0).indices[None, None].float(), (1, 1, 1, 1), mode="replicate")[0, 0].long()
     corners = (top[:-1, :-1], top[:-1, 1:], top[1:, :-1], top[1:, 1:])
-    pixels = corners[0][:, None, :, None].repeat(1, patch, 1, patch)  # (h + 1, patch, w + 1, patch)
+    squares = corners[0].reshape(-1, 1, 1).repeat(1, patch, patch)
     differ = (corners[1] != corners[0]) | (corners[2] != corners[0]) | (corners[3] != corners[0])
-    rows, columns = differ.nonzero().unbind(1)
 
     share = (torch.arange(patch, device=maps.device) + 0.5) / patch
     sides = torch.stack([1 - share, share])
     weights = (sides[:, None, :, None] * sides[None, :, None, :]).reshape(4, patch * patch)
-    flat = maps.flatten(1)
+    tokens = maps.flatten(1).T.contiguous()
     step = max(1, TILE_ELEMENTS // (classes * patch * patch))
     with torch.autocast(maps.device.type, enabled=False):
-        for row, column in zip(rows.split(step), columns.split(step)):
+        for index in differ.flatten().nonzero().squeeze(1).split(step):
+            row, column = index // (w + 1), index % (w + 1)
             above, below = (row - 1).clamp(min=0) * w, row.clamp(max=h - 1) * w
             left, right = (column - 1).clamp(min=0), column.clamp(max=w - 1)
-            cells = torch.stack([above + left, above + right, below + left, below + right], 1).flatten()
-            values = flat.index_select(1, cells).view(classes, -1, 4) @ weights
-            pixels[row, :, column, :] = values.argmax(0).view(-1, patch, patch)
+            four = torch.stack([above + left, above + right, below + left, below + right], 1)  # (n, 4) tokens
+            values = tokens[four].transpose(1, 2) @ weights  # (n, K, patch patch)
+            squares.index_copy_(0, index, values.max(dim=1).indices.view(-1, patch, patch))  # argmax is slower
     half = patch // 2
-    whole = pixels.view((h + 1) * patch, (w + 1) * patch)
+    whole = squares.view(h + 1, w + 1, patch, patch).transpose(1, 2).reshape((h + 1) * patch, (w + 1) * patch)
     return whole[half : half + size[0], half : half + size[1]]

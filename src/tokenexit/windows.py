@@ -25,7 +25,7 @@ from torch import Tensor
 from tokenexit.ledger import Ledger, Parts, Size
 from tokenexit.methods import Method
 from tokenexit.methods.base import Stage, Value
-from tokenexit.output import SegmentationOutput, argmax_by_tiles, resize_maps, stack_equal
+from tokenexit.output import SegmentationOutput, argmax_by_tiles, resize_maps, scores_by_tiles, stack_equal
 
 PACK_TOKENS = 8192
 """Tokens that run at once: eight windows of 512 pixels at patch 16, about half a GiB of activations of a ViT-Large."""
@@ -168,9 +168,18 @@ class WindowedOutput:
         """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ."""
         return stack_equal([self._labels(image) for image in range(len(self))])
 
+    @property
+    def scores(self) -> Tensor | list[Tensor]:
+        """Score of that class, in [0, 1], as of a `SegmentationOutput`."""
+        return stack_equal([self._scores(image) for image in range(len(self))])
+
     def _labels(self, image: int) -> Tensor:
         num_classes = self.windows.grid_logits[0].shape[0]
         return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
+
+    def _scores(self, image: int) -> Tensor:
+        num_classes = self.windows.grid_logits[0].shape[0]
+        return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
 
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
         """What makes the `(k, H, W)` maps of some classes at the target's size."""
