@@ -10,6 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.test_cli import fine, wrong
 from tokenexit import gating
 from tokenexit.gating import Costs, Curve, choose_exits, costs_on_this_machine, gate, measure_costs, nonnegative_fit
 from tokenexit.methods import DToP, Gated
@@ -136,3 +137,17 @@ def test_apply__wraps_only_where_exits_are_closed(model: ExitSegmenter) -> None:
     assert choose_exits(Costs(nothing, (nothing,)), [1], 3, 9, [0.5]).apply(method) is method
     closed = choose_exits(Costs(nothing, (Curve(1, 0, 0),)), [1], 3, 9, [0.5])
     assert closed.apply(method) == Gated(method, (0,))
+
+
+def test_gate__is_a_command_that_says_why(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gating, "measure_costs", lambda *_: Costs(Curve(0, 1, 0), (Curve(1, 0, 0), Curve(1e3, 0, 0))))
+    model.save_pretrained(tmp_path / "model")
+    text = fine(capsys, "gate", tmp_path / "model", "--image-size", 96, 160)
+    first, second, total = text.splitlines()
+    assert first.startswith("exit 1 after block 1 takes 1.00 ms on 60 tokens: open")
+    assert second.startswith("exit 2 after block 2 takes 1000.00 ms on 60 tokens: closed")
+    assert total.endswith("with none 180.0")
+    assert "has 3 numbers" in wrong(capsys, "gate", tmp_path / "model", "--image-size", 1, 2, 3)

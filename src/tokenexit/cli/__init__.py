@@ -17,7 +17,7 @@ from tokenexit.cli.options import exit_status
 from tokenexit.cli.predict import predict
 from tokenexit.cli.report import report
 from tokenexit.cli.serve import serve
-from tokenexit.cli.tools import convert, cost, data, doctor
+from tokenexit.cli.tools import convert, cost, data, doctor, gate
 from tokenexit.cli.train import quickstart, train
 from tokenexit.errors import TokenExitError
 from tokenexit.memory import keep_buffers
@@ -36,6 +36,7 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   serve        a page to try a model on, and an HTTP API
   cost         multiply-adds of a model, without weights
   export       ONNX or a torch.export program, exits included, compared with the model first
+  gate         which exits pay on this machine at a picture's size, and why
   convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
   data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
   doctor       what this machine and installation can do
@@ -94,6 +95,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "serve": serve,
     "export": export,
     "cost": cost,
+    "gate": gate,
     "convert": convert,
     "data": data,
     "doctor": doctor,

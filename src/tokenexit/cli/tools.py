@@ -1,11 +1,20 @@
-"""Small commands around a model: cost, convert, data and doctor."""
+"""Small commands around a model: cost, gate, convert, data and doctor."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-from tokenexit.cli.options import command_parser, positive, progress_bar
+from tokenexit.cli.options import (
+    add_machine_options,
+    add_method_options,
+    calibrated_methods,
+    command_parser,
+    device_of,
+    methods_of,
+    positive,
+    progress_bar,
+)
 from tokenexit.errors import ConfigError
 
 
@@ -23,13 +32,10 @@ def cost(arguments: list[str]) -> int:
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
-    for name, value in (("--num-classes", options.num_classes), *(("--image-size", s) for s in options.image_size)):
-        positive(name, value)
+    positive("--num-classes", options.num_classes)
+    size = _size(options.image_size)
     from tokenexit.ledger import dense_gmacs
 
-    if len(options.image_size) > 2:
-        raise ConfigError(f"--image-size has {len(options.image_size)} numbers: give one side, or height and width.")
-    size = (options.image_size[0], options.image_size[-1])
     figures = dense_gmacs(options.backbone, options.head, options.num_classes, size, options.convention)
     if options.json:
         print(json.dumps(figures))
@@ -37,6 +43,40 @@ def cost(arguments: list[str]) -> int:
         for name, value in figures.items():
             print(f"{name:12} {value}")
     return 0
+
+
+def gate(arguments: list[str]) -> int:
+    parser = command_parser("gate", "Which exits of a model pay on this machine at a size, and why; measured once.")
+    parser.add_argument("model", type=Path, help="folder of a saved model")
+    parser.add_argument("--image-size", type=int, nargs="+", default=[512], help="one side, or height and width")
+    parser.add_argument("--method", help="dtop, dovit or paumer; the calibrated one if not given, else dtop")
+    add_method_options(parser)
+    add_machine_options(parser)
+    options = parser.parse_args(arguments)
+    size = _size(options.image_size)
+    from tokenexit.gating import gate as run
+    from tokenexit.segmenter import ExitSegmenter
+
+    named = None if options.method is None else methods_of([options.method], options)
+    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
+    model.check(method)
+    found = run(model, method, model.backbone.patch_embed.grid(*size), options.precision)
+    for reason in found.reasons:
+        print(reason)
+    print(
+        f"expected for the blocks and open exits: {found.expected_ms:.1f} ms; with all exits open {found.open_ms:.1f}, "
+        f"with none {found.dense_ms:.1f}"
+    )
+    return 0
+
+
+def _size(sides: list[int]) -> tuple[int, int]:
+    for side in sides:
+        positive("--image-size", side)
+    if len(sides) > 2:
+        raise ConfigError(f"--image-size has {len(sides)} numbers: give one side, or height and width.")
+    return sides[0], sides[-1]
 
 
 def convert(arguments: list[str]) -> int:
