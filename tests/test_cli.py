@@ -478,7 +478,7 @@ def test_predict_writes_masks_and_says_where(model: Path, data: Path, tmp_path: 
     out = tmp_path / "out"
     text = fine(capsys, "predict", model, data / "images" / "test", "--out", out, "--threshold", "0.4")
     assert text == f"masks, overlays and exit maps: {out}\n"
-    assert len(list(out.iterdir())) == 9
+    assert len(list(out.iterdir())) == 9 + 1  # and what they were made with
     assert Image.open(out / "p0.png").mode == "P"
 
 

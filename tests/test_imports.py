@@ -11,7 +11,7 @@ import tokenexit
 
 SOURCE = Path(tokenexit.__file__).parent
 ORDER = [
-    ("errors", "cost", "tokens"),
+    ("errors", "cost", "tokens", "upsampling"),
     ("attention",),
     ("vit",),
     ("heads",),
@@ -22,6 +22,8 @@ ORDER = [
     ("output",),
     ("preprocessing",),
     ("windows",),
+    ("card", "pipeline"),
+    ("hub",),
     ("segmenter",),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

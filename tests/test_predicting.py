@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -13,17 +18,26 @@ import pytest
 import torch
 from PIL import Image
 
-import tokenexit.predicting as predicting
+import tokenexit.bulk as bulk
+import tokenexit.formats.outputs as outputs
+from tests.formats.test_label_studio import as_mask
+from tests.formats.test_rle import read
 from tests.helpers import tiny_segmenter
-from tokenexit.cli.predict import MAX_PIXELS
+from tokenexit.bulk import End, Shot, ahead, packed
+from tokenexit.calibration.drift import Histograms, Monitor, Usual, watch
+from tokenexit.cli.predict import MAX_PIXELS, SAVE
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.formats import video
+from tokenexit.formats.rle import run_lengths
 from tokenexit.methods import Dense, DoViT, DToP, Method
-from tokenexit.predicting import RESULTS, list_pictures, predict_files, save_atomically
+from tokenexit.predicting import RECORD, Predicted, predict_files, save_atomically
 from tokenexit.preprocessing import default_labels, load_image
-from tokenexit.report.pictures import exit_map
+from tokenexit.report.pictures import exit_map, overlay
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.sources import Job, list_pictures
 from tokenexit.windows import WindowedOutput
 
+RESULTS = (".png", ".overlay.jpg", ".exits.png")
 METHOD = DToP(threshold=0.4, keep_per_class=1)
 
 
@@ -38,8 +52,9 @@ def noise(height: int, width: int, seed: int = 0) -> Image.Image:
 
 
 def names(folder: Path) -> list[str]:
-    """Every file below a folder, hidden ones too."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Every file below a folder, hidden ones too, but for what says how they were made."""
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != RECORD)
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def sixteen_bits() -> Image.Image:
@@ -69,7 +84,7 @@ def test_every_kind_of_picture_gets_a_palette_mask_of_its_size_equal_to_predict(
 ) -> None:
     KINDS[name]().save(tmp_path / name)
     out = tmp_path / "out"
-    assert predict_files(model, [tmp_path / name], out, METHOD) == []
+    assert predict_files(model, [tmp_path / name], out, METHOD).failed == ()
     stem = Path(name).stem
     assert names(out) == sorted(f"{stem}{suffix}" for suffix in RESULTS)
     picture, mask = load_image(tmp_path / name), Image.open(out / f"{stem}.png")
@@ -93,7 +108,7 @@ def test_every_method_and_head_that_go_together_predict(head: str, method: Metho
             predict_files(other, [tmp_path / "a.png"], tmp_path / "out", method)
         assert names(tmp_path / "out") == []
         return
-    assert predict_files(other, [tmp_path / "a.png"], tmp_path / "out", method) == []
+    assert predict_files(other, [tmp_path / "a.png"], tmp_path / "out", method).failed == ()
     expected = other.predict(tmp_path / "a.png", method).labels[0]
     assert np.asarray(Image.open(tmp_path / "out" / "a.png")).tolist() == expected.tolist()
 
@@ -105,7 +120,9 @@ def test_the_exif_orientation_is_honoured(model: ExitSegmenter, tmp_path: Path) 
     turned = upright.transpose(Image.Transpose.ROTATE_90)
     turned.save(tmp_path / "turned.png", exif=exif)
     upright.save(tmp_path / "upright.png")
-    assert predict_files(model, [tmp_path / "turned.png", tmp_path / "upright.png"], tmp_path / "out", METHOD) == []
+    assert (
+        predict_files(model, [tmp_path / "turned.png", tmp_path / "upright.png"], tmp_path / "out", METHOD).failed == ()
+    )
     a, b = (Image.open(tmp_path / "out" / f"{name}.png") for name in ("turned", "upright"))
     assert a.size == (40, 12)
     assert np.asarray(a).tolist() == np.asarray(b).tolist()
@@ -143,7 +160,7 @@ def test_a_corrupt_picture_is_reported_and_the_others_are_written(model: ExitSeg
     (folder / "empty.jpg").write_bytes(b"")
     (folder / "text.png").write_text("no picture")
     (folder / "notes.txt").write_text("not even named like one")
-    failed = predict_files(model, [folder], tmp_path / "out", METHOD)
+    failed = predict_files(model, [folder], tmp_path / "out", METHOD).failed
     assert len(failed) == 3
     for message, name in zip(failed, ("cut.png", "empty.jpg", "text.png")):
         assert message.startswith(f"image '{folder / name}' cannot be ")
@@ -154,19 +171,19 @@ def test_a_corrupt_picture_is_reported_and_the_others_are_written(model: ExitSeg
 def test_a_missing_file_is_reported_and_the_others_are_written(model: ExitSegmenter, tmp_path: Path) -> None:
     noise(8, 12).save(tmp_path / "a.png")
     missing = tmp_path / "missing.png"
-    failed = predict_files(model, [missing, tmp_path / "a.png"], tmp_path / "out", METHOD)
-    assert failed == [f"image '{missing}' does not exist: check the path."]
+    failed = predict_files(model, [missing, tmp_path / "a.png"], tmp_path / "out", METHOD).failed
+    assert failed == (f"image '{missing}' does not exist: check the path.",)
     assert len(names(tmp_path / "out")) == 3
 
 
 def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(model: ExitSegmenter, tmp_path: Path) -> None:
     Image.new("1", (7_000, 6_000)).save(tmp_path / "huge.png")  # small as a file, 42 million pixels
     noise(10, 10).save(tmp_path / "hundred.png")
-    (huge,) = predict_files(model, [tmp_path / "huge.png"], tmp_path / "out", METHOD, max_pixels=MAX_PIXELS)
+    (huge,) = predict_files(model, [tmp_path / "huge.png"], tmp_path / "out", METHOD, max_pixels=MAX_PIXELS).failed
     assert huge.endswith("has 6000x7000 pixels, more than max_pixels=33177600: shrink it or raise max_pixels.")
-    assert predict_files(model, [tmp_path / "hundred.png"], tmp_path / "out", METHOD, max_pixels=100) == []
-    (refused,) = predict_files(model, [tmp_path / "hundred.png"], tmp_path / "out", METHOD, max_pixels=99)
+    (refused,) = predict_files(model, [tmp_path / "hundred.png"], tmp_path / "out", METHOD, max_pixels=99).failed
     assert "has 10x10 pixels, more than max_pixels=99" in refused
+    assert predict_files(model, [tmp_path / "hundred.png"], tmp_path / "out", METHOD, max_pixels=100).failed == ()
 
 
 def test_a_picture_that_does_not_fit_into_memory_is_reported(
@@ -177,11 +194,11 @@ def test_a_picture_that_does_not_fit_into_memory_is_reported(
     def full(self: ExitSegmenter, *args: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate")
 
-    monkeypatch.setattr(ExitSegmenter, "predict", full)
-    failed = predict_files(model, [tmp_path / "a.png"], tmp_path / "out", METHOD)
-    assert failed == [
-        f"image '{tmp_path / 'a.png'}' of 8x12 pixels does not fit into memory: shrink it, or take it in windows."
-    ]
+    monkeypatch.setattr(ExitSegmenter, "segment", full)
+    failed = predict_files(model, [tmp_path / "a.png"], tmp_path / "out", METHOD).failed
+    assert failed == (
+        f"image '{tmp_path / 'a.png'}' of 8x12 pixels does not fit into memory: shrink it, or take it in windows.",
+    )
 
 
 # -------------------------------------------------------------------------------------------------- what is listed
@@ -211,7 +228,7 @@ def test_a_picture_that_is_named_twice_is_predicted_once(model: ExitSegmenter, t
 def test_results_of_an_earlier_call_inside_the_folder_are_no_pictures(model: ExitSegmenter, tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "a.png")
     for _ in range(2):
-        assert predict_files(model, [tmp_path], tmp_path / "out", METHOD) == []
+        assert predict_files(model, [tmp_path], tmp_path / "out", METHOD).failed == ()
     assert names(tmp_path) == sorted(["a.png", *(f"out/a{suffix}" for suffix in RESULTS)])
 
 
@@ -276,8 +293,8 @@ def test_a_failure_while_drawing_writes_nothing_of_the_picture(
     def refuses(*args: object, **options: object) -> None:
         raise DataError("no map.")
 
-    monkeypatch.setattr(predicting, "exit_map", refuses)
-    assert predict_files(model, [tmp_path / "a.png"], tmp_path / "out", METHOD) == ["no map."]
+    monkeypatch.setattr(outputs, "exit_map", refuses)
+    assert predict_files(model, [tmp_path / "a.png"], tmp_path / "out", METHOD).failed == ("no map.",)
     assert names(tmp_path / "out") == []
 
 
@@ -304,3 +321,346 @@ def test_bf16_predicts_nearly_the_same(model: ExitSegmenter, tmp_path: Path) -> 
         predict_files(model, [tmp_path / "a.png"], tmp_path / precision, Dense(), precision=precision)
         masks.append(np.asarray(Image.open(tmp_path / precision / "a.png")))
     assert (masks[0] == masks[1]).mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------------------------- many at once
+
+
+def folder_of(tmp_path: Path, *sizes: tuple[int, int]) -> Path:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for n, size in enumerate(sizes):
+        noise(*size, seed=n).save(folder / f"{n}.png")
+    return folder
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
+@pytest.mark.parametrize("windowed", [False, True])
+def test_pictures_of_all_sizes_in_packs_get_what_each_gets_alone(
+    windowed: bool, max_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "PACK_TOKENS", max_tokens)
+    other = tiny_segmenter("fcn")
+    if windowed:
+        other.preprocessing = replace(other.preprocessing, window=(8, 8), stride=(5, 5))
+    folder = folder_of(tmp_path, (20, 30), (9, 9), (4, 4), (33, 5), (20, 30))
+    done = predict_files(other, [folder], tmp_path / "out", METHOD)
+    assert done == Predicted(pictures=5, skipped=0, failed=())
+    for n in range(5):
+        expected = other.predict(folder / f"{n}.png", METHOD).labels[0]
+        assert np.asarray(Image.open(tmp_path / "out" / f"{n}.png")).tolist() == expected.tolist()
+
+
+def test_packs_hold_so_many_tokens_and_one_picture_at_least() -> None:
+    def shot(height: int, width: int) -> Shot:
+        return Shot("", "", "", Image.new("RGB", (1, 1)), torch.zeros(3, height, width))
+
+    small, large, end = shot(4, 8), shot(9, 12), End(Job("a"), 1)  # 2 and 9 patches of 4 pixels
+    items = [small, end, small, small, large, large, small, end, end]
+    assert [len(pack) for pack in packed(iter(items), 4, 6)] == [4, 1, 1, 3]
+    assert [item for pack in packed(iter(items), 4, 6) for item in pack] == items
+    assert [len(pack) for pack in packed(iter(items), 4, 100)] == [9]
+    assert list(packed(iter([]), 4, 6)) == []
+
+
+def test_a_method_whose_answers_depend_on_companions_has_none(tmp_path: Path) -> None:
+    mean = DoViT(threshold=0.4, batch_mode="mean")
+    other = tiny_segmenter("fcn")
+    folder = folder_of(tmp_path, (20, 32), (20, 32), (20, 32))
+    predict_files(other, [folder], tmp_path / "out", mean)
+    for n in range(3):
+        expected = other.predict(folder / f"{n}.png", mean).labels[0]
+        assert np.asarray(Image.open(tmp_path / "out" / f"{n}.png")).tolist() == expected.tolist()
+
+
+def test_pictures_that_do_not_fit_into_memory_together_are_taken_one_by_one(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = ExitSegmenter.segment
+    calls: list[int] = []
+
+    def small_memory(self: ExitSegmenter, images: list[torch.Tensor], *rest: Any) -> Any:
+        calls.append(len(images))
+        if sum(image[0].numel() for image in images) > 700:
+            raise torch.OutOfMemoryError("tried to allocate")
+        return segment(self, images, *rest)
+
+    monkeypatch.setattr(ExitSegmenter, "segment", small_memory)
+    folder = folder_of(tmp_path, (20, 30), (40, 40), (9, 9))
+    done = predict_files(model, [folder], tmp_path / "out", METHOD)
+    assert calls == [3, 1, 1, 1]
+    (message,) = done.failed
+    assert message.startswith(f"image '{folder / '1.png'}' of 40x40 pixels does not fit into memory")
+    assert names(tmp_path / "out") == sorted(f"{n}{suffix}" for n in (0, 2) for suffix in RESULTS)
+
+
+def test_the_monitor_sees_every_picture_of_a_pack(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, (20, 30), (9, 9), (12, 12))
+    with watch(model) as seen:
+        for n in range(3):
+            model.predict(folder / f"{n}.png", METHOD)
+    alone = seen.histograms([1, 1, 1])
+
+    class Recorder(Monitor):
+        def add(self, histograms: Histograms) -> None:
+            self.counts = histograms.counts
+
+    monitor = Recorder(Usual.of(alone))
+    predict_files(model, [folder], tmp_path / "out", METHOD, monitor=monitor)
+    assert torch.equal(monitor.counts, alone.counts)
+
+
+def test_pictures_are_made_one_ahead_in_order_and_errors_come_through() -> None:
+    made: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for n in range(4):
+            made.append(n)
+            yield n
+        raise DataError("no more.")
+
+    seen = ahead(numbers())
+    assert next(seen) == 0
+    assert [next(seen), next(seen)] == [1, 2]
+    assert made[:3] == [0, 1, 2]
+    assert next(seen) == 3
+    with pytest.raises(DataError, match="no more"):
+        next(seen)
+    assert list(ahead([])) == []
+
+
+# ------------------------------------------------------------------------------------------------- a call goes on
+
+
+def test_a_second_call_makes_what_is_missing_and_leaves_the_rest(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (8, 8), (9, 9), (8, 12)), tmp_path / "out"
+    assert predict_files(model, [folder / "0.png"], out, METHOD) == Predicted(1, 0, ())
+    assert predict_files(model, [folder], out, METHOD) == Predicted(2, 1, ())
+    (out / "1.exits.png").unlink()
+    (out / "0.png").write_bytes(b"left as it is")
+    assert predict_files(model, [folder], out, METHOD) == Predicted(1, 2, ())
+    assert names(out) == sorted(f"{n}{suffix}" for n in range(3) for suffix in RESULTS)
+    assert (out / "0.png").read_bytes() == b"left as it is"
+    assert predict_files(model, [folder], out, METHOD, save=["masks", "scores"]) == Predicted(3, 0, ())
+    assert (out / "0.png").read_bytes() != b"left as it is"
+    assert predict_files(model, [folder], out, METHOD) == Predicted(0, 3, ())
+
+
+def test_overwrite_makes_all_again_and_can_be_gone_on_with(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, out = folder_of(tmp_path, (8, 8), (9, 9)), tmp_path / "out"
+    predict_files(model, [folder], out, METHOD)
+    assert predict_files(model, [folder], out, METHOD, overwrite=True) == Predicted(2, 0, ())
+
+    def killed(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(ExitSegmenter, "segment", killed)
+        predict_files(model, [folder], out, Dense(), overwrite=True)
+    assert predict_files(model, [folder], out, Dense()) == Predicted(2, 0, ())  # none of the old ones is taken for new
+
+
+def test_predictions_of_another_model_or_method_are_not_mixed_in(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (8, 8), (9, 9)), tmp_path / "out"
+    predict_files(model, [folder / "0.png"], out, METHOD)
+    before = names(out)
+    for other, method, what in (
+        (tiny_segmenter("fcn", seed=1), METHOD, "weights"),
+        (model, replace(METHOD, threshold=0.5), "method"),
+    ):
+        words = rf"^{out} holds predictions made with other {what}: choose another folder, or --overwrite\.$"
+        with pytest.raises(ConfigError, match=words):
+            predict_files(other, [folder], out, method)
+    assert names(out) == before
+    other = replace(METHOD, threshold=0.5)
+    words = rf"^{out} holds predictions of other pictures made with other method: choose another folder\.$"
+    with pytest.raises(ConfigError, match=words):
+        predict_files(model, [folder / "1.png"], out, other, overwrite=True)
+    assert names(out) == before
+    record = json.loads((out / RECORD).read_text())
+    assert (record["weights"], record["method"]["threshold"]) == (model.fingerprint(), METHOD.threshold)
+
+
+def test_overwriting_with_another_method_leaves_nothing_of_the_older_one(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (8, 8)), tmp_path / "out"
+    predict_files(model, [folder], out, METHOD, save=["masks", "overlays", "coco"])
+    predict_files(model, [folder], out, Dense(), save=["masks"], overwrite=True)
+    assert names(out) == ["0.png"]
+    assert json.loads((out / RECORD).read_text())["method"] == {"name": "dense"}
+
+
+def test_files_of_unknown_origin_are_made_again(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (8, 8)), tmp_path / "out"
+    out.mkdir()
+    for suffix in (*RESULTS, ".other.png"):
+        (out / f"0{suffix}").write_bytes(b"whose?")
+    assert predict_files(model, [folder], out, METHOD) == Predicted(1, 0, ())
+    assert Image.open(out / "0.png").size == (8, 8)
+    assert (out / "0.other.png").read_bytes() == b"whose?"
+
+
+def test_a_zip_holds_what_the_folder_would_and_is_gone_on_with(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (8, 8), (9, 9)), tmp_path / "out"
+    predict_files(model, [folder], out, METHOD, save=["masks", "coco"])
+    packed_ = tmp_path / "out.zip"
+    assert predict_files(model, [folder / "1.png"], packed_, METHOD, save=["masks", "coco"]) == Predicted(1, 0, ())
+    assert predict_files(model, [folder], packed_, METHOD, save=["masks", "coco"]) == Predicted(1, 1, ())
+    assert predict_files(model, [folder], packed_, METHOD, save=["masks", "coco"]) == Predicted(0, 2, ())
+    with ZipFile(packed_) as archive:
+        assert sorted(archive.namelist()) == sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+        for name in archive.namelist():
+            assert archive.read(name) == (out / name).read_bytes(), name
+    with pytest.raises(ConfigError, match="predictions made with other method"):
+        predict_files(model, [folder], packed_, Dense())
+
+
+# ------------------------------------------------------------------------------------------------- what can be kept
+
+
+def test_scores_are_those_of_the_labels_and_layouts_of_others_hold_the_same_map(
+    model: ExitSegmenter, tmp_path: Path
+) -> None:
+    folder, out = folder_of(tmp_path, (8, 12), (9, 9)), tmp_path / "out"
+    predict_files(model, [folder], out, METHOD, save=["scores", "coco", "labelstudio"], image_url="https://x/")
+    assert names(out) == sorted(
+        [
+            *(f".parts/{n}.{kind}.json" for n in range(2) for kind in ("coco", "labelstudio")),
+            *("0.scores.png", "1.scores.png", "coco.index.json", "coco.results.json"),
+            *("labelstudio.json", "labelstudio.xml"),
+        ]
+    )
+    results = json.loads((out / "coco.results.json").read_text())
+    index = json.loads((out / "coco.index.json").read_text())
+    tasks = json.loads((out / "labelstudio.json").read_text())
+    for n in range(2):
+        output = model.predict(folder / f"{n}.png", METHOD)
+        labels = output.labels[0].numpy()
+        expected = output.logits[0].softmax(0).amax(0)
+        scores = torch.from_numpy(np.array(Image.open(out / f"{n}.scores.png"))) / 255.0
+        assert (scores - expected).abs().max() <= 0.5 / 255 + 1e-4
+
+        (image,) = (image for image in index["images"] if image["file_name"] == f"{n}.png")
+        mine = [one for one in results if one["image_id"] == image["id"]]
+        assert {one["category_id"]: read(one["segmentation"]["counts"]) for one in mine} == run_lengths(labels)
+
+        task = tasks[n]
+        assert task["data"]["image"] == f"https://x/{n}.png"
+        (prediction,) = task["predictions"]
+        stages = (
+            output.exit_stage[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[: labels.shape[0], : labels.shape[1]]
+        )
+        certainty = 1.0 - stages.numpy() / output.num_exits
+        assert prediction["score"] == pytest.approx(certainty.mean(), abs=1e-4)
+        for region, k in zip(prediction["result"], np.unique(labels), strict=True):
+            np.testing.assert_array_equal(as_mask(region["value"]["rle"], *labels.shape), labels == k)
+            assert region["score"] == pytest.approx(certainty[labels == k].mean(), abs=1e-4)
+
+
+def test_dense_says_nothing_of_how_hard_a_picture_was(model: ExitSegmenter, tmp_path: Path) -> None:
+    predict_files(model, [folder_of(tmp_path, (8, 12))], tmp_path / "out", Dense(), save=["labelstudio"])
+    (task,) = json.loads((tmp_path / "out" / "labelstudio.json").read_text())
+    assert "score" not in task["predictions"][0]
+
+
+def test_more_classes_than_a_palette_holds_are_sixteen_bits(tmp_path: Path) -> None:
+    other = tiny_segmenter("linear", num_classes=300)
+    predict_files(other, [folder_of(tmp_path, (8, 12))], tmp_path / "out", METHOD, save=["masks"])
+    mask = Image.open(tmp_path / "out" / "0.png")
+    assert mask.mode == "I;16"
+    assert np.asarray(mask).tolist() == other.predict(tmp_path / "in" / "0.png", METHOD).labels[0].tolist()
+
+
+@pytest.mark.parametrize("save", [["mask"], []])
+def test_what_cannot_be_kept_is_refused(save: list[str], model: ExitSegmenter, tmp_path: Path) -> None:
+    words = (
+        r"^save(='mask' is unknown| is empty): choose of masks, overlays, exits, scores, coco, labelstudio, video\.$"
+    )
+    with pytest.raises(ConfigError, match=words):
+        predict_files(model, [folder_of(tmp_path, (8, 8))], tmp_path / "out", METHOD, save=save)
+
+
+def test_the_command_offers_what_can_be_kept() -> None:
+    assert (*outputs.OUTPUTS, outputs.VIDEO) == SAVE
+    assert SAVE[:3] == outputs.DEFAULT
+
+
+# ----------------------------------------------------------------------------------------------------------- videos
+
+
+def film_of(path: Path, count: int = 5) -> None:
+    pytest.importorskip("av")
+    with video.encoder(path, Fraction(10)) as add:
+        for n in range(count):
+            add(noise(24, 32, seed=n))
+
+
+def test_a_video_leaves_a_mask_for_each_frame_and_goes_on_where_it_was(model: ExitSegmenter, tmp_path: Path) -> None:
+    film_of(tmp_path / "v.mp4")
+    out = tmp_path / "out"
+    assert predict_files(model, [tmp_path / "v.mp4"], out, METHOD, save=["masks"]) == Predicted(5, 0, ())
+    assert names(out) == [".parts/v.frames.json", *(f"v/{n:06d}.png" for n in range(1, 6))]
+    for n, load in enumerate(video.frames(tmp_path / "v.mp4"), start=1):
+        mask = np.asarray(Image.open(out / f"v/{n:06d}.png"))
+        assert mask.tolist() == model.predict(load(), METHOD).labels[0].tolist()
+    assert predict_files(model, [tmp_path / "v.mp4"], out, METHOD, save=["masks"]) == Predicted(0, 1, ())
+    (out / "v" / "000003.png").unlink()
+    assert predict_files(model, [tmp_path / "v.mp4"], out, METHOD, save=["masks"]) == Predicted(1, 0, ())
+    done = predict_files(model, [tmp_path / "v.mp4"], out, METHOD, save=["masks"], overwrite=True)
+    assert done == Predicted(5, 0, ())
+
+
+def test_the_overlays_of_a_video_or_of_a_folder_become_a_video(model: ExitSegmenter, tmp_path: Path) -> None:
+    film_of(tmp_path / "v.mp4")
+    folder, out = folder_of(tmp_path, *[(24, 32)] * 3), tmp_path / "out"
+    sources = [tmp_path / "v.mp4", folder]
+    assert predict_files(model, sources, out, METHOD, save=["video"], fps=5) == Predicted(8, 0, ())
+    assert names(out) == [".parts/v.frames.json", "in.overlay.mp4", "v.overlay.mp4"]
+    for name, count, rate in (("v", 5, 10), ("in", 3, 5)):
+        assert len(list(video.frames(out / f"{name}.overlay.mp4"))) == count
+        assert video.rate_of(out / f"{name}.overlay.mp4") == rate
+    shown = np.asarray(next(video.frames(out / "in.overlay.mp4"))()).astype(int)
+    labels = model.predict(folder / "0.png", METHOD).labels[0].numpy()
+    expected = np.asarray(overlay(noise(24, 32, seed=0), labels, default_labels(5).palette)).astype(int)
+    assert np.abs(shown - expected).mean() < 30  # of noise, through a codec that halves its colours
+    assert predict_files(model, sources, out, METHOD, save=["video"], fps=5) == Predicted(0, 4, ())
+
+
+def test_a_frame_that_cannot_be_read_spoils_the_film_and_nothing_else(model: ExitSegmenter, tmp_path: Path) -> None:
+    pytest.importorskip("av")
+    folder, out = folder_of(tmp_path, (24, 32), (24, 32), (24, 32)), tmp_path / "out"
+    (folder / "1.png").write_bytes(b"no picture")
+    (tmp_path / "cut.mp4").write_bytes(b"no video")
+    done = predict_files(model, [folder, tmp_path / "cut.mp4"], out, METHOD, save=["masks", "video"])
+    assert done.pictures == 2
+    assert [message.split("'")[1] for message in done.failed] == [str(folder / "1.png"), str(tmp_path / "cut.mp4")]
+    assert names(out) == ["0.png", "2.png"]
+    noise(24, 40).save(folder / "1.png")
+    (message,) = predict_files(model, [folder], out, METHOD, save=["masks", "video"]).failed
+    assert message.startswith("a frame of 24x40 pixels follows one of 24x32 in in.overlay.mp4")
+    assert names(out) == ["0.png", "1.png", "2.png"]
+
+
+def test_videos_without_pyav_are_passed_over_in_one_sentence(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    (tmp_path / "v.mp4").write_bytes(b"")
+    noise(8, 8).save(tmp_path / "a.png")
+    done = predict_files(model, [tmp_path / "v.mp4", tmp_path / "a.png"], tmp_path / "out", METHOD)
+    assert done.pictures == 1
+    (message,) = done.failed
+    assert message.startswith(f"video '{tmp_path / 'v.mp4'}' needs the package av: pip install 'tokenexit[video]'")
+
+
+def test_a_video_is_no_task_and_never_overwritten(model: ExitSegmenter, tmp_path: Path) -> None:
+    (tmp_path / "v.mp4").write_bytes(b"")
+    with pytest.raises(
+        ConfigError, match=r"v\.mp4 is a video, and Label Studio's masks are of pictures: give its frames"
+    ):
+        predict_files(model, [tmp_path / "v.mp4"], tmp_path / "out", METHOD, save=["labelstudio"])
+    (tmp_path / "v.mov").write_bytes(b"")
+    with pytest.raises(ConfigError, match="would both be written to"):
+        predict_files(model, [tmp_path / "v.mp4", tmp_path / "v.mov"], tmp_path / "out", METHOD)
+    assert not (tmp_path / "out").exists()

@@ -27,7 +27,7 @@ REQUIRED = (
     "torch", "numpy", "pillow", "safetensors", "huggingface_hub", "accelerate", "torchmetrics", "jsonargparse",
     "PyYAML", "rich",
 )  # fmt: skip
-OPTIONAL = ("matplotlib", "torchvision", "timm", "transformers", "onnx", "onnxruntime", "fastapi")
+OPTIONAL = ("matplotlib", "torchvision", "timm", "transformers", "onnx", "onnxruntime", "fastapi", "av")
 
 IMPORT_SECONDS = 120  # a cold import of torch from a slow disk takes a while
 

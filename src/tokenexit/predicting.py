@@ -1,24 +1,46 @@
-"""Pictures on disk in, masks, overlays and exit maps on disk out. One bad file does not stop the rest."""
+"""Pictures and videos on disk in; masks, overlays, exit maps and the layouts of others on disk out.
+
+Pictures are decoded ahead of the network and packed, small ones with others; files are drawn and written behind it. One
+bad file does not stop the rest. What a killed call has written is whole, and the next call takes up what is left.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
-from tokenexit.calibration.drift import Monitor, monitored
-from tokenexit.errors import ConfigError, DataError
+from tokenexit.bulk import Engine, Keep, Share, count_file
+from tokenexit.calibration.drift import Monitor
+from tokenexit.errors import ConfigError
+from tokenexit.evaluation.processes import from_first, gather, place, together
+from tokenexit.formats.label_studio import LOCAL_FILES
+from tokenexit.formats.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, About, Output
+from tokenexit.formats.places import Place
+from tokenexit.inference import Precision
 from tokenexit.methods import Method
-from tokenexit.preprocessing import MAX_PIXELS, default_labels, load_image
-from tokenexit.report.pictures import exit_map, overlay, palette_png
+from tokenexit.preprocessing import MAX_PIXELS, Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.sources import Job, frame_name, list_jobs
 from tokenexit.writing import whole
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm"}
-RESULTS = (".png", ".overlay.jpg", ".exits.png")
+RECORD = "predictions.json"
+"""What the predictions of a folder were made with."""
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What a call did. pictures: segmented, frames among them. skipped: pictures and videos that were whole before.
+    failed: a sentence for each that could not be segmented."""
+
+    pictures: int
+    skipped: int
+    failed: tuple[str, ...]
 
 
 def predict_files(
@@ -27,70 +49,64 @@ def predict_files(
     out: Path,
     method: Method[Any],
     *,
-    precision: str = "fp32",
+    save: Sequence[str] = DEFAULT,
+    overwrite: bool = False,
+    precision: Precision = "fp32",
     max_pixels: int = MAX_PIXELS,
+    fps: float = 25.0,
+    image_url: str = LOCAL_FILES,
     monitor: Monitor | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
-) -> list[str]:
-    """Segment pictures and write, for each, `NAME.png` (palette mask at the picture's size, class per pixel),
-    `NAME.overlay.jpg` and `NAME.exits.png` to `out`.
+) -> Predicted:
+    """Segment pictures, folders and lists of them, and videos, and keep what `save` names in `out`.
 
-    sources: pictures, and folders whose pictures are taken with their sub-folders, but for those in `out`. max_pixels:
-    larger pictures are refused. monitor: learns how sure the exits were of each picture. Returns one sentence for each
-    picture that could not be segmented. Raises `ConfigError` for options that cannot work with this model or these
-    pictures.
+    sources: see `list_sources`. out: a folder, or a zip, which appears when all is done.
+    save: names in `OUTPUTS`, for every picture, and "video". By default, of a picture NAME, `NAME.png` (palette mask at
+        the picture's size, class per pixel), `NAME.overlay.jpg` and `NAME.exits.png`. The frames of a video NAME are
+        `NAME/000001` and so on; "video" adds `NAME.overlay.mp4`, and the same of every folder of pictures as its
+        frames, `fps` of them a second.
+    overwrite: make again what is whole, which is passed over otherwise. `out/predictions.json` says what predictions
+        were made with, and a folder of others is refused.
+    max_pixels: larger pictures are refused. image_url: what comes before a picture's name in Label Studio's tasks.
+    monitor: learns how sure the exits were of each picture.
+
+    Connected processes (torch.distributed) must all call it and see the same `out`. They share the work, all return the
+    same, and the first one's monitor learns of all. Raises `ConfigError` for options that cannot work together, with
+    this model or with what is in `out`.
     """
-    jobs = list_pictures(sources, out)
-    check_targets(jobs, out)
-    _make_folder(out)
-    failed = []
-    for path in progress(list(jobs)):
-        try:
-            with monitored(model, monitor):
-                pictures = _predict_one(model, path, method, precision, max_pixels)
-        except DataError as error:
-            failed.append(str(error))
-            continue
-        try:
-            _make_folder((out / jobs[path]).parent)
-            for target, picture in zip(_targets(jobs[path], out), pictures):
-                save_atomically(picture, target)
-        except OSError as error:
-            raise _unwritable(out, error) from None
-    return failed
+    model.check(method)
+    films = VIDEO in save
+    outputs = chosen_outputs(save)
+    results, made_with = Place(out), _made_with(model, method, precision)
+    rank, processes = place()
+    jobs: list[Job] = []
+    skipped = 0
+    with together():
+        if rank == 0:
+            named = list_jobs(sources, out, films)
+            check_jobs(named, results, outputs, films)
+            jobs = _open(results, named, outputs, films, made_with, overwrite)
+            skipped = sum(job.size for job in named) - sum(job.size for job in jobs)
+    jobs = from_first(jobs)
+    about = About(classes_of(model), f"tokenexit {made_with['weights']}", image_url)
+    engine = Engine(model, method, precision, "scores" in outputs, monitor)
+    share = Share(engine, Keep(results, outputs, about, films, fps))
+    with together():
+        mine = jobs[rank::processes]
+        done = results.files() if any(job.video for job in mine) and not films else set()
+        share.do(mine, lambda name: not _are_there(name, outputs, done), max_pixels, progress if rank == 0 else iter)
+    told = gather((share.pictures, share.failed, (monitor.pictures, monitor.unusual) if monitor else (0, 0)))
+    with together():
+        if rank == 0:
+            _close(results, outputs, about)
+    if monitor:
+        monitor.pictures, monitor.unusual = (sum(seen[i] for _, _, seen in told) for i in range(2))
+    failed = sorted((n, process, text) for process, (_, texts, _) in enumerate(told) for n, text in texts)
+    return Predicted(sum(pictures for pictures, _, _ in told), skipped, tuple(text for _, _, text in failed))
 
 
-def list_pictures(sources: Sequence[Path], out: Path | None = None) -> dict[Path, str]:
-    """Pictures, each once, and the relative name of their results, in order; folders are searched to their depth.
-
-    out: a folder that is passed over, since it holds results and no pictures. Hidden files are passed over, too.
-    """
-    jobs: dict[Path, str] = {}
-    for source in sources:
-        if source.is_dir():
-            inside = [path for path in sorted(source.rglob("*")) if _is_picture(path, source, out)]
-            if not inside:
-                raise DataError(f"{source} holds no picture: name a folder with {', '.join(sorted(SUFFIXES))} files.")
-            jobs |= {path: str(path.relative_to(source).with_suffix("")) for path in inside}
-        else:
-            jobs.setdefault(source, source.stem)
-    return jobs
-
-
-def check_targets(jobs: dict[Path, str], out: Path) -> None:
-    """Refuse results that would take the place of each other or of a picture."""
-    pictures = {path.resolve() for path in jobs}
-    taken: dict[Path, Path] = {}
-    for path, name in jobs.items():
-        for target in _targets(name, out):
-            if target.resolve() in pictures:
-                raise ConfigError(f"{target} is a picture and would be overwritten: choose another folder for results.")
-            if target in taken:
-                raise ConfigError(
-                    f"{taken[target]} and {path} would both be written to {target}: rename one, or predict them to "
-                    "different folders."
-                )
-            taken[target] = path
+def classes_of(model: ExitSegmenter) -> Labels:
+    return model.preprocessing.labels or default_labels(model.config.num_classes)
 
 
 def save_atomically(image: Image.Image, path: Path) -> None:
@@ -99,49 +115,133 @@ def save_atomically(image: Image.Image, path: Path) -> None:
         image.save(unfinished)
 
 
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _unwritable(folder, error) from None
+# ------------------------------------------------------------------------------------------------- what is to be done
 
 
-def _unwritable(folder: Path, error: OSError) -> ConfigError:
-    reason = error.strerror or str(error)
-    return ConfigError(f"results cannot be written to {folder} ({reason}): choose another folder.")
+def chosen_outputs(save: Sequence[str]) -> dict[str, Output]:
+    """Raises `ConfigError` for names that are none."""
+    for name in save:
+        if name not in (*OUTPUTS, VIDEO):
+            raise ConfigError(f"save={name!r} is unknown: choose of {', '.join((*OUTPUTS, VIDEO))}.")
+    if not save:
+        raise ConfigError(f"save is empty: choose of {', '.join((*OUTPUTS, VIDEO))}.")
+    return {name: OUTPUTS[name] for name in dict.fromkeys(save) if name != VIDEO}
 
 
-def _is_picture(path: Path, folder: Path, out: Path | None) -> bool:
-    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    result = out is not None and out.resolve() != folder.resolve() and path.resolve().is_relative_to(out.resolve())
-    return path.suffix.lower() in SUFFIXES and not hidden and not result and path.is_file()
+def check_jobs(jobs: Sequence[Job], results: Place, outputs: Mapping[str, Output], films: bool) -> None:
+    """Refuse results that would take the place of each other or of a picture, and videos where pictures are needed."""
+
+    @cache
+    def real(folder: Path) -> Path:
+        return folder.resolve()
+
+    sources = [path for job in jobs for path, _ in job.pictures] + [job.video for job in jobs if job.video]
+    given = {real(path.parent) / path.name for path in sources}
+    taken: dict[str, Path] = {}
+    for job in jobs:
+        if job.video is not None and "labelstudio" in outputs:
+            raise ConfigError(f"{job.video} is a video, and Label Studio's masks are of pictures: give its frames.")
+        for path, file in _targets(job, outputs, films, frames=1):
+            target = results.folder / file
+            if real(target.parent) / target.name in given:
+                raise ConfigError(f"{target} is a picture and would be overwritten: choose another folder for results.")
+            if file in taken:
+                raise ConfigError(
+                    f"{taken[file]} and {path} would both be written to {target}: rename one, or predict them to "
+                    "different folders."
+                )
+            taken[file] = path
 
 
-def _targets(name: str, out: Path) -> list[Path]:
-    return [out / f"{name}{suffix}" for suffix in RESULTS]
+def _targets(job: Job, outputs: Mapping[str, Output], films: bool, frames: int) -> Iterator[tuple[Path, str]]:
+    """Every file that a job leaves, of a video so many frames, and the path it is made of."""
+    pictures = job.pictures or [(job.path, frame_name(job, n)) for n in range(1, frames + 1)]
+    for path, name in pictures:
+        for output in outputs.values():
+            yield path, output.file(name)
+    if films:
+        yield job.path, job.name + VIDEO_SUFFIX
 
 
-@torch.inference_mode()
-def _predict_one(
-    model: ExitSegmenter, path: Path, method: Method[Any], precision: str, max_pixels: int
-) -> tuple[Image.Image, Image.Image, Image.Image]:
-    """Mask, overlay and exit map of one picture, in the order of `RESULTS`."""
-    picture = load_image(path, max_pixels)
-    try:
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
-            output = model.predict(picture, method)
-        labels = output.labels[0].cpu().numpy()
-    except (torch.OutOfMemoryError, MemoryError):
-        raise DataError(
-            f"image '{path}' of {picture.height}x{picture.width} pixels does not fit into memory: shrink it, or "
-            "take it in windows."
-        ) from None
-    classes = model.preprocessing.labels or default_labels(model.config.num_classes)
-    size, patch = (picture.height, picture.width), output.patch_size
-    extent = (output.sizes[0][0] / patch, output.sizes[0][1] / patch)  # without the padding to whole patches
-    stages = output.exit_stage[0].cpu().numpy()
-    return (
-        palette_png(labels, classes.palette),
-        overlay(picture, labels, classes.palette),
-        exit_map(stages, output.num_exits, size, image=picture, extent=extent),
-    )
+def _open(
+    results: Place,
+    jobs: Sequence[Job],
+    outputs: Mapping[str, Output],
+    films: bool,
+    made_with: dict[str, Any],
+    overwrite: bool,
+) -> list[Job]:
+    """The jobs that are left, with all made ready for them."""
+    there, record = results.files(), results.read(RECORD)
+    known = isinstance(record, dict)
+    others = " and ".join(key for key, value in made_with.items() if known and record.get(key) != value)
+    if others and not overwrite:
+        raise ConfigError(
+            f"{results.out} holds predictions made with other {others}: choose another folder, or --overwrite."
+        )
+    if overwrite or not known:  # a later call is to know old files from new ones
+        old = {file for job in jobs for file in _left_of(job, OUTPUTS if others else outputs, films, there)}
+        of_all = {PARTS, *(file for output in OUTPUTS.values() for file in output.files_of_all)}
+        parts = {file for file in there if others and Path(file).parts[0] in of_all}
+        suffixes = tuple(output.suffix for output in OUTPUTS.values())
+        if others and any(file.endswith(suffixes) for file in there - old - parts):
+            raise ConfigError(
+                f"{results.out} holds predictions of other pictures made with other {others}: choose another folder."
+            )
+        results.open()
+        results.forget(old | parts)
+        left = list(jobs)
+    else:
+        left = [job for job in jobs if not _is_whole(job, outputs, films, results, there)]
+        if left:
+            results.open()
+    if left:
+        results.write(RECORD, json.dumps(made_with, indent=2) + "\n")
+    return left
+
+
+def _is_whole(job: Job, outputs: Mapping[str, Output], films: bool, results: Place, there: set[str]) -> bool:
+    frames = results.read(count_file(job)) if job.video is not None and count_file(job) in there else 0
+    if job.video is not None and not frames:
+        return False
+    return all(file in there for _, file in _targets(job, outputs, films, frames))
+
+
+def _are_there(name: str, outputs: Mapping[str, Output], there: set[str]) -> bool:
+    return all(output.file(name) in there for output in outputs.values()) if there else False
+
+
+def _left_of(job: Job, outputs: Mapping[str, Output], films: bool, there: set[str]) -> set[str]:
+    """Files of an earlier call that a job makes again."""
+    if job.video is None:
+        return there.intersection(file for _, file in _targets(job, outputs, films, 0))
+    suffixes = tuple(output.suffix for output in outputs.values())
+    folders = (f"{job.name}/", f"{PARTS}/{job.name}/")
+    frames = {file for file in there if file.startswith(folders) and file.endswith(suffixes)}
+    return frames | there.intersection((count_file(job), job.name + VIDEO_SUFFIX))
+
+
+def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) -> dict[str, Any]:
+    """What predictions depend on beside the pictures, as JSON has it."""
+    own = {f.name: getattr(method, f.name) for f in fields(method)}
+    record = {
+        "weights": model.fingerprint(),
+        "method": {"name": method.name, **own},
+        "precision": precision,
+        "preprocessing": model.preprocessing.to_dict(),
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(record, default=repr))
+    return plain
+
+
+def _close(results: Place, outputs: Mapping[str, Output], about: About) -> None:
+    """Write what is one of all pictures."""
+    if results.is_packed:
+        return
+    for output in outputs.values():
+        if output.files_of_all:
+            parts = sorted((results.folder / output.folder).rglob(f"*{output.suffix}"))
+            texts = output.of_all([json.loads(part.read_text()) for part in parts], about)
+            for file, text in zip(output.files_of_all, texts, strict=True):
+                results.write(file, text)
+    results.close()

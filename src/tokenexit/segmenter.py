@@ -13,6 +13,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -21,14 +22,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenexit.card import CARD_FILE, may_write, model_card
 from tokenexit.checkpoints.files import read_state_dict, read_tensors
-from tokenexit.checkpoints.hub import resolve_weights
+from tokenexit.checkpoints.hub import resolve_folder, resolve_weights
 from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
+from tokenexit.hub import push_folder
 from tokenexit.ledger import Size, write_ledger
 from tokenexit.methods import Dense, Method, Model, build_method
 from tokenexit.output import SegmentationOutput
+from tokenexit.pipeline import ImageSegmentation, label_maps
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
 from tokenexit.vit import ViT, ViTConfig, vit_config
 from tokenexit.windows import Segmentation, segment_windows
@@ -36,6 +40,8 @@ from tokenexit.windows import Segmentation, segment_windows
 CONFIG_FILE = "config.json"
 CALIBRATION_FILE = "calibration.json"
 WEIGHTS_FILE = "model.safetensors"
+TRAINING_FILE, EVALUATION_FILE = "training.json", "evaluation.json"
+"""Records that stay with a model: its training's, and figures of `tokenexit evaluate --json`."""
 FORMAT = 1
 
 
@@ -129,6 +135,7 @@ class ExitSegmenter(nn.Module):
         self.decode_head = build_head(decode_head, dim, num_classes)
         self.load_report: LoadReport | None = None
         self.calibration: Mapping[str, Any] | None = None
+        self.records: dict[str, Any] = {}
         if weights is not None:
             path = resolve_weights(weights)
             self.load_report = load_backbone(self.backbone, read_state_dict(path), source=f"weights '{path}'")
@@ -264,9 +271,29 @@ class ExitSegmenter(nn.Module):
         method = self.calibrated_method() if method is None else method
         return self.segment(tensors, method, targets=[(p.height, p.width) for p in pictures])
 
-    def save_pretrained(self, path: str | Path) -> None:
-        """Write `config.json` and `model.safetensors` to a folder, and `calibration.json` if there is a calibration;
-        whatever stood there stays whole until the end."""
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Names of the classes."""
+        return dict(enumerate((self.preprocessing.labels or default_labels(self.config.num_classes)).names))
+
+    def post_process_semantic_segmentation(
+        self, outputs: Segmentation, target_sizes: Sequence[Size] | None = None
+    ) -> list[Tensor]:
+        """Class of every pixel, one `(H, W)` map per picture. See `tokenexit.pipeline.label_maps`."""
+        return label_maps(outputs, target_sizes)
+
+    def pipeline(self, method: Method[Any] | None = None) -> ImageSegmentation:
+        """What is called with pictures and answers as Hugging Face's `image-segmentation` pipeline does.
+
+        method: as of `predict`."""
+        return ImageSegmentation(lambda image: self.predict(image, method), self.id2label)
+
+    def save_pretrained(self, path: str | Path, card: bool = False, license: str | None = None) -> None:
+        """Write `config.json` and `model.safetensors` to a folder, `calibration.json` if there is a calibration, and
+        the records that were found beside the model; whatever stood there stays whole until the end.
+
+        card: write `README.md`, too, a model card of all this; one that somebody wrote is left. license: of the
+        weights, to stand there."""
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -276,21 +303,39 @@ class ExitSegmenter(nn.Module):
             "model": self.config.to_dict(),
             "preprocessing": self.preprocessing.to_dict(),
         }
+        files = {CONFIG_FILE: _json(config)} | {name: _json(record) for name, record in self.records.items()}
+        if self.calibration is not None:
+            files[CALIBRATION_FILE] = _json(self.calibration)
+        if card and may_write(folder / CARD_FILE):
+            files[CARD_FILE] = self._card(folder.resolve().name, config, license)
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
             save_file(state, Path(unfinished) / WEIGHTS_FILE, metadata={"format": "pt"})
-            (Path(unfinished) / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-            names = [WEIGHTS_FILE, CONFIG_FILE]
-            if self.calibration is not None:
-                (Path(unfinished) / CALIBRATION_FILE).write_text(json.dumps(self.calibration, indent=2) + "\n")
-                names.append(CALIBRATION_FILE)
-            for name in names:
+            for name, text in files.items():
+                (Path(unfinished) / name).write_text(text)
+            for name in (WEIGHTS_FILE, *files):
                 os.replace(Path(unfinished) / name, folder / name)
+
+    def _card(self, name: str, config: Mapping[str, Any], license: str | None) -> str:
+        parameters = sum(value.numel() for value in self.parameters())
+        training, evaluation = (self.records.get(file) for file in (TRAINING_FILE, EVALUATION_FILE))
+        return model_card(name, config, parameters, training, evaluation, self.calibration, license)
+
+    def push_to_hub(self, repo_id: str, license: str | None = None, **options: Any) -> str:
+        """Save the model with its card in the repository OWNER/NAME of the Hugging Face hub; returns its address.
+
+        options: of `tokenexit.hub.push_folder`, which raises what can go wrong."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_pretrained(path, card=True, license=license)
+            return push_folder(path, repo_id, **options)
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> ExitSegmenter:
-        """A saved model, in evaluation mode. Raises `CheckpointError` for a folder that holds none."""
-        folder = Path(path)
+        """A saved model, in evaluation mode. Raises `CheckpointError` for a folder that holds none.
+
+        path: a folder, or `hf-hub:OWNER/NAME[@REVISION]`, which is fetched once."""
+        folder = resolve_folder(path, (WEIGHTS_FILE, "*.json"))
         config, preprocessing = _read_config(folder)
         model = cls(
             backbone=config.backbone,
@@ -310,6 +355,7 @@ class ExitSegmenter(nn.Module):
             )
         model.load_state_dict(state)
         model.calibration = _read_calibration(folder / CALIBRATION_FILE)
+        model.records = _read_records(folder)
         return model.to(device).eval()
 
 
@@ -326,6 +372,19 @@ def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
         if image.ndim != 3 or image.shape[0] != 3 or 0 in image.shape:
             raise ConfigError(f"an image has shape {tuple(image.shape)}: pass (3, H, W) tensors with H, W >= 1.")
     return batch
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def _read_records(folder: Path) -> dict[str, Any]:
+    """Those that are there and whole; a model works without them."""
+    records = {}
+    for name in (TRAINING_FILE, EVALUATION_FILE):
+        with suppress(OSError, ValueError):
+            records[name] = json.loads((folder / name).read_text())
+    return records
 
 
 def _read_calibration(path: Path) -> dict[str, Any] | None:

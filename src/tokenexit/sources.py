@@ -49,16 +49,19 @@ def list_pictures(sources: Sequence[Path], out: Path | None = None) -> dict[Path
 
 
 def _inside(folder: Path, out: Path | None) -> list[Path]:
-    found = [path for path in sorted(folder.rglob("*")) if _is_picture(path, folder, out)]
+    real = folder.resolve()
+    below = None if out is None or out.resolve() == real or not out.resolve().is_relative_to(real) else out.resolve()
+    found = [path for path in sorted(folder.rglob("*")) if _is_picture(path, folder)]
+    if below is not None:
+        found = [path for path in found if not path.resolve().is_relative_to(below)]
     if not found:
         raise DataError(f"{folder} holds no picture: name a folder with {', '.join(sorted(SUFFIXES))} files.")
     return found
 
 
-def _is_picture(path: Path, folder: Path, out: Path | None) -> bool:
+def _is_picture(path: Path, folder: Path) -> bool:
     hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-    result = out is not None and out.resolve() != folder.resolve() and path.resolve().is_relative_to(out.resolve())
-    return path.suffix.lower() in SUFFIXES and not hidden and not result and path.is_file()
+    return path.suffix.lower() in SUFFIXES and not hidden and path.is_file()
 
 
 def _listed(file: Path, out: Path | None) -> Iterator[tuple[Path, str]]:

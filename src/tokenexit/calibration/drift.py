@@ -62,17 +62,6 @@ class Seen:
 
 
 @contextmanager
-def monitored(model: ExitSegmenter, monitor: Monitor | None) -> Iterator[None]:
-    """A block in which one picture is segmented, which `monitor` then takes into account; nothing without one."""
-    if monitor is None:
-        yield
-        return
-    with watch(model) as seen:
-        yield
-    monitor.add(seen.histograms([max(sum(len(counts) for counts in calls) for calls in seen.calls)]))
-
-
-@contextmanager
 def watch(model: ExitSegmenter) -> Iterator[Seen]:
     """Record the scores of the exit heads in every call within the block, which must run in one thread.
 

@@ -20,9 +20,9 @@ from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.errors import DataError
 from tokenexit.inference import Precision, inference
 from tokenexit.methods import Method
-from tokenexit.predicting import list_pictures
 from tokenexit.preprocessing import Labels, load_image
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.sources import list_pictures
 from tokenexit.windows import Segmentation, WindowedOutput
 
 BATCH_PIXELS = 1 << 18

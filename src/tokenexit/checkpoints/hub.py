@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from tokenexit.errors import CheckpointError
@@ -35,47 +37,33 @@ def resolve_weights(source: str | Path) -> Path:
     return path
 
 
+def resolve_folder(source: str | Path, patterns: Sequence[str]) -> Path:
+    """The local folder behind `source`, as `resolve_weights` finds files: a path, or `hf-hub:OWNER/NAME[@REVISION]`, of
+    which the files that fit one of `patterns` are fetched."""
+    if not str(source).startswith(HUB_PREFIX):
+        return Path(source)
+    name = _parsed(str(source))
+    with _explained(f"model '{source}'", name["repo"], name["revision"]):
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name["repo"], revision=name["revision"], allow_patterns=list(patterns)))
+
+
 def _fetch(source: str) -> Path:
-    match = _HUB_NAME.fullmatch(source)
-    if match is None:
-        raise CheckpointError(f"weights '{source}' is no hub name: write {_FORM}.")
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError:
-        raise CheckpointError(
-            f"weights '{source}' needs the package huggingface_hub: pip install huggingface_hub, or give a local file."
-        ) from None
+    match = _parsed(source)
     repo, revision = match["repo"], match["revision"]
     files = (match["file"],) if match["file"] else DEFAULT_FILES
     offline = False
-    for file in files:
-        try:
-            return Path(hf_hub_download(repo, file, revision=revision, local_files_only=offline))
-        except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError, so it comes first
-            offline = True  # one round of retries is enough; the other file may be in the cache
-        except errors.EntryNotFoundError:
-            continue
-        except errors.GatedRepoError:  # a kind of RepositoryNotFoundError
-            raise CheckpointError(
-                f"weights '{source}': access to '{repo}' must be granted: accept its terms on the hub, "
-                "then run 'hf auth login'."
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise CheckpointError(
-                f"weights '{source}': the hub has no model '{repo}' that you may read: check the name, "
-                "or run 'hf auth login' for a private one."
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise CheckpointError(
-                f"weights '{source}': '{repo}' has no revision '{revision}': name a branch, tag or commit it has."
-            ) from None
-        except errors.HFValidationError:
-            raise CheckpointError(f"weights '{source}' is no hub name: write {_FORM}.") from None
-        except Exception as error:  # connection errors change their type with the HTTP client's releases
-            raise CheckpointError(
-                f"weights '{source}' could not be fetched ({type(error).__name__}): "
-                "check the connection, or download the file and give its path."
-            ) from None
+    with _explained(f"weights '{source}'", repo, revision):
+        from huggingface_hub import errors, hf_hub_download
+
+        for file in files:
+            try:
+                return Path(hf_hub_download(repo, file, revision=revision, local_files_only=offline))
+            except errors.LocalEntryNotFoundError:  # a kind of EntryNotFoundError, so it comes first
+                offline = True  # one round of retries is enough; the other file may be in the cache
+            except errors.EntryNotFoundError:
+                continue
     if offline:
         raise CheckpointError(
             f"weights '{source}': the hub cannot be reached and {' or '.join(files)} is not in its cache: "
@@ -84,3 +72,43 @@ def _fetch(source: str) -> Path:
     raise CheckpointError(
         f"weights '{source}': '{repo}' has no {' or '.join(files)}: name its weight file after a slash."
     )
+
+
+def _parsed(source: str) -> re.Match[str]:
+    match = _HUB_NAME.fullmatch(source)
+    if match is None:
+        raise CheckpointError(f"weights '{source}' is no hub name: write {_FORM}.")
+    return match
+
+
+@contextmanager
+def _explained(what: str, repo: str, revision: str | None) -> Iterator[None]:
+    """What the hub's library raises, in one sentence."""
+    try:
+        from huggingface_hub import errors
+    except ImportError:
+        raise CheckpointError(
+            f"{what} needs the package huggingface_hub: pip install huggingface_hub, or give a local file."
+        ) from None
+    try:
+        yield
+    except errors.GatedRepoError:  # a kind of RepositoryNotFoundError
+        raise CheckpointError(
+            f"{what}: access to '{repo}' must be granted: accept its terms on the hub, then run 'hf auth login'."
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise CheckpointError(
+            f"{what}: the hub has no model '{repo}' that you may read: check the name, or run 'hf auth login' for a "
+            "private one."
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise CheckpointError(
+            f"{what}: '{repo}' has no revision '{revision}': name a branch, tag or commit it has."
+        ) from None
+    except errors.HFValidationError:
+        raise CheckpointError(f"{what} is no hub name: write {_FORM}.") from None
+    except Exception as error:  # connection errors change their type with the HTTP client's releases
+        raise CheckpointError(
+            f"{what} could not be fetched ({type(error).__name__}): "
+            "check the connection, or download the file and give its path."
+        ) from None

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from datetime import timedelta
+from typing import TypeVar, cast
 
 from torch import distributed
 
@@ -33,8 +34,25 @@ def gather(value: T) -> list[T]:
     try:
         distributed.all_gather_object(values, value)
     except RuntimeError:  # the connection to a process broke
-        raise ConfigError("another process of this run has ended: its own message says why.") from None
+        raise _ended() from None
     return values
+
+
+def _ended() -> ConfigError:
+    return ConfigError("another process of this run has ended: its own message says why.")
+
+
+def from_first(value: T) -> T:
+    """What the first process gave; all must call it."""
+    rank, count = place()
+    if count == 1:
+        return value
+    values = [value if rank == 0 else None]
+    try:
+        distributed.broadcast_object_list(values)
+    except RuntimeError:
+        raise _ended() from None
+    return cast(T, values[0])
 
 
 @contextmanager
@@ -54,13 +72,16 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def joined() -> Iterator[None]:
-    """Connect with the other processes that torchrun started, if there are others; leave them at the end."""
+def joined(patience: timedelta | None = None) -> Iterator[None]:
+    """Connect with the other processes that torchrun started, if there are others; leave them at the end.
+
+    patience: how long one waits for the others, torch's half an hour if not given.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or distributed.is_initialized():
         yield
         return
     try:
-        distributed.init_process_group("gloo")  # counts are gathered, and those lie on the host
+        distributed.init_process_group("gloo", timeout=patience)  # counts are gathered, and those lie on the host
     except (RuntimeError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"the processes do not find each other ({reason}): start them with torchrun.") from None

@@ -142,7 +142,7 @@ def exit_map(
         raise DataError(
             f"exit_stage of shape {stage.shape} is no (h, w) map of values 0..{num_exits}: check num_exits."
         )
-    rows, columns = (_token_of_pixels(size[i], (extent or stage.shape)[i], stage.shape[i]) for i in range(2))
+    rows, columns = (token_of_pixels(size[i], (extent or stage.shape)[i], stage.shape[i]) for i in range(2))
     tiles = np.array(exit_colours(num_exits), dtype=np.float32)[stage[rows[:, None], columns[None, :]]]  # (H, W, 3)
     if image is not None:
         _check_same_size(image, size, "size")
@@ -154,7 +154,7 @@ def exit_map(
     return Image.fromarray(tiles.round().astype(np.uint8))
 
 
-def _token_of_pixels(pixels: int, extent: float, tokens: int) -> npt.NDArray[np.intp]:
+def token_of_pixels(pixels: int, extent: float, tokens: int) -> npt.NDArray[np.intp]:
     """The row (or column) of tokens in which the middle of each pixel lies: `(pixels,)`."""
     place = np.floor((np.arange(pixels) + 0.5) * extent / pixels).astype(np.intp)
     return place.clip(0, tokens - 1)

@@ -6,7 +6,6 @@ ends with the weights of one that was not.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -32,7 +31,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
 from tokenexit.inference import Precision
 from tokenexit.methods import Method, build_method
-from tokenexit.segmenter import WEIGHTS_FILE, ExitSegmenter
+from tokenexit.segmenter import TRAINING_FILE, WEIGHTS_FILE, ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
 from tokenexit.training.build import build_dataset, build_model, build_transform
 from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_checkpoint
@@ -87,9 +86,8 @@ def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitS
     if accelerator.is_main_process:
         if run.saved < run.step:
             run.save()
+        run.result.records = {TRAINING_FILE: {"config": asdict(config), "history": run.history}}
         run.result.save_pretrained(run.out)
-        training = {"config": asdict(config), "history": run.history}
-        (run.out / "training.json").write_text(json.dumps(training, indent=2))
     accelerator.wait_for_everyone()
     return run.result.eval()
 
