@@ -88,12 +88,16 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path, title: str) -> N
         ("threads", "ms"),
     ]
     for ax, (axis, unit) in zip(axes.flat, plots):
+        if axis not in curves:
+            ax.remove()
+            continue
         xs = [1 - p["at"] if axis == "leave" else p["at"] for p in curves[axis]]
         for name, style in (("dense", "o--"), ("dynamic", "o-")):
             ax.plot(xs, [p[f"{name} {unit}"] for p in curves[axis]], style, label=name)
         ax.set_xlabel("share of tokens live after block 3" if axis == "leave" else axis)
         ax.set_ylabel(unit)
-        ax.set_ylim(bottom=0)
+        if axis != "side":
+            ax.set_ylim(bottom=0)
         if axis in ("side", "classes"):
             ax.set_xscale("log", base=2)
             ax.set_yscale("log" if axis == "side" else "linear")
