@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+import tokenexit.bulk as bulk
 from tests.training.driver import kill_everybody
 from tokenexit.cli import main
 
@@ -32,6 +33,7 @@ def half_of_one_more(pids: str, saves: int) -> None:
         SAVE(self, path)
 
     Image.Image.save = save  # type: ignore[assignment]
+    bulk.WRITERS = 1  # picture after picture
 
 
 if __name__ == "__main__":

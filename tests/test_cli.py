@@ -359,6 +359,7 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
     model: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     ExitSegmenter.from_pretrained(model).save_pretrained(tmp_path)
+    (tmp_path / "training.json").unlink()
     assert wrong(capsys, "evaluate", tmp_path) == (
         f"{tmp_path} does not say what it was trained on: name it with --data."
     )

@@ -176,7 +176,7 @@ def test_predict__warns_once_of_pictures_unlike_the_calibrations(
     warning = capsys.readouterr().err
     assert "6 of 6 pictures have scores unlike the calibration's" in warning
     assert warning.count("\n") == 1
-    assert main([*arguments, "--method", "dtop"]) == 0
+    assert main([*arguments, "--method", "dtop", "--overwrite"]) == 0
     assert capsys.readouterr().err == ""
 
 

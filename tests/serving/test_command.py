@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def wrong(capsys: Captured, *arguments: object) -> str:
 
 def test_serve__answers_until_ctrl_c(saved: Path) -> None:
     command = [sys.executable, "-m", "tokenexit", "serve", str(saved), "--port", "0", "--device", "cpu"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a background shell's children ignore it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=heard) as run:
         try:
             assert run.stdout is not None
             assert run.stderr is not None
