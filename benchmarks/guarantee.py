@@ -26,11 +26,11 @@ import numpy as np
 import torch
 
 from tokenexit.calibration import guarantee
-from tokenexit.calibration.calibrate import Bound, Planner, Trial, places_to_test, spec_of
+from tokenexit.calibration.calibrate import Bound, Planner, Trial, places_to_test
 from tokenexit.calibration.runs import Bench, Progress, dense_reference, error, true_run
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.data.scenes import Scenes
-from tokenexit.methods import DToP, build_method
+from tokenexit.methods import DToP, build_method, spec_of
 from tokenexit.quickstart import scene_recipe
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DataConfig

@@ -40,8 +40,8 @@ def cpu_rows() -> list[Row]:
             name = f"nothing-{_short(backbone)}-{precision}"
             rows.append((name, [*_settings(backbone, precision, 512), "--leave", "0", "--exits", "3", "6", "9"]))
     rows += dovit_rows(BASE, "setr_naive", [3], "bf16", LIVE_SHARES)
-    rows += dovit_rows(BASE, "mask_transformer", [3], "bf16", (45, 35, 25))
-    rows += dovit_rows(LARGE, "setr_naive", [6], "bf16", (45, 35, 25))
+    rows += dovit_rows(BASE, "mask_transformer", [3], "bf16", LIVE_SHARES)
+    rows += dovit_rows(LARGE, "setr_naive", [6], "bf16", LIVE_SHARES)
     return rows
 
 

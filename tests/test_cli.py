@@ -17,8 +17,9 @@ from PIL import Image
 
 import tokenexit.cli as cli
 from tests.training.tiny import HEADS, silent, tiny_run, write_dataset
-from tokenexit import __version__
+from tokenexit import __version__, gating
 from tokenexit.cli import COMMANDS, main
+from tokenexit.gating import Costs, Curve
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.loop import train
 
@@ -286,6 +287,21 @@ def test_evaluate_takes_scores_rules_and_rivals(model: Path, tmp_path: Path, cap
     ]
     assert rows[1]["method"]["threshold"][1] == [0.4] * len(rows[0]["IoU"])
     assert rows[-1]["share_of_dense"] < 1.0
+
+
+def test_evaluate_gates_if_asked(
+    model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gating, "measure_costs", lambda model, *_: Costs(Curve(0, 1, 0), (Curve(1e6, 0, 0),) * 2))
+    asked = ("evaluate", model, "--limit", "1", "--method", "dense", "dtop", "--threshold", "0", "--json")
+    fine(capsys, *asked, tmp_path / "open.json")
+    text = fine(capsys, *asked, tmp_path / "gated.json", "--gate")
+    assert "gated" in text
+    free, gated = (json.loads((tmp_path / name).read_text())["results"] for name in ("open.json", "gated.json"))
+    assert free[0]["gmacs_mean"] == gated[0]["gmacs_mean"] == gated[1]["gmacs_mean"]
+    assert free[1]["gmacs_mean"] != gated[1]["gmacs_mean"]
+    assert gated[1]["method"]["closed"][0] == [1, [0, 1]]
 
 
 def test_evaluate_takes_the_data_that_the_model_was_trained_on(model: Path, capsys: Captured) -> None:

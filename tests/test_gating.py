@@ -12,8 +12,17 @@ from hypothesis import strategies as st
 
 from tests.test_cli import fine, wrong
 from tokenexit import gating
-from tokenexit.gating import Costs, Curve, choose_exits, costs_on_this_machine, gate, measure_costs, nonnegative_fit
-from tokenexit.methods import DToP, Gated
+from tokenexit.gating import (
+    Costs,
+    Curve,
+    choose_exits,
+    costs_on_this_machine,
+    gate,
+    gated_by_size,
+    measure_costs,
+    nonnegative_fit,
+)
+from tokenexit.methods import Dense, DToP, FixedRatio, Gated, GatedBySize, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
 milliseconds = st.floats(0.0, 10.0)
@@ -151,3 +160,28 @@ def test_gate__is_a_command_that_says_why(
     assert second.startswith("exit 2 after block 2 takes 1000.00 ms on 60 tokens: closed")
     assert total.endswith("with none 180.0")
     assert "has 3 numbers" in wrong(capsys, "gate", tmp_path / "model", "--image-size", 1, 2, 3)
+
+
+def test_gated_by_size__closes_what_gate_closes_at_every_size(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs = Costs(Curve(0, 0.01, 1e-4), (Curve(1, 0, 0), Curve(3, 1e-3, 0)))
+    monkeypatch.setattr(gating, "measure_costs", lambda *_: costs)
+    method = gated_by_size(model, DToP())
+    assert isinstance(method, GatedBySize)
+    seen = set()
+    for grid in ((1, 1), (3, 4), (5, 5), (9, 9), (10, 12), (16, 16), (20, 23), (32, 32), (64, 64), (300, 300)):
+        found = gate(model, DToP(), grid)
+        assert method.for_grid(grid) == found.apply(DToP())
+        seen.add(found.closed)
+    assert {(0, 1), ()} <= seen
+
+
+def test_gated_by_size__leaves_what_has_no_gates_and_what_always_pays(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(gating, "measure_costs", lambda *_: Costs(Curve(0, 1, 0), (Curve(0, 0, 0), Curve(0, 0, 0))))
+    for method in (DToP(), Dense(), FixedRatio(ratios=(0.5, 0.2)), Truncated()):
+        assert gated_by_size(model, method) is method

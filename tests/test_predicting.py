@@ -20,6 +20,7 @@ from PIL import Image
 
 import tokenexit.bulk as bulk
 import tokenexit.formats.outputs as outputs
+import tokenexit.predicting as predicting
 from tests.formats.test_label_studio import as_mask
 from tests.formats.test_rle import read
 from tests.helpers import tiny_segmenter
@@ -29,7 +30,7 @@ from tokenexit.cli.predict import MAX_PIXELS, SAVE
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.formats import video
 from tokenexit.formats.rle import run_lengths
-from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.methods import Dense, DoViT, DToP, GatedBySize, Method, build_method
 from tokenexit.predicting import RECORD, Predicted, predict_files, save_atomically
 from tokenexit.preprocessing import default_labels, load_image
 from tokenexit.report.pictures import exit_map, overlay
@@ -514,6 +515,40 @@ def test_a_zip_holds_what_the_folder_would_and_is_gone_on_with(model: ExitSegmen
             assert archive.read(name) == (out / name).read_bytes(), name
     with pytest.raises(ConfigError, match="predictions made with other method"):
         predict_files(model, [folder], packed_, Dense())
+
+
+def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_it_began_with(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for name, side in (("small", 8), ("large", 32)):
+        noise(side, side).save(pictures / f"{name}.png")
+    everyone_leaves = DToP(threshold=0.0, keep_per_class=0)
+    closed: list[tuple[int, ...]] = [(0, 1)]
+    monkeypatch.setattr(
+        predicting, "gated_by_size", lambda model, method, _: GatedBySize(method, ((1, closed[0]), (16, ())))
+    )
+
+    def predict(out: Path, **options: Any) -> None:
+        predict_files(model, [pictures], out, everyone_leaves, save=("exits", "masks"), **options)
+        record = json.loads((out / RECORD).read_text())["method"]
+        assert build_method(record) == (
+            GatedBySize(everyone_leaves, ((1, closed[0]), (16, ()))) if options.get("gate") else everyone_leaves
+        )
+
+    gated, free = tmp_path / "gated", tmp_path / "free"
+    predict(gated, gate=True)
+    predict(free)
+    same = [
+        (gated / f"{name}.exits.png").read_bytes() == (free / f"{name}.exits.png").read_bytes()
+        for name in ("small", "large")
+    ]
+    assert same == [False, True]
+    (gated / "small.png").unlink()
+    before, closed[0] = closed[0], ()  # another machine, or another day
+    predict_files(model, [pictures], gated, everyone_leaves, save=("exits", "masks"), gate=True)
+    assert json.loads((gated / RECORD).read_text())["method"]["closed"] == [[1, list(before)], [16, []]]
 
 
 # ------------------------------------------------------------------------------------------------- what can be kept

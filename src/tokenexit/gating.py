@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import combinations
+from itertools import combinations, pairwise
 from statistics import median
 from typing import Any
 
@@ -22,9 +22,9 @@ import torch
 
 from tokenexit.cache import cached_path, keep, read_cached
 from tokenexit.inference import Precision, inference
-from tokenexit.methods import Method
+from tokenexit.methods import DoViT, DToP, Method
 from tokenexit.methods.base import Model
-from tokenexit.methods.gated import Gated
+from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Grid, Tokens
 
@@ -33,6 +33,8 @@ Array = npt.NDArray[np.float64]
 SIDES = (6, 12, 24, 40)
 """Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
 REPEATS = 5
+RUNGS = tuple(dict.fromkeys(round(1.05**n) for n in range(200)))
+"""Numbers of patches that are told apart: up to 16,000, in steps of 5 %."""
 ASSUMED_LEAVING = 1 / 3
 """Share of the live tokens that leaves at an exit where no calibration says otherwise; about that of both papers."""
 
@@ -184,10 +186,35 @@ def gate(model: ExitSegmenter, method: Method[Any], grid: Grid, precision: Preci
 
     The share of tokens that leaves is what the model's calibration saw, or a third of the live ones at each exit.
     """
+    tokens = grid[0] * grid[1]
+    return _choices(model, method, precision)(max(rung for rung in RUNGS if rung <= tokens))
+
+
+def has_gates(method: Method[Any]) -> bool:
+    """Whether exits of a method may be closed: not where there are none, or where it was told how many leave."""
+    return isinstance(method, DToP | DoViT)
+
+
+def gated_by_size(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Method[Any]:
+    """`method` with the exits that pay, at every size; as it is if all of them always pay, or it has no gates.
+
+    Raises `ConfigError` for a method that `model` cannot run.
+    """
+    model.check(method)
+    if not has_gates(method):
+        return method
+    choose = _choices(model, method, precision)
+    closed = [(rung, choose(rung).closed) for rung in RUNGS]
+    changes = [now for before, now in pairwise([(0, ()), *closed]) if before[1] != now[1]]
+    return GatedBySize(method, tuple(changes)) if changes else method
+
+
+def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) -> Callable[[int], Gating]:
+    """By the number of patches."""
     config = model.config
     reached = (model.calibration or {}).get("reached", {}).get("live_after_exit")
     number = len(config.exits)
     assumed = [(1 - ASSUMED_LEAVING) ** (n + 1) for n in range(number)]
     live_after = assumed if reached is None else reached[-number:]
     costs = costs_on_this_machine(model, method, precision)
-    return choose_exits(costs, config.exits, config.backbone.depth, grid[0] * grid[1], live_after)
+    return lambda tokens: choose_exits(costs, config.exits, config.backbone.depth, tokens, live_after)

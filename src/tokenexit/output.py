@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +15,8 @@ from tokenexit.ledger import Ledger, Size
 from tokenexit.methods.base import Stage, Value
 from tokenexit.tokens import Grid
 from tokenexit.upsampling import can_skip, labels_of_grid
+
+T = TypeVar("T")
 
 LABEL_TILE_ELEMENTS = 1 << 22
 """Full-size elements held at once while labels are made: 16 MiB in fp32, whatever the number of classes."""
@@ -169,3 +173,42 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     if list(maps.shape[2:]) != padded:
         maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
     return maps[:, :, : out[0], : out[1]]
+
+
+# ------------------------------------------------------------------------------------------- results put together
+
+
+def joined(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
+    """Several calls of one model as if they had been one; their outputs have the same exits and kind of values."""
+    ledgers = [out.ledger for out in outputs]
+    return replace(
+        outputs[0],
+        grid_logits=_chained(out.grid_logits for out in outputs),
+        exit_stage=_chained(out.exit_stage for out in outputs),
+        ledger=Ledger(
+            live=_chained(ledger.live for ledger in ledgers),
+            tokens=_chained(ledger.tokens for ledger in ledgers),
+            parts=_chained(ledger.parts for ledger in ledgers),
+            dense_macs=_chained(ledger.dense_macs for ledger in ledgers),
+        ),
+        sizes=_chained(out.sizes for out in outputs),
+        targets=_chained(out.targets for out in outputs),
+        stages=tuple(map(_joined_stages, zip(*(out.stages for out in outputs)))),
+    )
+
+
+def _joined_stages(stages: Sequence[Stage]) -> Stage:
+    """One exit in several calls."""
+    logits = [stage.logits for stage in stages if stage.logits is not None]
+    presence = [stage.presence for stage in stages if stage.presence is not None]
+    return replace(
+        stages[0],
+        head_tokens=_chained(stage.head_tokens for stage in stages),
+        logits=torch.cat(logits) if logits else None,
+        presence=torch.cat(presence) if presence else None,
+        seen=None,  # features of overlapping windows are not one map
+    )
+
+
+def _chained(parts: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
+    return tuple(chain.from_iterable(parts))

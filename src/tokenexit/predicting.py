@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,9 @@ from tokenexit.evaluation.processes import from_first, gather, place, together
 from tokenexit.formats.label_studio import LOCAL_FILES
 from tokenexit.formats.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, About, Output
 from tokenexit.formats.places import Place
+from tokenexit.gating import gated_by_size
 from tokenexit.inference import Precision
-from tokenexit.methods import Method
+from tokenexit.methods import GatedBySize, Method, build_method, spec_of
 from tokenexit.preprocessing import MAX_PIXELS, Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.sources import Job, frame_name, list_jobs
@@ -55,6 +56,7 @@ def predict_files(
     max_pixels: int = MAX_PIXELS,
     fps: float = 25.0,
     image_url: str = LOCAL_FILES,
+    gate: bool = False,
     monitor: Monitor | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
 ) -> Predicted:
@@ -68,6 +70,8 @@ def predict_files(
     overwrite: make again what is whole, which is passed over otherwise. `out/predictions.json` says what predictions
         were made with, and a folder of others is refused.
     max_pixels: larger pictures are refused. image_url: what comes before a picture's name in Label Studio's tasks.
+    gate: pass over exits that do not pay at a picture's size (`tokenexit.gating`); `out` keeps to the choice it began
+        with.
     monitor: learns how sure the exits were of each picture.
 
     Connected processes (torch.distributed) must all call it and see the same `out`. They share the work, all return the
@@ -77,7 +81,7 @@ def predict_files(
     model.check(method)
     films = VIDEO in save
     outputs = chosen_outputs(save)
-    results, made_with = Place(out), _made_with(model, method, precision)
+    results = Place(out)
     rank, processes = place()
     jobs: list[Job] = []
     skipped = 0
@@ -85,10 +89,13 @@ def predict_files(
         if rank == 0:
             named = list_jobs(sources, out, films)
             check_jobs(named, results, outputs, films)
+            if gate:
+                method = _gated(model, method, precision, None if overwrite else results.read(RECORD))
+            made_with = _made_with(model, method, precision)
             jobs = _open(results, named, outputs, films, made_with, overwrite)
             skipped = sum(job.size for job in named) - sum(job.size for job in jobs)
-    jobs = from_first(jobs)
-    about = About(classes_of(model), f"tokenexit {made_with['weights']}", image_url)
+    jobs, method = from_first((jobs, method))
+    about = About(classes_of(model), f"tokenexit {model.fingerprint()}", image_url)
     engine = Engine(model, method, precision, "scores" in outputs, monitor)
     share = Share(engine, Keep(results, outputs, about, films, fps))
     with together():
@@ -221,12 +228,21 @@ def _left_of(job: Job, outputs: Mapping[str, Output], films: bool, there: set[st
     return frames | there.intersection((count_file(job), job.name + VIDEO_SUFFIX))
 
 
+def _gated(model: ExitSegmenter, method: Method[Any], precision: Precision, record: Any) -> Method[Any]:
+    """The exits that pay here, or those that predictions of this method in `out` were begun with."""
+    try:
+        before = build_method(record["method"])
+    except (ConfigError, KeyError, TypeError, ValueError):  # nothing begun, or nothing that could be known
+        return gated_by_size(model, method, precision)
+    same = before.method if isinstance(before, GatedBySize) else before
+    return before if same == method else gated_by_size(model, method, precision)
+
+
 def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) -> dict[str, Any]:
     """What predictions depend on beside the pictures, as JSON has it."""
-    own = {f.name: getattr(method, f.name) for f in fields(method)}
     record = {
         "weights": model.fingerprint(),
-        "method": {"name": method.name, **own},
+        "method": spec_of(method, whole=True),
         "precision": precision,
         "preprocessing": model.preprocessing.to_dict(),
     }

@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
 from tokenexit.hub import push_folder
 from tokenexit.ledger import Size, write_ledger
 from tokenexit.methods import Dense, Method, Model, build_method
-from tokenexit.output import SegmentationOutput
+from tokenexit.output import SegmentationOutput, joined
 from tokenexit.pipeline import ImageSegmentation, label_maps
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
 from tokenexit.vit import ViT, ViTConfig, vit_config
@@ -163,7 +163,27 @@ class ExitSegmenter(nn.Module):
         method = Dense() if method is None else method
         model = self.for_methods(self.training or with_stages)
         method.check(model)
+        sizes = tuple((image.shape[1], image.shape[2]) for image in images)
+        targets = sizes if targets is None else tuple(targets)
+        outputs = [
+            self._run([images[i] for i in run], own, model, targets[run.start : run.stop])
+            for run, own in self._runs(sizes, method)
+        ]
+        return outputs[0] if len(outputs) == 1 else joined(outputs)
 
+    def _runs(self, sizes: Sequence[Size], method: Method[Any]) -> Iterator[tuple[range, Method[Any]]]:
+        """Consecutive images that run together, and with what; for most methods, all of them with itself."""
+        grids = [self.backbone.patch_embed.grid(*size) for size in sizes]
+        stop = cells = 0
+        for own, group in groupby(map(method.for_grid, grids)):
+            start, first, stop = stop, cells, stop + len(list(group))
+            cells += sum(h * w for h, w in grids[start:stop])
+            yield range(start, stop), own.of_cells(slice(first, cells))
+
+    def _run(
+        self, images: Sequence[Tensor], method: Method[Any], model: Model, targets: tuple[Size, ...]
+    ) -> SegmentationOutput:
+        """Both papers' flow: blocks, an exit, blocks of those that are left, and the map of all."""
         tokens = self.backbone.embed(images)
         state = method.start(tokens, model)
         lengths: list[tuple[int, ...]] = []
@@ -186,7 +206,7 @@ class ExitSegmenter(nn.Module):
             num_exits=model.num_exits,
             ledger=write_ledger(self.backbone, model.exit_heads, self.decode_head, grids, lengths, result.stages),
             sizes=sizes,
-            targets=sizes if targets is None else tuple(targets),
+            targets=targets,
             patch_size=self.config.backbone.patch_size,
             upscale=self.decode_head.upscale,
             stages=result.stages,

@@ -13,10 +13,10 @@ Legend: H, W height and width in pixels; K classes, k of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass, replace
-from itertools import accumulate, chain, pairwise, product
-from typing import Any, ClassVar, TypeAlias, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from itertools import accumulate, pairwise, product
+from typing import Any, ClassVar, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,8 @@ from torch import Tensor
 
 from tokenexit.ledger import Ledger, Parts, Size
 from tokenexit.methods import Method
-from tokenexit.methods.base import Stage, Value
-from tokenexit.output import SegmentationOutput, argmax_by_tiles, resize_maps, scores_by_tiles, stack_equal
+from tokenexit.methods.base import Value
+from tokenexit.output import SegmentationOutput, argmax_by_tiles, joined, resize_maps, scores_by_tiles, stack_equal
 
 PACK_TOKENS = 8192
 """Tokens that run at once: eight windows of 512 pixels at patch 16, about half a GiB of activations of a ViT-Large."""
@@ -33,7 +33,6 @@ PACK_TOKENS = 8192
 Box: TypeAlias = tuple[int, int, int, int]
 """Top, left, bottom, right in pixels; the last two are one beyond."""
 
-T = TypeVar("T")
 Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any]], SegmentationOutput]
 
 
@@ -91,7 +90,7 @@ def segment_windows(
     for pack in packs(tokens, max_tokens):
         cells = slice(first_cell[pack.start], first_cell[pack.stop])
         outputs.append(forward(crops[pack.start : pack.stop], method.of_cells(cells)))
-    return WindowedOutput(_joined(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
+    return WindowedOutput(joined(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,7 @@ class WindowedOutput:
             raise IndexError(f"image {image} of an output of {len(self)} images")
         image %= len(self)
         one, own = slice(image, image + 1), self._own(image)
-        windows = _joined([self.windows[n] for n in range(own.start, own.stop)])
+        windows = joined([self.windows[n] for n in range(own.start, own.stop)])
         return WindowedOutput(windows, self.boxes[one], self.sizes[one], self.targets[one])
 
     def __iter__(self) -> Iterator[WindowedOutput]:
@@ -230,42 +229,3 @@ def _inside(maps: Tensor, box: Box) -> Tensor:
     """What of `(..., H, W)` lies in the box: a view."""
     top, left, bottom, right = box
     return maps[..., top:bottom, left:right]
-
-
-# ------------------------------------------------------------------------------------------- results put together
-
-
-def _joined(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
-    """Several calls of one model as if they had been one."""
-    ledgers = [out.ledger for out in outputs]
-    return replace(
-        outputs[0],
-        grid_logits=_chained(out.grid_logits for out in outputs),
-        exit_stage=_chained(out.exit_stage for out in outputs),
-        ledger=Ledger(
-            live=_chained(ledger.live for ledger in ledgers),
-            tokens=_chained(ledger.tokens for ledger in ledgers),
-            parts=_chained(ledger.parts for ledger in ledgers),
-            dense_macs=_chained(ledger.dense_macs for ledger in ledgers),
-        ),
-        sizes=_chained(out.sizes for out in outputs),
-        targets=_chained(out.targets for out in outputs),
-        stages=tuple(map(_joined_stages, zip(*(out.stages for out in outputs)))),
-    )
-
-
-def _joined_stages(stages: Sequence[Stage]) -> Stage:
-    """One exit in several calls."""
-    logits = [stage.logits for stage in stages if stage.logits is not None]
-    presence = [stage.presence for stage in stages if stage.presence is not None]
-    return replace(
-        stages[0],
-        head_tokens=_chained(stage.head_tokens for stage in stages),
-        logits=torch.cat(logits) if logits else None,
-        presence=torch.cat(presence) if presence else None,
-        seen=None,  # features of overlapping windows are not one map
-    )
-
-
-def _chained(parts: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
-    return tuple(chain.from_iterable(parts))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ import torch
 
 from tests.helpers import picture, tiny_segmenter
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Gated, Method
+from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method, spec_of
 from tokenexit.segmenter import ExitSegmenter
 
 IMAGES = [picture(24, 32, seed=1), picture(16, 20, seed=2)]
@@ -79,3 +81,47 @@ def test_gated__checks_the_method_inside() -> None:
     method: Method[Any] = Gated(DToP(threshold=(0.1, 0.2, 0.3)), (0,))
     with pytest.raises(ConfigError, match="3"):
         tiny_segmenter().check(method)
+
+
+SMALL, LARGE = 20, 48
+BY_SIZE = GatedBySize(DToP(threshold=0.2, keep_per_class=1), ((1, (0, 1)), (SMALL, (0,)), (LARGE, ())))
+
+
+@torch.no_grad()
+def test_gated_by_size__every_image_meets_the_exits_of_its_size_whatever_is_beside_it() -> None:
+    model = tiny_segmenter()
+    images = [
+        picture(height, width, seed=n)
+        for n, (height, width) in enumerate([(16, 16), (24, 32), (32, 32), (8, 60), (24, 32)])
+    ]
+    grids = [model.backbone.patch_embed.grid(*image.shape[1:]) for image in images]
+    closed = [(0, 1) if h * w < SMALL else (0,) if h * w < LARGE else () for h, w in grids]
+    assert len(set(closed)) == 3
+    together = model(images, BY_SIZE, targets=[(5, 7)] * len(images))
+    alone = [model([image], Gated(BY_SIZE.method, numbers)) for image, numbers in zip(images, closed)]
+    for n, one in enumerate(alone):
+        torch.testing.assert_close(together.grid_logits[n], one.grid_logits[0])
+        assert torch.equal(together.exit_stage[n], one.exit_stage[0])
+        assert together.ledger.macs[n] == one.ledger.macs[0]
+        assert together.sizes[n] == one.sizes[0]
+    assert together.labels.shape == (len(images), 5, 7)
+
+
+@torch.no_grad()
+def test_gated_by_size__windows_meet_the_exits_of_the_windows_size() -> None:
+    model = tiny_segmenter()
+    model.preprocessing = replace(model.preprocessing, window=(16, 16), stride=(16, 16))
+    (windowed,), (whole,) = (run([picture(32, 32)], BY_SIZE).exit_stage for run in (model.segment, model))
+    assert (windowed == 2).all()
+    assert (whole < 2).any()
+
+
+def test_gated_by_size__comes_back_from_its_specification() -> None:
+    for whole in (False, True):
+        assert build_method(json.loads(json.dumps(spec_of(BY_SIZE, whole)))) == BY_SIZE
+    assert spec_of(BY_SIZE)["method"] == {"name": "dtop", "threshold": 0.2, "keep_per_class": 1}
+
+
+def test_gated_by_size__refuses_exits_that_are_not_there() -> None:
+    with pytest.raises(ConfigError, match="names exits that are not there"):
+        tiny_segmenter().check(GatedBySize(DToP(), ((1, (5,)),)))

@@ -43,7 +43,7 @@ from tokenexit.calibration.saved import Calibration
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cost import GIGA
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.methods import Dense, DoViT, DToP, Method, spec_of
 
 Average = Literal["pixels", "classes"]
 Unit = Literal["budget", "budget_gmacs", "latency_ms"]
@@ -593,11 +593,3 @@ def costs_of(run: Run) -> dict[str, Any]:
         "share_of_dense_largest": (run.macs.double() / run.dense_macs).max().item(),
         "live_after_exit": [round(x, 5) for x in (run.live.double() / run.tokens[:, None]).mean(0).tolist()],
     }
-
-
-def spec_of(method: Method[Any]) -> dict[str, Any]:
-    """The specification of a method: its name, and what is not as by default."""
-    default = type(method)()
-    own = {f.name: getattr(method, f.name) for f in fields(method)}
-    changed = {name: value for name, value in own.items() if value != getattr(default, name)}
-    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in changed.items()}}

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.calibrate import costs_of, spec_of
+from tokenexit.calibration.calibrate import costs_of
 from tokenexit.calibration.dense_pass import check_method
 from tokenexit.calibration.drift import Usual
 from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
@@ -31,7 +31,7 @@ from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
 from tokenexit.inference import inference
-from tokenexit.methods import Dense, Method, Stage
+from tokenexit.methods import Dense, Method, Stage, spec_of
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
 from tokenexit.windows import window_boxes

@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tokenexit.calibration.calibrate import Average, Planner, spec_of
+from tokenexit.calibration.calibrate import Average, Planner
 from tokenexit.calibration.path import place_where
 from tokenexit.calibration.runs import Bench, dense_reference
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Scaled, evaluate
-from tokenexit.methods import Method, build_method
+from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.methods.fixed_ratio import FixedRatio
 from tokenexit.methods.truncated import Truncated
 from tokenexit.report.evaluations import without_nan

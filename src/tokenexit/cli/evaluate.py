@@ -41,6 +41,9 @@ def evaluate(arguments: list[str]) -> int:
     )
     add_method_options(parser, several=True)
     parser.add_argument(
+        "--gate", action="store_true", help="pass over exits that do not pay at a picture's size, see `tokenexit gate`"
+    )
+    parser.add_argument(
         "--input-scale",
         type=float,
         nargs="+",
@@ -60,7 +63,8 @@ def evaluate(arguments: list[str]) -> int:
         raise ConfigError(f"--json {options.json} cannot be written: name a file in a folder of yours.")
     from tokenexit.evaluation.evaluate import Scaled
     from tokenexit.evaluation.evaluate import evaluate as run
-    from tokenexit.evaluation.processes import joined, place, together
+    from tokenexit.evaluation.processes import from_first, joined, place, together
+    from tokenexit.gating import gated_by_size
     from tokenexit.report.evaluations import class_table, main_table, write_json
     from tokenexit.segmenter import ExitSegmenter
 
@@ -71,7 +75,9 @@ def evaluate(arguments: list[str]) -> int:
             set_windows(model, options)
             name, data = dataset_of(options)
             methods = named or calibrated_methods(model, options) or methods_of(["dense"], options)
-            rows = [Scaled(method, scale) for scale in dict.fromkeys(options.input_scale) for method in methods]
+        if options.gate:  # as the first machine has it
+            methods = from_first([gated_by_size(model, method, options.precision) for method in methods])
+        rows = [Scaled(method, scale) for scale in dict.fromkeys(options.input_scale) for method in methods]
         results = run(
             model,
             data,

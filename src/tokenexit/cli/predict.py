@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +52,12 @@ def predict(arguments: list[str]) -> int:
     parser.add_argument("--overwrite", action="store_true", help="make again what is there already")
     parser.add_argument("--method", help="dense, dtop or dovit; the calibrated one if not given, else dtop")
     add_method_options(parser)
+    parser.add_argument(
+        "--gate",
+        action=argparse.BooleanOptionalAction,
+        help="pass over exits that do not pay on this machine at a picture's size, see `tokenexit gate`; on unless "
+        "thresholds are the calibration's",
+    )
     add_window_options(parser)
     parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of a video made of a folder")
@@ -66,6 +73,7 @@ def predict(arguments: list[str]) -> int:
     from tokenexit.calibration.saved import usual_of
     from tokenexit.evaluation.processes import joined, place, together
     from tokenexit.formats.outputs import OUTPUTS
+    from tokenexit.gating import has_gates
     from tokenexit.predicting import predict_files
     from tokenexit.segmenter import ExitSegmenter
 
@@ -75,7 +83,9 @@ def predict(arguments: list[str]) -> int:
             model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
             set_windows(model, options)
             (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
-            monitor = Monitor(usual_of(model)) if named is None and model.calibration is not None else None
+            calibrated = named is None and model.calibration is not None
+            gate = has_gates(method) and not calibrated if options.gate is None else options.gate
+            monitor = Monitor(usual_of(model)) if calibrated and not gate else None
         done = predict_files(
             model,
             options.images,
@@ -87,6 +97,7 @@ def predict(arguments: list[str]) -> int:
             max_pixels=options.max_pixels,
             fps=options.fps,
             image_url=options.image_url,
+            gate=gate,
             monitor=monitor,
             progress=progress_bar("predicting"),
         )

@@ -24,7 +24,7 @@ from tokenexit.evaluation.processes import gather, place, together
 from tokenexit.exits import Thresholds, per_class
 from tokenexit.inference import Precision, inference
 from tokenexit.ledger import dense_ops
-from tokenexit.methods import DToP, Method
+from tokenexit.methods import DToP, GatedBySize, Method, spec_of
 from tokenexit.methods.reference import Imposed, agreement_exits, random_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
@@ -300,11 +300,13 @@ def _method_dict(method: Method[Any]) -> dict[str, Any]:
     """Name and parameters; of imposed exits the name alone."""
     if isinstance(method, Imposed):
         return {"name": method.name}
-    return {"name": method.name, **{f.name: getattr(method, f.name) for f in fields(method)}}
+    return spec_of(method, whole=True)
 
 
 def label_of(method: Method[Any]) -> str:
     """A row's name: the method and what was changed of its defaults, thresholds always."""
+    if isinstance(method, GatedBySize):
+        return f"{label_of(method.method)} gated"
     default = type(method)()
     parts = [method.name]
     for f in fields(method):

@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenexit import __version__
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
-from tokenexit.methods import Method
+from tokenexit.methods import Method, spec_of
 from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.writing import whole
@@ -90,7 +90,6 @@ def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedPro
 
 def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
     """What a program that runs the file must know."""
-    from tokenexit.calibration.calibrate import spec_of
 
     labels = model.preprocessing.labels or default_labels(model.config.num_classes)
     kinds = sorted({head.kind for head in (*model.for_methods().exit_heads, model.decode_head)})

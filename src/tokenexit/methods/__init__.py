@@ -10,7 +10,7 @@ from tokenexit.methods.dense import Dense
 from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
 from tokenexit.methods.fixed_ratio import FixedRatio
-from tokenexit.methods.gated import Gated
+from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.truncated import Truncated
 
@@ -26,6 +26,8 @@ def build_method(spec: MethodSpec) -> Method[Any]:
     """A method from its specification; refuses unknown names and options in one sentence."""
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
+    if name == GatedBySize.name and options.keys() == {"method", "closed"}:
+        return GatedBySize(build_method(options["method"]), _frozen(options["closed"]))
     if name not in METHODS:
         raise ConfigError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}.")
     known = [f.name for f in fields(METHODS[name])]
@@ -34,6 +36,16 @@ def build_method(spec: MethodSpec) -> Method[Any]:
             raise ConfigError(f"method '{name}' has no option '{option}': it takes {', '.join(known) or 'none'}.")
         options[option] = _frozen(value)
     return METHODS[name](**options)
+
+
+def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
+    """What `build_method` makes a method of, as JSON has it: its name and what is not as by default, or all."""
+    if isinstance(method, GatedBySize):
+        return {"name": method.name, "method": spec_of(method.method, whole), "closed": method.closed}
+    default = type(method)()
+    own = {f.name: getattr(method, f.name) for f in fields(method)}
+    told = {name: value for name, value in own.items() if whole or value != getattr(default, name)}
+    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}}
 
 
 def _frozen(value: Any) -> Any:
@@ -49,6 +61,7 @@ __all__ = [
     "DoViT",
     "FixedRatio",
     "Gated",
+    "GatedBySize",
     "Method",
     "MethodSpec",
     "Model",
@@ -56,4 +69,5 @@ __all__ = [
     "Stage",
     "Truncated",
     "build_method",
+    "spec_of",
 ]

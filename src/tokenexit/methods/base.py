@@ -11,13 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Generic, Literal, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from tokenexit.heads import Head, HeadKind, HeadOutput, class_scores
-from tokenexit.tokens import Tokens
+from tokenexit.tokens import Grid, Tokens
 
 Value = Literal["logits", "scores"]
 """What a result holds: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
@@ -94,6 +94,10 @@ class Method(ABC, Generic[State]):
 
     def of_cells(self, cells: slice) -> Self:
         """The method for these cells of the batch's flat canvas, where the batch is run in several calls."""
+        return self
+
+    def for_grid(self, grid: Grid) -> Method[Any]:
+        """What runs on images of this grid, if that depends on it. Images with different answers run apart."""
         return self
 
     @abstractmethod
