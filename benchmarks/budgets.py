@@ -78,6 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fit-split", default="val")
     parser.add_argument("--check-split", default="test")
     parser.add_argument("--limit", type=int, help="so many images of each split, drawn at random")
+    parser.add_argument("--length", type=int, help="how many images each split of drawn scenes has")
     parser.add_argument("--method", nargs="+", choices=("dtop", "dovit"), default=["dtop", "dovit"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--hand", type=float, nargs="*", default=list(HAND), help="thresholds set by hand")
@@ -90,7 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     notes = Notebook(options.json, {**settings, "weights": model.fingerprint()})
     places = {}
     for split in (options.fit_split, options.check_split):
-        data = open_dataset(options.data, options.data_root, split)
+        drawn = {} if options.length is None else {"length": options.length}
+        data = open_dataset(options.data, options.data_root, split, **drawn)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
         places[split] = Bench(model, data, tuple(order[: options.limit]), progress=_bar)
     half = len(places[options.fit_split]) // 2

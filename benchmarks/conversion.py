@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals import agrees, plain
-from tokenexit.inference import inference
+from tokenexit.inference import Precision, inference
 from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.methods.base import Model, Stage
@@ -95,7 +95,7 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def interleaved_ms(
-    contenders: Mapping[str, Contender], rounds: int, device: torch.device, precision: str, rivals: Sequence[str]
+    contenders: Mapping[str, Contender], rounds: int, device: torch.device, precision: Precision, rivals: Sequence[str]
 ) -> dict[str, list[float]]:
     """Milliseconds of every contender in every round; two rounds before are not counted.
 
@@ -106,7 +106,7 @@ def interleaved_ms(
         for name, call in contenders.items():
             _synchronize(device)
             start = time.perf_counter()
-            with torch.autocast(device.type, enabled=precision == "bf16" and name not in rivals, dtype=torch.bfloat16):
+            with inference(device, "fp32" if name in rivals else precision):
                 call()
             _synchronize(device)
             if turn > 1:
@@ -154,7 +154,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="vit_base_patch16")
     parser.add_argument("--size", type=int, nargs="+", default=[512], help="side of every image, in turn")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--method", choices=("dtop", "dovit"), default="dtop")
     parser.add_argument("--leave", type=float, nargs="+", default=[0.5], help="share leaving first, image by image")
     parser.add_argument("--exits", type=int, nargs="+", default=[3])
@@ -163,6 +163,8 @@ def main() -> None:
     parser.add_argument("--num-classes", type=int, default=19)
     parser.add_argument("--rivals", action="store_true", help="also the plain dense model, eager and compiled")
     parser.add_argument("--one-by-one", action="store_true", help="also the dynamic images one after another")
+    parser.add_argument("--captured", action="store_true", help="blocks of dense and dynamic as CUDA graphs")
+    parser.add_argument("--compiled-blocks", action="store_true", help="blocks of dense and dynamic compiled")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--threads", type=int, help="torch's own choice if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -175,6 +177,10 @@ def main() -> None:
     device = torch.device(options.device)
     heads = {"exit_head": options.exit_head, "decode_head": options.head}
     model = ExitSegmenter(options.backbone, options.num_classes, options.exits, **heads).eval().to(device)
+    if options.compiled_blocks:
+        model.backbone.compile_blocks()
+    if options.captured:
+        model.backbone.capture_blocks()
     sides = [options.size[i % len(options.size)] for i in range(options.batch)]
     leave = [options.leave[i % len(options.leave)] for i in range(options.batch)]
     images = [torch.randn(3, side, side, device=device) for side in sides]

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenexit.inference import LOWERED, Precision
 from tokenexit.methods import Dense
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Packing, Tokens
@@ -37,12 +38,14 @@ class PlainViT(nn.Module):
         return normed
 
 
-def plain(model: ExitSegmenter, images: Sequence[Tensor], precision: str, compiled: bool) -> Callable[[], list[Tensor]]:
+def plain(
+    model: ExitSegmenter, images: Sequence[Tensor], precision: Precision, compiled: bool
+) -> Callable[[], list[Tensor]]:
     """A call that segments `images` densely, those of one size together: returns logits `(cells, K)` per size.
 
-    In bf16 all weights and activations are bf16, which is faster than autocast.
+    In bf16 and fp16 all weights and activations are, which is faster than autocast.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = LOWERED.get(precision, torch.float32)
     own = copy.deepcopy(model).to(dtype)
     backbone: Callable[[Tensor], Tensor] = PlainViT(own)
     if compiled:

@@ -101,6 +101,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path, title: str) -> N
         if axis in ("side", "classes"):
             ax.set_xscale("log", base=2)
             ax.set_yscale("log" if axis == "side" else "linear")
+        if axis != "leave":
             ax.set_xticks(xs, [f"{x:g}" for x in xs])
         ax.grid(alpha=0.3)
     axes.flat[0].legend()

@@ -51,6 +51,8 @@ def gpu_rows() -> list[Row]:
         for size in (512, 768):
             one = _settings(backbone, "bf16", size)
             rows.append((f"half-{_short(backbone)}-{size}-bf16", [*one, "--rivals"]))
+            rows.append((f"half-{_short(backbone)}-{size}-bf16-captured", [*one, "--captured"]))
+            rows.append((f"half-{_short(backbone)}-{size}-bf16-compiled", [*one, "--compiled-blocks"]))
             for batch in (8, 32):
                 mixed = ["--batch", str(batch), *MIXED[2:-1]]
                 rows.append((f"mixed{batch}-{_short(backbone)}-{size}-bf16", one + mixed))

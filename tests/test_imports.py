@@ -13,6 +13,7 @@ SOURCE = Path(tokenexit.__file__).parent
 ORDER = [
     ("errors", "cost", "tokens", "upsampling"),
     ("attention",),
+    ("captured",),
     ("vit",),
     ("heads",),
     ("exits",),

@@ -178,7 +178,7 @@ def segment_matmul(x: Tensor, y: Tensor, packing: Packing) -> Tensor:
 
 def pad(packed: Tensor, packing: Packing) -> Tensor:
     """Packed rows `(T, ...)` to a zero-padded batch `(B, longest, ...)`."""
-    rows = packing.image_index() * packing.longest + _rank(packing)
+    rows = padded_rows(packing, packing.longest)
     flat = packed.new_zeros((len(packing.lengths) * packing.longest, *packed.shape[1:]))
     padded: Tensor = flat.index_copy(0, rows, packed).unflatten(0, (len(packing.lengths), packing.longest))
     return padded
@@ -186,11 +186,11 @@ def pad(packed: Tensor, packing: Packing) -> Tensor:
 
 def unpad(padded: Tensor, packing: Packing) -> Tensor:
     """The inverse of `pad`."""
-    rows = packing.image_index() * packing.longest + _rank(packing)
-    return padded.flatten(0, 1).index_select(0, rows)
+    return padded.flatten(0, 1).index_select(0, padded_rows(packing, packing.longest))
 
 
-def _rank(packing: Packing) -> Tensor:
-    """Place of each row inside its image, `(T,)`."""
-    starts = packing.offsets[:-1].long().index_select(0, packing.image_index())
-    return torch.arange(packing.total, device=starts.device) - starts
+def padded_rows(packing: Packing, length: int) -> Tensor:
+    """Where each packed row stands among those of a batch in which every image has `length`: `(T,)` int64."""
+    image = packing.image_index()
+    starts = packing.offsets[:-1].long().index_select(0, image)
+    return torch.arange(packing.total, device=starts.device) - starts + image * length

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenexit import cost
 from tokenexit.attention import packed_attention
+from tokenexit.captured import STEP, CapturedBlocks, Record
 from tokenexit.cost import Ops
 from tokenexit.errors import ConfigError
 from tokenexit.tokens import Grid, Packing, Tokens, alike
@@ -304,6 +305,15 @@ class Block(nn.Module):
         first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
         return self.after(x, attended, first, drop_path(self.drop_path, packing, attended.dtype))
 
+    def padded(self, x: Tensor, visible: Tensor) -> Tensor:
+        """`(B, L, C)` to `(B, L, C)` in evaluation, where keys are seen if `visible (B, 1, 1, L)`."""
+        rows = x.flatten(0, 1)
+        qkv = self.before(rows).unflatten(0, x.shape[:2]).unflatten(2, (3, self.attn.num_heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, N, L, H)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        out = self.after(rows, attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return out.view_as(x)
+
     def before(self, x: Tensor) -> Tensor:
         """Queries, keys and values: `(T, C)` to `(T, 3 C)`."""
         return self.attn.qkv(self.norm1(x))  # type: ignore[no-any-return]
@@ -358,6 +368,7 @@ class ViT(nn.Module):
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.grad_checkpointing = False
         """Compute each block a second time in the backward pass instead of keeping what it held."""
+        self.captured: CapturedBlocks | None = None
         self.reset_parameters()
 
     @property
@@ -413,6 +424,8 @@ class ViT(nn.Module):
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Blocks `start` (inclusive) to `stop` (exclusive) over the live tokens."""
         x = tokens.x
+        if self.captured is not None and not torch.is_grad_enabled() and self.captured.fits(tokens.packing):
+            return tokens.with_x(self.captured.run(x, tokens.packing, start, stop))
         for block in self.blocks[start:stop]:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, tokens.packing, use_reentrant=False)
@@ -432,6 +445,17 @@ class ViT(nn.Module):
         for block in self.blocks:
             for name, function in (("before", before), ("after", after)):
                 setattr(block, name, MethodType(function, block))
+
+    def capture_blocks(self, step: int = STEP, record: Record | None = None) -> None:
+        """Replay spans of blocks as CUDA graphs, which takes the launches out of small batches.
+
+        step: lengths are padded to a multiple of it; a graph is recorded at the first use of each. record: how, for
+        tests. Weights must not change afterwards, and calls must not overlap. Raises `ConfigError` without CUDA.
+        """
+        if record is None and self.pos_embed.device.type != "cuda":
+            raise ConfigError(f"capture_blocks needs CUDA and the model is on {self.pos_embed.device}: move it there.")
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        self.captured = CapturedBlocks(blocks, step, record)
 
     def embed_ops(self, grid: Grid) -> Ops:
         patch = self.config.patch_size

@@ -59,7 +59,7 @@ class UnlabelledPictures:
 class Bench:
     """A model and the images it is run on.
 
-    indices: which images of the dataset. precision: "fp32" or "bf16", of the forward pass.
+    indices: which images of the dataset. precision: of the forward pass.
     """
 
     model: ExitSegmenter

@@ -15,7 +15,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,6 @@ from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
-from tokenexit.inference import Precision
 from tokenexit.methods import Method, build_method
 from tokenexit.segmenter import TRAINING_FILE, WEIGHTS_FILE, ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
@@ -354,7 +353,7 @@ def _seed_of_part(seed: int, step: int, part: int) -> int:
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _precision(config: TrainConfig) -> Precision:
+def _precision(config: TrainConfig) -> Literal["fp32", "bf16"]:
     if config.precision != "auto":
         return config.precision
     return "bf16" if torch.cuda.is_available() else "fp32"
