@@ -13,7 +13,6 @@ from tokenexit import quickstart
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
-from tokenexit.methods import DToP
 from tokenexit.segmenter import ExitSegmenter
 
 
@@ -56,17 +55,21 @@ def test_quickstart__leaves_a_model_that_loads(finished: dict[str, Any]) -> None
     assert model.preprocessing.labels.names[0] == "sky"
 
 
-def test_threshold_for_budget__is_the_strictest_of_the_list_that_fits(finished: dict[str, Any]) -> None:
+def test_quickstart__saves_the_calibration_that_it_compared(finished: dict[str, Any]) -> None:
     model = ExitSegmenter.from_pretrained(finished["out"] / "model")
-    data = open_dataset("scenes", None, "val", length=2, size=(32, 48))
-    chosen = quickstart.threshold_for_budget(model, data, DToP(keep_per_class=0), 0.9)
-    place = quickstart.THRESHOLDS.index(chosen.threshold)  # type: ignore[arg-type]
+    assert model.calibration is not None
+    assert model.calibrated_method() == finished["results"][1].method
+    assert model.calibration["asked"]["budget"] == quickstart.BUDGET
+    assert model.calibration["images"] == {"data": "scenes", "split": "val", "count": 2}
 
-    def share(threshold: float) -> float:
-        return evaluate(model, data, [DToP(threshold=threshold, keep_per_class=0)])[0].share_of_dense
 
-    assert share(quickstart.THRESHOLDS[place]) <= 0.9 or place == len(quickstart.THRESHOLDS) - 1
-    assert all(share(stricter) > 0.9 for stricter in quickstart.THRESHOLDS[:place])
+def test_quickstart__keeps_the_budget_with_a_threshold_for_each_exit(finished: dict[str, Any]) -> None:
+    model = ExitSegmenter.from_pretrained(finished["out"] / "model")
+    tuned_on = open_dataset("scenes", None, "val", length=2, size=(32, 48))
+    methods = [result.method for result in finished["results"][1:]]
+    assert all(len(method.threshold) == 3 for method in methods)
+    for result in evaluate(model, tuned_on, methods):
+        assert quickstart.BUDGET * 0.9 < result.share_of_dense <= quickstart.BUDGET
 
 
 def test_quickstart__refuses_no_time_at_all(tmp_path: Path) -> None:

@@ -231,11 +231,13 @@ def _rank(group: Tensor, score: Tensor, descending: bool) -> Tensor:
 
     group: `(P,)` int64, none negative. Operations that graphs can be exported with, and no host synchronisation.
     """
+    place = torch.arange(group.shape[0], device=group.device)
     by_score = torch.sort(score, descending=descending, stable=True).indices
-    order = by_score[torch.sort(group[by_score], stable=True).indices]
+    # No two keys are equal: there are runtimes that sort a graph's groups without regard to the order before.
+    order = by_score[torch.sort(group[by_score] * group.shape[0] + place).indices]
     ordered = group[order]
     run = (ordered.diff(prepend=ordered.new_full((1,), -1)) != 0).cumsum(0) - 1  # groups are in one piece now
     length = torch.zeros_like(run).scatter_add(0, run, torch.ones_like(run))
     start = length.cumsum(0) - length
-    rank = torch.arange(order.shape[0], device=order.device) - start.index_select(0, run)
+    rank = place - start.index_select(0, run)
     return torch.empty_like(rank).index_copy(0, order, rank)

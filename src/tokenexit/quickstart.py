@@ -1,21 +1,23 @@
-"""The main job on drawn street scenes: train one model for Dense, DToP and DoViT, choose thresholds, report."""
+"""The main job on drawn street scenes: train one model for Dense, DToP and DoViT, calibrate, report."""
 
 from __future__ import annotations
 
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from tokenexit.calibration.calibrate import Budget, calibrate
+from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.saved import write_calibration
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation, evaluate
-from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.evaluation.evaluate import Evaluation, evaluate, label_of
+from tokenexit.methods import Dense, DoViT, DToP, Method, build_method
 from tokenexit.predicting import save_atomically
 from tokenexit.preprocessing import Labels
 from tokenexit.report.chart import Point, Series, line_chart_svg
@@ -30,8 +32,7 @@ from tokenexit.training.loop import train
 
 SIZE = (128, 192)
 BUDGET = 0.7
-"""Share of dense multiply-adds that thresholds are chosen for."""
-THRESHOLDS = (0.999, 0.998, 0.995, 0.99, 0.98, 0.97, 0.95, 0.93, 0.9, 0.86, 0.82, 0.77, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
+"""Share of dense multiply-adds that thresholds are calibrated for."""
 TUNE_IMAGES, TEST_IMAGES, SHOWN_IMAGES = 24, 80, 6
 MEASURED_STEPS = 6
 Precision = Literal["fp32", "bf16"]
@@ -39,9 +40,10 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evaluation]:
-    """Train for about `minutes`, choose thresholds on the val split, compare on the test split, write a report.
+    """Train for about `minutes`, calibrate on the val split, compare on the test split, write a report.
 
-    Prints one table and the paths of what it wrote. Safe to interrupt: a second call starts anew.
+    DToP's calibration is saved with the model. Prints one table and the paths of what it wrote. Safe to interrupt: a
+    second call starts anew.
     """
     if minutes <= 0:
         raise ConfigError(f"--minutes {minutes} must be positive.")
@@ -56,11 +58,11 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
 
     tune = open_dataset("scenes", None, "val", length=TUNE_IMAGES, size=SIZE)
     test = open_dataset("scenes", None, "test", length=TEST_IMAGES, size=SIZE)
-    methods: list[Method[Any]] = [Dense()]
-    for method in (DToP(), DoViT()):
-        chosen = threshold_for_budget(model, tune, method, BUDGET)
-        console.print(f"{method.name}: threshold {chosen.threshold} on {TUNE_IMAGES} scenes of the val split")
-        methods.append(chosen)
+    bench, about = Bench(model, tune, range(TUNE_IMAGES)), {"data": "scenes", "split": "val"}
+    found = [calibrate(bench, method, Budget("budget", BUDGET), about=about) for method in (DToP(), DoViT())]
+    write_calibration(found[0], out / "model", out / "model")
+    methods = [Dense(), *(build_method(one.method) for one in found)]
+    console.print(f"calibrated on {TUNE_IMAGES} scenes of the val split: {', '.join(map(label_of, methods[1:]))}")
     results = evaluate(model, test, methods, progress=lambda images: track(images, description="evaluating"))
 
     console.print(main_table(results, spread=True).to_rich())
@@ -106,18 +108,6 @@ def pace(seconds: float, seed: int) -> tuple[int, Precision]:
             times[precision] = time.monotonic() - start
     fastest = min(PRECISIONS, key=lambda precision: times[precision])
     return max(MEASURED_STEPS, int(seconds * MEASURED_STEPS / times[fastest])), fastest
-
-
-def threshold_for_budget(
-    model: ExitSegmenter, data: SegmentationDataset, method: DToP | DoViT, budget: float
-) -> DToP | DoViT:
-    """The strictest threshold whose multiply-adds on `data` are at most `budget` of dense; the loosest if none is."""
-    for threshold in THRESHOLDS:
-        chosen = replace(method, threshold=threshold)
-        (result,) = evaluate(model, data, [chosen])
-        if result.share_of_dense <= budget:
-            break
-    return chosen
 
 
 def write_results(
@@ -176,9 +166,9 @@ def report_sections(
     how = (
         f"One ViT of {model.config.backbone.depth} blocks with exits after blocks "
         f"{', '.join(map(str, model.config.exits))} was trained for {steps} steps on scenes drawn by a program; "
-        "each step ran Dense, DToP or DoViT. Thresholds are the strictest of a fixed list that keep multiply-adds on "
-        f"the val split at or below {BUDGET:.0%} of dense. All figures are from the test split; milliseconds are those "
-        f"of this machine with {torch.get_num_threads()} threads."
+        "each step ran Dense, DToP or DoViT. Thresholds, one per exit, were calibrated without labels so that the mean "
+        f"multiply-adds on {TUNE_IMAGES} scenes of the val split are at most {BUDGET:.0%} of dense. All figures are "
+        f"from the test split; milliseconds are those of this machine with {torch.get_num_threads()} threads."
     )
     return [
         Section("Result", [Facts(facts), main_table(results, spread=True), Chart(chart)]),

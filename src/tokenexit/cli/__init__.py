@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 from tokenexit import __version__
 from tokenexit.cli.calibrate import calibrate, sweep
+from tokenexit.cli.completion import answer_shell, completion
 from tokenexit.cli.evaluate import evaluate
 from tokenexit.cli.export import export
 from tokenexit.cli.options import exit_status
@@ -40,6 +41,7 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
   data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
   doctor       what this machine and installation can do
+  completion   a script by which bash, zsh or fish completes all of this
 """
 
 
@@ -48,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     What a user can cause is said in one sentence on stderr.
     """
+    answer_shell(COMMANDS)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(HELP, end="")
@@ -99,4 +102,5 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "convert": convert,
     "data": data,
     "doctor": doctor,
+    "completion": completion,
 }

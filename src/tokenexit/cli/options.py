@@ -21,10 +21,22 @@ if TYPE_CHECKING:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence, as all others are."""
+    """A parser whose errors are one sentence, as all others are, and that answers a shell that asks for completions."""
+
+    def parse_args(self, *arguments: Any) -> Any:  # type: ignore[override]
+        if asked_by_shell():
+            from argcomplete import autocomplete
+
+            autocomplete(self, always_complete_options=False)  # ends the program
+        return super().parse_args(*arguments)
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see {self.prog} --help.")
+
+
+def asked_by_shell() -> bool:
+    """Whether a shell waits for completions, see `cli/completion.py`."""
+    return "_ARGCOMPLETE" in os.environ
 
 
 class _Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -61,7 +73,7 @@ def add_method_options(parser: Any, several: bool = False) -> None:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the forward pass")
+    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the forward pass")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
 
 

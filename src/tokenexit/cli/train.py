@@ -6,7 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from tokenexit.cli.options import add_method_options, command_parser, given_method_options, method_specs
+from tokenexit.cli.completion import complete_values
+from tokenexit.cli.options import (
+    add_method_options,
+    asked_by_shell,
+    command_parser,
+    given_method_options,
+    method_specs,
+)
 from tokenexit.errors import ConfigError
 
 
@@ -29,6 +36,8 @@ def train(arguments: list[str]) -> int:
         parser.add_argument("--method", type=str, default=None, help="train with this method alone: dense, dtop, dovit")
         parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
         add_method_options(parser)
+        if asked_by_shell():
+            complete_values(parser)
 
     config, options = parse_train(arguments, add_options)
     if options.method is not None:

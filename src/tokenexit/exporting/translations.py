@@ -1,4 +1,4 @@
-"""Operations that the ONNX exporter of torch does not know yet."""
+"""Operations that the ONNX exporter of torch does not know yet, or writes as runtimes do not agree on."""
 
 from __future__ import annotations
 
@@ -15,4 +15,34 @@ def _sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descendin
     return op.TopK(self, count, axis=0, largest=int(descending), sorted=1)
 
 
-TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.sort.stable: _sort_stable}
+def _bicubic_antialiased(
+    self: Any, output_size: Any, align_corners: bool, scales_h: float | None = None, scales_w: float | None = None
+) -> Any:
+    """`(1, C, h, w)` to another size as two matrix products, since OpenVINO passes over Resize's `antialias`."""
+    rows = _cubic_weights(op.Shape(self, start=2, end=3), op.Slice(output_size, [0], [1]), scales_h)
+    columns = _cubic_weights(op.Shape(self, start=3, end=4), op.Slice(output_size, [1], [2]), scales_w)
+    return op.MatMul(op.MatMul(rows, self), op.Transpose(columns, perm=[1, 0]))
+
+
+def _cubic_weights(old: Any, new: Any, factor: float | None) -> Any:
+    """Share of every old row in every new one, `(new, old)`: Keys' cubic with a = -1/2, widened where rows are lost."""
+    old_count, new_count = (op.Cast(count, to=1) for count in (old, new))
+    scale = op.Div(old_count, new_count) if factor is None else op.Constant(value_floats=[1 / factor])
+    centre = op.Mul(op.Add(_range(new), 0.5), scale)
+    apart = op.Sub(op.Unsqueeze(op.Add(_range(old), 0.5), [0]), op.Unsqueeze(centre, [1]))
+    x = op.Abs(op.Div(apart, op.Max(scale, 1.0)))
+    near = op.Add(op.Mul(op.Mul(op.Sub(op.Mul(x, 1.5), 2.5), x), x), 1.0)
+    far = op.Mul(op.Sub(op.Mul(op.Add(op.Mul(op.Sub(x, 5.0), x), 8.0), x), 4.0), -0.5)
+    weights = op.Where(op.Less(x, 1.0), near, op.Where(op.Less(x, 2.0), far, 0.0))
+    return op.Div(weights, op.ReduceSum(weights, [1], keepdims=1))
+
+
+def _range(count: Any) -> Any:
+    """`0.0, 1.0, ...`, as many as `count (1,)`."""
+    return op.Cast(op.Range(0, op.Squeeze(count, [0]), 1), to=1)
+
+
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.sort.stable: _sort_stable,
+    torch.ops.aten._upsample_bicubic2d_aa.default: _bicubic_antialiased,
+}

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokenexit.formats.rle import compressed, run_lengths
+from tokenexit.formats.coco import masks
 from tokenexit.preprocessing import Labels
 
 
@@ -25,15 +25,16 @@ def coco(pictures: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, 
     for number, (name, map_) in enumerate(pictures.items(), start=1):
         height, width = map_.shape
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        for k, counts in run_lengths(map_).items():
+        for mask in masks(map_):
+            own = map_ == mask["class"]
             annotations.append(
                 {
                     "id": len(annotations) + 1,
                     "image_id": number,
-                    "category_id": k,
-                    "segmentation": {"size": [height, width], "counts": compressed(counts)},
-                    "area": sum(counts[1::2]),
-                    "bbox": _box(map_ == k),
+                    "category_id": mask["class"],
+                    "segmentation": mask["segmentation"],
+                    "area": int(own.sum()),
+                    "bbox": _box(own),
                     "iscrowd": 0,
                 }
             )
