@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from onnxscript import opset20
 
-
 op: Any = opset20  # its annotations know tensors, and it takes numbers, too
 
 
