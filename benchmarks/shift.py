@@ -104,6 +104,7 @@ def measure(bench: Bench, name: str) -> dict[str, Any]:
         "disagreement_mean_over_classes": losses["classes"].mean().item(),
         "share_of_dense": run.share,
         "unusual": monitor.unusual / monitor.pictures,
+        "mean_apart": monitor.apart,
         "warns": monitor.warning() is not None,
         "miou": None,
         "dense_miou": None,
@@ -125,6 +126,7 @@ def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
         Column("mIoU", "{:.2f}", "right"),
         Column("dense mIoU", "{:.2f}", "right"),
         Column("unusual", "{:.0%}", "right", "Pictures farther from the calibration's than 95 % of those."),
+        Column("apart", "{:.0%}", "right", "Share of tokens by which the mean histogram differs, beyond chance."),
         Column("warns", "{}", "right", "Whether `tokenexit predict` would say so."),
     ]
     cells = [
@@ -136,6 +138,7 @@ def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
             row["miou"],
             row["dense_miou"],
             row["unusual"],
+            row["mean_apart"],
             "yes" if row["warns"] else "no",
         ]
         for row in rows

@@ -102,12 +102,12 @@ def predict_files(
         mine = jobs[rank::processes]
         done = results.files() if any(job.video for job in mine) and not films else set()
         share.do(mine, lambda name: not _are_there(name, outputs, done), max_pixels, progress if rank == 0 else iter)
-    told = gather((share.pictures, share.failed, (monitor.pictures, monitor.unusual) if monitor else (0, 0)))
+    told = gather((share.pictures, share.failed, monitor))
     with together():
         if rank == 0:
             _close(results, outputs, about)
     if monitor:
-        monitor.pictures, monitor.unusual = (sum(seen[i] for _, _, seen in told) for i in range(2))
+        monitor.join(theirs for process, (_, _, theirs) in enumerate(told) if theirs and process != rank)
     failed = sorted((n, process, text) for process, (_, texts, _) in enumerate(told) for n, text in texts)
     return Predicted(sum(pictures for pictures, _, _ in told), skipped, tuple(text for _, _, text in failed))
 

@@ -18,7 +18,7 @@ from tokenexit.calibration import calibrate as module
 from tokenexit.calibration.budget import cap_shares, meet_budget
 from tokenexit.calibration.calibrate import Bound, Budget, Trial, calibrate, split, wish_of
 from tokenexit.calibration.dense_pass import Costs, compose, live_counts
-from tokenexit.calibration.drift import Histograms, Monitor, Usual, distances, watch
+from tokenexit.calibration.drift import ALARM, LEAST_PICTURES, Histograms, Monitor, Usual, distances, watch
 from tokenexit.calibration.latency import LatencyModel, fit, latency_model
 from tokenexit.calibration.path import Path as ThresholdPath
 from tokenexit.calibration.path import build_path, even_path, place_where
@@ -519,6 +519,40 @@ def test_monitor__says_nothing_of_a_single_picture() -> None:
     monitor.add(histograms(1, unsure, 5))
     assert monitor.unusual == 1
     assert monitor.warning() is None
+
+
+def varied(rng: np.random.Generator) -> Any:
+    return rng.binomial(16, rng.beta(2, 3), 60)
+
+
+def varied_and_surer(rng: np.random.Generator) -> Any:
+    return rng.binomial(16, rng.beta(2, 6), 60)
+
+
+def test_monitor__warns_where_no_picture_is_unusual_and_all_together_are() -> None:
+    usual = Usual.from_dict(json.loads(json.dumps(Usual.of(histograms(300, varied)).to_dict())))
+    few, many, same = (Monitor(usual) for _ in range(3))
+    few.add(histograms(LEAST_PICTURES - 1, varied_and_surer, 1))
+    many.add(histograms(200, varied_and_surer, 1))
+    same.add(histograms(200, varied, 1))
+    assert few.warning() is None
+    assert same.warning() is None
+    warning = many.warning()
+    assert warning is not None
+    assert many.p_value > ALARM, "for themselves they are not unusual"
+    assert f"the scores of these 200 pictures are on average unlike the calibration's, by {many.apart:.0%}" in warning
+
+
+def test_monitor__joins_what_processes_saw() -> None:
+    usual = Usual.of(histograms(300, sure))
+    alone, first, second = (Monitor(usual) for _ in range(3))
+    halves = histograms(30, unsure, 1), histograms(20, sure, 2)
+    alone.add(Histograms(torch.cat([half.counts for half in halves])))
+    first.add(halves[0])
+    second.add(halves[1])
+    first.join([second])
+    assert (first.pictures, first.unusual) == (alone.pictures, alone.unusual)
+    assert first.apart == pytest.approx(alone.apart)
 
 
 def test_distances__ignore_exits_that_saw_nothing() -> None:

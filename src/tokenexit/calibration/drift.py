@@ -3,7 +3,8 @@
 Thresholds and guarantees hold for pictures exchangeable with the calibration's. A histogram per image of how sure each
 exit head was shows a good part of what breaks that: weather, blur, noise, another city. The unit is the image. An
 image is *unusual* if its histograms are farther from the calibration's mean than those of 95 % of the calibration
-images; of N exchangeable pictures about 5 % are, so a binomial test says when there are too many.
+images; of N exchangeable pictures about 5 % are, so a binomial test says when there are too many. Pictures can also
+be unlike together and none of them for itself, so the mean over many is compared, too.
 
 It sees changes in scores, not in errors: a model that is sure and wrong goes unnoticed.
 
@@ -12,7 +13,7 @@ Legend: n images, E exits, bins of doubt = 1 - score.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,13 @@ EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0
 """Inner edges of the bins of doubt, finer where models are sure."""
 USUAL = 0.95
 ALARM = 1e-3
-"""A warning is given if so many unusual pictures have at most this probability."""
+"""A warning is given if what was seen has at most this probability."""
+LEAST_PICTURES = 20
+"""Before a mean over pictures is compared, here and in the calibration."""
+RARE = 0.03
+"""Bins with a smaller share are too skewed to be tested; what goes to them is missed elsewhere."""
+FAR = 0.05
+"""Total variation of a mean that is worth a warning, however sure it is."""
 
 
 @dataclass(frozen=True)
@@ -112,43 +119,89 @@ def distances(histograms: Histograms, mean: Tensor) -> Tensor:
 class Usual:
     """What calibration images look like.
 
-    mean: `(E, bins)` shares. limit: the distance from it that 95 % of them keep.
+    mean: `(E, bins)` shares. limit: the distance from it that 95 % of them keep. deviation: `(E, bins)`, standard
+    deviation over images. images: `(E,)`, of how many images each exit saw tokens.
     """
 
     mean: Tensor
     limit: float
+    deviation: Tensor
+    images: Tensor
 
     @classmethod
     def of(cls, histograms: Histograms) -> Usual:
         shares = histograms.shares()
-        there = (shares.sum(dim=2) > 0).sum(dim=0).clamp(min=1)
-        mean = shares.sum(dim=0) / there[:, None]
-        return cls(mean, torch.quantile(distances(histograms, mean), USUAL).item())
+        there = shares.sum(dim=2) > 0
+        images = there.sum(dim=0)
+        mean = shares.sum(dim=0) / images.clamp(min=1)[:, None]
+        squares = ((shares - mean).square() * there[:, :, None]).sum(dim=0)
+        deviation = (squares / (images - 1).clamp(min=1)[:, None]).sqrt()
+        return cls(mean, torch.quantile(distances(histograms, mean), USUAL).item(), deviation, images)
 
     def to_dict(self) -> dict[str, Any]:
-        rows = [[round(x, 5) for x in row] for row in self.mean.tolist()]
-        return {"edges_of_doubt": list(EDGES), "mean": rows, "limit": round(self.limit, 5), "share_within": USUAL}
+        mean, deviation = ([[round(x, 5) for x in row] for row in t.tolist()] for t in (self.mean, self.deviation))
+        return {
+            "edges_of_doubt": list(EDGES),
+            "mean": mean,
+            "deviation": deviation,
+            "images": self.images.tolist(),
+            "limit": round(self.limit, 5),
+            "share_within": USUAL,
+        }
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Usual:
-        mean = torch.tensor(values["mean"], dtype=torch.float64)
-        if list(values["edges_of_doubt"]) != list(EDGES) or mean.ndim != 2 or mean.shape[1] != len(EDGES) + 1:
+        mean, deviation = (torch.tensor(values[name], dtype=torch.float64) for name in ("mean", "deviation"))
+        images = torch.tensor(values["images"], dtype=torch.int64)
+        shape = (len(images), len(EDGES) + 1)
+        if list(values["edges_of_doubt"]) != list(EDGES) or not mean.shape == deviation.shape == shape:
             raise ValueError("score histograms with other bins")
-        return cls(mean, float(values["limit"]))
+        return cls(mean, float(values["limit"]), deviation, images)
 
 
 class Monitor:
-    """Counts unusual pictures as they come."""
+    """Counts unusual pictures as they come, and adds up what all of them look like.
+
+    shares: `(E, bins)` sum over pictures. seen: `(E,)`, of how many pictures each exit saw tokens.
+    """
 
     def __init__(self, usual: Usual) -> None:
         self.usual = usual
         self.pictures = 0
         self.unusual = 0
+        self.shares = torch.zeros_like(usual.mean)
+        self.seen = torch.zeros_like(usual.images)
 
     def add(self, histograms: Histograms) -> None:
         far = distances(histograms, self.usual.mean) > self.usual.limit
         self.pictures += len(far)
         self.unusual += int(far.sum())
+        shares = histograms.shares()
+        self.shares += shares.sum(dim=0)
+        self.seen += (shares.sum(dim=2) > 0).sum(dim=0)
+
+    def join(self, others: Iterable[Monitor]) -> None:
+        """Take over what others saw, too."""
+        for other in others:
+            self.pictures += other.pictures
+            self.unusual += other.unusual
+            self.shares += other.shares
+            self.seen += other.seen
+
+    @property
+    def apart(self) -> float:
+        """Total variation between the mean of these pictures and the calibration's, at the exit where it is largest;
+        0 where it is no more than chance: a z-test in every bin, for all bins and exits at once."""
+        usual = self.usual
+        known = (self.seen >= LEAST_PICTURES) & (usual.images >= LEAST_PICTURES)
+        if not known.any():
+            return 0.0
+        seen, images = self.seen[known, None].double(), usual.images[known, None].double()
+        difference = self.shares[known] / seen - usual.mean[known]
+        z = difference.abs() / (usual.deviation[known] * (1 / seen + 1 / images).sqrt())
+        z[usual.mean[known] < RARE] = 0.0
+        p = torch.special.erfc(z / 2**0.5).amin(dim=1) * z.numel()
+        return float((0.5 * difference.abs().sum(dim=1)).where(p <= ALARM, 0.0).amax())
 
     @property
     def p_value(self) -> float:
@@ -162,10 +215,16 @@ class Monitor:
 
     def warning(self) -> str | None:
         """One sentence, if the pictures are unlike the calibration's; else None."""
-        if self.p_value > ALARM:
+        if self.p_value <= ALARM:
+            said = (
+                f"{self.unusual} of {self.pictures} pictures have scores unlike the calibration's, of which about "
+                f"{(1 - USUAL) * self.pictures:.1f} would be"
+            )
+        elif self.apart > FAR:
+            said = (
+                f"the scores of these {self.pictures} pictures are on average unlike the calibration's, by "
+                f"{self.apart:.0%} of the tokens"
+            )
+        else:
             return None
-        return (
-            f"{self.unusual} of {self.pictures} pictures have scores unlike the calibration's, of which about "
-            f"{(1 - USUAL) * self.pictures:.1f} would be: its budget and its bounds may not hold here, so calibrate on "
-            "pictures like these."
-        )
+        return f"{said}: its budget and its bounds may not hold here, so calibrate on pictures like these."
