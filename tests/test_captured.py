@@ -76,6 +76,16 @@ def test_run__gives_what_packed_blocks_give_batch_after_batch(
     assert recorder.recorded == len(keys)
 
 
+def test_run__what_a_broken_picture_left_in_a_bucket_reaches_no_other() -> None:
+    own = blocks()
+    graphs = CapturedBlocks(own, step=8, record=Recorder())
+    broken, x = torch.full((8, 16), torch.nan), torch.randn(5, 16)
+    packing = Packing.of([5], CPU)
+    with torch.no_grad():
+        graphs.run(broken, Packing.of([8], CPU), 0, 3)
+        torch.testing.assert_close(graphs.run(x, packing, 0, 3), packed(own, x, packing, 0, 3))
+
+
 def test_fits__refuses_batches_that_are_mostly_padding() -> None:
     graphs = CapturedBlocks(blocks(), step=8, record=Recorder())
     for lengths, fits in (

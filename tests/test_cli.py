@@ -511,6 +511,8 @@ def test_predict_reports_bad_pictures_writes_the_others_and_ends_with_1(
     assert message.startswith(f"image '{folder / 'bad.png'}' cannot be ")
     mask = np.asarray(Image.open(tmp_path / "out" / "good.png"))
     assert mask.shape == (24, 32)
+    assert main(["predict", str(model), str(folder), "--out", str(tmp_path / "out"), "--overwrite"]) == 1
+    assert capsys.readouterr().out == "pictures segmented: 1, failed: 1\n"
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ def test_choose_exits__keeps_cheap_exits_and_closes_dear_ones() -> None:
     assert second == f"exit 2 after block 6 takes 50.00 ms on 1000 tokens: closed, as with it {until} 32.00 ms longer"
 
 
+def test_choose_exits__takes_an_exit_behind_every_block_of_a_large_backbone() -> None:
+    depth, block, nothing, dear = 40, Curve(0, 0.01, 0), Curve(0, 0, 0), Curve(1e3, 0, 0)
+    exits, live = list(range(1, depth)), [1 - n / depth for n in range(1, depth)]
+    costs = Costs(block, tuple(dear if n % 3 == 0 else nothing for n in exits))
+    assert choose_exits(costs, exits, depth, 400, live).closed == tuple(n - 1 for n in exits if n % 3 == 0)
+
+
 def test_choose_exits__leaves_an_exit_open_that_makes_no_difference() -> None:
     nothing = Curve(0, 0, 0)
     assert choose_exits(Costs(nothing, (nothing,)), [3], 12, 1000, [0.5]).closed == ()

@@ -25,12 +25,12 @@ from tests.formats.test_label_studio import as_mask
 from tests.formats.test_rle import read
 from tests.helpers import tiny_segmenter
 from tokenexit.bulk import End, Shot, ahead, packed
-from tokenexit.calibration.drift import Histograms, Monitor, Usual, watch
+from tokenexit.calibration.drift import EDGES, Histograms, Monitor, Usual, watch
 from tokenexit.cli.predict import MAX_PIXELS, SAVE
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.formats import video
 from tokenexit.formats.rle import run_lengths
-from tokenexit.methods import Dense, DoViT, DToP, GatedBySize, Method, build_method
+from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method
 from tokenexit.predicting import RECORD, Predicted, predict_files, save_atomically
 from tokenexit.preprocessing import default_labels, load_image
 from tokenexit.report.pictures import exit_map, overlay
@@ -549,6 +549,24 @@ def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_
     before, closed[0] = closed[0], ()  # another machine, or another day
     predict_files(model, [pictures], gated, everyone_leaves, save=("exits", "masks"), gate=True)
     assert json.loads((gated / RECORD).read_text())["method"]["closed"] == [[1, list(before)], [16, []]]
+
+
+@pytest.mark.parametrize(
+    ("method", "gate"), [(DToP(), True), (Gated(DToP(), (0,)), False), (GatedBySize(DToP(), ((1, (0,)),)), False)]
+)
+def test_a_monitor_and_closed_exits_do_not_go_together(
+    model: ExitSegmenter, tmp_path: Path, method: Method[Any], gate: bool
+) -> None:
+    monitor = Monitor(Usual.of(Histograms(torch.zeros(1, 2, len(EDGES) + 1, dtype=torch.int64))))
+    with pytest.raises(ConfigError, match="a monitor wants to see every exit"):
+        predict_files(model, [tmp_path], tmp_path / "out", method, gate=gate, monitor=monitor)
+
+
+def test_a_method_without_some_exits_is_recorded(model: ExitSegmenter, tmp_path: Path) -> None:
+    noise(8, 8).save(tmp_path / "a.png")
+    method = Gated(METHOD, (0,))
+    assert predict_files(model, [tmp_path / "a.png"], tmp_path / "out", method).failed == ()
+    assert build_method(json.loads((tmp_path / "out" / RECORD).read_text())["method"]) == method
 
 
 # ------------------------------------------------------------------------------------------------- what can be kept

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from tokenexit import quickstart
 from tokenexit.data.registry import open_dataset
@@ -45,8 +46,10 @@ def test_quickstart__writes_a_report_that_needs_no_other_file(finished: dict[str
 
 
 def test_quickstart__writes_a_picture_for_every_shown_scene(finished: dict[str, Any]) -> None:
-    names = sorted(path.name for path in (finished["out"] / "pictures").iterdir())
-    assert names == ["scene-0.png", "scene-1.png"]
+    for folder in ("scenes", "pictures"):
+        names = sorted(path.name for path in (finished["out"] / folder).iterdir())
+        assert names == ["scene-0.png", "scene-1.png"]
+    assert Image.open(finished["out"] / "scenes" / "scene-0.png").size == (48, 32)
 
 
 def test_quickstart__leaves_a_model_that_loads(finished: dict[str, Any]) -> None:

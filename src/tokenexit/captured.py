@@ -12,8 +12,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -40,18 +39,24 @@ class PaddedBlock(Protocol):
     def modules(self) -> Iterator[nn.Module]: ...
 
 
-def cuda_graph(pool: Any, function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
-    """Record what `function` launches; its memory comes from `pool`, which graphs that never overlap can share."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # libraries choose kernels and allocate before, not while, it is recorded
-        for _ in range(2):
-            function()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
-        out = function()
-    return out, graph.replay
+def cuda_graphs(device: torch.device) -> Record:
+    """Record what a function launches on `device`, current or not. Graphs that never overlap can share their memory."""
+    pool = torch.cuda.graph_pool_handle()
+    first, recorded = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        with torch.cuda.device(device):
+            first.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(first):  # libraries choose kernels and allocate before, not while, it is recorded
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream().wait_stream(first)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=recorded):
+                out = function()
+        return out, graph.replay
+
+    return record
 
 
 @dataclass(frozen=True)
@@ -71,9 +76,8 @@ class CapturedBlocks:
     must not change afterwards. Calls must not overlap, since graphs write to fixed places.
     """
 
-    def __init__(self, blocks: Sequence[PaddedBlock], step: int = STEP, record: Record | None = None) -> None:
-        self.blocks, self.step = list(blocks), step
-        self.record = partial(cuda_graph, torch.cuda.graph_pool_handle()) if record is None else record
+    def __init__(self, blocks: Sequence[PaddedBlock], record: Record, step: int = STEP) -> None:
+        self.blocks, self.record, self.step = list(blocks), record, step
         self._lowered: dict[torch.dtype, list[PaddedBlock]] = {}
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
@@ -81,7 +85,7 @@ class CapturedBlocks:
         return -(-longest // self.step) * self.step
 
     def fits(self, packing: Packing) -> bool:
-        """Whether padding to the bucket is worth a graph; an image alone of a bucket or more always is."""
+        """Whether padding to the bucket is worth a graph; for an image alone it always is."""
         padded = len(packing.lengths) * self.bucket(packing.longest)
         alone = len(packing.lengths) == 1
         return packing.total > 0 and (alone or padded <= (1 + WASTE) * packing.total)
@@ -91,7 +95,8 @@ class CapturedBlocks:
         graph = self._graph(x, packing, start, stop)
         length = graph.x.shape[1]
         rows = padded_rows(packing, length)
-        graph.x.flatten(0, 1).index_copy_(0, rows, x)  # what stood in the padding before is masked out
+        graph.x.zero_()  # the mask multiplies what stood in the padding by 0, which leaves NaN and infinity as they are
+        graph.x.flatten(0, 1).index_copy_(0, rows, x)
         ends = packing.offsets.diff()[:, None, None, None]
         graph.visible.copy_(torch.arange(length, device=x.device) < ends)
         graph.replay()

@@ -9,7 +9,7 @@ in the batch, so that the same picture always meets the same exits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
@@ -29,6 +29,8 @@ from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Grid, Tokens
 
 Array = npt.NDArray[np.float64]
+Way = tuple[float, int, tuple[int, ...]]
+"""Milliseconds, minus the number of open exits, and which these are."""
 
 SIDES = (6, 12, 24, 40)
 """Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
@@ -102,7 +104,7 @@ class Gating:
 
 
 def choose_exits(costs: Costs, exits: Sequence[int], depth: int, tokens: int, live_after: Sequence[float]) -> Gating:
-    """The set of open exits with the least expected time, of all sets.
+    """The set of open exits with the least expected time, of all sets; of equals the one with more exits.
 
     exits: after how many blocks each stands. tokens: patches of the image. live_after: share of them that is live after
         each exit if all are open; who would have left at a closed exit leaves at the next open one.
@@ -115,9 +117,20 @@ def choose_exits(costs: Costs, exits: Sequence[int], depth: int, tokens: int, li
             live, block = live_after[n], exits[n]
         return ms + (depth - block) * costs.block(live * tokens)
 
+    def cheapest(live: float, block: int, later: Mapping[int, Way]) -> Way:
+        """From behind `block` to the end, through the exits in `later` or past them."""
+        ms = costs.block(live * tokens)
+        ways: list[Way] = [((depth - block) * ms, 0, ())]
+        for n, (rest, fewer, opened) in later.items():
+            until = (exits[n] - block) * ms + costs.exits[n](live * tokens)
+            ways.append((until + rest, fewer - 1, (n, *opened)))
+        return min(ways)
+
     numbers = range(len(exits))
-    sets = [subset for size in range(len(exits), -1, -1) for subset in combinations(numbers, size)]
-    best = min(sets, key=expected)  # of equals the one with more exits, which come first
+    behind: dict[int, Way] = {}
+    for n in reversed(numbers):  # what an open exit leaves behind it does not depend on those before
+        behind[n] = cheapest(live_after[n], exits[n], behind)
+    *_, best = cheapest(1.0, 0, behind)
     least = expected(best)
     reasons = []
     for n in numbers:
@@ -215,6 +228,6 @@ def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) ->
     reached = (model.calibration or {}).get("reached", {}).get("live_after_exit")
     number = len(config.exits)
     assumed = [(1 - ASSUMED_LEAVING) ** (n + 1) for n in range(number)]
-    live_after = assumed if reached is None else reached[-number:]
+    live_after = assumed if reached is None or len(reached) < number else reached[-number:]
     costs = costs_on_this_machine(model, method, precision)
     return lambda tokens: choose_exits(costs, config.exits, config.backbone.depth, tokens, live_after)

@@ -24,7 +24,7 @@ from tokenexit.formats.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFF
 from tokenexit.formats.places import Place
 from tokenexit.gating import gated_by_size
 from tokenexit.inference import Precision
-from tokenexit.methods import GatedBySize, Method, build_method, spec_of
+from tokenexit.methods import Gated, GatedBySize, Method, build_method, spec_of
 from tokenexit.preprocessing import MAX_PIXELS, Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.sources import Job, frame_name, list_jobs
@@ -72,13 +72,15 @@ def predict_files(
     max_pixels: larger pictures are refused. image_url: what comes before a picture's name in Label Studio's tasks.
     gate: pass over exits that do not pay at a picture's size (`tokenexit.gating`); `out` keeps to the choice it began
         with.
-    monitor: learns how sure the exits were of each picture.
+    monitor: learns how sure the exits were of each picture; not together with closed exits, which see none.
 
     Connected processes (torch.distributed) must all call it and see the same `out`. They share the work, all return the
     same, and the first one's monitor learns of all. Raises `ConfigError` for options that cannot work together, with
     this model or with what is in `out`.
     """
     model.check(method)
+    if monitor is not None and (gate or isinstance(method, Gated | GatedBySize)):
+        raise ConfigError("a monitor wants to see every exit, and gate closes some: give one of the two.")
     films = VIDEO in save
     outputs = chosen_outputs(save)
     results = Place(out)

@@ -118,13 +118,15 @@ def write_results(
     results: Sequence[Evaluation],
     steps: int,
 ) -> dict[str, Path]:
-    """Report, pictures and figures; returns their paths by what they are."""
+    """Report, figures and some scenes, alone and beside what came of them; returns their paths by what they are."""
     names = data.labels.names
     write_json(out / "results.json", results, names, {"data": "scenes", "split": "test", "steps": steps})
     rows = [example(model, data[i], methods, data.labels) for i in range(min(SHOWN_IMAGES, len(data)))]
-    pictures = out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
+    scenes, pictures = out / "scenes", out / "pictures"
+    for folder in (scenes, pictures):
+        folder.mkdir(parents=True, exist_ok=True)
     for i, figures in enumerate(rows):
+        save_atomically(data[i].image, scenes / f"scene-{i}.png")
         sheet = panel([(figure.caption, figure.image) for figure in figures], height=256)
         save_atomically(sheet, pictures / f"scene-{i}.png")
     report = write_report(
@@ -134,7 +136,8 @@ def write_results(
         summary=summary(results),
         footer="Made by tokenexit quickstart.",
     )
-    return {"model": out / "model", "pictures": pictures, "figures": out / "results.json", "report": report}
+    paths = {"model": out / "model", "scenes": scenes, "pictures": pictures}
+    return {**paths, "figures": out / "results.json", "report": report}
 
 
 def summary(results: Sequence[Evaluation]) -> str:

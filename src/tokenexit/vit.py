@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tokenexit import cost
 from tokenexit.attention import packed_attention
-from tokenexit.captured import STEP, CapturedBlocks, Record
+from tokenexit.captured import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.cost import Ops
 from tokenexit.errors import ConfigError
 from tokenexit.tokens import Grid, Packing, Tokens, alike
@@ -452,10 +452,11 @@ class ViT(nn.Module):
         step: lengths are padded to a multiple of it; a graph is recorded at the first use of each. record: how, for
         tests. Weights must not change afterwards, and calls must not overlap. Raises `ConfigError` without CUDA.
         """
-        if record is None and self.pos_embed.device.type != "cuda":
-            raise ConfigError(f"capture_blocks needs CUDA and the model is on {self.pos_embed.device}: move it there.")
+        device = self.pos_embed.device
+        if record is None and device.type != "cuda":
+            raise ConfigError(f"capture_blocks needs CUDA and the model is on {device}: move it there.")
         blocks = [block for block in self.blocks if isinstance(block, Block)]
-        self.captured = CapturedBlocks(blocks, step, record)
+        self.captured = CapturedBlocks(blocks, cuda_graphs(device) if record is None else record, step)
 
     def embed_ops(self, grid: Grid) -> Ops:
         patch = self.config.patch_size

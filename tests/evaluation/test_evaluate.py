@@ -17,7 +17,7 @@ from tokenexit.cost import GIGA
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Evaluation, Scaled, evaluate, label_of
-from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.methods import Dense, DoViT, DToP, Gated, Method
 from tokenexit.methods.reference import Imposed
 from tokenexit.preprocessing import Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
@@ -346,6 +346,7 @@ def test_evaluation_leaves_the_model_as_it_was(model: ExitSegmenter) -> None:
         (DToP(threshold=(0.98, 0.9, 0.8), keep_per_class=3), "dtop 0.98/0.9/0.8 keep_per_class=3"),
         (DoViT(threshold=1, blend_weight=0.0), "dovit 1 blend_weight=0.0"),
         (DToP(threshold=(0.8, (0.95, 0.9)), score="margin"), "dtop 0.8-0.95 per class score=margin"),
+        (Gated(DToP(threshold=0.9), (0,)), "dtop 0.9 gated"),
     ],
 )
 def test_a_row_is_named_by_what_differs_from_the_defaults(method: Method[Any], label: str) -> None:

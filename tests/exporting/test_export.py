@@ -21,7 +21,7 @@ from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting import export as exporting
 from tokenexit.exporting.export import export_model, trace
 from tokenexit.exporting.graph import threshold_table
-from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, Method, Truncated
+from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, GatedBySize, Method, Truncated
 from tokenexit.preprocessing import Preprocessing
 from tokenexit.segmenter import ExitSegmenter
 
@@ -162,6 +162,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
         (DToP(boundary_guard=True), "boundary_guard"),
         (DoViT(batch_mode="mean"), "batch_mode"),
         (Gated(DToP(cap=(0.5, 0.5)), (0,)), "export the method inside"),
+        (GatedBySize(DToP(), ((1, (0,)),)), "export the method inside"),
     ],
 )
 def test_export_model__refuses_what_a_graph_cannot_hold(method: Any, words: str, tmp_path: Path) -> None:

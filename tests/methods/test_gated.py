@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import pytest
@@ -116,9 +117,9 @@ def test_gated_by_size__windows_meet_the_exits_of_the_windows_size() -> None:
     assert (whole < 2).any()
 
 
-def test_gated_by_size__comes_back_from_its_specification() -> None:
-    for whole in (False, True):
-        assert build_method(json.loads(json.dumps(spec_of(BY_SIZE, whole)))) == BY_SIZE
+def test_closed_exits__come_back_from_their_specification() -> None:
+    for method, whole in product((BY_SIZE, Gated(BY_SIZE.method, (0,)), Gated(DToP())), (False, True)):
+        assert build_method(json.loads(json.dumps(spec_of(method, whole)))) == method
     assert spec_of(BY_SIZE)["method"] == {"name": "dtop", "threshold": 0.2, "keep_per_class": 1}
 
 

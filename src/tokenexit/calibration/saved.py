@@ -83,7 +83,9 @@ def usual_of(model: ExitSegmenter) -> Usual:
     assert model.calibration is not None, "asked of calibrated models"
     try:
         usual = Usual.from_dict(model.calibration["scores"])
-    except (KeyError, TypeError, ValueError) as error:
+    except KeyError as missing:
+        raise CheckpointError(f"{CALIBRATION_FILE} lacks {missing}, as of an earlier version: calibrate again.") from None
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"{CALIBRATION_FILE} is damaged ({error!r}): calibrate again, or delete it.") from None
     if len(usual.mean) != len(model.config.exits):
         raise CheckpointError(f"{CALIBRATION_FILE} has scores of another model: calibrate again, or delete it.")

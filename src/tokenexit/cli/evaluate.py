@@ -75,8 +75,9 @@ def evaluate(arguments: list[str]) -> int:
             set_windows(model, options)
             name, data = dataset_of(options)
             methods = named or calibrated_methods(model, options) or methods_of(["dense"], options)
-        if options.gate:  # as the first machine has it
-            methods = from_first([gated_by_size(model, method, options.precision) for method in methods])
+            if options.gate and place()[0] == 0:
+                methods = [gated_by_size(model, method, options.precision) for method in methods]
+        methods = from_first(methods)
         rows = [Scaled(method, scale) for scale in dict.fromkeys(options.input_scale) for method in methods]
         results = run(
             model,

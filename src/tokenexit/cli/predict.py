@@ -110,7 +110,9 @@ def predict(arguments: list[str]) -> int:
         print(f"tokenexit predict: {message}", file=sys.stderr)
     if done.skipped:
         print(f"already there and left as they are: {done.skipped} (--overwrite makes them again)")
-    if not done.failed:
+    if done.failed:
+        print(f"pictures segmented: {done.pictures}, failed: {len(done.failed)}")
+    else:
         *others, last = [OUTPUTS[name].title if name in OUTPUTS else "videos" for name in dict.fromkeys(options.save)]
         print(f"{', '.join(others)}{' and ' if others else ''}{last}: {options.out}")
     return status

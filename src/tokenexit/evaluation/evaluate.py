@@ -24,7 +24,7 @@ from tokenexit.evaluation.processes import gather, place, together
 from tokenexit.exits import Thresholds, per_class
 from tokenexit.inference import Precision, inference
 from tokenexit.ledger import dense_ops
-from tokenexit.methods import DToP, GatedBySize, Method, spec_of
+from tokenexit.methods import DToP, Gated, GatedBySize, Method, spec_of
 from tokenexit.methods.reference import Imposed, agreement_exits, random_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
@@ -305,7 +305,7 @@ def _method_dict(method: Method[Any]) -> dict[str, Any]:
 
 def label_of(method: Method[Any]) -> str:
     """A row's name: the method and what was changed of its defaults, thresholds always."""
-    if isinstance(method, GatedBySize):
+    if isinstance(method, Gated | GatedBySize):
         return f"{label_of(method.method)} gated"
     default = type(method)()
     parts = [method.name]

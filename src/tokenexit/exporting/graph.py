@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenexit.errors import ConfigError
 from tokenexit.exits import per_class, per_exit
-from tokenexit.methods import DoViT, DToP, Gated, Method
+from tokenexit.methods import DoViT, DToP, Gated, GatedBySize, Method
 from tokenexit.methods.reference import Imposed
 from tokenexit.output import resize_maps
 from tokenexit.segmenter import ExitSegmenter
@@ -101,7 +101,7 @@ def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
     model.check(method)
     if isinstance(method, Imposed):
         raise ConfigError("exits imposed from outside are no method to export: choose dense, dtop or dovit.")
-    if isinstance(method, Gated):
+    if isinstance(method, Gated | GatedBySize):
         raise ConfigError("closed exits follow from a machine and a size: export the method inside.")
     if getattr(method, "cap", None) is not None:
         raise ConfigError("a cap counts tokens on the host and cannot be exported: calibrate without --cap.")

@@ -17,6 +17,7 @@ from tokenexit.methods.truncated import Truncated
 METHODS: dict[str, type[Method[Any]]] = {
     method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
 }
+GATED: dict[str, type[Gated | GatedBySize]] = {method.name: method for method in (Gated, GatedBySize)}
 
 MethodSpec = str | Mapping[str, Any]
 """A method's name, or a mapping with `name` and the method's own fields: `{"name": "dtop", "threshold": 0.95}`."""
@@ -26,8 +27,8 @@ def build_method(spec: MethodSpec) -> Method[Any]:
     """A method from its specification; refuses unknown names and options in one sentence."""
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
-    if name == GatedBySize.name and options.keys() == {"method", "closed"}:
-        return GatedBySize(build_method(options["method"]), _frozen(options["closed"]))
+    if name in GATED and options.keys() == {"method", "closed"}:
+        return GATED[name](build_method(options["method"]), _frozen(options["closed"]))
     if name not in METHODS:
         raise ConfigError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}.")
     known = [f.name for f in fields(METHODS[name])]
@@ -40,7 +41,7 @@ def build_method(spec: MethodSpec) -> Method[Any]:
 
 def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
     """What `build_method` makes a method of, as JSON has it: its name and what is not as by default, or all."""
-    if isinstance(method, GatedBySize):
+    if isinstance(method, Gated | GatedBySize):
         return {"name": method.name, "method": spec_of(method.method, whole), "closed": method.closed}
     default = type(method)()
     own = {f.name: getattr(method, f.name) for f in fields(method)}

@@ -57,7 +57,7 @@ class GatedBySize(Method[Any]):
     closed: `((1, (0, 1)), (97, (0,)), (400, ()))`: from so many patches on, up to those of the next, these are closed.
     """
 
-    name: ClassVar[str] = "gated"
+    name: ClassVar[str] = "gated_by_size"
 
     method: Method[Any]
     closed: tuple[tuple[int, tuple[int, ...]], ...] = ()
