@@ -84,7 +84,9 @@ def usual_of(model: ExitSegmenter) -> Usual:
     try:
         usual = Usual.from_dict(model.calibration["scores"])
     except KeyError as missing:
-        raise CheckpointError(f"{CALIBRATION_FILE} lacks {missing}, as of an earlier version: calibrate again.") from None
+        raise CheckpointError(
+            f"{CALIBRATION_FILE} lacks {missing}, as of an earlier version: calibrate again."
+        ) from None
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{CALIBRATION_FILE} is damaged ({error!r}): calibrate again, or delete it.") from None
     if len(usual.mean) != len(model.config.exits):
