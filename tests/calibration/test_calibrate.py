@@ -456,7 +456,7 @@ def test_calibration__with_missing_parts_is_refused_when_used(saved: tuple[Path,
     for part, use in (("method", ExitSegmenter.calibrated_method), ("scores", usual_of)):
         (folder / "calibration.json").write_text(json.dumps({k: v for k, v in values.items() if k != part}))
         model = ExitSegmenter.from_pretrained(folder)
-        with pytest.raises(CheckpointError, match="damaged|lacks .scores., as of an earlier version: calibrate again"):
+        with pytest.raises(CheckpointError, match=r"damaged|lacks .scores., as of an earlier version: calibrate again"):
             use(model)
 
 

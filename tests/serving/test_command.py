@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[ser
 
 from tests.serving.live import Client, png, small_model
 from tokenexit.cli import main
+from tokenexit.serving.app import listen
 
 Captured = pytest.CaptureFixture[str]
 
@@ -111,3 +113,12 @@ def test_serve__without_its_packages_says_what_to_install(
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setattr(builtins, "__import__", without)
     assert wrong(capsys, saved) == "serve needs the package fastapi: pip install 'tokenexit[serve]'."
+
+
+def test_connections_send_their_last_packet_at_once() -> None:
+    with (
+        closing(listen("127.0.0.1", 0)) as listener,
+        closing(socket.create_connection(listener.getsockname())),
+        closing(listener.accept()[0]) as connection,
+    ):
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
