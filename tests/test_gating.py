@@ -192,3 +192,17 @@ def test_gated_by_size__leaves_what_has_no_gates_and_what_always_pays(
     monkeypatch.setattr(gating, "measure_costs", lambda *_: Costs(Curve(0, 1, 0), (Curve(0, 0, 0), Curve(0, 0, 0))))
     for method in (DToP(), Dense(), FixedRatio(ratios=(0.5, 0.2)), Truncated()):
         assert gated_by_size(model, method) is method
+
+
+@given(st.lists(st.tuples(st.integers(1, 5000), st.sampled_from([(), (0,), (1,), (0, 1)])), max_size=6))
+def test_changes__says_what_is_closed_at_every_number_of_patches(steps: list[tuple[int, tuple[int, ...]]]) -> None:
+    # apart enough for steps of 5 % to see each
+    apart = [step for n, step in enumerate(sorted(steps)) if n == 0 or step[0] > 1.2 * sorted(steps)[n - 1][0]]
+
+    def closed(tokens: int) -> tuple[int, ...]:
+        return next((numbers for start, numbers in reversed(apart) if start <= tokens), ())
+
+    method = GatedBySize(DToP(), tuple(gating.changes(closed)))
+    for tokens in {1, 4999, 5001} | {start + d for start, _ in apart for d in (-1, 0, 1) if start + d > 0}:
+        expected = closed(tokens)
+        assert method.for_grid((1, tokens)) == (Gated(DToP(), expected) if expected else DToP())

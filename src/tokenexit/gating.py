@@ -9,7 +9,7 @@ in the batch, so that the same picture always meets the same exits.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
@@ -35,8 +35,8 @@ Way = tuple[float, int, tuple[int, ...]]
 SIDES = (6, 12, 24, 40)
 """Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
 REPEATS = 5
-RUNGS = tuple(dict.fromkeys(round(1.05**n) for n in range(200)))
-"""Numbers of patches that are told apart: up to 16,000, in steps of 5 %."""
+RUNGS = tuple(dict.fromkeys(round(1.05**n) for n in range(284)))
+"""Numbers of patches between which changes are looked for: up to a million, in steps of 5 %."""
 ASSUMED_LEAVING = 1 / 3
 """Share of the live tokens that leaves at an exit where no calibration says otherwise; about that of both papers."""
 
@@ -199,8 +199,7 @@ def gate(model: ExitSegmenter, method: Method[Any], grid: Grid, precision: Preci
 
     The share of tokens that leaves is what the model's calibration saw, or a third of the live ones at each exit.
     """
-    tokens = grid[0] * grid[1]
-    return _choices(model, method, precision)(max(rung for rung in RUNGS if rung <= tokens))
+    return _choices(model, method, precision)(grid[0] * grid[1])
 
 
 def has_gates(method: Method[Any]) -> bool:
@@ -217,9 +216,22 @@ def gated_by_size(model: ExitSegmenter, method: Method[Any], precision: Precisio
     if not has_gates(method):
         return method
     choose = _choices(model, method, precision)
-    closed = [(rung, choose(rung).closed) for rung in RUNGS]
-    changes = [now for before, now in pairwise([(0, ()), *closed]) if before[1] != now[1]]
-    return GatedBySize(method, tuple(changes)) if changes else method
+    closed = tuple(changes(lambda tokens: choose(tokens).closed))
+    return GatedBySize(method, closed) if closed else method
+
+
+def changes(closed: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[int, tuple[int, ...]]]:
+    """From which numbers of patches on other exits are closed than below, and which; below one, none are."""
+    if closed(1):
+        yield 1, closed(1)
+    for low, high in pairwise(RUNGS):
+        while closed(low) != closed(high):
+            before, after = low, high
+            while after - before > 1:
+                middle = (before + after) // 2
+                before, after = (middle, after) if closed(middle) == closed(low) else (before, middle)
+            yield after, closed(after)
+            low = after
 
 
 def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) -> Callable[[int], Gating]:
