@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -228,6 +228,8 @@ def test_chart__of_any_points_is_well_formed_and_inside_its_frame(points):
 
 
 @given(st.floats(-1e9, 1e9), st.floats(0, 1e9))
+@example(0.0, 5e-324)
+@example(0.0, 1e-11)
 def test_nice_ticks__are_few_round_and_enclose_the_data(low, span):
     high = low + span
     ticks = nice_ticks(low, high)

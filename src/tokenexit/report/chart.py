@@ -132,7 +132,7 @@ def histogram_svg(
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
     """Round numbers 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
-    if high - low <= 1e-9 * max(abs(low), abs(high)):
+    if high - low <= max(1e-12, 1e-9 * max(abs(low), abs(high))):  # labels could not tell them apart
         low, high = low - max(1.0, abs(low) * 0.1), high + max(1.0, abs(high) * 0.1)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
