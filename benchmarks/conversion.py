@@ -29,7 +29,7 @@ from tokenexit.inference import Precision, inference
 from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.methods.base import Model, Stage
-from tokenexit.methods.dtop import DToPState
+from tokenexit.methods.thresholded import Graded
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Tokens
 
@@ -44,10 +44,11 @@ class DToPShares(DToP):
 
     leaving: Tensor | None = None
 
-    def leaves(self, n: int, score: Tensor, patches: Tokens, state: DToPState, model: Model) -> Tensor:
-        ruled = super().leaves(n, score, patches, state, model)
+    def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
+        ruled = super().decide(n, graded, live)
         assert self.leaving is not None
-        imposed = self.leaving.index_select(0, patches.position)
+        assert graded.position is not None
+        imposed = self.leaving.index_select(0, graded.position)
         return imposed if n == 0 else torch.zeros_like(ruled)
 
 
@@ -59,8 +60,8 @@ class DoViTShares(DoViT):
 
     leaving: Tensor | None = None
 
-    def _grade(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
-        score, label, stage = super()._grade(n, patches, live, model)
+    def _score_and_label(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
+        score, label, stage = super()._score_and_label(n, patches, live, model)
         assert self.leaving is not None
         return self.leaving.to(score.dtype), label, stage
 

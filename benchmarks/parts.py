@@ -64,7 +64,7 @@ def watched(model: ExitSegmenter, watch: Stopwatch) -> Iterator[None]:
         (model.backbone, "embed", "embed"),
         (model.backbone, "run", "blocks"),
         (tokenexit.vit, "packed_attention", "attention"),
-        (DToP, "leaves", "rule"),
+        (DToP, "decide", "rule"),
         (Tokens, "keep", "compaction"),
         (tokenexit.methods.dtop, "scatter", "canvas"),
         (model.decode_head, "forward", "decode head"),

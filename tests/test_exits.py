@@ -8,18 +8,20 @@ from hypothesis import strategies as st
 from tests.helpers import assert_close
 from tokenexit.errors import ConfigError
 from tokenexit.exits import (
-    NEVER,
-    check_thresholds,
-    graded,
-    of_class,
+    confidence,
+    exceeds,
     on_boundary,
-    per_class,
-    per_exit,
     pooled_label,
     pooled_score,
     retain_top_k,
-    select,
-    tempered,
+    scale_logits,
+)
+from tokenexit.methods.thresholded import (
+    NEVER,
+    check_thresholds,
+    per_class,
+    per_exit,
+    threshold_of_tokens,
     warmed_up,
 )
 
@@ -100,11 +102,11 @@ def test_retain_top_k__equals_a_loop_over_images_and_classes_with_many_ties(rows
 
 
 def test_select__is_strict():
-    assert select(torch.tensor([0.4, 0.5, 0.6]), 0.5).tolist() == [False, False, True]
+    assert exceeds(torch.tensor([0.4, 0.5, 0.6]), 0.5).tolist() == [False, False, True]
 
 
 def test_select__never_fires_at_the_threshold_called_never():
-    assert not select(torch.ones(3), NEVER).any()
+    assert not exceeds(torch.ones(3), NEVER).any()
 
 
 def test_per_exit__one_number_serves_all_exits():
@@ -148,8 +150,8 @@ def test_per_class__tells_whether_an_exit_has_one_for_each_class():
 
 def test_of_class__is_the_threshold_of_the_class_predicted():
     label = torch.tensor([2, 0, 0, 1])
-    assert of_class((0.5, 0.25, 0.75), label).tolist() == [0.75, 0.5, 0.5, 0.25]
-    assert of_class(0.9, label) == 0.9
+    assert threshold_of_tokens((0.5, 0.25, 0.75), label).tolist() == [0.75, 0.5, 0.5, 0.25]
+    assert threshold_of_tokens(0.9, label) == 0.9
 
 
 # Scores.
@@ -169,39 +171,39 @@ def by_definition(row, score):
 @given(rows=st.lists(st.lists(st.floats(-30, 30), min_size=4, max_size=4), min_size=1, max_size=6))
 def test_graded__is_its_definition_and_lies_in_the_unit_interval(score, rows):
     probabilities = torch.tensor(rows, dtype=torch.float64).softmax(dim=1)
-    scores = graded(probabilities.float(), score)
+    scores = confidence(probabilities.float(), score)
     assert_close(scores, torch.tensor([by_definition(row, score) for row in probabilities.tolist()]))
     assert ((scores >= 0) & (scores <= NEVER)).all()
-    assert torch.equal(graded(probabilities.float().T[None], score, dim=1), scores[None])
+    assert torch.equal(confidence(probabilities.float().T[None], score, dim=1), scores[None])
 
 
 @pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
 def test_graded__is_one_for_certainty_and_least_for_none(score):
-    assert graded(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), score).item() == 1.0
-    least = graded(torch.full((1, 4), 0.25), score).item()
+    assert confidence(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), score).item() == 1.0
+    least = confidence(torch.full((1, 4), 0.25), score).item()
     assert least == pytest.approx(0.25 if score == "probability" else 0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
 def test_graded__of_a_single_class_is_its_probability(score):
-    assert graded(torch.tensor([[1.0], [0.25]]), score).tolist() == [1.0, 0.25]
+    assert confidence(torch.tensor([[1.0], [0.25]]), score).tolist() == [1.0, 0.25]
 
 
 @given(logits=st.lists(st.floats(-8, 8), min_size=2, max_size=5), hotter=st.floats(1.1, 5.0))
 def test_tempered__heat_makes_less_sure_and_moves_no_class(logits, hotter):
     logits = torch.tensor([logits])
     top = logits.sort(descending=True).values[0]
-    warm = tempered(logits, hotter)
+    warm = scale_logits(logits, hotter)
     for score in ("probability", "margin", "entropy"):
-        assert graded(warm.softmax(1), score) <= graded(logits.softmax(1), score) + 1e-6
+        assert confidence(warm.softmax(1), score) <= confidence(logits.softmax(1), score) + 1e-6
     if top[0] - top[1] > 1e-4:
         assert warm.argmax() == logits.argmax()
 
 
 def test_tempered__at_one_is_the_very_same_tensor():
     logits = torch.randn(3, 4).bfloat16()
-    assert tempered(logits, 1.0) is logits
-    assert tempered(logits, 2.0).dtype == torch.float32
+    assert scale_logits(logits, 1.0) is logits
+    assert scale_logits(logits, 2.0).dtype == torch.float32
 
 
 def test_pooled_score__is_taken_in_fp32_in_any_precision():

@@ -17,10 +17,11 @@ from tests.helpers import assert_close, picture, tiny_segmenter
 from tokenexit import output as output_module
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.methods.base import packs
 from tokenexit.methods.reference import Imposed, agreement_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.windows import WindowedOutput, packs, segment_windows, window_boxes
+from tokenexit.windows import WindowedOutput, segment_windows, window_boxes
 
 Size = tuple[int, int]
 

@@ -26,7 +26,7 @@ from tokenexit.formats import video
 from tokenexit.formats.outputs import PARTS, VIDEO_SUFFIX, About, Output, Prediction, blended
 from tokenexit.formats.places import Place
 from tokenexit.inference import Precision, inference
-from tokenexit.methods import Dense, Method
+from tokenexit.methods import Method
 from tokenexit.preprocessing import MAX_PIXELS, Preprocessing, load_image
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.sources import Job, frame_name
@@ -155,8 +155,7 @@ class Engine:
     @property
     def max_tokens(self) -> int:
         """What runs at once; a picture alone where its answer would depend on its companions."""
-        method = getattr(self.method, "method", self.method)  # behind closed exits
-        return 1 if getattr(method, "batch_mode", "exact") == "mean" else PACK_TOKENS
+        return PACK_TOKENS if self.method.batch_independent else 1
 
     def predict(self, pack: Sequence[Shot]) -> Sequence[Prediction | Failure]:
         """In a block of `inference`. Pictures that do not fit into memory together are taken one by one."""
@@ -191,7 +190,7 @@ class Engine:
             out.exit_stage[0].cpu().numpy(),
             out.num_exits,
             extent=(height / patch, width / patch),  # without the padding to whole patches
-            exits=not isinstance(self.method, Dense),
+            exits=self.method.has_exits,
         )
 
 

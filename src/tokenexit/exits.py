@@ -7,130 +7,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Literal, TypeVar, get_args
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.errors import ConfigError
 from tokenexit.tokens import Grid, Packing, pack_grids, unpack_grids
 
-NEVER = 1.0
-"""The threshold at which no token leaves: scores are at most 1 and the comparison is strict."""
-
-Threshold = float | Sequence[float]
-"""The threshold of an exit: one for all classes, or one for each."""
-
-Thresholds = float | Sequence[Threshold]
-"""One threshold for all exits, or for each exit a number or one for each class."""
-
 Score = Literal["probability", "margin", "entropy"]
-"""How sure a head is of a token: see `graded`."""
-
-PerExit = float | Sequence[float]
-"""A number for all exits, or one for each."""
-
-T = TypeVar("T", bound=Threshold)
+"""How sure a head is of a token: see `confidence`."""
 
 
-def per_exit(value: float | Sequence[T], num_exits: int, name: str = "threshold") -> tuple[float | T, ...]:
-    """One value, such as a threshold, for every exit. Refuses a list of another length."""
-    values = (value,) * num_exits if isinstance(value, int | float) else tuple(value)
-    if len(values) != num_exits:
-        raise ConfigError(
-            f"{name} has {len(values)} values for {num_exits} exits: give one number, or one for each exit."
-        )
-    return values
-
-
-def of_class(threshold: Threshold, label: Tensor) -> float | Tensor:
-    """What each token is held to: the exit's one threshold, or `(P,)`, that of the class predicted, `label (P,)`."""
-    if isinstance(threshold, int | float):
-        return threshold
-    table = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
-    return table if table.ndim == 0 else table.to(label.device).index_select(0, label)
-
-
-def per_class(threshold: Thresholds) -> bool:
-    """Whether some exit has a threshold for each class."""
-    return not isinstance(threshold, int | float) and not all(isinstance(tau, int | float) for tau in threshold)
-
-
-def check_thresholds(threshold: Thresholds) -> None:
-    """Refuse thresholds that are no score."""
-    if isinstance(threshold, str) or not isinstance(threshold, int | float | Sequence):
-        raise ConfigError(f"threshold={threshold!r} is no number: give one in [0, 1], or one for each exit.")
-    for exit in (threshold,) if isinstance(threshold, int | float) else threshold:
-        for value in exit if isinstance(exit, list | tuple) else (exit,):
-            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-                raise ConfigError(f"threshold={value} is outside [0, 1]: scores are; use 1 for 'never'.")
-
-
-def check_threshold_sizes(threshold: Thresholds, num_exits: int, num_classes: int) -> None:
-    """Refuse thresholds for another number of exits or classes."""
-    for n, tau in enumerate(per_exit(threshold, num_exits)):
-        if not isinstance(tau, int | float) and len(tau) != num_classes:
-            raise ConfigError(
-                f"threshold of exit {n + 1} has {len(tau)} values for {num_classes} classes: "
-                "give one number, or one for each class."
-            )
-
-
-def warmed_up(threshold: Thresholds, progress: float, warmup: float) -> Thresholds:
-    """Thresholds during warm-up: fall linearly from 1 to their value over the share `warmup` of the training.
-
-    `tau(i) = 1 - min(1, i / T) (1 - tau)` with `i / T = progress / warmup` (DoViT, A.4).
-    """
-    done = min(1.0, progress / warmup) if warmup > 0 else 1.0
-
-    def now(tau: Threshold) -> Threshold:
-        return 1.0 - done * (1.0 - tau) if isinstance(tau, int | float) else tuple(1.0 - done * (1.0 - t) for t in tau)
-
-    return now(threshold) if isinstance(threshold, int | float) else tuple(map(now, threshold))
-
-
-def check_score(score: str) -> None:
-    """Refuse names of no score."""
-    if score not in get_args(Score):
-        raise ConfigError(f"score='{score}': choose probability, margin or entropy.")
-
-
-def check_temperature(temperature: PerExit) -> None:
-    """Refuse what logits cannot be divided by."""
-    if isinstance(temperature, str) or not isinstance(temperature, int | float | Sequence):
-        raise ConfigError(f"temperature={temperature!r} is no number: give one above 0, or one for each exit.")
-    for value in (temperature,) if isinstance(temperature, int | float) else temperature:
-        if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-            raise ConfigError(f"temperature={value} must be a number above 0: 1 leaves scores as they are.")
-
-
-def check_cap(cap: Sequence[float] | None) -> None:
-    """Refuse caps that are no shares of an image's tokens."""
-    if cap is None:
-        return
-    if isinstance(cap, str | int | float) or not all(0.0 <= share <= 1.0 for share in cap):
-        raise ConfigError(f"cap={cap!r} is no share in [0, 1] for each exit: give those of an image's tokens to go on.")
-
-
-def check_cap_length(cap: Sequence[float] | None, num_exits: int) -> None:
-    """Refuse a cap for another number of exits."""
-    if cap is not None and len(cap) != num_exits:
-        raise ConfigError(f"cap has {len(cap)} values for {num_exits} exits: give one share for each exit.")
-
-
-def cap_limits(cap: Sequence[float], n: int, grids: Sequence[Grid], device: torch.device) -> Tensor:
-    """How many patch tokens of each image may go on after exit `n`: `(B,)` int64."""
-    return torch.tensor([int(cap[n] * h * w + 1e-9) for h, w in grids], device=device)
-
-
-def tempered(logits: Tensor, temperature: float) -> Tensor:
+def scale_logits(logits: Tensor, temperature: float) -> Tensor:
     """Logits over the temperature, in fp32; at 1 as they are (Guo et al., 2017: one number per head, above 1 where it
     is too sure). Order and so classes stay; only scores move."""
     return logits if temperature == 1.0 else logits.float() / temperature
 
 
-def graded(probabilities: Tensor, score: Score = "probability", dim: int = -1) -> Tensor:
+def confidence(probabilities: Tensor, score: Score = "probability", dim: int = -1) -> Tensor:
     """How sure a head is, in [0, 1], 1 for what cannot be surer: `(P, K)` to `(P,)`.
 
     probabilities: of the classes, along `dim`, fp32. score: the highest "probability", its "margin" over the second
@@ -153,15 +48,15 @@ def pooled_score(
     score: Score = "probability",
     temperature: float = 1.0,
 ) -> Tensor:
-    """Score on the softmax head's fine grid, averaged over each patch (DoViT, A.4).
+    """Score on the softmax head's fine grid, averaged over each patch (DoViT, release, `do_vit.py`).
 
     logits: `(sum h w scale^2, K)` on complete grids; they are first interpolated by `upscale`. Returns `(cells,)`.
     """
-    logits = tempered(logits, temperature)
+    logits = scale_logits(logits, temperature)
     if scale == upscale == 1:
-        return graded(logits.float().softmax(dim=-1), score)
+        return confidence(logits.float().softmax(dim=-1), score)
     fine = _fine_probabilities(logits, grids, scale, upscale)
-    pooled = [(members, F.avg_pool2d(graded(p, score, 1).unsqueeze(1), scale * upscale)) for members, p in fine]
+    pooled = [(members, F.avg_pool2d(confidence(p, score, 1).unsqueeze(1), scale * upscale)) for members, p in fine]
     return pack_grids(pooled).squeeze(1)
 
 
@@ -182,7 +77,7 @@ def _fine_probabilities(
         yield members, maps.softmax(dim=1)
 
 
-def select(score: Tensor, threshold: float | Tensor) -> Tensor:
+def exceeds(score: Tensor, threshold: float | Tensor) -> Tensor:
     """Tokens that may leave: score strictly above the threshold, or its own of `(P,)`. `(P,)` to `(P,)` bool."""
     return score > threshold
 
@@ -207,7 +102,7 @@ def retain_top_k(candidate: Tensor, score: Tensor, label: Tensor, image: Tensor,
     """Candidates that stay: of each image and predicted class the k most confident, ties by lowest position.
 
     candidate: `(P,)` bool; score `(P,)`; label `(P,)` predicted class; image `(P,)`. Rows are in raster order within
-    an image. Returns `(P,)` bool. One sort, no loop over images or classes (DToP, a.6).
+    an image. Returns `(P,)` bool. One sort, no loop over images or classes (DToP, release, `PruneHead`).
     """
     if k == 0:
         return torch.zeros_like(candidate)

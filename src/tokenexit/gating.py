@@ -22,7 +22,7 @@ import torch
 
 from tokenexit.cache import cached_path, keep, read_cached
 from tokenexit.inference import Precision, inference
-from tokenexit.methods import DoViT, DToP, Method
+from tokenexit.methods import Method
 from tokenexit.methods.base import Model
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.segmenter import ExitSegmenter
@@ -202,18 +202,13 @@ def gate(model: ExitSegmenter, method: Method[Any], grid: Grid, precision: Preci
     return _choices(model, method, precision)(grid[0] * grid[1])
 
 
-def has_gates(method: Method[Any]) -> bool:
-    """Whether exits of a method may be closed: not where there are none, or where it was told how many leave."""
-    return isinstance(method, DToP | DoViT)
-
-
 def gated_by_size(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Method[Any]:
     """`method` with the exits that pay, at every size; as it is if all of them always pay, or it has no gates.
 
     Raises `ConfigError` for a method that `model` cannot run.
     """
     model.check(method)
-    if not has_gates(method):
+    if not method.may_gate:
         return method
     choose = _choices(model, method, precision)
     closed = tuple(changes(lambda tokens: choose(tokens).closed))

@@ -24,7 +24,7 @@ from tokenexit.formats.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFF
 from tokenexit.formats.places import Place
 from tokenexit.gating import gated_by_size
 from tokenexit.inference import Precision
-from tokenexit.methods import Gated, GatedBySize, Method, build_method, spec_of
+from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.preprocessing import MAX_PIXELS, Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.sources import Job, frame_name, list_jobs
@@ -79,7 +79,7 @@ def predict_files(
     this model or with what is in `out`.
     """
     model.check(method)
-    if monitor is not None and (gate or isinstance(method, Gated | GatedBySize)):
+    if monitor is not None and (gate or method.inner is not method):
         raise ConfigError("a monitor wants to see every exit, and gate closes some: give one of the two.")
     films = VIDEO in save
     outputs = chosen_outputs(save)
@@ -236,8 +236,7 @@ def _gated(model: ExitSegmenter, method: Method[Any], precision: Precision, reco
         before = build_method(record["method"])
     except (ConfigError, KeyError, TypeError, ValueError):  # nothing begun, or nothing that could be known
         return gated_by_size(model, method, precision)
-    same = before.method if isinstance(before, GatedBySize) else before
-    return before if same == method else gated_by_size(model, method, precision)
+    return before if before.inner == method else gated_by_size(model, method, precision)
 
 
 def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from tokenexit.calibration.saved import write_calibration
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation, evaluate, label_of
+from tokenexit.evaluation.evaluate import Evaluation, evaluate
 from tokenexit.methods import Dense, DoViT, DToP, Method, build_method
 from tokenexit.predicting import save_atomically
 from tokenexit.preprocessing import Labels
@@ -62,7 +62,9 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
     found = [calibrate(bench, method, Budget("budget", BUDGET), about=about) for method in (DToP(), DoViT())]
     write_calibration(found[0], out / "model", out / "model")
     methods = [Dense(), *(build_method(one.method) for one in found)]
-    console.print(f"calibrated on {TUNE_IMAGES} scenes of the val split: {', '.join(map(label_of, methods[1:]))}")
+    console.print(
+        f"calibrated on {TUNE_IMAGES} scenes of the val split: {', '.join(method.label for method in methods[1:])}"
+    )
     results = evaluate(model, test, methods, progress=lambda images: track(images, description="evaluating"))
 
     console.print(main_table(results, spread=True).to_rich())

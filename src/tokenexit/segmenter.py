@@ -12,10 +12,10 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import groupby, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,11 @@ from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
 from tokenexit.hub import push_folder
 from tokenexit.ledger import Size, write_ledger
-from tokenexit.methods import Dense, Method, Model, build_method
+from tokenexit.methods import Dense, Method, Model, Result, build_method
 from tokenexit.output import SegmentationOutput, joined
 from tokenexit.pipeline import ImageSegmentation, label_maps
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
+from tokenexit.tokens import Tokens
 from tokenexit.vit import ViT, ViTConfig, vit_config
 from tokenexit.windows import Segmentation, segment_windows
 
@@ -86,6 +87,24 @@ class SegmenterConfig:
             exit_heads=tuple(normalize_head(head) for head in values["exit_heads"]),
             decode_head=normalize_head(values["decode_head"]),
         )
+
+
+def run_tokens(
+    backbone: ViT, exits: Sequence[int], tokens: Tokens, method: Method[Any], model: Model
+) -> tuple[Result, list[tuple[int, ...]]]:
+    """The loop of all methods: blocks, an exit, blocks of the tokens that are left, and the map of all.
+
+    exits: after how many blocks each stands. tokens: embedded images. Returns the method's result and, for every block,
+    the tokens of each image that ran through it.
+    """
+    state = method.start(tokens, model)
+    lengths: list[tuple[int, ...]] = []
+    for n, (start, stop) in enumerate(pairwise((0, *exits, backbone.config.depth))):
+        tokens = backbone.run(tokens, start, stop)
+        lengths += [tokens.packing.lengths] * (stop - start)
+        if n < len(exits):
+            tokens, state = method.at_exit(n, tokens, state, model)
+    return method.result(tokens, state, model), lengths
 
 
 class ExitSegmenter(nn.Module):
@@ -165,35 +184,19 @@ class ExitSegmenter(nn.Module):
         method.check(model)
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         targets = sizes if targets is None else tuple(targets)
+        grids = [self.backbone.patch_embed.grid(*size) for size in sizes]
         outputs = [
             self._run([images[i] for i in run], own, model, targets[run.start : run.stop])
-            for run, own in self._runs(sizes, method)
+            for run, own in method.runs(grids)
         ]
         return outputs[0] if len(outputs) == 1 else joined(outputs)
-
-    def _runs(self, sizes: Sequence[Size], method: Method[Any]) -> Iterator[tuple[range, Method[Any]]]:
-        """Consecutive images that run together, and with what; for most methods, all of them with itself."""
-        grids = [self.backbone.patch_embed.grid(*size) for size in sizes]
-        stop = cells = 0
-        for own, group in groupby(map(method.for_grid, grids)):
-            start, first, stop = stop, cells, stop + len(list(group))
-            cells += sum(h * w for h, w in grids[start:stop])
-            yield range(start, stop), own.of_cells(slice(first, cells))
 
     def _run(
         self, images: Sequence[Tensor], method: Method[Any], model: Model, targets: tuple[Size, ...]
     ) -> SegmentationOutput:
-        """Both papers' flow: blocks, an exit, blocks of those that are left, and the map of all."""
+        """Images to maps: tokens run, and what the decode head made of them is cut into images."""
         tokens = self.backbone.embed(images)
-        state = method.start(tokens, model)
-        lengths: list[tuple[int, ...]] = []
-        bounds = (0, *self.config.exits, self.config.backbone.depth)
-        for n, (start, stop) in enumerate(pairwise(bounds)):
-            tokens = self.backbone.run(tokens, start, stop)
-            lengths += [tokens.packing.lengths] * (stop - start)
-            if n < model.num_exits:
-                tokens, state = method.at_exit(n, tokens, state, model)
-        result = method.result(tokens, state, model)
+        result, lengths = run_tokens(self.backbone, self.config.exits, tokens, method, model)
 
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         scale, grids = self.decode_head.scale, tokens.grids

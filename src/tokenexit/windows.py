@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import astuple, dataclass
-from itertools import accumulate, pairwise, product
+from itertools import product
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -54,17 +54,6 @@ def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
     return [(max(end - window, 0), end) for end in ends]
 
 
-def packs(tokens: Sequence[int], max_tokens: int) -> list[range]:
-    """Consecutive windows to run at once: as many as have `max_tokens` together, and at least one."""
-    starts, held = [0], 0
-    for n, count in enumerate(tokens):
-        if held and held + count > max_tokens:
-            starts.append(n)
-            held = 0
-        held += count
-    return [range(start, stop) for start, stop in pairwise([*starts, len(tokens)])]
-
-
 def segment_windows(
     forward: Forward,
     images: Sequence[Tensor],
@@ -84,12 +73,8 @@ def segment_windows(
     sizes = tuple((image.shape[1], image.shape[2]) for image in images)
     boxes = tuple(window_boxes(size, window, stride) for size in sizes)
     crops = [image[:, top:bottom, left:right] for image, own in zip(images, boxes) for top, left, bottom, right in own]
-    tokens = [-(-crop.shape[1] // patch_size) * -(-crop.shape[2] // patch_size) for crop in crops]
-    first_cell = [0, *accumulate(tokens)]
-    outputs = []
-    for pack in packs(tokens, max_tokens):
-        cells = slice(first_cell[pack.start], first_cell[pack.stop])
-        outputs.append(forward(crops[pack.start : pack.stop], method.of_cells(cells)))
+    grids = [(-(-crop.shape[1] // patch_size), -(-crop.shape[2] // patch_size)) for crop in crops]
+    outputs = [forward(crops[run.start : run.stop], own) for run, own in method.runs(grids, max_tokens)]
     return WindowedOutput(joined(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
 
 

@@ -16,7 +16,7 @@ from tests.helpers import tiny_segmenter
 from tokenexit.cost import GIGA
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation, Scaled, evaluate, label_of
+from tokenexit.evaluation.evaluate import Evaluation, Scaled, evaluate
 from tokenexit.methods import Dense, DoViT, DToP, Gated, Method
 from tokenexit.methods.reference import Imposed
 from tokenexit.preprocessing import Labels, default_labels
@@ -350,7 +350,7 @@ def test_evaluation_leaves_the_model_as_it_was(model: ExitSegmenter) -> None:
     ],
 )
 def test_a_row_is_named_by_what_differs_from_the_defaults(method: Method[Any], label: str) -> None:
-    assert label_of(method) == label
+    assert method.label == label
 
 
 def test_figures_of_a_row_are_complete(model: ExitSegmenter) -> None:

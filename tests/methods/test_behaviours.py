@@ -9,8 +9,8 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from tests.helpers import MARGIN, assert_close, distance, picture
 from tests.methods.cases import ALL_HEADS, BY_HEAD, CASES, ONCE, WITH_EXITS, model_for
 from tests.oracles.methods import Weights
-from tokenexit.exits import NEVER
 from tokenexit.methods import METHODS, Dense
+from tokenexit.methods.thresholded import NEVER
 from tokenexit.segmenter import ExitSegmenter
 
 MIXED = [(16, 20), (9, 33), (4, 4), (16, 20), (13, 8)]

@@ -362,7 +362,20 @@ def test_warm_up__thresholds_fall_from_one_over_the_share_of_the_training():
 
 
 def test_defaults__are_the_published_ones():
-    assert DoViT() == DoViT(0.985, None, 0.1, 0.5, "exact", "grid", False, 0.0, None, "probability", 1.0, False)
+    assert DoViT() == DoViT(
+        threshold=0.985,
+        min_improvement=None,
+        blend_trigger=0.1,
+        blend_weight=0.5,
+        batch_mode="exact",
+        scoring="grid",
+        detach_aux=False,
+        threshold_warmup=0.0,
+        cap=None,
+        score="probability",
+        temperature=1.0,
+        boundary_guard=False,
+    )
 
 
 # What is refused.

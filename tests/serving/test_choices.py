@@ -40,7 +40,7 @@ def test_dial__ends_where_nobody_leaves_and_where_everybody_does() -> None:
 
 @pytest.mark.parametrize("method", [DToP(0.95), DoViT((0.98, 0.9)), PAUMER(), DToP(((0.9, 0.99), 0.8))])
 def test_dial__at_a_methods_own_place_gives_its_thresholds(method: Method[Any]) -> None:
-    from tokenexit.exits import per_exit
+    from tokenexit.methods.thresholded import per_exit
 
     found = thresholds(dialled(method, place(method, 2), 2))
     for own, wanted in zip(found, per_exit(thresholds(method), 2)):

@@ -20,7 +20,6 @@ from tokenexit.calibration.budget import Met, cap_shares, meet_budget
 from tokenexit.calibration.dense_pass import (
     Costs,
     DensePass,
-    check_method,
     compose,
     context_price,
     live_counts,
@@ -43,7 +42,8 @@ from tokenexit.calibration.saved import Calibration
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cost import GIGA
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Method, spec_of
+from tokenexit.methods import Dense, Method, ThresholdMethod, spec_of
+from tokenexit.methods.thresholded import calibratable
 
 Average = Literal["pixels", "classes"]
 Unit = Literal["budget", "budget_gmacs", "latency_ms"]
@@ -188,7 +188,8 @@ def calibrate(
     Raises `ConfigError` in one sentence for wishes out of reach, with what is in reach, and for too few images, with
     how many are needed.
     """
-    if check_method(method).cap is not None:
+    rule = calibratable(method)
+    if rule.cap is not None:
         raise ConfigError("a method that has a cap keeps it: calibrate one without, and give the cap as cap=.")
     if cap is not None and cap <= 0.0:
         raise ConfigError(f"cap={cap:g} must be above 0: it is a share of dense multiply-adds.")
@@ -199,12 +200,12 @@ def calibrate(
     if temperatures:
         part = bench if isinstance(wish, Budget) else bench.part(split(len(bench), wish, seed)[0])
         fit = fit_temperature(part)
-        method = replace(check_method(method), temperature=fit)
+        rule = replace(rule, temperature=fit)
         say(f"temperatures: {'/'.join(map(str, fit))}")
     if isinstance(wish, Budget):
-        chosen = _for_budget(bench, method, wish, average, cap)
+        chosen = _for_budget(bench, rule, wish, average, cap)
     else:
-        chosen = _for_bound(bench, method, wish, average, cap, seed, say)
+        chosen = _for_bound(bench, rule, wish, average, cap, seed, say)
     asked = {f.name: getattr(wish, f.name) for f in fields(wish)}
     asked = {asked.pop("unit", None) or asked.pop("what"): asked.pop("value"), **asked}
     return Calibration(
@@ -230,8 +231,7 @@ class _Chosen:
 class Planner:
     """Paths of a method on some images, one of them in use, and costs at its places as the dense pass predicts them."""
 
-    def __init__(self, bench: Bench, method: Method[Any], average: Average) -> None:
-        check_method(method)
+    def __init__(self, bench: Bench, method: ThresholdMethod[Any], average: Average) -> None:
         self.model, self.method = bench.model, method
         exits, depth = bench.model.config.exits, bench.model.config.backbone.depth
         never = with_limits(method, (0.0,) * len(exits))
@@ -253,7 +253,7 @@ class Planner:
     def share(self, place: float) -> float:
         return self.costs.share(self.live(place))
 
-    def at(self, place: float) -> Method[Any]:
+    def at(self, place: float) -> ThresholdMethod[Any]:
         return with_limits(self.method, self.path.at(place))
 
     def disagreement(self, place: float) -> float:
@@ -284,14 +284,15 @@ class Planner:
     def hold_to(self, cap: float, place: float) -> None:
         """From now on with a cap, shared out over exits as it binds least at this place."""
         shares = cap_shares(self.costs, self.live(place), cap)
-        assert isinstance(self.method, DToP | DoViT), "checked when calibration begins"
         self.method = replace(self.method, cap=shares)
 
 
 # ---------------------------------------------------------------------------------------------------------- budgets
 
 
-def _for_budget(bench: Bench, method: Method[Any], wish: Budget, average: Average, cap: float | None) -> _Chosen:
+def _for_budget(
+    bench: Bench, method: ThresholdMethod[Any], wish: Budget, average: Average, cap: float | None
+) -> _Chosen:
     model = bench.model
     planner = Planner(bench, method, average)
     reference = dense_reference(bench)
@@ -369,7 +370,7 @@ def _cap_words(cap: float | None) -> str:
 
 def _for_bound(
     bench: Bench,
-    method: Method[Any],
+    method: ThresholdMethod[Any],
     wish: Bound,
     average: Average,
     cap: float | None,

@@ -15,7 +15,6 @@ Legend: E exits, K classes.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.calibrate import costs_of
-from tokenexit.calibration.dense_pass import check_method
 from tokenexit.calibration.drift import Usual
 from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
 from tokenexit.calibration.saved import Calibration
@@ -32,6 +30,7 @@ from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
 from tokenexit.inference import inference
 from tokenexit.methods import Dense, Method, Stage, spec_of
+from tokenexit.methods.thresholded import calibratable
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
 from tokenexit.windows import window_boxes
@@ -58,7 +57,7 @@ def calibrate_by_class(
 
     CBT itself keeps nobody: `DToP(keep_per_class=0)`.
     """
-    method = replace(check_method(method), threshold=cbt_thresholds(bench, alpha, beta))
+    method = calibratable(method).with_thresholds(cbt_thresholds(bench, alpha, beta))
     run = true_run(bench, method, dense_reference(bench))
     unlike = error(run.confusion, "pixels").mean().item()
     return Calibration(

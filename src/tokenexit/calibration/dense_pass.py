@@ -15,7 +15,7 @@ thousandth of itself near a score of 1, where thresholds live.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,13 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.runs import Bench
-from tokenexit.errors import ConfigError
-from tokenexit.exits import graded, on_boundary, per_exit, pooled_score, tempered
-from tokenexit.heads import Head, class_scores
+from tokenexit.heads import Head, HeadOutput, class_scores
 from tokenexit.ledger import dense_ops
-from tokenexit.methods import Dense, DoViT, DToP, Method, Model, Stage
+from tokenexit.methods import Dense, Method, Model, Stage, ThresholdMethod
 from tokenexit.methods.base import stage_of
-from tokenexit.methods.reference import Imposed
+from tokenexit.methods.thresholded import Graded, calibratable
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.windows import WindowedOutput
@@ -60,18 +58,17 @@ class DensePass:
     @classmethod
     def of(cls, bench: Bench, method: Method[Any]) -> DensePass:
         """Run the dense model once on every image. Raises `ConfigError` for methods without thresholds."""
-        method = check_method(method)
-        recorder = _Recorder(decoded=isinstance(method, DoViT))
+        rule = calibratable(method)
+        recorder = _Recorder(decoded=rule.decodes_grid)
         classes, steps = bench.model.config.num_classes, 2 if recorder.decoded else 1
         doubts, labels, said = [], [], []
         grids: list[Grid] = []
-        temperatures = per_exit(method.temperature, len(bench.model.config.exits), "temperature")
         for _, _, seen in bench.forward(recorder, "dense pass"):
             output = seen.windows if isinstance(seen, WindowedOutput) else seen
             own = tuple(output.grid(i) for i in range(len(output)))
             exits = output.stages[:-1:steps]
             left = (*output.stages[steps - 1 : -1 : steps], output.stages[-1])
-            scores = [_score(stage, own, method, t) for stage, t in zip(exits, temperatures)]
+            scores = [rule.grade(n, stage, _answer(stage, own), own) for n, stage in enumerate(exits)]
             doubts.append(1.0 - torch.stack(scores).cpu())
             labels.append(torch.stack([_label(stage, own) for stage in exits]).short().cpu())
             said.append(torch.stack([_samples(stage, own) for stage in left]).to(_small(classes)).cpu())
@@ -142,22 +139,11 @@ def context_price(exits: Sequence[int], depth: int) -> Tensor:
     return torch.tensor([(1 - n / depth) ** 2 for n in exits] + [0.0])
 
 
-def check_method(method: Method[Any]) -> DToP | DoViT:
-    """Refuse what has no thresholds to choose, or lets images decide for each other."""
-    if not isinstance(method, DToP | DoViT) or isinstance(method, Imposed):
-        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose dtop, dovit or paumer.")
-    if isinstance(method, DoViT) and method.batch_mode == "mean":
-        raise ConfigError("batch_mode='mean' lets images decide for each other: calibrate with batch_mode='exact'.")
-    return method
-
-
-def _score(stage: Stage, grids: tuple[Grid, ...], method: Method[Any], temperature: float) -> Tensor:
-    """`(cells,)` fp32, as the method grades tokens."""
+def _answer(stage: Stage, grids: tuple[Grid, ...]) -> HeadOutput:
+    """What the head said when it was recorded."""
     assert stage.logits is not None, "the recorder keeps every map"
-    assert isinstance(method, DToP | DoViT), "checked when the pass begins"
-    if isinstance(method, DoViT):
-        return pooled_score(stage.logits, grids, stage.scale, stage.upscale, method.score, temperature)
-    return graded(_class_scores(replace(stage, logits=tempered(stage.logits, temperature)), grids), method.score)
+    rows = [h * w * stage.scale**2 for h, w in grids]
+    return HeadOutput(stage.logits, Packing.of(rows, stage.logits.device), stage.presence)
 
 
 def _label(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
@@ -184,9 +170,8 @@ def _small(classes: int) -> torch.dtype:
 
 def _class_scores(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
     """`(cells, K)`, averaged over each token where the head speaks of a finer grid."""
-    assert stage.logits is not None, "the recorder keeps every map"
-    rows = [h * w * stage.scale**2 for h, w in grids]
-    scores = class_scores(stage.kind, stage.logits, stage.presence, Packing.of(rows, stage.logits.device).image_index())
+    answer = _answer(stage, grids)
+    scores = class_scores(stage.kind, answer.logits, answer.presence, answer.packing.image_index())
     if stage.scale == 1:
         return scores
     batches = unpack_grids(scores, grids, stage.scale)
@@ -204,55 +189,48 @@ def _grouped(group: Tensor, doubt: Tensor) -> tuple[Tensor, Tensor]:
 # ------------------------------------------------------------------------------------------------------- decisions
 
 
-def compose(dense: DensePass, method: Method[Any], limits: tuple[float, ...]) -> Tensor:
+@dataclass(frozen=True)
+class RecordedScores(Graded):
+    """What an exit said of all tokens on the dense pass, with the order that was made once.
+
+    order: see `DensePass.groups`.
+    """
+
+    order: tuple[Tensor, Tensor] = field(kw_only=True)
+
+    def most_confident(self, candidate: Tensor, k: int) -> Tensor:
+        """As `Graded`, without sorting again."""
+        if k == 0:
+            return torch.zeros_like(candidate)
+        order, start = self.order
+        ordered = candidate[order]
+        count = ordered.int().cumsum(0)
+        before = count - ordered.int()  # candidates before this place, over all groups
+        stays = ordered & (before - before[start] < k)
+        return torch.zeros_like(candidate).index_copy_(0, order, stays)
+
+
+def compose(dense: DensePass, method: ThresholdMethod[Any], limits: tuple[float, ...]) -> Tensor:
     """At which exit each token leaves if its doubt must be below `limits` (one per exit): `(N,)` int64, E is never.
 
-    The method's own rules apply: DToP's retention, DoViT's second criterion, boundary guard, caps.
+    Every exit's decision is the method's own (`decide`), on recorded scores.
     """
-    exits = len(dense.doubt)
-    stage = torch.full_like(dense.image, exits)
+    rule = method.with_thresholds(tuple(1.0 - limit for limit in limits))
+    cells = Packing.of([h * w for h, w in dense.grids], dense.image.device)
+    stage = torch.full_like(dense.image, len(limits))
     live = torch.ones_like(dense.image, dtype=torch.bool)
-    named = dense.label[0].long()  # the class each token had when it was last computed
-    for n, limit in enumerate(limits):
-        named = torch.where(live, dense.label[n].long(), named)
-        leaves = live & (dense.doubt[n].float() < limit)
-        if isinstance(method, DoViT) and method.min_improvement is not None and n > 0:
-            leaves |= live & (dense.doubt[n - 1].float() - dense.doubt[n].float() < method.min_improvement)
-        if isinstance(method, DToP | DoViT) and method.boundary_guard:
-            leaves &= ~on_boundary(named, dense.grids)
-        if isinstance(method, DToP):
-            leaves &= ~_retained(dense, n, leaves, method.keep_per_class)
-        if isinstance(method, DToP | DoViT) and method.cap is not None:
-            leaves |= _crowded_out(dense, n, live & ~leaves, method.cap[n])
+    last_label = dense.label[0].long()  # the class each token had when it was last computed
+    earlier: Tensor | None = None
+    for n in range(len(limits)):
+        score, label = 1.0 - dense.doubt[n].double(), dense.label[n].long()  # exact: doubts are half precision
+        last_label = torch.where(live, label, last_label)
+        graded = RecordedScores(
+            score, label, cells, dense.grids, dense.num_classes, last_label, earlier=earlier, order=dense.groups[n]
+        )
+        leaves = rule.decide(n, graded, live)
         stage = torch.where(leaves, n, stage)
-        live = live & ~leaves
+        live, earlier = live & ~leaves, score
     return stage
-
-
-def _retained(dense: DensePass, n: int, candidate: Tensor, k: int) -> Tensor:
-    """The k most confident candidates of each image and class, `(N,)` bool: `retain_top_k` on a prepared order."""
-    if k == 0:
-        return torch.zeros_like(candidate)
-    order, start = dense.groups[n]
-    ordered = candidate[order]
-    count = ordered.int().cumsum(0)
-    before = count - ordered.int()  # candidates before this place, over all groups
-    stays = ordered & (before - before[start] < k)
-    return torch.zeros_like(candidate).index_copy_(0, order, stays)
-
-
-def _crowded_out(dense: DensePass, n: int, going_on: Tensor, share: float) -> Tensor:
-    """Those of `going_on` beyond the share of their image's tokens that may, the surest of them: `(N,)` bool."""
-    rows = going_on.nonzero().squeeze(1)
-    # Most doubt first, ties by row, within each image.
-    by_doubt = rows[torch.sort(dense.doubt[n][rows], descending=True, stable=True).indices]
-    order = by_doubt[torch.sort(dense.image[by_doubt], stable=True).indices]
-    image = dense.image[order]
-    rank = torch.arange(len(order)) - torch.searchsorted(image, image)
-    limit = torch.tensor([int(share * h * w + 1e-9) for h, w in dense.grids])
-    out = torch.zeros_like(going_on)
-    out[order[rank >= limit[image]]] = True
-    return out
 
 
 def live_counts(dense: DensePass, stage: Tensor) -> Tensor:
@@ -269,11 +247,10 @@ def live_counts(dense: DensePass, stage: Tensor) -> Tensor:
 class Costs:
     """Multiply-adds of images from their live counts: the ledger's formulas, tabled over counts once per grid."""
 
-    def __init__(self, model: ExitSegmenter, method: Method[Any], grids: tuple[Grid, ...]) -> None:
+    def __init__(self, model: ExitSegmenter, method: ThresholdMethod[Any], grids: tuple[Grid, ...]) -> None:
         self.exits = model.config.exits
         self.depth = model.config.backbone.depth
-        self.on_grid = isinstance(method, DoViT)
-        self.scored_on_grid = isinstance(method, DoViT) and method.scoring == "grid"
+        self.on_grid, self.scored_on_grid = method.decodes_grid, method.scores_grid
         distinct = list(dict.fromkeys(grids))
         self.kind = torch.tensor([distinct.index(grid) for grid in grids])
         self.tables = [self._table(model, grid) for grid in distinct]
@@ -313,10 +290,9 @@ class Costs:
         return self.macs(live).sum().item() / self.dense.sum().item()
 
 
-def with_limits(method: Method[Any], limits: tuple[float, ...]) -> Method[Any]:
+def with_limits(method: ThresholdMethod[Any], limits: tuple[float, ...]) -> ThresholdMethod[Any]:
     """The method with thresholds for these limits on doubt; 0 is never."""
-    assert isinstance(method, DToP | DoViT), "checked when calibration begins"
-    return replace(method, threshold=tuple(threshold_of(limit) for limit in limits))
+    return method.with_thresholds(tuple(threshold_of(limit) for limit in limits))
 
 
 def threshold_of(limit: float) -> float:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts
-from tokenexit.methods import Method
+from tokenexit.methods import ThresholdMethod
 
 LEVELS = 40
 """Limits that are tried at each exit: quantiles of the doubts of its tokens."""
@@ -57,7 +57,7 @@ def even_path(num_exits: int) -> Path:
 
 
 def build_path(
-    dense: DensePass, method: Method[Any], costs_of: Callable[[DensePass], Costs], average: str, price: Tensor
+    dense: DensePass, method: ThresholdMethod[Any], costs_of: Callable[[DensePass], Costs], average: str, price: Tensor
 ) -> Path:
     """The greedy path on the first images of the dense pass.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,7 @@ from tokenexit.calibration.runs import Bench, dense_reference
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Scaled, evaluate
 from tokenexit.methods import Method, build_method, spec_of
-from tokenexit.methods.fixed_ratio import FixedRatio
-from tokenexit.methods.truncated import Truncated
+from tokenexit.methods.thresholded import calibratable
 from tokenexit.report.evaluations import without_nan
 from tokenexit.writing import whole
 
@@ -56,24 +55,14 @@ class Job:
 
 
 def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[Job] | None:
-    """Points of a method without thresholds, from dear to cheap; None for one that has them.
-
-    Of a fixed ratio its shares, falling alike from exit to exit; of a truncation its exits.
-    """
-    if isinstance(method, Truncated):
-        chosen: list[Method[Any]] = [replace(method, after=n) for n in range(num_exits, 0, -1)]
-    elif isinstance(method, FixedRatio):
-        shares = [1 - i / points for i in range(points)]
-        ratios = [tuple(round(share ** (n + 1), 4) for n in range(num_exits)) for share in shares]
-        chosen = [replace(method, ratios=each) for each in ratios]
-    else:
-        return None
-    return [Job(method.name, spec_of(one)) for one in chosen]
+    """Points of a method without thresholds, from dear to cheap; None for one that has them."""
+    chosen = method.curve(points, num_exits)
+    return [Job(method.name, spec_of(one)) for one in chosen] or None
 
 
 def plan_method(bench: Bench, method: Method[Any], points: int, average: Average) -> list[Job]:
     """Points of one method from "nobody leaves" to "everybody leaves at once", evenly spaced in predicted compute."""
-    planner = Planner(bench, method, average)
+    planner = Planner(bench, calibratable(method), average)
     middle = (planner.share(0.0) + planner.share(planner.path.end)) / 2
     planner.compare(bench, dense_reference(bench), middle, average)
     end = planner.path.end

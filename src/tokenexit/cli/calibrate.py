@@ -65,7 +65,7 @@ def calibrate(arguments: list[str]) -> int:
     from tokenexit.calibration.cbt import calibrate_by_class
     from tokenexit.calibration.runs import Bench, UnlabelledPictures, drawn
     from tokenexit.calibration.saved import write_calibration
-    from tokenexit.evaluation.evaluate import check_classes, label_of
+    from tokenexit.evaluation.evaluate import check_classes
     from tokenexit.inference import inference
     from tokenexit.methods import build_method
     from tokenexit.preprocessing import default_labels
@@ -108,7 +108,7 @@ def calibrate(arguments: list[str]) -> int:
     print(result.promise)
     predicted = result.reached.get("dense_pass_share_of_dense")
     beside = "" if predicted is None else f"; the dense pass predicted {predicted:.1%}"
-    chosen = label_of(build_method(result.method))
+    chosen = build_method(result.method).label
     print(f"{chosen}: {result.reached['share_of_dense']:.1%} of dense multiply-adds{beside}")
     print(f"calibration: {path}")
     return 0

@@ -73,7 +73,6 @@ def predict(arguments: list[str]) -> int:
     from tokenexit.calibration.saved import usual_of
     from tokenexit.evaluation.processes import joined, place, together
     from tokenexit.formats.outputs import OUTPUTS
-    from tokenexit.gating import has_gates
     from tokenexit.predicting import predict_files
     from tokenexit.segmenter import ExitSegmenter
 
@@ -84,7 +83,7 @@ def predict(arguments: list[str]) -> int:
             set_windows(model, options)
             (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
             calibrated = named is None and model.calibration is not None
-            gate = has_gates(method) and not calibrated if options.gate is None else options.gate
+            gate = method.may_gate and not calibrated if options.gate is None else options.gate
             monitor = Monitor(usual_of(model)) if calibrated and not gate else None
         done = predict_files(
             model,

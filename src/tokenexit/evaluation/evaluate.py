@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,10 @@ from tokenexit.data.loader import mask_tensor
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import Scores, boundary_counts, boundary_iou, confusion_matrix, scores
 from tokenexit.evaluation.processes import gather, place, together
-from tokenexit.exits import Thresholds, per_class
 from tokenexit.inference import Precision, inference
 from tokenexit.ledger import dense_ops
-from tokenexit.methods import DToP, Gated, GatedBySize, Method, spec_of
-from tokenexit.methods.reference import Imposed, agreement_exits, random_exits
+from tokenexit.methods import Method, spec_of
+from tokenexit.methods.reference import Imposed, agreement_exits, random_counterpart, random_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.windows import Segmentation, WindowedOutput, window_boxes
@@ -69,7 +68,7 @@ class Evaluation:
         """Figures for a JSON file."""
         return {
             "label": self.label,
-            "method": _method_dict(self.method),
+            "method": spec_of(self.method, whole=True),
             "input_scale": self.input_scale,
             "images": len(self.gmacs),
             "mIoU": self.scores.miou,
@@ -103,7 +102,7 @@ class Scaled:
 
     @property
     def label(self) -> str:
-        return label_of(self.method) + (f" @{self.input_scale:g}" if self.input_scale != 1.0 else "")
+        return self.method.label + (f" @{self.input_scale:g}" if self.input_scale != 1.0 else "")
 
 
 @dataclass(frozen=True)
@@ -234,11 +233,11 @@ def _judge(
             timed_forward(model, picture.images[row.tally.input_scale], row.tally.method, (1, 1), precision)
     for row in rows:
         output = run(row.tally, row.tally.method)
-        if row.at_random is not None:
+        if row.at_random is not None and row.counterpart is not None:
             # Seeded by the image alone, so that no other row changes what is drawn.
             generator = torch.Generator().manual_seed(picture.index)
             stages = [random_exits(stage, generator).flatten() for stage in _seen(output).exit_stage]
-            run(row.at_random, Imposed(finish=row.finish, exit_stage=torch.cat(stages)))
+            run(row.at_random, replace(row.counterpart, exit_stage=torch.cat(stages)))
     if oracle is not None:
         with inference(model.device, precision):
             dense = _seen(model.segment([picture.images[1.0].to(model.device)], with_stages=True))
@@ -282,9 +281,9 @@ class _Row:
         method, scale = row.method, row.input_scale
         self.tally = Tally(method, row.label, num_classes, scale)
         self.at_random: Tally | None = None
-        self.finish = method.finish if isinstance(method, DToP) else "auto"
-        if references and type(method) is DToP:
-            self.at_random = Tally(Imposed(), f"random, counts of {row.label}", num_classes, scale)
+        self.counterpart = random_counterpart(method) if references else None
+        if self.counterpart is not None:
+            self.at_random = Tally(self.counterpart, f"random, counts of {row.label}", num_classes, scale)
 
 
 def check_classes(model: ExitSegmenter, data: SegmentationDataset) -> None:
@@ -294,37 +293,6 @@ def check_classes(model: ExitSegmenter, data: SegmentationDataset) -> None:
             f"the model predicts {model.config.num_classes} classes, the dataset has {data.labels.num_classes}: "
             "evaluate on the dataset it was trained on."
         )
-
-
-def _method_dict(method: Method[Any]) -> dict[str, Any]:
-    """Name and parameters; of imposed exits the name alone."""
-    if isinstance(method, Imposed):
-        return {"name": method.name}
-    return spec_of(method, whole=True)
-
-
-def label_of(method: Method[Any]) -> str:
-    """A row's name: the method and what was changed of its defaults, thresholds always."""
-    if isinstance(method, Gated | GatedBySize):
-        return f"{label_of(method.method)} gated"
-    default = type(method)()
-    parts = [method.name]
-    for f in fields(method):
-        value = getattr(method, f.name)
-        if f.name == "threshold":
-            parts.append(_threshold_label(value))
-        elif value != getattr(default, f.name):
-            parts.append(f"{f.name}={value}")
-    return " ".join(parts)
-
-
-def _threshold_label(threshold: Thresholds) -> str:
-    """`0.95`, `0.98/0.9`, or with one for each class the least and the largest of all, `0.9-0.998 per class`."""
-    exits = (threshold,) if isinstance(threshold, int | float) else threshold
-    if not per_class(threshold):
-        return "/".join(f"{tau:g}" for tau in exits)
-    values = [tau for exit in exits for tau in ((exit,) if isinstance(exit, int | float) else exit)]
-    return f"{min(values):g}-{max(values):g} per class"
 
 
 def timed_forward(

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -97,7 +97,7 @@ def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
         "tokenexit": __version__,
         "method": spec_of(method),
         "thresholds": np.round(threshold_table(model, method).double().numpy(), 7).tolist(),
-        "score": getattr(method, "score", "probability"),
+        "score": spec_of(method, whole=True).get("score", "probability"),
         "heads": kinds,
         "grid_logits": "class logits before a softmax" if kinds == ["softmax"] else "scores in [0, 1]",
         "classes": list(labels.names),
@@ -172,7 +172,7 @@ class _Run:
 def _compare(model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], run: Runner) -> list[_Run]:
     """Every image at every setting; raises `CheckpointError` where the file does not say what the model says."""
     own = threshold_table(model, method).numpy()
-    settings = [own] if not hasattr(method, "threshold") else [own, np.ones_like(own), np.zeros_like(own)]
+    settings = [own] if method.thresholds is None else [own, np.ones_like(own), np.zeros_like(own)]
     exact = copy.deepcopy(model).double()
     found = [_run(model, exact, method, image, setting, run) for image in images for setting in settings]
     worst = max(found, key=lambda one: one.error)
@@ -214,12 +214,12 @@ def _run(
 
 def _held_to(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Method[Any]:
     """The method at these thresholds, the very fp32 numbers that the graph is given."""
-    if not hasattr(method, "threshold"):
+    if method.thresholds is None:
         return method
     values = (
         tuple(tuple(map(float, row)) for row in thresholds) if thresholds.ndim == 2 else tuple(map(float, thresholds))
     )
-    return replace(method, threshold=values)  # type: ignore[call-arg]
+    return method.with_thresholds(values)
 
 
 @contextmanager

@@ -7,18 +7,16 @@ comes out of `nonzero`, and the tracer must be told between which bounds it lies
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tokenexit.errors import ConfigError
-from tokenexit.exits import per_class, per_exit
-from tokenexit.methods import DoViT, DToP, Gated, GatedBySize, Method
-from tokenexit.methods.reference import Imposed
+from tokenexit.methods import Method
+from tokenexit.methods.thresholded import per_class, per_exit
 from tokenexit.output import resize_maps
-from tokenexit.segmenter import ExitSegmenter
+from tokenexit.segmenter import ExitSegmenter, run_tokens
 from tokenexit.tokens import Packing, Tokens
 
 OUTPUTS = ("labels", "grid_logits", "exit_stage")
@@ -63,23 +61,15 @@ class ExitGraph(nn.Module):
     def __init__(self, model: ExitSegmenter, method: Method[Any]) -> None:
         super().__init__()
         check_exportable(model, method)
-        self.model, self.method = model, method
-        keeps = isinstance(method, DToP) and method.keep_per_class > 0
-        self.min_live = int(keeps)
+        self.model, self.method = model, method.for_export()
 
     def forward(self, image: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        model, backbone, exits = self.model, self.model.backbone, self.model.config.exits
-        around = model.for_methods()
-        method = self._with(thresholds)
+        model, backbone = self.model, self.model.backbone
+        method = self.method if self.method.thresholds is None else self.method.with_thresholds(thresholds.unbind())
         embedded = backbone.embed([image[0]])
         values = {field.name: getattr(embedded, field.name) for field in fields(Tokens)}
-        tokens: Tokens = OneImage(**values, min_live=self.min_live)
-        state = method.start(tokens, around)
-        for n, (start, stop) in enumerate(pairwise((0, *exits, backbone.config.depth))):
-            tokens = backbone.run(tokens, start, stop)
-            if n < len(exits):
-                tokens, state = method.at_exit(n, tokens, state, around)
-        result = method.result(tokens, state, around)
+        tokens = OneImage(**values, min_live=method.min_live)
+        result, _ = run_tokens(backbone, model.config.exits, tokens, method, model.for_methods())
         ((h, w),) = tokens.grids
         head = model.decode_head
         maps = result.logits.view(1, h * head.scale, w * head.scale, -1).permute(0, 3, 1, 2).float()
@@ -87,32 +77,11 @@ class ExitGraph(nn.Module):
         labels = resize_maps(maps, (h, w), backbone.config.patch_size, head.upscale, size).argmax(dim=1)
         return labels, maps.contiguous(), result.exit_stage.view(1, h, w)
 
-    def _with(self, thresholds: Tensor) -> Method[Any]:
-        """The method held to thresholds that are tensors; its own were checked when it was made."""
-        if not hasattr(self.method, "threshold"):
-            return self.method
-        method = replace(self.method)
-        object.__setattr__(method, "threshold", thresholds.unbind())
-        return method
-
 
 def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
     """Raise `ConfigError`, in one sentence, for what a graph cannot hold."""
     model.check(method)
-    if isinstance(method, Imposed):
-        raise ConfigError("exits imposed from outside are no method to export: choose dense, dtop or dovit.")
-    if isinstance(method, Gated | GatedBySize):
-        raise ConfigError("closed exits follow from a machine and a size: export the method inside.")
-    if getattr(method, "cap", None) is not None:
-        raise ConfigError("a cap counts tokens on the host and cannot be exported: calibrate without --cap.")
-    if getattr(method, "boundary_guard", False):
-        raise ConfigError("boundary_guard cannot be exported: calibrate without it.")
-    if isinstance(method, DToP) and method.keep_per_class == 0:
-        raise ConfigError(
-            "with keep_per_class=0 no token may be left, and heads cannot be traced on none: export with 1 or more."
-        )
-    if isinstance(method, DoViT) and method.batch_mode == "mean":
-        raise ConfigError("batch_mode='mean' means nothing for one image: export with batch_mode='exact'.")
+    method.for_export()
     if model.preprocessing.window is not None:
         raise ConfigError(
             "the model takes pictures in windows, and a graph is of one image: save a copy without windows, export "
@@ -123,7 +92,7 @@ def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
 def threshold_table(model: ExitSegmenter, method: Method[Any]) -> Tensor:
     """The method's thresholds as the graph takes them: `(E,)`, or `(E, K)` by class; ones if it has none."""
     exits = len(model.config.exits)
-    own = getattr(method, "threshold", None)
+    own = method.thresholds
     if own is None:
         return torch.ones(exits)
     if not per_class(own):

@@ -12,6 +12,8 @@ from tokenexit.methods.dtop import DToP
 from tokenexit.methods.fixed_ratio import FixedRatio
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.paumer import PAUMER
+from tokenexit.methods.reference import Imposed
+from tokenexit.methods.thresholded import ThresholdMethod
 from tokenexit.methods.truncated import Truncated
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -40,7 +42,10 @@ def build_method(spec: MethodSpec) -> Method[Any]:
 
 
 def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
-    """What `build_method` makes a method of, as JSON has it: its name and what is not as by default, or all."""
+    """The specification that `build_method` takes, as JSON has it: name and options that are not at their defaults,
+    or all of them. Of prescribed exits it is the name alone."""
+    if isinstance(method, Imposed):
+        return {"name": method.name}
     if isinstance(method, Gated | GatedBySize):
         return {"name": method.name, "method": spec_of(method.method, whole), "closed": method.closed}
     default = type(method)()
@@ -68,6 +73,7 @@ __all__ = [
     "Model",
     "Result",
     "Stage",
+    "ThresholdMethod",
     "Truncated",
     "build_method",
     "spec_of",

@@ -9,15 +9,20 @@ Legend: cells = all patches of all images, P live patch tokens, B images, K clas
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
 
+from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadKind, HeadOutput, class_scores
 from tokenexit.tokens import Grid, Tokens
+
+if TYPE_CHECKING:
+    from tokenexit.methods.thresholded import Thresholds
 
 Value = Literal["logits", "scores"]
 """What a result holds: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
@@ -82,23 +87,90 @@ class Result:
 State = TypeVar("State")
 
 
+def option(default: Any, help: str, *, choices: tuple[str, ...] = (), kw_only: bool = False) -> Any:
+    """A field of a method that users set: on the command line, in YAML and in Python under the same name.
+
+    help: a noun phrase. choices: the words it takes, if these are all. Both must be literals: the command line reads
+    them from the source, without importing torch.
+    """
+    return field(default=default, kw_only=kw_only, metadata={"help": help, "choices": choices})
+
+
 @dataclass(frozen=True)
 class Method(ABC, Generic[State]):
-    """Base of all methods. `State` is what travels from exit to exit within one call."""
+    """Base of all methods. `State` is what travels from exit to exit within one call.
+
+    A method supplies `check`, `start`, `at_exit` and `result`; everything else is a fact about it that others ask for.
+    name: what it is called in YAML, JSON and on the command line. title: the same for people. has_exits: tokens may
+    leave. calibrates: it has thresholds that may be chosen. may_gate: its exits may be closed where they do not pay.
+    """
 
     name: ClassVar[str]
+    title: ClassVar[str]
+    has_exits: ClassVar[bool] = True
+    calibrates: ClassVar[bool] = False
+    may_gate: ClassVar[bool] = False
+    always_named: ClassVar[tuple[str, ...]] = ()
+    """Options that the label names at their defaults, too."""
+
+    @property
+    def inner(self) -> Method[Any]:
+        """The method itself, or the one that a wrapper wraps."""
+        return self
+
+    @property
+    def label(self) -> str:
+        """A table row's name: the method and what differs from its defaults."""
+        default = type(self)()
+        own = [f.name for f in fields(self)]
+        named = [name for name in own if name in self.always_named or getattr(self, name) != getattr(default, name)]
+        return " ".join([self.name, *map(self.option_label, named)])
+
+    def option_label(self, name: str) -> str:
+        """How the label names an option."""
+        return f"{name}={getattr(self, name)}"
+
+    @property
+    def batch_independent(self) -> bool:
+        """Whether an image's result does not depend on the images beside it."""
+        return True
+
+    @property
+    def min_live(self) -> int:
+        """Patch tokens that stay live at every exit, whatever the scores."""
+        return 0
+
+    @property
+    def thresholds(self) -> Thresholds | None:
+        """Thresholds of the exits, None for a method that has none."""
+        return None
+
+    def with_thresholds(self, thresholds: Thresholds) -> Self:
+        """The method with other thresholds. Raises `ConfigError` for one that has none."""
+        self.refuse(f"method '{self.name}' has no thresholds: leave threshold and compute out.")
+
+    def refuse(self, sentence: str) -> NoReturn:
+        raise ConfigError(sentence)
+
+    def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
+        """Methods from dear to cheap that a curve of this one is drawn through; none where thresholds decide that."""
+        return ()
+
+    def for_export(self) -> Method[Any]:
+        """The method that a graph can hold. Raises `ConfigError`, in its own sentence, if there is none."""
+        return self
 
     def at(self, progress: float) -> Self:
         """The method as it stands after this share of the training, in [0, 1]."""
         return self
 
-    def of_cells(self, cells: slice) -> Self:
-        """The method for these cells of the batch's flat canvas, where the batch is run in several calls."""
-        return self
+    def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
+        """Consecutive images that run together, and the method for them.
 
-    def for_grid(self, grid: Grid) -> Method[Any]:
-        """What runs on images of this grid, if that depends on it. Images with different answers run apart."""
-        return self
+        grids: patches of all images of the call. max_tokens: as many patches as one run may have; a larger image runs
+        alone. Without it, and for most methods, all images run together with the method itself.
+        """
+        return ((run, self) for run in packs([h * w for h, w in grids], max_tokens))
 
     @abstractmethod
     def check(self, model: Model) -> None:
@@ -115,6 +187,17 @@ class Method(ABC, Generic[State]):
     @abstractmethod
     def result(self, tokens: Tokens, state: State, model: Model) -> Result:
         """After the last block: the map of the whole grid."""
+
+
+def packs(tokens: Sequence[int], max_tokens: int | None) -> list[range]:
+    """Consecutive images to run at once: as many as have `max_tokens` together, and at least one; all if None."""
+    starts, held = [0], 0
+    for n, count in enumerate(tokens):
+        if held and max_tokens is not None and held + count > max_tokens:
+            starts.append(n)
+            held = 0
+        held += count
+    return [range(start, stop) for start, stop in pairwise([*starts, len(tokens)])]
 
 
 def all_stay(tokens: Tokens, num_exits: int) -> Tensor:

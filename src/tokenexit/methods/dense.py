@@ -17,6 +17,8 @@ class Dense(Method[tuple[Stage, ...]]):
     """No token leaves. The state is the stages seen so far."""
 
     name: ClassVar[str] = "dense"
+    title: ClassVar[str] = "Dense"
+    has_exits: ClassVar[bool] = False
 
     def check(self, model: Model) -> None:
         """Every model will do."""

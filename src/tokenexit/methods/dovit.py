@@ -3,52 +3,34 @@
 At each checkpoint a light head scores the whole grid; patches it is sure of are stopped. The class token takes up
 their mean, and only the kept tokens go through the following blocks, computed separately. In the end all tokens are
 put back in place, stopped ones with the features they had when they stopped, and the ordinary decode head reads the
-full grid. Paragraph numbers refer to the method as the authors released it.
+full grid. Where the paper is silent, this follows the official release (backbone `do_vit.py`).
 
 Where this differs from the release, and why:
 
 - `batch_mode="exact"`: every image keeps its own tokens; the release keeps as many of each image as the batch does
-  on average, so that an image's answer depends on its neighbours ("mean", A.5);
+  on average, so that an image's answer depends on its neighbours ("mean");
 - the second criterion compares with the previous checkpoint's score; in the release it compares with zero and never
-  fires (A.4). It is off by default;
-- the sequence is put back at checkpoints and at the end, not after every block (A.7);
-- the threshold warm-up is a function of the saved training step (A.4).
+  fires where every score is above delta. It is off by default;
+- the sequence is put back at checkpoints and at the end, not after every block;
+- the threshold warm-up is a function of the saved training step, which the release forgets at a restart.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, T all tokens with prefix, C channels.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from tokenexit.errors import ConfigError
-from tokenexit.exits import (
-    PerExit,
-    Score,
-    Thresholds,
-    cap_limits,
-    check_cap,
-    check_cap_length,
-    check_score,
-    check_temperature,
-    check_threshold_sizes,
-    check_thresholds,
-    keep_at_most,
-    of_class,
-    on_boundary,
-    per_class,
-    per_exit,
-    pooled_label,
-    pooled_score,
-    select,
-    warmed_up,
-)
-from tokenexit.methods.base import Method, Model, Result, Stage, all_stay, decode_grid, stage_of
-from tokenexit.tokens import Packing, Tokens, cell_packing, scatter
+from tokenexit.exits import pooled_label, pooled_score
+from tokenexit.heads import Head, HeadOutput
+from tokenexit.methods.base import Method, Model, Result, Stage, all_stay, decode_grid, option, stage_of
+from tokenexit.methods.thresholded import Graded, ThresholdMethod, Thresholds, check_share, of_exit, per_class
+from tokenexit.tokens import Grid, Packing, Tokens, cell_packing, scatter
 
 
 @dataclass(frozen=True)
@@ -69,55 +51,44 @@ class DoViTState:
 
 
 @dataclass(frozen=True)
-class DoViT(Method[DoViTState]):
-    """Dynamic Token-Pass.
+class DoViT(ThresholdMethod[DoViTState]):
+    """Dynamic Token-Pass. Thresholds, scores, cap and guard: see `ThresholdMethod`.
 
-    threshold: tau, one for all exits or one for each; a patch stops if its score is strictly above. Published: 0.985
-        (Cityscapes), 0.95 to 0.98 (ADE20K) (A.4). In place of an exit's number, one for each class: a patch is held
-        to that of the class it is predicted to be (class-based thresholding; not published for DoViT).
-    min_improvement: delta, stop also where the score grew by less since the previous checkpoint; None is off (A.4).
-    blend_trigger: blend into the class token only if the share of stopped tokens is strictly above this (A.6).
-    blend_weight: weight of the stopped tokens' mean in the class token, 0.5 as published, 0 without blend (A.6).
-    batch_mode: "exact", or "mean" for the release's one token count per batch (A.5).
+    threshold: tau. Published: 0.985 (Cityscapes), 0.95 to 0.98 (ADE20K). Thresholds by class are
+        not published for DoViT.
+    min_improvement: delta, stop also where the score grew by less since the previous checkpoint; None is off.
+    blend_trigger: blend into the class token only if the share of stopped tokens is strictly above this.
+    blend_weight: weight of the stopped tokens' mean in the class token, 0.5 as published, 0 without blend.
+    batch_mode: "exact", or "mean" for the release's one token count per batch.
     scoring: "grid" scores all patches, as published; "live" skips stopped ones at inference, same result with heads
-        that look at one token at a time. Where stages are recorded, as in training, the grid is always scored (A.3).
-    detach_aux: stop the exit heads' losses from reaching the backbone; published: no (A.3).
-    threshold_warmup: share of the training over which thresholds fall from 1 to their value; 0.875 in the Segmenter
-        recipes (A.4).
-    cap: for each exit the share of an image's tokens that may go on, the least sure; a limit on every image's compute
-        (not published).
-    score: what is pooled and compared with the threshold: the best class's "probability", as published (A.4), its
-        "margin" over the second, or one minus the "entropy" over its maximum.
-    temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
-    boundary_guard: a patch beside one that is predicted another class, as each was when last computed, is not
-        stopped; a cap goes before it (not published).
+        that look at one token at a time. Where stages are recorded, as in training, the grid is always scored.
+    detach_aux: stop the exit heads' losses from reaching the backbone; published: no.
+    threshold_warmup: 0.875 in the Segmenter recipes.
     """
 
     name: ClassVar[str] = "dovit"
+    title: ClassVar[str] = "DoViT"
+    may_gate: ClassVar[bool] = True
+    decodes_grid: ClassVar[bool] = True
 
     threshold: Thresholds = 0.985
-    min_improvement: float | None = None
-    blend_trigger: float = 0.1
-    blend_weight: float = 0.5
-    batch_mode: Literal["exact", "mean"] = "exact"
-    scoring: Literal["grid", "live"] = "grid"
-    detach_aux: bool = False
-    threshold_warmup: float = 0.0
-    cap: tuple[float, ...] | None = None
-    score: Score = "probability"
-    temperature: PerExit = 1.0
-    boundary_guard: bool = False
+    min_improvement: float | None = option(None, "growth of the score since the previous exit below which patches stop")
+    blend_trigger: float = option(0.1, "share of stopped tokens above which they are blended into the class token")
+    blend_weight: float = option(0.5, "share of the stopped tokens' mean in the class token")
+    batch_mode: Literal["exact", "mean"] = option(
+        "exact", "number of live tokens: each image's own, or the batch's mean", choices=("exact", "mean")
+    )
+    scoring: Literal["grid", "live"] = option(
+        "grid", "patches that exit heads score: all, or live ones", choices=("grid", "live")
+    )
+    detach_aux: bool = option(False, "no gradient of the exit heads' losses into the backbone")
 
     def __post_init__(self) -> None:
-        check_thresholds(self.threshold)
-        check_cap(self.cap)
-        check_score(self.score)
-        check_temperature(self.temperature)
+        super().__post_init__()
         if self.cap is not None and self.batch_mode == "mean":
             raise ConfigError("cap limits every image by itself, which batch_mode='mean' does not: use 'exact'.")
-        for name in ("blend_trigger", "blend_weight", "threshold_warmup"):
-            if not 0.0 <= getattr(self, name) <= 1.0:
-                raise ConfigError(f"{name}={getattr(self, name)} is outside [0, 1]: it is a share.")
+        check_share("blend_trigger", self.blend_trigger)
+        check_share("blend_weight", self.blend_weight)
         if self.batch_mode not in ("exact", "mean"):
             raise ConfigError(f"batch_mode='{self.batch_mode}': choose exact or mean.")
         if self.scoring not in ("grid", "live"):
@@ -128,15 +99,21 @@ class DoViT(Method[DoViTState]):
                 "use scoring='grid', or batch_mode='exact'."
             )
 
-    def at(self, progress: float) -> DoViT:
-        if self.threshold_warmup == 0.0:
-            return self
-        return replace(self, threshold=warmed_up(self.threshold, progress, self.threshold_warmup))
+    @property
+    def batch_independent(self) -> bool:
+        return self.batch_mode == "exact"
+
+    @property
+    def scores_grid(self) -> bool:
+        return self.scoring == "grid"
+
+    def for_export(self) -> Method[Any]:
+        if not self.batch_independent:
+            raise ConfigError("batch_mode='mean' means nothing for one image: export with batch_mode='exact'.")
+        return super().for_export()
 
     def check(self, model: Model) -> None:
-        check_threshold_sizes(self.threshold, model.num_exits, model.num_classes)
-        check_cap_length(self.cap, model.num_exits)
-        per_exit(self.temperature, model.num_exits, "temperature")
+        super().check(model)
         if any(head.kind != "softmax" for head in model.exit_heads):
             raise ConfigError(
                 "DoViT scores tokens by class probability, and this model has ATM exit heads: "
@@ -163,56 +140,58 @@ class DoViT(Method[DoViTState]):
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: Model) -> tuple[Tokens, DoViTState]:
-        # Reconstruction: all tokens in grid order, stopped ones with stale features (A.7).
+        # Reconstruction: all tokens in grid order, stopped ones with stale features.
         full = _put_back(state.full, tokens)
         patches, live = full.patches(), tokens.patches()
 
-        # Score, and decide: above tau, or no longer improving (A.4). The decision carries no gradient.
-        score, label, stage = self._grade(n, patches, live, model)
+        # Score, and decide; the decision carries no gradient.
+        score, label, stage = self._score_and_label(n, patches, live, model)
         with torch.no_grad():
-            stop = select(score, of_class(per_exit(self.threshold, model.num_exits)[n], label))
-            if self.min_improvement is not None and state.score is not None:
-                stop |= score - state.score < self.min_improvement
-            was_live = scatter(torch.zeros_like(stop), live.position, torch.ones_like(live.position))
-            label = torch.where(was_live, label, state.label)
-            if self.boundary_guard:
-                stop &= ~on_boundary(label, tokens.grids)
-            keep = state.keep & ~stop
             cells = cell_packing(tokens)
-            if self.cap is not None:
-                limit = cap_limits(self.cap, n, tokens.grids, keep.device)
-                keep = ~keep_at_most(~keep, score, cells.image_index(), limit)
+            was_live = scatter(torch.zeros_like(state.keep), live.position, torch.ones_like(live.position))
+            last_label = torch.where(was_live, label, state.label)
+            graded = Graded(score, label, cells, tokens.grids, model.num_classes, last_label, earlier=state.score)
+            keep = state.keep & ~self.decide(n, graded, state.keep)
             chosen = keep if self.batch_mode == "exact" else _mean_count(keep, cells)
             left = torch.where(was_live, n, state.exit_stage)
             exit_stage = torch.where(chosen, model.num_exits, left)
 
-        # Carrier: the class token takes up the mean of everything stopped so far (A.6).
+        # Carrier: the class token takes up the mean of everything stopped so far.
         if self.blend_weight > 0.0:
             mean, share = _stopped_mean(patches.x, chosen, cells, full)
             full = blend(full, mean, share > self.blend_trigger, self.blend_weight)
 
-        # Separate: only the chosen tokens go on (A.5).
-        state = DoViTState(full, keep, score, exit_stage, label, (*state.stages, stage))
+        # Separate: only the chosen tokens go on.
+        state = DoViTState(full, keep, score, exit_stage, last_label, (*state.stages, stage))
         return full.keep(chosen), state
 
     def result(self, tokens: Tokens, state: DoViTState, model: Model) -> Result:
         full = _put_back(state.full, tokens)
         return decode_grid(full.patches(), state.stages, state.exit_stage, model)
 
-    def _grade(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
+    def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
+        """Patches above tau stop, and those whose score no longer grows (release, `do_vit.py`)."""
+        stop = self.confident(n, graded)
+        if self.min_improvement is not None and graded.earlier is not None:
+            stop |= graded.score - graded.earlier < self.min_improvement
+        return self.limit(n, graded, live & self.guard(graded, stop), live)
+
+    def grade(self, n: int, head: Head | Stage, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
+        return pooled_score(out.logits, grids, head.scale, head.upscale, self.score, of_exit(self.temperature, n))
+
+    def _score_and_label(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
         """Score and class of every patch, `(cells,)` each, detached, and the record of the head's run.
 
-        Patches that were not scored have a score of 0. Classes are told where a rule asks for them, else they are 0.
+        Patches that were not scored have a score of 0. Classes are named where a rule asks for them, else they are 0.
         """
         head = model.exit_heads[n]
-        on_grid = self.scoring == "grid" or model.with_stages
+        on_grid = self.scores_grid or model.with_stages
         seen = patches if on_grid else live
         if self.detach_aux:
             seen = seen.with_x(seen.x.detach())
         out = head(seen)
         with torch.no_grad():
-            temperature = per_exit(self.temperature, model.num_exits)[n]
-            score = pooled_score(out.logits, seen.grids, head.scale, head.upscale, self.score, temperature)
+            score = self.grade(n, head, out, seen.grids)
             label = torch.zeros_like(score, dtype=torch.int64)
             if self.boundary_guard or per_class(self.threshold):
                 label = pooled_label(out.logits, seen.grids, head.scale, head.upscale)
@@ -236,7 +215,7 @@ def blend(full: Tokens, mean: Tensor, applies: Tensor, weight: float) -> Tokens:
 def _stopped_mean(x: Tensor, chosen: Tensor, cells: Packing, full: Tokens) -> tuple[Tensor, Tensor]:
     """Mean feature `(B, C)` of the stopped patches of each image, and their share of all its tokens `(B,)`."""
     image = cells.image_index()
-    # Integers and fp32, as half precision cannot count far enough (A.8).
+    # Integers and fp32, as half precision cannot count far enough.
     images, stopped = len(cells.lengths), ~chosen
     total = torch.zeros(images, x.shape[1], device=x.device).index_add(0, image, x.float() * stopped[:, None])
     count = torch.zeros(images, dtype=torch.int64, device=x.device).index_add(0, image, stopped.long())
@@ -244,10 +223,11 @@ def _stopped_mean(x: Tensor, chosen: Tensor, cells: Packing, full: Tokens) -> tu
 
 
 def _mean_count(keep: Tensor, cells: Packing) -> Tensor:
-    """The release's batch mode: every image keeps the batch's mean number of tokens, those to be kept first (A.5)."""
+    """The release's batch mode: every image keeps the batch's mean number of tokens, those to be kept
+    first (release, `do_vit.py`)."""
     images = len(cells.lengths)
     masks = keep.unflatten(0, (images, cells.longest))
-    # floor(mean(kept + class token)) - class token; integers, as half precision cannot count far enough (A.8).
+    # floor(mean(kept + class token)) - class token; integers, as half precision cannot count far enough.
     count = keep.sum() // images
     order = torch.sort(masks.int(), dim=1, descending=True, stable=True).indices
     first = torch.arange(cells.longest, device=keep.device) < count

@@ -3,14 +3,14 @@
 After a few blocks an auxiliary head grades every live token. A token whose best class scores above the threshold is
 easy: its prediction goes to the canvas and it takes no part in later blocks. Of each predicted class the k most
 confident easy tokens stay, as context and, for ATM heads, as witnesses that the class is present. The canvas is the
-result. Paragraph numbers refer to the paper's procedure as the authors' code runs it.
+result.
 
 Where this differs from that code, and why:
 
-- images are packed, not looped over; the result of an image does not depend on its batch (a.9);
-- prefix tokens are never scored and never leave; the paper runs without any (a.2), so does `class_token=False`;
-- features of exited tokens are dropped, not set to zero; nobody reads them either way (a.4);
-- `finish="frozen"` is offered beside the published finish, in which a later head's presence re-weighs what left (a.7).
+- images are packed, not looped over; the result of an image does not depend on its batch;
+- prefix tokens are never scored and never leave; the paper runs without any, so does `class_token=False`;
+- features of exited tokens are dropped, not set to zero; nobody reads them either way;
+- `finish="frozen"` is offered beside the published finish, in which a later head's presence re-weighs what left.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, K classes, B images.
 """
@@ -18,36 +18,17 @@ Legend: P live patch tokens of the batch, cells = all patches of all images, K c
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from tokenexit.errors import ConfigError
-from tokenexit.exits import (
-    PerExit,
-    Score,
-    Thresholds,
-    cap_limits,
-    check_cap,
-    check_cap_length,
-    check_score,
-    check_temperature,
-    check_threshold_sizes,
-    check_thresholds,
-    graded,
-    keep_at_most,
-    of_class,
-    on_boundary,
-    per_exit,
-    retain_top_k,
-    select,
-    tempered,
-    warmed_up,
-)
+from tokenexit.exits import confidence, scale_logits
 from tokenexit.heads import Head, HeadOutput, class_scores
-from tokenexit.methods.base import Method, Model, Result, Stage, Value, all_stay, stage_of
-from tokenexit.tokens import Tokens, cell_packing, scatter
+from tokenexit.methods.base import Method, Model, Result, Stage, Value, all_stay, option, stage_of
+from tokenexit.methods.thresholded import Graded, ThresholdMethod, of_exit, per_exit
+from tokenexit.tokens import Grid, Tokens, cell_packing, scatter
 
 Finish = Literal["auto", "presence_last", "frozen"]
 
@@ -70,59 +51,51 @@ class DToPState:
 
 
 @dataclass(frozen=True)
-class DToP(Method[DToPState]):
-    """Dynamic Token Pruning.
+class DToP(ThresholdMethod[DToPState]):
+    """Dynamic Token Pruning. Thresholds, scores, cap and guard: see `ThresholdMethod`.
 
-    threshold: p0, one for all exits or one for each; a token leaves if its score is strictly above (a.6). 0.95 is the
-        paper's for ATM heads, 0.98 better for FCN heads. In place of an exit's number, one for each class: a token is
-        held to that of the class it is predicted to be (class-based thresholding; not published for DToP).
-    keep_per_class: k, how many of each predicted class stay at every exit; 5 as published, 0 keeps nobody (a.6).
-    finish: "presence_last" scores exited tokens with the presence of the last head (a.7, ATM heads throughout);
-        "frozen" keeps the scores a token left with; "auto" is presence_last where all heads are ATM, else frozen.
-    detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no, b.3).
-    threshold_warmup: share of the training over which thresholds fall from 1 to their value (published: none).
-    cap: for each exit the share of an image's tokens that may go on, the least sure; a limit on every image's compute
-        (not published).
-    score: what is compared with the threshold: the best class's "probability", as published (of ATM heads presence
-        times sigmoid, a.5), its "margin" over the second, or one minus the "entropy" over its maximum (softmax heads).
-    temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
-    boundary_guard: a token beside one that is predicted another class stays in, be that one live or exited; a cap
-        goes before it (not published).
+    threshold: p0; 0.95 is the paper's for ATM heads, 0.98 better for FCN heads. Thresholds by
+        class are not published for DToP.
+    keep_per_class: k, how many of each predicted class stay at every exit; 5 as published, 0 keeps nobody.
+    finish: "presence_last" scores exited tokens with the presence of the last head, as the release does with ATM heads
+        throughout; "frozen" keeps the scores a token left with; "auto" is presence_last where all heads are ATM, else
+        frozen.
+    detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no).
+    score: of ATM heads the published "probability" is presence times sigmoid.
     """
 
     name: ClassVar[str] = "dtop"
+    title: ClassVar[str] = "DToP"
+    may_gate: ClassVar[bool] = True
+    decodes_grid: ClassVar[bool] = False
 
-    threshold: Thresholds = 0.95
-    keep_per_class: int = 5
-    finish: Finish = "auto"
-    detach_canvas: bool = False
-    threshold_warmup: float = 0.0
-    cap: tuple[float, ...] | None = None
-    score: Score = "probability"
-    temperature: PerExit = 1.0
-    boundary_guard: bool = False
+    keep_per_class: int = option(5, "most confident tokens of each predicted class that stay at every exit")
+    finish: Finish = option(
+        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
+    )
+    detach_canvas: bool = option(False, "no gradient of later losses into tokens that exited earlier")
 
     def __post_init__(self) -> None:
-        check_thresholds(self.threshold)
-        check_cap(self.cap)
-        check_score(self.score)
-        check_temperature(self.temperature)
+        super().__post_init__()
         if self.keep_per_class < 0:
             raise ConfigError(f"keep_per_class={self.keep_per_class} is negative: use 0 to keep nobody.")
         if self.finish not in get_args(Finish):
             raise ConfigError(f"finish='{self.finish}': choose auto, presence_last or frozen.")
-        if not 0.0 <= self.threshold_warmup <= 1.0:
-            raise ConfigError(f"threshold_warmup={self.threshold_warmup} is outside [0, 1]: it is a share.")
 
-    def at(self, progress: float) -> DToP:
-        if self.threshold_warmup == 0.0:
-            return self
-        return replace(self, threshold=warmed_up(self.threshold, progress, self.threshold_warmup))
+    @property
+    def min_live(self) -> int:
+        return int(self.keep_per_class > 0)
+
+    def for_export(self) -> Method[Any]:
+        if self.keep_per_class == 0:
+            raise ConfigError(
+                "with keep_per_class=0 no token may be left, and heads cannot be traced on none: export with 1 or more."
+            )
+        return super().for_export()
 
     def check(self, model: Model) -> None:
+        super().check(model)
         heads = (*model.exit_heads, model.decode_head)
-        check_threshold_sizes(self.threshold, model.num_exits, model.num_classes)
-        check_cap_length(self.cap, model.num_exits)
         temperatures = per_exit(self.temperature, model.num_exits, "temperature")
         if any(head.kind == "atm" and (self.score == "entropy" or t != 1.0) for head, t in zip(heads, temperatures)):
             raise ConfigError(
@@ -156,42 +129,40 @@ class DToP(Method[DToPState]):
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: Model) -> tuple[Tokens, DToPState]:
-        # Score: the exit head sees live tokens only and writes what it says to the canvas (a.5).
+        # Score: the exit head sees live tokens only and writes what it says to the canvas.
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
         state = self._write(head, patches, out, state, model)
 
-        # Rule: candidates are above p0; the k most confident of each class stay (a.6).
+        # Rule: candidates are above p0; the k most confident of each class stay.
         with torch.no_grad():
-            score, label = self._grade(n, head, out, model)
+            score, label = self._score_and_label(n, head, out)
             state = replace(state, label=scatter(state.label, patches.position, label))
-            leaves = self.leaves(n, score, patches, state, model)
+            graded = Graded(
+                score, label, patches.packing, patches.grids, model.num_classes, state.label, patches.position
+            )
+            leaves = self.decide(n, graded, torch.ones_like(label, dtype=torch.bool))
             stages = torch.where(leaves, n, model.num_exits)
             exit_stage = state.exit_stage.index_copy(0, patches.position, stages)
 
-        # Carrier: none but the tokens kept; whoever leaves is gone for later blocks (a.4).
+        # Carrier: none but the tokens kept; whoever leaves is gone for later blocks.
         return tokens.keep(~leaves), replace(state, exit_stage=exit_stage)
 
-    def _grade(self, n: int, head: Head, out: HeadOutput, model: Model) -> tuple[Tensor, Tensor]:
-        """Score and predicted class of the live patch tokens, `(P,)` each."""
-        logits = tempered(out.logits, per_exit(self.temperature, model.num_exits)[n])
+    def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
+        """Easy tokens leave, but for the k most confident of each predicted class (release, `PruneHead`)."""
+        easy = self.guard(graded, live & self.confident(n, graded))
+        stay = graded.most_confident(easy, self.keep_per_class)
+        return self.limit(n, graded, easy & ~stay, live)
+
+    def grade(self, n: int, head: Head | Stage, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
+        return self._score_and_label(n, head, out)[0]
+
+    def _score_and_label(self, n: int, head: Head | Stage, out: HeadOutput) -> tuple[Tensor, Tensor]:
+        """Score and predicted class of the tokens that the head saw, `(P,)` each."""
+        logits = scale_logits(out.logits, of_exit(self.temperature, n))
         probabilities = class_scores(head.kind, logits, out.presence, out.packing.image_index())
         best, label = probabilities.max(dim=-1)
-        return best if self.score == "probability" else graded(probabilities, self.score), label
-
-    def leaves(self, n: int, score: Tensor, patches: Tokens, state: DToPState, model: Model) -> Tensor:
-        """Which of the live patch tokens leave at exit `n`: `(P,)` bool.
-
-        score: `(P,)`. state: with the classes predicted here, and where tokens left with those they left with.
-        """
-        image, label = patches.packing.image_index(), state.label.index_select(0, patches.position)
-        easy = select(score, of_class(per_exit(self.threshold, model.num_exits)[n], label))
-        if self.boundary_guard:
-            easy &= ~on_boundary(state.label, patches.grids).index_select(0, patches.position)
-        leaves = easy & ~retain_top_k(easy, score, label, image, model.num_classes, self.keep_per_class)
-        if self.cap is None:
-            return leaves
-        return keep_at_most(leaves, score, image, cap_limits(self.cap, n, patches.grids, score.device))
+        return best if self.score == "probability" else confidence(probabilities, self.score), label
 
     def result(self, tokens: Tokens, state: DToPState, model: Model) -> Result:
         patches = tokens.patches()
@@ -199,7 +170,7 @@ class DToP(Method[DToPState]):
         out = model.decode_head(patches)
         state = self._write(model.decode_head, patches, out, state, model)
         value = _canvas_value(model, self.finish)
-        if value == "logits" and model.decode_head.kind == "atm":  # presence_last (a.7)
+        if value == "logits" and model.decode_head.kind == "atm":  # presence_last
             image = cell_packing(tokens).image_index()
             scores = class_scores("atm", state.logits, state.presence, image)
             return Result(scores, "scores", state.stages, state.exit_stage)

@@ -6,13 +6,15 @@ the picture's size alone. All else is DToP's: what the exit heads grade, the can
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 from tokenexit.errors import ConfigError
-from tokenexit.exits import NEVER, PerExit, Score, per_exit
-from tokenexit.methods.base import Method, Model, Result
+from tokenexit.exits import Score
+from tokenexit.methods.base import Method, Model, Result, option
 from tokenexit.methods.dtop import DToP, DToPState, Finish
+from tokenexit.methods.thresholded import NEVER, PerExit, per_exit
 from tokenexit.tokens import Tokens
 
 
@@ -26,8 +28,9 @@ class FixedRatio(Method[DToPState]):
     """
 
     name: ClassVar[str] = "fixed_ratio"
+    title: ClassVar[str] = "Fixed ratio"
 
-    ratios: PerExit = (0.7, 0.5, 0.3)
+    ratios: PerExit = option((0.7, 0.5, 0.3), "share of an image's tokens that go on after each exit, as 0.7/0.5/0.3")
     score: Score = "probability"
     temperature: PerExit = 1.0
     finish: Finish = "auto"
@@ -43,6 +46,15 @@ class FixedRatio(Method[DToPState]):
 
     def _for(self, model: Model) -> DToP:
         return self._dtop(per_exit(self.ratios, model.num_exits, "ratios"))
+
+    def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
+        """Shares that fall alike from exit to exit."""
+        shares = [1 - i / points for i in range(points)]
+        ratios = [tuple(round(share ** (n + 1), 4) for n in range(num_exits)) for share in shares]
+        return [replace(self, ratios=each) for each in ratios]
+
+    def for_export(self) -> Method[Any]:
+        self.refuse("a cap counts tokens on the host and cannot be exported: export dense, dtop or dovit.")
 
     def check(self, model: Model) -> None:
         self._for(model).check(model)

@@ -5,31 +5,60 @@ Which exits to close is for `tokenexit.gating` to say.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from itertools import groupby
+from typing import Any, ClassVar, NoReturn, Self
 
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, Model, Result, Stage
+from tokenexit.methods.thresholded import Thresholds
 from tokenexit.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True)
-class Gated(Method[Any]):
+class _Wrapper(Method[Any]):
+    """What closing exits leaves as it is in the method inside."""
+
+    method: Method[Any]
+
+    @property
+    def inner(self) -> Method[Any]:
+        return self.method.inner
+
+    @property
+    def label(self) -> str:
+        return f"{self.method.label} gated"
+
+    @property
+    def batch_independent(self) -> bool:
+        return self.method.batch_independent
+
+    @property
+    def thresholds(self) -> Thresholds | None:
+        return self.method.thresholds
+
+    def with_thresholds(self, thresholds: Thresholds) -> Self:
+        return replace(self, method=self.method.with_thresholds(thresholds))
+
+    def for_export(self) -> NoReturn:
+        self.refuse("closed exits follow from a machine and a size: export the method inside.")
+
+    def at(self, progress: float) -> Self:
+        return replace(self, method=self.method.at(progress))
+
+
+@dataclass(frozen=True)
+class Gated(_Wrapper):
     """`method` without the exits in `closed`, counted from 0; those that stay keep their thresholds.
 
     For inference: training wants the maps of all exits.
     """
 
     name: ClassVar[str] = "gated"
+    title: ClassVar[str] = "Gated"
 
-    method: Method[Any]
     closed: tuple[int, ...] = ()
-
-    def at(self, progress: float) -> Gated:
-        return replace(self, method=self.method.at(progress))
-
-    def of_cells(self, cells: slice) -> Gated:
-        return replace(self, method=self.method.of_cells(cells))
 
     def check(self, model: Model) -> None:
         if any(not 0 <= n < model.num_exits for n in self.closed):
@@ -51,24 +80,28 @@ class Gated(Method[Any]):
 
 
 @dataclass(frozen=True)
-class GatedBySize(Method[Any]):
+class GatedBySize(_Wrapper):
     """`method` without the exits that are closed at an image's size, whatever is in it and beside it in the batch.
 
     closed: `((1, (0, 1)), (97, (0,)), (400, ()))`: from so many patches on, up to those of the next, these are closed.
     """
 
     name: ClassVar[str] = "gated_by_size"
+    title: ClassVar[str] = "Gated by size"
 
-    method: Method[Any]
     closed: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
-    def at(self, progress: float) -> GatedBySize:
-        return replace(self, method=self.method.at(progress))
-
-    def of_cells(self, cells: slice) -> GatedBySize:
-        return replace(self, method=self.method.of_cells(cells))
+    def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
+        """Images run together where the same exits are closed."""
+        for run, _ in super().runs(grids, max_tokens):
+            start = run.start
+            for method, group in groupby(grids[run.start : run.stop], self.for_grid):
+                stop = start + len(list(group))
+                yield range(start, stop), method
+                start = stop
 
     def for_grid(self, grid: Grid) -> Method[Any]:
+        """The method with the exits closed that are closed on this grid."""
         closed: tuple[int, ...] = ()
         for patches, numbers in self.closed:
             if grid[0] * grid[1] >= patches:

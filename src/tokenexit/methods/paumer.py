@@ -16,8 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokenexit.exits import Score, Thresholds
+from tokenexit.exits import Score
 from tokenexit.methods.dovit import DoViT
+from tokenexit.methods.thresholded import Thresholds
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PAUMER(DoViT):
     """
 
     name: ClassVar[str] = "paumer"
+    title: ClassVar[str] = "PAUMER"
 
     threshold: Thresholds = 0.95
     blend_weight: float = 0.0

@@ -1,4 +1,4 @@
-"""Reference lines: the same engine with exits decided from outside.
+"""Reference lines: the same engine with prescribed exits.
 
 `Imposed` lets every token leave at a given exit and is otherwise DToP. From it follow the lines that every result is
 read against: random exits at matched counts, and the dense-pass agreement oracle.
@@ -8,18 +8,20 @@ Legend: cells = all patches of all images, P live patch tokens, K classes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from itertools import accumulate
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import Model, Stage
-from tokenexit.methods.dtop import DToP, DToPState
-from tokenexit.tokens import Packing, Tokens
+from tokenexit.methods.base import Method, Stage
+from tokenexit.methods.dtop import DToP
+from tokenexit.methods.thresholded import Graded
+from tokenexit.tokens import Grid, Packing
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,15 +32,32 @@ class Imposed(DToP):
     """
 
     name: ClassVar[str] = "imposed"
+    title: ClassVar[str] = "Prescribed exits"
+    calibrates: ClassVar[bool] = False
+    may_gate: ClassVar[bool] = False
 
     exit_stage: Tensor | None = None
 
-    def of_cells(self, cells: slice) -> Imposed:
-        return self if self.exit_stage is None else replace(self, exit_stage=self.exit_stage[cells])
+    def for_export(self) -> Method[Any]:
+        self.refuse("exits imposed from outside are no method to export: choose dense, dtop or dovit.")
 
-    def leaves(self, n: int, score: Tensor, patches: Tokens, state: DToPState, model: Model) -> Tensor:
+    def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
+        """Every run takes its own cells of the canvas along."""
+        first_cell = [0, *accumulate(h * w for h, w in grids)]
+        for run, _ in super().runs(grids, max_tokens):
+            cells = slice(first_cell[run.start], first_cell[run.stop])
+            yield run, self if self.exit_stage is None else replace(self, exit_stage=self.exit_stage[cells])
+
+    def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         assert self.exit_stage is not None, "Imposed is made with the stages it imposes"
-        return self.exit_stage.to(patches.position.device).index_select(0, patches.position) == n
+        assert graded.position is not None, "exits run on live tokens alone"
+        return self.exit_stage.to(graded.position.device).index_select(0, graded.position) == n
+
+
+def random_counterpart(method: Method[Any]) -> Imposed | None:
+    """DToP with the exits still to be prescribed, for the line of random exits; None for other methods, whose carriers
+    and results differ."""
+    return Imposed(finish=method.finish) if type(method) is DToP else None
 
 
 def random_exits(exit_stage: Tensor, generator: torch.Generator) -> Tensor:

@@ -6,14 +6,15 @@ tokens, which never leave, run on alone; they are counted as they cost.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import Method, Model, Result, Stage, stage_of
+from tokenexit.methods.base import Method, Model, Result, Stage, option, stage_of
 from tokenexit.tokens import Tokens
 
 
@@ -25,12 +26,17 @@ class Truncated(Method[Result | None]):
     """
 
     name: ClassVar[str] = "truncated"
+    title: ClassVar[str] = "Truncated"
 
-    after: int = 1
+    after: int = option(1, "exit that ends the network, 1 the first")
 
     def __post_init__(self) -> None:
         if self.after < 1:
             raise ConfigError(f"after={self.after} must be at least 1: it counts exits, 1 is the first.")
+
+    def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
+        """Every exit as the end, the last one first."""
+        return [replace(self, after=n) for n in range(num_exits, 0, -1)]
 
     def check(self, model: Model) -> None:
         if self.after > model.num_exits:

@@ -110,7 +110,7 @@ def _figures(
 ) -> dict[str, Any]:
     ledger, exits = answer.output.ledger, model.config.exits
     live = [ledger.tokens[0], *(ledger.live[0][n] for n in exits)]
-    threshold = getattr(method, "threshold", None)
+    threshold = method.thresholds
     pixels = np.bincount(labels.ravel(), minlength=model.config.num_classes)
     names = labels_of(model).names
     return {

@@ -58,7 +58,7 @@ class Job:
 
     def goes_with(self, other: Job) -> bool:
         """Whether both may share a batch; not where a method looks beyond the picture (DoViT's release mode)."""
-        return self.method == other.method and getattr(self.method, "batch_mode", "exact") == "exact"
+        return self.method == other.method and self.method.batch_independent
 
 
 class Batcher:

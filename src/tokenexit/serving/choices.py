@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import Any
 
 from tokenexit.errors import ConfigError
-from tokenexit.exits import NEVER, Threshold, per_exit
 from tokenexit.methods import METHODS, Dense, DoViT, DToP, Method, build_method
+from tokenexit.methods.thresholded import NEVER, Threshold, per_exit
 from tokenexit.segmenter import ExitSegmenter
 
 OCTAVES = 10.0
 """The dial spans doubts from 2^-10, a threshold of 0.999, to 1."""
-TITLES = {"dense": "Dense", "dtop": "DToP", "dovit": "DoViT"}
+OFFERED = ("dense", "dtop", "dovit")
+"""Methods on the page."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Choices:
         return next(method for method in (DToP(), DoViT(), Dense()) if self._refusal(method) is None)
 
     def offers(self) -> list[Offer]:
-        return [self._offer(name, title) for name, title in TITLES.items()]
+        return [self._offer(name) for name in OFFERED]
 
     def choose(self, name: str | None, threshold: str | None = None, compute: float | None = None) -> Method[Any]:
         """The method that a request names.
@@ -62,8 +63,8 @@ class Choices:
         if threshold is not None and compute is not None:
             raise ConfigError("threshold and compute both say when tokens leave: give one of the two.")
         if threshold is not None:
-            method = _with_thresholds(method, _numbers(threshold))
-        elif compute is not None and not isinstance(method, Dense):
+            method = method.with_thresholds(_numbers(threshold))
+        elif compute is not None and method.has_exits:
             method = dialled(method, compute, self._num_exits)
         self._model.check(method)
         return method
@@ -81,10 +82,10 @@ class Choices:
             raise ConfigError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}.")
         return build_method(name)
 
-    def _offer(self, name: str, title: str) -> Offer:
+    def _offer(self, name: str) -> Offer:
         method = self._named(name)
-        compute = None if isinstance(method, Dense) else place(method, self._num_exits)
-        return Offer(name, title, compute, method is self.calibrated, self._refusal(method))
+        compute = place(method, self._num_exits) if method.has_exits else None
+        return Offer(name, method.title, compute, method is self.calibrated, self._refusal(method))
 
     def _refusal(self, method: Method[Any]) -> str | None:
         try:
@@ -104,8 +105,8 @@ def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
         return NEVER if compute == 1.0 else round(1.0 - (1.0 - tau) ** power, 6)
 
     exits = _thresholds(method, num_exits)
-    return _with_thresholds(
-        method, tuple(moved(exit) if isinstance(exit, int | float) else tuple(map(moved, exit)) for exit in exits)
+    return method.with_thresholds(
+        tuple(moved(exit) if isinstance(exit, int | float) else tuple(map(moved, exit)) for exit in exits)
     )
 
 
@@ -116,17 +117,11 @@ def place(method: Method[Any], num_exits: int) -> float:
 
 
 def _thresholds(method: Method[Any], num_exits: int) -> tuple[Threshold, ...]:
-    return per_exit(getattr(method, "threshold", NEVER), num_exits)
+    return per_exit(NEVER if method.thresholds is None else method.thresholds, num_exits)
 
 
 def _flat(thresholds: Iterable[Threshold]) -> list[float]:
     return [tau for exit in thresholds for tau in ((exit,) if isinstance(exit, int | float) else exit)]
-
-
-def _with_thresholds(method: Method[Any], threshold: float | tuple[Threshold, ...]) -> Method[Any]:
-    if "threshold" not in {f.name for f in fields(method)}:
-        raise ConfigError(f"method '{method.name}' has no thresholds: leave threshold and compute out.")
-    return replace(method, threshold=threshold)  # type: ignore[call-arg]
 
 
 def _numbers(text: str) -> float | tuple[float, ...]:

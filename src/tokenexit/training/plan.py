@@ -11,7 +11,6 @@ import torch
 
 from tokenexit.cost import GIGA
 from tokenexit.data.registry import check_dataset, dataset_labels
-from tokenexit.evaluation.evaluate import label_of
 from tokenexit.ledger import dense_ops
 from tokenexit.methods import build_method
 from tokenexit.preprocessing import Labels, Preprocessing
@@ -52,7 +51,7 @@ def plan(config: TrainConfig) -> str:
     lines = {
         "model": ", ".join([_start(config), *_figures(model, config)]),
         "data": ", ".join(_data(data, labels)),
-        "methods": ", ".join(map(label_of, methods)),
+        "methods": ", ".join(method.label for method in methods),
         "steps": ", ".join(_steps(config)),
         "predicts": ", ".join(_pictures(preprocessing)),
         "teacher": "" if config.distill.teacher is None else _model_place(config.distill.teacher),

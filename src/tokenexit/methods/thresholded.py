@@ -1,0 +1,304 @@
+"""`ThresholdMethod`: what all methods share whose tokens leave where an exit head is sure enough.
+
+A method of this kind says three things: how an exit grades tokens (`grade`), which of them leave (`decide`), and, in
+its own `at_exit`, what becomes of them. `decide` is pure, so that calibration applies the very same rule to scores that
+it recorded on a dense pass.
+
+Legend: P graded patch tokens in packed order, cells = all patches of all images, B images, K classes, E exits.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self, TypeVar, get_args
+
+import torch
+from torch import Tensor
+
+from tokenexit.errors import ConfigError
+from tokenexit.exits import Score, exceeds, keep_at_most, on_boundary, retain_top_k
+from tokenexit.heads import Head, HeadOutput
+from tokenexit.methods.base import Method, Model, Stage, State, option
+from tokenexit.tokens import Grid, Packing
+
+NEVER = 1.0
+"""The threshold at which no token leaves: scores are at most 1 and the comparison is strict."""
+
+Threshold = float | Sequence[float] | Tensor
+"""The threshold of an exit: one for all classes, or one for each. A tensor, `()` or `(K,)`, is an exported graph's
+input, whose values nobody can check."""
+
+Thresholds = float | Sequence[Threshold]
+"""One threshold for all exits, or for each exit a number or one for each class."""
+
+PerExit = float | Sequence[float]
+"""A number for all exits, or one for each."""
+
+T = TypeVar("T", bound=Threshold)
+
+
+def per_exit(value: float | Sequence[T], num_exits: int, name: str = "threshold") -> tuple[float | T, ...]:
+    """One value, such as a threshold, for every exit. Raises `ConfigError` for a list of another length."""
+    values = (value,) * num_exits if isinstance(value, int | float) else tuple(value)
+    if len(values) != num_exits:
+        raise ConfigError(
+            f"{name} has {len(values)} values for {num_exits} exits: give one number, or one for each exit."
+        )
+    return values
+
+
+def of_exit(value: float | Sequence[T], n: int) -> float | T:
+    """The value for exit `n`, of one for all exits or one for each."""
+    return value if isinstance(value, int | float) else value[n]
+
+
+def threshold_of_tokens(threshold: Threshold, label: Tensor) -> float | Tensor:
+    """The threshold of every token: the exit's only one, or `(P,)`, that of the class predicted, `label (P,)`."""
+    if isinstance(threshold, int | float):
+        return threshold
+    table = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
+    return table if table.ndim == 0 else table.to(label.device).index_select(0, label)
+
+
+def per_class(threshold: Thresholds) -> bool:
+    """Whether some exit has a threshold for each class."""
+    if isinstance(threshold, int | float):
+        return False
+    return any(tau.ndim > 0 if isinstance(tau, Tensor) else not isinstance(tau, int | float) for tau in threshold)
+
+
+def label_of_thresholds(threshold: Thresholds) -> str:
+    """`0.95`, `0.98/0.9`, or with one for each class the least and the largest of all, `0.9-0.998 per class`."""
+    exits: Sequence[Any] = (threshold,) if isinstance(threshold, int | float) else threshold
+    if not per_class(threshold):
+        return "/".join(f"{tau:g}" for tau in exits)
+    values = [tau for exit in exits for tau in ((exit,) if isinstance(exit, int | float) else exit)]
+    return f"{min(values):g}-{max(values):g} per class"
+
+
+@dataclass(frozen=True)
+class Graded:
+    """What an exit head says of P patch tokens, image after image in raster order.
+
+    score: `(P,)` in [0, 1]. label: `(P,)` int64, the class named. packing: which rows belong to which image. grids:
+    patches of every image. position: `(P,)` cell of each row, None where the rows are all cells. last_label: `(cells,)`
+    int64, the class of each patch when it was last computed. earlier: `(P,)`, scores at the exit before, None at the
+    first or where nobody asks.
+    """
+
+    score: Tensor
+    label: Tensor
+    packing: Packing
+    grids: tuple[Grid, ...]
+    num_classes: int
+    last_label: Tensor
+    position: Tensor | None = None
+    earlier: Tensor | None = None
+
+    def most_confident(self, candidate: Tensor, k: int) -> Tensor:
+        """Of `candidate (P,)` the k most confident of each image and class, `(P,)` bool."""
+        return retain_top_k(candidate, self.score, self.label, self.packing.image_index(), self.num_classes, k)
+
+    def on_boundary(self) -> Tensor:
+        """Tokens beside a patch of another class, `(P,)` bool."""
+        cells = on_boundary(self.last_label, self.grids)
+        return cells if self.position is None else cells.index_select(0, self.position)
+
+
+@dataclass(frozen=True)
+class ThresholdMethod(Method[State]):
+    """Base of methods in which a token may leave where its score is strictly above a threshold.
+
+    threshold: one for all exits or one for each; in place of an exit's number, one for each class: a token is held to
+        that of the class it is predicted to be (class-based thresholding).
+    threshold_warmup: share of the training over which thresholds fall from 1 to their value.
+    score: what is compared with the threshold: the best class's "probability", its "margin" over the second, or one
+        minus the "entropy" over its maximum.
+    temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
+    cap: for each exit the share of an image's tokens that may go on, the least sure; a limit on every image's compute.
+    boundary_guard: a token beside one that is predicted another class, as each was when last computed, stays in; a cap
+        goes before it.
+    """
+
+    calibrates: ClassVar[bool] = True
+    always_named: ClassVar[tuple[str, ...]] = ("threshold",)
+    decodes_grid: ClassVar[bool]
+    """Whether the decode head reads the features of all patches, and not those of live ones alone."""
+
+    threshold: Thresholds = option(
+        0.95,
+        "threshold of all exits, or one for each as 0.98/0.9/0.8, an exit's for all "
+        "classes or one for each as 0.9,0.99,0.95",
+    )
+    threshold_warmup: float = option(
+        0.0, "share of the training over which thresholds fall from 1 to their value", kw_only=True
+    )
+    cap: tuple[float, ...] | None = option(
+        None, "share of an image's tokens that may go on after each exit, as 0.7/0.5/0.3", kw_only=True
+    )
+    score: Score = option(
+        "probability",
+        "score that thresholds are compared with",
+        kw_only=True,
+        choices=("probability", "margin", "entropy"),
+    )
+    temperature: PerExit = option(1.0, "temperature of the exit heads' softmax: 1.5, or 1.8/1.5/1.2", kw_only=True)
+    boundary_guard: bool = option(False, "no exits where predicted classes meet", kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_thresholds(self.threshold)
+        check_cap(self.cap)
+        check_score(self.score)
+        check_temperature(self.temperature)
+        check_share("threshold_warmup", self.threshold_warmup)
+
+    @property
+    def thresholds(self) -> Thresholds:
+        return self.threshold
+
+    @property
+    def scores_grid(self) -> bool:
+        """Whether exit heads score every patch of the grid, and not live ones alone."""
+        return False
+
+    def with_thresholds(self, thresholds: Thresholds) -> Self:
+        return replace(self, threshold=thresholds)
+
+    def at(self, progress: float) -> Self:
+        if self.threshold_warmup == 0.0:
+            return self
+        return replace(self, threshold=warmed_up(self.threshold, progress, self.threshold_warmup))
+
+    def check(self, model: Model) -> None:
+        check_threshold_sizes(self.threshold, model.num_exits, model.num_classes)
+        check_cap_length(self.cap, model.num_exits)
+        per_exit(self.temperature, model.num_exits, "temperature")
+
+    def for_export(self) -> Method[Any]:
+        if self.cap is not None:
+            raise ConfigError("a cap counts tokens on the host and cannot be exported: calibrate without --cap.")
+        if self.boundary_guard:
+            raise ConfigError("boundary_guard cannot be exported: calibrate without it.")
+        return self
+
+    def option_label(self, name: str) -> str:
+        return label_of_thresholds(self.threshold) if name == "threshold" else super().option_label(name)
+
+    @abstractmethod
+    def grade(self, n: int, head: Head | Stage, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
+        """Scores of the tokens that an exit head answered for, `(P,)` fp32.
+
+        head: the exit head, or the record of its run: how logits are to be read. out: what it said.
+        """
+
+    @abstractmethod
+    def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
+        """Which tokens leave at exit `n`: `(P,)` bool, a subset of `live (P,)`. Pure: the method's rule and no more."""
+
+    def confident(self, n: int, graded: Graded) -> Tensor:
+        """Tokens whose score is strictly above the threshold that they are held to: `(P,)` bool."""
+        return exceeds(graded.score, threshold_of_tokens(of_exit(self.threshold, n), graded.label))
+
+    def guard(self, graded: Graded, leaves: Tensor) -> Tensor:
+        """`leaves (P,)` without those on a boundary, if boundaries are guarded."""
+        return leaves & ~graded.on_boundary() if self.boundary_guard else leaves
+
+    def limit(self, n: int, graded: Graded, leaves: Tensor, live: Tensor) -> Tensor:
+        """`leaves (P,)` and, if there is a cap, the surest of the live tokens beyond it."""
+        if self.cap is None:
+            return leaves
+        limits = cap_limits(self.cap, n, graded.grids, graded.score.device)
+        return live & keep_at_most(leaves | ~live, graded.score, graded.packing.image_index(), limits)
+
+
+def calibratable(method: Method[Any]) -> ThresholdMethod[Any]:
+    """The method as one whose thresholds can be chosen on a dense pass.
+
+    Raises `ConfigError` for one that has none, or lets images decide for each other.
+    """
+    if not isinstance(method, ThresholdMethod) or not method.calibrates:
+        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose dtop, dovit or paumer.")
+    if not method.batch_independent:
+        raise ConfigError("batch_mode='mean' lets images decide for each other: calibrate with batch_mode='exact'.")
+    return method
+
+
+def check_thresholds(threshold: Thresholds) -> None:
+    """Reject thresholds that no score can meet."""
+    if isinstance(threshold, str) or not isinstance(threshold, int | float | Sequence):
+        raise ConfigError(f"threshold={threshold!r} is no number: give one in [0, 1], or one for each exit.")
+    for exit in (threshold,) if isinstance(threshold, int | float) else threshold:
+        for value in exit if isinstance(exit, list | tuple) else (exit,):
+            if isinstance(value, Tensor):
+                continue
+            if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
+                raise ConfigError(f"threshold={value} is outside [0, 1]: scores are; use 1 for 'never'.")
+
+
+def check_threshold_sizes(threshold: Thresholds, num_exits: int, num_classes: int) -> None:
+    """Reject thresholds for another number of exits or classes."""
+    for n, tau in enumerate(per_exit(threshold, num_exits)):
+        if not isinstance(tau, int | float | Tensor) and len(tau) != num_classes:
+            raise ConfigError(
+                f"threshold of exit {n + 1} has {len(tau)} values for {num_classes} classes: "
+                "give one number, or one for each class."
+            )
+
+
+def warmed_up(threshold: Thresholds, progress: float, warmup: float) -> Thresholds:
+    """Thresholds during warm-up: fall linearly from 1 to their value over the share `warmup` of the training.
+
+    `tau(i) = 1 - min(1, i / T) (1 - tau)` with `i / T = progress / warmup` (DoViT, release, `do_vit.py`).
+    """
+    done = min(1.0, progress / warmup) if warmup > 0 else 1.0
+
+    def now(tau: Threshold) -> Threshold:
+        if isinstance(tau, int | float | Tensor):
+            return 1.0 - done * (1.0 - tau)
+        return tuple(1.0 - done * (1.0 - t) for t in tau)
+
+    if isinstance(threshold, int | float):
+        return 1.0 - done * (1.0 - threshold)
+    return tuple(map(now, threshold))
+
+
+def check_score(score: str) -> None:
+    """Reject unknown score names."""
+    if score not in get_args(Score):
+        raise ConfigError(f"score='{score}': choose probability, margin or entropy.")
+
+
+def check_temperature(temperature: PerExit) -> None:
+    """Reject what logits cannot be divided by."""
+    if isinstance(temperature, str) or not isinstance(temperature, int | float | Sequence):
+        raise ConfigError(f"temperature={temperature!r} is no number: give one above 0, or one for each exit.")
+    for value in (temperature,) if isinstance(temperature, int | float) else temperature:
+        if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
+            raise ConfigError(f"temperature={value} must be a number above 0: 1 leaves scores as they are.")
+
+
+def check_cap(cap: Sequence[float] | None) -> None:
+    """Reject caps that are no shares of an image's tokens."""
+    if cap is None:
+        return
+    if isinstance(cap, str | int | float) or not all(0.0 <= share <= 1.0 for share in cap):
+        raise ConfigError(f"cap={cap!r} is no share in [0, 1] for each exit: give those of an image's tokens to go on.")
+
+
+def check_cap_length(cap: Sequence[float] | None, num_exits: int) -> None:
+    """Reject a cap for another number of exits."""
+    if cap is not None and len(cap) != num_exits:
+        raise ConfigError(f"cap has {len(cap)} values for {num_exits} exits: give one share for each exit.")
+
+
+def cap_limits(cap: Sequence[float], n: int, grids: Sequence[Grid], device: torch.device) -> Tensor:
+    """How many patch tokens of each image may go on after exit `n`: `(B,)` int64."""
+    return torch.tensor([int(cap[n] * h * w + 1e-9) for h, w in grids], device=device)
+
+
+def check_share(name: str, value: float) -> None:
+    """Reject what is no share."""
+    if not 0.0 <= value <= 1.0:
+        raise ConfigError(f"{name}={value} is outside [0, 1]: it is a share.")
