@@ -17,9 +17,10 @@ from PIL import Image
 
 import tokenexit.cli as cli
 from tests.training.tiny import HEADS, silent, tiny_run, write_dataset
-from tokenexit import __version__, gating
+from tokenexit import __version__
+from tokenexit.calibration import latency
+from tokenexit.calibration.latency import Curve, Latency
 from tokenexit.cli import COMMANDS, main
-from tokenexit.gating import Costs, Curve
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.loop import train
 
@@ -293,7 +294,7 @@ def test_evaluate_gates_if_asked(
     model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gating, "measure_costs", lambda model, *_: Costs(Curve(0, 1, 0), (Curve(1e6, 0, 0),) * 2))
+    monkeypatch.setattr(latency, "measure_latency", lambda model, *_: Latency(Curve(0, 1, 0), (Curve(1e6, 0, 0),) * 2))
     asked = ("evaluate", model, "--limit", "1", "--method", "dense", "dtop", "--threshold", "0", "--json")
     fine(capsys, *asked, tmp_path / "open.json")
     text = fine(capsys, *asked, tmp_path / "gated.json", "--gate")

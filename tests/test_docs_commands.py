@@ -89,7 +89,7 @@ def test_getting_started__works_as_it_stands(
 @pytest.mark.parametrize("page", ["your-own-vit.md", "your-own-data.md"])
 def test_python__of_other_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr("tokenexit.gating.SIDES", (4, 6, 8))
+    monkeypatch.setattr("tokenexit.calibration.latency.SIDES", (4, 6, 8))
     examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
     assert examples
     for example in examples:

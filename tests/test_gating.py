@@ -12,16 +12,15 @@ from hypothesis import strategies as st
 
 from tests.test_cli import fine, wrong
 from tokenexit import gating
-from tokenexit.gating import (
-    Costs,
+from tokenexit.calibration import latency
+from tokenexit.calibration.latency import (
     Curve,
-    choose_exits,
-    costs_on_this_machine,
-    gate,
-    gated_by_size,
-    measure_costs,
+    Latency,
+    latency_on_this_machine,
+    measure_latency,
     nonnegative_fit,
 )
+from tokenexit.gating import choose_exits, gate, gated_by_size
 from tokenexit.methods import Dense, DToP, FixedRatio, Gated, GatedBySize, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
@@ -36,7 +35,7 @@ def model() -> ExitSegmenter:
 
 
 def block_by_block(
-    costs: Costs, opened: set[int], exits: list[int], depth: int, tokens: int, live: list[float]
+    costs: Latency, opened: set[int], exits: list[int], depth: int, tokens: int, live: list[float]
 ) -> float:
     """Oracle: walk through the blocks with whoever is live."""
     share, ms = 1.0, 0.0
@@ -55,7 +54,7 @@ def block_by_block(
 def test_choose_exits__takes_the_fastest_of_all_sets(
     block: Curve, exits: tuple[Curve, ...], tokens: int, live: list[float]
 ) -> None:
-    costs, live = Costs(block, exits), sorted(live, reverse=True)
+    costs, live = Latency(block, exits), sorted(live, reverse=True)
     chosen = choose_exits(costs, [3, 6, 9], 12, tokens, live)
 
     def oracle(opened: set[int]) -> float:
@@ -69,7 +68,7 @@ def test_choose_exits__takes_the_fastest_of_all_sets(
 
 def test_choose_exits__keeps_cheap_exits_and_closes_dear_ones() -> None:
     block, cheap, dear = Curve(0, 0.01, 0), Curve(0.1, 0, 0), Curve(50.0, 0, 0)
-    chosen = choose_exits(Costs(block, (cheap, dear)), [3, 6], 12, 1000, [0.5, 0.2])
+    chosen = choose_exits(Latency(block, (cheap, dear)), [3, 6], 12, 1000, [0.5, 0.2])
     assert chosen.closed == (1,)
     first, second = chosen.reasons
     until = "an image is expected to take"
@@ -80,13 +79,13 @@ def test_choose_exits__keeps_cheap_exits_and_closes_dear_ones() -> None:
 def test_choose_exits__takes_an_exit_behind_every_block_of_a_large_backbone() -> None:
     depth, block, nothing, dear = 40, Curve(0, 0.01, 0), Curve(0, 0, 0), Curve(1e3, 0, 0)
     exits, live = list(range(1, depth)), [1 - n / depth for n in range(1, depth)]
-    costs = Costs(block, tuple(dear if n % 3 == 0 else nothing for n in exits))
+    costs = Latency(block, tuple(dear if n % 3 == 0 else nothing for n in exits))
     assert choose_exits(costs, exits, depth, 400, live).closed == tuple(n - 1 for n in exits if n % 3 == 0)
 
 
 def test_choose_exits__leaves_an_exit_open_that_makes_no_difference() -> None:
     nothing = Curve(0, 0, 0)
-    assert choose_exits(Costs(nothing, (nothing,)), [3], 12, 1000, [0.5]).closed == ()
+    assert choose_exits(Latency(nothing, (nothing,)), [3], 12, 1000, [0.5]).closed == ()
 
 
 @given(st.tuples(milliseconds, st.floats(0, 0.1), st.floats(0, 1e-3)).filter(lambda abc: sum(abc) > 1e-3))
@@ -105,32 +104,32 @@ def test_nonnegative_fit__lets_no_coefficient_below_zero() -> None:
     assert slope_down[1] == 0
 
 
-def test_measure_costs__times_the_block_and_every_exit(model: ExitSegmenter) -> None:
-    costs = measure_costs(model, DToP())
+def test_measure_latency__times_the_block_and_every_exit(model: ExitSegmenter) -> None:
+    costs = measure_latency(model, DToP())
     assert len(costs.exits) == 2
     for curve in (costs.block, *costs.exits):
         assert 0 < curve(36) <= curve(1600)
 
 
-def test_costs_on_this_machine__are_measured_once_for_a_model_method_and_precision(
+def test_latency_on_this_machine__are_measured_once_for_a_model_method_and_precision(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     calls = []
 
-    def measure(*asked: object) -> Costs:
+    def measure(*asked: object) -> Latency:
         calls.append(asked[1:])
-        return Costs(Curve(1, 2, 3), (Curve(0, 0, 1), Curve(0, 1, 0)))
+        return Latency(Curve(1, 2, 3), (Curve(0, 0, 1), Curve(0, 1, 0)))
 
-    monkeypatch.setattr(gating, "measure_costs", measure)
-    first = costs_on_this_machine(model, DToP())
-    assert costs_on_this_machine(model, DToP(threshold=0.5)) == first
+    monkeypatch.setattr(latency, "measure_latency", measure)
+    first = latency_on_this_machine(model, DToP())
+    assert latency_on_this_machine(model, DToP(threshold=0.5)) == first
     assert len(calls) == 1
-    costs_on_this_machine(model, DToP(), "bf16")
+    latency_on_this_machine(model, DToP(), "bf16")
     assert len(calls) == 2
-    for kept in (tmp_path / "tokenexit" / "gating").iterdir():
+    for kept in (tmp_path / "tokenexit" / "latency").iterdir():
         kept.write_text("{")  # damaged: measured again
-    assert costs_on_this_machine(model, DToP()) == first
+    assert latency_on_this_machine(model, DToP()) == first
     assert len(calls) == 3
 
 
@@ -138,8 +137,8 @@ def test_gate__follows_the_shares_that_the_calibration_saw(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    costs = Costs(Curve(0, 1, 0), (Curve(10, 0, 0), Curve(10, 0, 0)))
-    monkeypatch.setattr(gating, "measure_costs", lambda *_: costs)
+    costs = Latency(Curve(0, 1, 0), (Curve(10, 0, 0), Curve(10, 0, 0)))
+    monkeypatch.setattr(latency, "measure_latency", lambda *_: costs)
     assert gate(model, DToP(), (10, 10)).closed == ()  # a third of 100 tokens leaves, and again: 67 ms, 22 ms saved
     model.calibration = {"reached": {"live_after_exit": [0.99, 0.1]}}
     assert gate(model, DToP(), (10, 10)).closed == (0,)
@@ -150,8 +149,8 @@ def test_gate__follows_the_shares_that_the_calibration_saw(
 def test_apply__wraps_only_where_exits_are_closed(model: ExitSegmenter) -> None:
     nothing = Curve(0, 0, 0)
     method = DToP()
-    assert choose_exits(Costs(nothing, (nothing,)), [1], 3, 9, [0.5]).apply(method) is method
-    closed = choose_exits(Costs(nothing, (Curve(1, 0, 0),)), [1], 3, 9, [0.5])
+    assert choose_exits(Latency(nothing, (nothing,)), [1], 3, 9, [0.5]).apply(method) is method
+    closed = choose_exits(Latency(nothing, (Curve(1, 0, 0),)), [1], 3, 9, [0.5])
     assert closed.apply(method) == Gated(method, (0,))
 
 
@@ -159,7 +158,9 @@ def test_gate__is_a_command_that_says_why(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gating, "measure_costs", lambda *_: Costs(Curve(0, 1, 0), (Curve(1, 0, 0), Curve(1e3, 0, 0))))
+    monkeypatch.setattr(
+        latency, "measure_latency", lambda *_: Latency(Curve(0, 1, 0), (Curve(1, 0, 0), Curve(1e3, 0, 0)))
+    )
     model.save_pretrained(tmp_path / "model")
     text = fine(capsys, "gate", tmp_path / "model", "--image-size", 96, 160)
     first, second, total = text.splitlines()
@@ -173,8 +174,8 @@ def test_gated_by_size__closes_what_gate_closes_at_every_size(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    costs = Costs(Curve(0, 0.01, 1e-4), (Curve(1, 0, 0), Curve(3, 1e-3, 0)))
-    monkeypatch.setattr(gating, "measure_costs", lambda *_: costs)
+    costs = Latency(Curve(0, 0.01, 1e-4), (Curve(1, 0, 0), Curve(3, 1e-3, 0)))
+    monkeypatch.setattr(latency, "measure_latency", lambda *_: costs)
     method = gated_by_size(model, DToP())
     assert isinstance(method, GatedBySize)
     seen = set()
@@ -189,7 +190,9 @@ def test_gated_by_size__leaves_what_has_no_gates_and_what_always_pays(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(gating, "measure_costs", lambda *_: Costs(Curve(0, 1, 0), (Curve(0, 0, 0), Curve(0, 0, 0))))
+    monkeypatch.setattr(
+        latency, "measure_latency", lambda *_: Latency(Curve(0, 1, 0), (Curve(0, 0, 0), Curve(0, 0, 0)))
+    )
     for method in (DToP(), Dense(), FixedRatio(ratios=(0.5, 0.2)), Truncated()):
         assert gated_by_size(model, method) is method
 

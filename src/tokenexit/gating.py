@@ -8,81 +8,25 @@ in the batch, so that the same picture always meets the same exits.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import combinations, pairwise
-from statistics import median
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-import torch
-
-from tokenexit.cache import cached_path, keep, read_cached
-from tokenexit.inference import Precision, inference
+from tokenexit.calibration.latency import Latency, latency_on_this_machine
+from tokenexit.inference import Precision
 from tokenexit.methods import Method
-from tokenexit.methods.base import Model
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Grid, Tokens
+from tokenexit.tokens import Grid
 
-Array = npt.NDArray[np.float64]
 Way = tuple[float, int, tuple[int, ...]]
 """Milliseconds, minus the number of open exits, and which these are."""
 
-SIDES = (6, 12, 24, 40)
-"""Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
-REPEATS = 5
 RUNGS = tuple(dict.fromkeys(round(1.05**n) for n in range(284)))
 """Numbers of patches between which changes are looked for: up to a million, in steps of 5 %."""
 ASSUMED_LEAVING = 1 / 3
 """Share of the live tokens that leaves at an exit where no calibration says otherwise; about that of both papers."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Milliseconds of one image with L patch tokens: `a + b L + c L^2`, none of them negative."""
-
-    a: float
-    b: float
-    c: float
-
-    def __call__(self, tokens: float) -> float:
-        return self.a + self.b * tokens + self.c * tokens**2
-
-    @classmethod
-    def through(cls, tokens: Sequence[float], ms: Sequence[float]) -> Curve:
-        counts = np.asarray(tokens, dtype=np.float64)
-        a, b, c = nonnegative_fit(np.stack([np.ones(len(counts)), counts, counts**2], axis=1), np.asarray(ms))
-        return cls(a, b, c)
-
-
-def nonnegative_fit(features: Array, values: Array) -> tuple[float, ...]:
-    """Coefficients, none negative, with the least squares of the relative error: the best of all subsets.
-
-    features: `(n, k)` for a small k; values: `(n,)`, above 0.
-    """
-    weighted, ones = features / values[:, None], np.ones(len(values))
-    count = features.shape[1]
-    best, least = np.zeros(count), np.inf
-    for size in range(1, count + 1):
-        for subset in combinations(range(count), size):
-            found = np.linalg.lstsq(weighted[:, subset], ones, rcond=None)[0]
-            loss = float(((weighted[:, subset] @ found - 1.0) ** 2).sum())
-            if (found >= 0).all() and loss < least - 1e-12:
-                best, least = np.zeros(count), loss
-                best[list(subset)] = found
-    return tuple(map(float, best))
-
-
-@dataclass(frozen=True)
-class Costs:
-    """block: one block of the backbone. exits: head, rule and compaction of each exit."""
-
-    block: Curve
-    exits: tuple[Curve, ...]
 
 
 @dataclass(frozen=True)
@@ -103,7 +47,7 @@ class Gating:
         return Gated(method, self.closed) if self.closed else method
 
 
-def choose_exits(costs: Costs, exits: Sequence[int], depth: int, tokens: int, live_after: Sequence[float]) -> Gating:
+def choose_exits(costs: Latency, exits: Sequence[int], depth: int, tokens: int, live_after: Sequence[float]) -> Gating:
     """The set of open exits with the least expected time, of all sets; of equals the one with more exits.
 
     exits: after how many blocks each stands. tokens: patches of the image. live_after: share of them that is live after
@@ -142,56 +86,6 @@ def choose_exits(costs: Costs, exits: Sequence[int], depth: int, tokens: int, li
             reasons.append(f"{takes}: closed, as with it an image is expected to take {other - least:.2f} ms longer")
     closed = tuple(n for n in numbers if n not in best)
     return Gating(tokens, closed, tuple(reasons), least, expected(numbers), expected(()))
-
-
-def measure_costs(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Costs:
-    """Time one block and every exit of `method` at a few sizes, one image at a time; takes about a second.
-
-    The images are noise. What tokens an exit lets go matters little to what it takes.
-    """
-    device, patch = model.device, model.config.backbone.patch_size
-    generator = torch.Generator().manual_seed(0)
-    blocks: list[float] = []
-    exits: list[list[float]] = [[] for _ in model.config.exits]
-    with inference(device, precision):
-        for side in SIDES:
-            image = torch.randn(3, side * patch, side * patch, generator=generator).to(device)
-            tokens, around = model.backbone.embed([image]), model.for_methods()
-            blocks.append(_ms(partial(model.backbone.run, tokens, 0, 1), device))
-            for n, times in enumerate(exits):
-                times.append(_ms(_exit_call(n, tokens, method, around), device))
-    counts = [float(side * side) for side in SIDES]
-    return Costs(Curve.through(counts, blocks), tuple(Curve.through(counts, times) for times in exits))
-
-
-def _exit_call(n: int, tokens: Tokens, method: Method[Any], around: Model) -> Callable[[], Any]:
-    state = method.start(tokens, around)
-    return lambda: method.at_exit(n, tokens, state, around)
-
-
-def _ms(call: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times[1:])
-
-
-def costs_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Costs:
-    """`measure_costs`, from the cache if they were measured before."""
-    path = cached_path("gating", model.device, model.config.to_dict(), method.name, precision)
-    kept = read_cached(path)
-    try:
-        return Costs(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]))
-    except (KeyError, TypeError):
-        pass  # not measured yet, or not readable: measure
-    costs = measure_costs(model, method, precision)
-    curves = [[curve.a, curve.b, curve.c] for curve in (costs.block, *costs.exits)]
-    keep(path, {"block": curves[0], "exits": curves[1:]})
-    return costs
 
 
 def gate(model: ExitSegmenter, method: Method[Any], grid: Grid, precision: Precision = "fp32") -> Gating:
@@ -236,5 +130,5 @@ def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) ->
     number = len(config.exits)
     assumed = [(1 - ASSUMED_LEAVING) ** (n + 1) for n in range(number)]
     live_after = assumed if reached is None or len(reached) < number else reached[-number:]
-    costs = costs_on_this_machine(model, method, precision)
+    costs = latency_on_this_machine(model, method, precision)
     return lambda tokens: choose_exits(costs, config.exits, config.backbone.depth, tokens, live_after)

@@ -19,7 +19,7 @@ from tokenexit.calibration.budget import cap_shares, meet_budget
 from tokenexit.calibration.calibrate import Bound, Budget, Trial, calibrate, split, wish_of
 from tokenexit.calibration.dense_pass import Costs, compose, live_counts
 from tokenexit.calibration.drift import ALARM, LEAST_PICTURES, Histograms, Monitor, Usual, distances, watch
-from tokenexit.calibration.latency import LatencyModel, fit, latency_model
+from tokenexit.calibration.latency import Curve, Latency, latency_on_this_machine
 from tokenexit.calibration.path import Path as ThresholdPath
 from tokenexit.calibration.path import build_path, even_path, place_where
 from tokenexit.calibration.runs import Bench, UnlabelledPictures, dense_reference, drawn, true_run
@@ -195,16 +195,14 @@ def test_calibrate__says_what_is_in_reach_of_a_budget() -> None:
 # ---------------------------------------------------------------------------------------------------------- latency
 
 
-def test_fit__finds_the_coefficients_and_keeps_them_above_zero() -> None:
-    live = torch.randint(1, 500, (40, 3))
-    blocks = torch.tensor([1.0, 2.0, 1.0], dtype=torch.float64)
-    ms = 3.0 + 0.01 * (live.double() @ blocks) + 2e-5 * (live.double() ** 2 @ blocks)
-    model = fit(live, ms.tolist(), (1, 3), 4)
-    assert model.coefficients == pytest.approx((3.0, 0.01, 2e-5), rel=1e-6)
-    assert model.relative_error < 1e-9
-    assert model.ms(live, (1, 3), 4).tolist() == pytest.approx(ms.tolist())
-    falling = fit(live, (1000 - ms).tolist(), (1, 3), 4)
-    assert min(falling.coefficients) >= 0
+def test_latency__adds_up_blocks_exits_and_the_rest() -> None:
+    latency = Latency(Curve(1, 0.5, 0), (Curve(2, 0, 0), Curve(0, 0.1, 0)), Curve(0, 0, 0.01))
+    live = torch.tensor([[100, 40, 10], [50, 50, 0]])
+    blocks = [1 * 51 + 2 * 21 + 1 * 6, 1 * 26 + 2 * 26 + 1 * 1]
+    exits = [2 + 0.1 * 40, 2 + 0.1 * 50]
+    rest = [100.0, 25.0]
+    expected = [a + b + c for a, b, c in zip(blocks, exits, rest)]
+    assert latency.ms(live, (1, 3), 4).tolist() == pytest.approx(expected)
 
 
 def test_calibrate__to_a_latency_uses_a_cached_cost_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -219,15 +217,21 @@ def test_calibrate__to_a_latency_uses_a_cached_cost_model(tmp_path: Path, monkey
         return output, output.ledger.macs[0] / 1e5
 
     monkeypatch.setattr("tokenexit.calibration.latency.timed_forward", clock)
+    measured = []
+
+    def measure(model: Any, method: Any, precision: str) -> Latency:
+        measured.append(method)
+        block = model.backbone.block_ops(20).macs / 20 / 1e5
+        return Latency(Curve(0, block, 0), (Curve(0, 0, 0),) * 2)
+
+    monkeypatch.setattr("tokenexit.calibration.latency.measure_latency", measure)
     images = Bench(tiny_segmenter(), Noise(6, SMALL), tuple(range(6)))
     dense = images.model([torch.zeros(3, 16, 20)]).ledger.dense_macs[0] / 1e5
     result = calibrate(images, DToP(keep_per_class=0), Budget("latency_ms", 0.8 * dense))
     assert 0.7 * dense <= result.reached["latency_ms_mean"] <= 0.8 * dense
     assert len(list(tmp_path.rglob("*.json"))) == 1
-    before = len(calls)
-    model = latency_model(images, [DToP()])
-    assert isinstance(model, LatencyModel)
-    assert len(calls) == before
+    latency_on_this_machine(images.model, DToP())
+    assert len(measured) == 1
     with pytest.raises(ConfigError, match=r"latency_ms=0\.001 is out of reach: .* takes at least [\d.]+ ms"):
         calibrate(images, DToP(keep_per_class=0), Budget("latency_ms", 0.001))
 

@@ -1,17 +1,24 @@
-"""Milliseconds from live tokens: a small cost model, measured on this machine.
+"""Milliseconds from live tokens: one model of what an image takes on this machine.
 
-    ms = a + b (sum over blocks of L) + c (sum over blocks of L^2),   L live tokens of a block, a, b, c >= 0
+    ms = rest(all tokens) + sum over blocks of block(live) + sum over exits of exit(live before it)
 
-Fitted to true runs of the method itself, so all it does beside the blocks is in it. Kept in the user's cache folder,
-one file for each model, method, device and precision; delete the file to measure anew.
+Each part is timed alone on noise at a few sizes, in about two seconds, and is a parabola in the number of tokens. What
+an exit lets go matters little to what it takes. Gating asks which exits pay, calibration what thresholds would take;
+calibration then corrects what it predicts by true runs. Kept in the user's cache folder, one file for each model,
+method, device, number of threads and precision; delete the file to measure anew.
+
+Legend: n images, E exits, L patch tokens of an image.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import astuple, dataclass
+from functools import partial
+from itertools import combinations, pairwise
+from statistics import median
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -21,78 +28,137 @@ from torch import Tensor
 from tokenexit.cache import cached_path, keep, read_cached
 from tokenexit.calibration.runs import Bench
 from tokenexit.evaluation.evaluate import timed_forward
-from tokenexit.gating import nonnegative_fit
-from tokenexit.methods import Method
+from tokenexit.inference import Precision, inference
+from tokenexit.methods import Dense, Method
+from tokenexit.methods.base import Model
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.tokens import Tokens
 
 Array = npt.NDArray[np.float64]
-REPEATS = 3
-IMAGES = 8
+T = TypeVar("T", float, Tensor)
+
+SIDES = (6, 12, 24, 40)
+"""Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
+REPEATS = 5
 
 
 @dataclass(frozen=True)
-class LatencyModel:
-    """Milliseconds of one image at batch 1. relative_error: median of |fitted - measured| / measured."""
+class Curve:
+    """Milliseconds of one image with L patch tokens: `a + b L + c L^2`, none of them negative."""
 
-    coefficients: tuple[float, float, float]
-    relative_error: float
+    a: float
+    b: float
+    c: float
+
+    def __call__(self, tokens: T) -> T:
+        return self.a + self.b * tokens + self.c * tokens**2
+
+    @classmethod
+    def through(cls, tokens: Sequence[float], ms: Sequence[float]) -> Curve:
+        counts = np.asarray(tokens, dtype=np.float64)
+        a, b, c = nonnegative_fit(np.stack([np.ones(len(counts)), counts, counts**2], axis=1), np.asarray(ms))
+        return cls(a, b, c)
+
+
+def nonnegative_fit(features: Array, values: Array) -> tuple[float, ...]:
+    """Coefficients, none negative, with the least squares of the relative error: the best of all subsets.
+
+    features: `(n, k)` for a small k; values: `(n,)`, above 0.
+    """
+    weighted, ones = features / values[:, None], np.ones(len(values))
+    count = features.shape[1]
+    best, least = np.zeros(count), np.inf
+    for size in range(1, count + 1):
+        for subset in combinations(range(count), size):
+            found = np.linalg.lstsq(weighted[:, subset], ones, rcond=None)[0]
+            loss = float(((weighted[:, subset] @ found - 1.0) ** 2).sum())
+            if (found >= 0).all() and loss < least - 1e-12:
+                best, least = np.zeros(count), loss
+                best[list(subset)] = found
+    return tuple(map(float, best))
+
+
+@dataclass(frozen=True)
+class Latency:
+    """What an image takes at batch 1, in milliseconds by patch tokens.
+
+    block: one block of the backbone. exits: head, rule and compaction of each exit. rest: embedding, decode head and
+    whatever else depends on the image's size alone.
+    """
+
+    block: Curve
+    exits: tuple[Curve, ...]
+    rest: Curve = Curve(0.0, 0.0, 0.0)
 
     def ms(self, live: Tensor, exits: Sequence[int], depth: int) -> Tensor:
-        """`(n, E + 1)` live counts to `(n,)` milliseconds."""
-        return torch.from_numpy(_features(live, exits, depth) @ np.array(self.coefficients))
+        """`(n, E + 1)` tokens of each image before the first exit and after each, to `(n,)` milliseconds."""
+        counts = live.double()
+        total = self.rest(counts[:, 0])
+        for n, (start, stop) in enumerate(pairwise((0, *exits, depth))):
+            total = total + (stop - start) * self.block(counts[:, n])
+            if n < len(exits):
+                total = total + self.exits[n](counts[:, n])
+        return total
 
 
-def _features(live: Tensor, exits: Sequence[int], depth: int) -> Array:
-    """`(n, 3)`: one, and first and second powers of live tokens, summed over blocks."""
-    blocks = np.diff(np.array([0, *exits, depth])).astype(np.float64)
-    counts = live.numpy().astype(np.float64)
-    return np.stack([np.ones(len(counts)), counts @ blocks, counts**2 @ blocks], axis=1)
+def measure_latency(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
+    """Time one block, every exit of `method` and a whole dense pass at a few sizes, one image at a time."""
+    device, patch, depth = model.device, model.config.backbone.patch_size, model.config.backbone.depth
+    generator = torch.Generator().manual_seed(0)
+    blocks: list[float] = []
+    rests: list[float] = []
+    exits: list[list[float]] = [[] for _ in model.config.exits]
+    with inference(device, precision):
+        for side in SIDES:
+            image = torch.randn(3, side * patch, side * patch, generator=generator).to(device)
+            tokens, around = model.backbone.embed([image]), model.for_methods()
+            blocks.append(_ms(partial(model.backbone.run, tokens, 0, 1), device))
+            for n, times in enumerate(exits):
+                times.append(_ms(_exit_call(n, tokens, method, around), device))
+            whole = _ms(partial(model, [image], Dense()), device)
+            rests.append(max(whole - depth * blocks[-1], 1e-3))
+    counts = [float(side * side) for side in SIDES]
+    through = partial(Curve.through, counts)
+    return Latency(through(blocks), tuple(map(through, exits)), through(rests))
 
 
-def fit(live: Tensor, ms: Sequence[float], exits: Sequence[int], depth: int) -> LatencyModel:
-    """Least squares of the relative error with coefficients that are not negative: the best of all subsets."""
-    features, times = _features(live, exits, depth), np.asarray(ms, dtype=np.float64)
-    best = np.array(nonnegative_fit(features, times))
-    apart = np.median(np.abs(features @ best - times) / times)
-    return LatencyModel((float(best[0]), float(best[1]), float(best[2])), float(apart))
+def _exit_call(n: int, tokens: Tokens, method: Method[Any], around: Model) -> Callable[[], Any]:
+    state = method.start(tokens, around)
+    return lambda: method.at_exit(n, tokens, state, around)
 
 
-def timed_runs(bench: Bench, method: Method[Any], title: str = "timing") -> tuple[list[float], Tensor]:
-    """Milliseconds of every image by itself, and live tokens `(n, E + 1)`; the first image runs once before."""
-    times, live = [], []
-    exits = bench.model.config.exits
+def _ms(call: Callable[[], Any], device: torch.device) -> float:
+    times = []
+    for _ in range(REPEATS + 1):
+        start = time.perf_counter()
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(1e3 * (time.perf_counter() - start))
+    return median(times[1:])
+
+
+def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
+    """`measure_latency`, from the cache if it was measured before."""
+    path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision)
+    kept = read_cached(path)
+    try:
+        block, rest, *exits = (Curve(*map(float, values)) for values in kept["curves"])
+        if len(exits) == len(model.config.exits):
+            return Latency(block, tuple(exits), rest)
+    except (KeyError, TypeError, ValueError):
+        pass  # not measured yet, or not readable: measure
+    found = measure_latency(model, method, precision)
+    keep(path, {"curves": [astuple(curve) for curve in (found.block, found.rest, *found.exits)]})
+    return found
+
+
+def timed_runs(bench: Bench, method: Method[Any], title: str = "timing") -> list[float]:
+    """Milliseconds of every image by itself; the first image runs once before."""
+    times = []
     for place in bench.progress(title)(range(len(bench))):
         image = bench.model.preprocessing.to_tensor(bench.data[bench.indices[place]].image)
         for _ in range(2 if place == 0 else 1):
-            output, ms = timed_forward(bench.model, image, method, (1, 1), bench.precision)
+            _, ms = timed_forward(bench.model, image, method, (1, 1), bench.precision)
         times.append(ms)
-        live.append([output.ledger.tokens[0], *(output.ledger.live[0][n] for n in exits)])
-    return times, torch.tensor(live)
-
-
-def latency_model(bench: Bench, methods: Sequence[Method[Any]]) -> LatencyModel:
-    """The cost model of the first method's kind, from the cache or measured with all `methods` on a few images."""
-    path = cache_file(bench, methods[0])
-    kept = read_cached(path)
-    try:
-        a, b, c = (float(x) for x in kept["coefficients"])
-        return LatencyModel((a, b, c), float(kept["relative_error"]))
-    except (KeyError, TypeError, ValueError):
-        pass  # not measured yet, or not readable: measure
-    few = bench.part(range(min(IMAGES, len(bench))))
-    times: list[float] = []
-    live: list[Tensor] = []
-    for method in methods:
-        runs = [timed_runs(few, method) for _ in range(REPEATS)]
-        times += np.median([ms for ms, _ in runs], axis=0).tolist()
-        live.append(runs[0][1])
-    config = bench.model.config
-    model = fit(torch.cat(live), times, config.exits, config.backbone.depth)
-    keep(path, {"coefficients": list(model.coefficients), "relative_error": model.relative_error})
-    return model
-
-
-def cache_file(bench: Bench, method: Method[Any]) -> Path:
-    """Where the cost model of this model, method, device, threads and precision is kept."""
-    grids = sorted({bench.model.preprocessing.to_tensor(bench.data[i].image).shape[1:] for i in bench.indices[:IMAGES]})
-    model = bench.model
-    return cached_path("latency", model.device, model.config.to_dict(), method.name, bench.precision, grids)
+    return times
