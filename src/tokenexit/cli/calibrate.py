@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
-    add_method_options,
     add_window_options,
     command_parser,
     dataset_of,
@@ -29,8 +29,8 @@ def calibrate(arguments: list[str]) -> int:
     parser.add_argument("--images", nargs="+", type=Path, metavar="IMAGE|DIR", help="pictures without labels instead")
     parser.add_argument("--limit", type=int, help="so many images only, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
-    parser.add_argument("--method", default="dtop", help="dtop, dovit or paumer")
-    add_method_options(parser)
+    parser.add_argument("--method", choices=method_names(), default="dtop", help="dtop, dovit or paumer")
+    add_method_options(parser, without=("cap",))
     add_window_options(parser)
     wish = parser.add_argument_group("what you wish for, one of").add_mutually_exclusive_group(required=True)
     wish.add_argument("--budget", type=float, help="mean multiply-adds at most this share of dense")
@@ -123,7 +123,9 @@ def sweep(arguments: list[str]) -> int:
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument("--tune-split", default="val", help="part of the dataset to choose thresholds on, unlabelled")
     parser.add_argument("--tune-limit", type=int, help="so many of them only, drawn at random")
-    parser.add_argument("--method", nargs="+", default=["dtop", "dovit"], help="any but dense; one or several")
+    parser.add_argument(
+        "--method", nargs="+", choices=method_names(), default=["dtop", "dovit"], help="any but dense; one or several"
+    )
     add_method_options(parser, several=True)
     parser.add_argument("--points", type=int, default=8, help="of every method's curve")
     parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")

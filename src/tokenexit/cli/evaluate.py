@@ -6,9 +6,9 @@ import os
 import sys
 from pathlib import Path
 
+from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
-    add_method_options,
     add_window_options,
     calibrated_methods,
     command_parser,
@@ -36,6 +36,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--method",
         nargs="+",
+        choices=method_names(),
         help="dense, dtop, dovit, paumer, fixed_ratio, truncated; one or several; the calibrated one if not given, "
         "else dense",
     )

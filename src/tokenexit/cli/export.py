@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenexit.cli.options import add_method_options, calibrated_methods, command_parser, methods_of
+from tokenexit.cli.method_options import add_method_options, method_names
+from tokenexit.cli.options import calibrated_methods, command_parser, methods_of
 from tokenexit.errors import ConfigError
 
 
@@ -13,7 +14,9 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="of the file")
     parser.add_argument("--out", type=Path, required=True, help="folder for model.onnx or model.pt2")
-    parser.add_argument("--method", help="dense, dtop, dovit, ...; the calibrated one if not given, else dtop")
+    parser.add_argument(
+        "--method", choices=method_names(), help="dense, dtop, dovit, ...; the calibrated one if not given, else dtop"
+    )
     add_method_options(parser)
     parser.add_argument(
         "--images",

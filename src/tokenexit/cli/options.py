@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from tokenexit.cli.method_options import method_options
 from tokenexit.errors import ConfigError, TokenExitError
 
 if TYPE_CHECKING:
@@ -29,6 +30,11 @@ class CommandParser(argparse.ArgumentParser):
 
             autocomplete(self, always_complete_options=False)  # ends the program
         return super().parse_args(*arguments)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            name = "/".join(action.option_strings) or action.dest
+            raise ConfigError(f"{name} {value} is unknown: choose one of {', '.join(map(str, action.choices))}.")
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see {self.prog} --help.")
@@ -50,44 +56,19 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     return CommandParser(prog=f"tokenexit {name}", description=description, formatter_class=_Help, allow_abbrev=False)
 
 
-def add_method_options(parser: Any, several: bool = False) -> None:
-    """Options that select a method's parameters; with `several`, each threshold is a row of its own."""
-    parser.add_argument(
-        "--threshold",
-        nargs="+" if several else None,
-        type=str,
-        default=None,
-        help="threshold of all exits, or one for each as 0.98/0.9/0.8, an exit's for all classes or one for each as "
-        "0.9,0.99,0.95; the method's own if not given",
-    )
-    parser.add_argument("--score", type=str, default=None, help="what thresholds meet: probability, margin or entropy")
-    parser.add_argument("--temperature", type=str, default=None, help="of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")
-    parser.add_argument("--boundary-guard", action="store_true", default=None, help="no exits where classes meet")
-    parser.add_argument("--keep-per-class", type=int, default=None, help="dtop: most confident tokens that stay")
-    parser.add_argument("--finish", type=str, default=None, help="dtop: auto, presence_last or frozen")
-    parser.add_argument("--ratios", type=str, default=None, help="fixed_ratio: tokens that go on, as 0.7/0.5/0.3")
-    parser.add_argument("--after", type=int, default=None, help="truncated: which exit ends the network, 1 the first")
-    parser.add_argument("--blend-weight", type=float, default=None, help="dovit: share of the mean in the class token")
-    parser.add_argument("--batch-mode", type=str, default=None, help="dovit: exact or mean")
-    parser.add_argument("--scoring", type=str, default=None, help="dovit: grid or live")
-
-
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the forward pass")
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
 
 
-METHOD_OPTIONS = (
-    *("score", "temperature", "boundary_guard", "keep_per_class", "finish", "ratios", "after"),
-    *("blend_weight", "batch_mode", "scoring"),
-)
-
-
 def given_method_options(options: Any) -> dict[str, Any]:
     """Options of methods that were given, threshold included."""
-    names = ("threshold", *METHOD_OPTIONS)
-    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return given | {name: numbers(name, given[name]) for name in ("temperature", "ratios") if name in given}
+    given: dict[str, Any] = {}
+    for name, option in method_options().items():
+        value = getattr(options, name, None)
+        if value is not None:
+            given[name] = numbers(name, value) if option.is_text and name != "threshold" else value
+    return given
 
 
 def method_specs(names: Sequence[str], options: Any) -> list[dict[str, Any]]:

@@ -7,9 +7,9 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
-    add_method_options,
     add_window_options,
     calibrated_methods,
     command_parser,
@@ -50,7 +50,9 @@ def predict(arguments: list[str]) -> int:
         "--save", nargs="+", choices=SAVE, metavar="WHAT", default=list(SAVE[:3]), help=f"of {', '.join(SAVE)}"
     )
     parser.add_argument("--overwrite", action="store_true", help="make again what is there already")
-    parser.add_argument("--method", help="dense, dtop or dovit; the calibrated one if not given, else dtop")
+    parser.add_argument(
+        "--method", choices=method_names(), help="dense, dtop or dovit; the calibrated one if not given, else dtop"
+    )
     add_method_options(parser)
     parser.add_argument(
         "--gate",

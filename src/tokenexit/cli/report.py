@@ -5,9 +5,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
-    add_method_options,
     add_window_options,
     calibrated_methods,
     command_parser,
@@ -29,7 +29,10 @@ def report(arguments: list[str]) -> int:
     parser.add_argument("--split", default="test", help="part of the dataset")
     parser.add_argument("--limit", type=int, help="the first so many images only")
     parser.add_argument(
-        "--method", nargs="+", help="dtop, dovit, ...; the first is looked at closely; the calibrated one if not given"
+        "--method",
+        nargs="+",
+        choices=method_names(),
+        help="dtop, dovit, ...; the first is looked at closely; the calibrated one if not given",
     )
     add_method_options(parser, several=True)
     parser.add_argument(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
-    add_method_options,
     calibrated_methods,
     command_parser,
     device_of,
@@ -49,7 +49,9 @@ def gate(arguments: list[str]) -> int:
     parser = command_parser("gate", "Which exits of a model pay on this machine at a size, and why; measured once.")
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("--image-size", type=int, nargs="+", default=[512], help="one side, or height and width")
-    parser.add_argument("--method", help="dtop, dovit or paumer; the calibrated one if not given, else dtop")
+    parser.add_argument(
+        "--method", choices=method_names(), help="dtop, dovit or paumer; the calibrated one if not given, else dtop"
+    )
     add_method_options(parser)
     add_machine_options(parser)
     options = parser.parse_args(arguments)

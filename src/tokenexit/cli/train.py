@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from tokenexit.cli.completion import complete_values
+from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
-    add_method_options,
     asked_by_shell,
     command_parser,
     given_method_options,
@@ -33,7 +33,9 @@ def train(arguments: list[str]) -> int:
     from tokenexit.training.parsing import parse_train
 
     def add_options(parser: Any) -> None:
-        parser.add_argument("--method", type=str, default=None, help="train with this method alone: dense, dtop, dovit")
+        parser.add_argument(
+            "--method", choices=method_names(), default=None, help="train with this method alone: dense, dtop, dovit"
+        )
         parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
         add_method_options(parser)
         if asked_by_shell():

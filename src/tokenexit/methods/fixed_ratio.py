@@ -31,9 +31,13 @@ class FixedRatio(Method[DToPState]):
     title: ClassVar[str] = "Fixed ratio"
 
     ratios: PerExit = option((0.7, 0.5, 0.3), "share of an image's tokens that go on after each exit, as 0.7/0.5/0.3")
-    score: Score = "probability"
-    temperature: PerExit = 1.0
-    finish: Finish = "auto"
+    score: Score = option(
+        "probability", "score by which the surest leave", choices=("probability", "margin", "entropy")
+    )
+    temperature: PerExit = option(1.0, "temperature of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")
+    finish: Finish = option(
+        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
+    )
 
     def __post_init__(self) -> None:
         values = (self.ratios,) if isinstance(self.ratios, int | float) else self.ratios

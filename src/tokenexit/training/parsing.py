@@ -70,6 +70,10 @@ def in_plain_words(message: str, keys: dict[str, Any]) -> str:
         return _unknown(unrecognized.removeprefix("--").partition("=")[0], keys)
     if unrecognized is not None:
         return f"{unrecognized} stands alone: write options as --KEY VALUE, {SEE_HELP}."
+    choice = re.search(r"argument (--\S+): invalid choice: '?([^']*)'? \(choose from (.*)\)", message)
+    if choice is not None:
+        words = choice[3].replace("'", "")
+        return f"{choice[1]} {choice[2]} is unknown: choose one of {words}."
     return f"{' '.join(message.split()).rstrip('.')}: {SEE_HELP}."
 
 

@@ -1,0 +1,157 @@
+"""Options of methods on the command line: every field that a method declares with `option`, and nothing else.
+
+Parsers, help and completion must not wait for torch, which the methods need. So the fields are read from the source of
+`methods/`; where the methods are imported already, from the classes, which knows methods registered by others, too.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import tokenexit
+
+FOLDER = Path(tokenexit.__file__).parent / "methods"
+TYPES: dict[str, type] = {"int": int, "float": float, "float | None": float}
+"""Annotations that are one number on the command line; others are text such as `0.98/0.9/0.8`."""
+
+
+@dataclass(frozen=True)
+class MethodOption:
+    """A field as the command line sees it. methods: names of those that have it. annotation: its type, as written."""
+
+    name: str
+    help: str
+    annotation: str
+    choices: tuple[str, ...]
+    methods: tuple[str, ...]
+
+    @property
+    def is_flag(self) -> bool:
+        return self.annotation == "bool"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its value is given as text: one number, or one for each exit, or for each class of it."""
+        return not self.is_flag and not self.choices and self.annotation not in TYPES
+
+
+def method_options() -> dict[str, MethodOption]:
+    """All options by name, in the order of the methods."""
+    found: dict[str, MethodOption] = {}
+    for method, declared in (_imported() or _written()).items():
+        for option in declared:
+            before = found.get(option.name)
+            methods = (method,) if before is None else (*before.methods, method)
+            own = option if before is None else before
+            found[option.name] = MethodOption(own.name, own.help, own.annotation, own.choices, methods)
+    return found
+
+
+def method_names() -> tuple[str, ...]:
+    """Names that `--method` takes."""
+    return tuple(_imported() or _written())
+
+
+def add_method_options(parser: Any, several: bool = False, without: tuple[str, ...] = ()) -> None:
+    """Add the options that select a method's parameters, all but those in `without`, which the command has itself.
+
+    several: each threshold is a row of its own.
+    """
+    group = parser.add_argument_group("options of methods")
+    every = len(method_names())
+    for name, option in method_options().items():
+        if name in without:
+            continue
+        whose = "" if len(option.methods) == every else f"; {', '.join(option.methods)}"
+        settings: dict[str, Any] = {"default": None, "help": option.help + whose}
+        if option.is_flag:
+            settings["action"] = "store_true"
+        elif option.choices:
+            settings |= {"choices": option.choices}
+        else:
+            settings |= {"type": TYPES.get(option.annotation, str)}
+        if name == "threshold" and several:
+            settings["nargs"] = "+"
+        group.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+# ------------------------------------------------------------------------------------------- from classes, or source
+
+
+def _imported() -> dict[str, tuple[MethodOption, ...]] | None:
+    """From the classes, if these are imported."""
+    module = sys.modules.get("tokenexit.methods")
+    registry = None if module is None else module.__dict__.get("METHODS")
+    if registry is None:
+        return None
+    return {name: tuple(_of_class(kind)) for name, kind in registry.items()}
+
+
+def _of_class(kind: type) -> Iterator[MethodOption]:
+    for field in fields(kind):
+        # A subclass that only sets another default leaves help and choices to its base.
+        bases = [base.__dict__.get("__dataclass_fields__", {}).get(field.name) for base in kind.__mro__]
+        declared = next((base for base in bases if base is not None and "help" in base.metadata), None)
+        if declared is not None:
+            help, choices = declared.metadata["help"], tuple(declared.metadata["choices"])
+            yield MethodOption(field.name, help, str(declared.type), choices, ())
+
+
+@cache
+def _written() -> dict[str, tuple[MethodOption, ...]]:
+    """From the source."""
+    classes = {node.name: node for path in sorted(FOLDER.glob("*.py")) for node in _classes(path)}
+    return {_name_of(classes[kind]): tuple(_inherited(kind, classes)) for kind in _registered()}
+
+
+def _classes(path: Path) -> list[ast.ClassDef]:
+    return [node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.ClassDef)]
+
+
+def _registered() -> list[str]:
+    """Classes in the registry `METHODS` of `methods/__init__.py`."""
+    tree = ast.parse((FOLDER / "__init__.py").read_text("utf-8"))
+    (table,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == "METHODS"
+    )
+    assert isinstance(table, ast.DictComp)
+    assert isinstance(table.generators[0].iter, ast.Tuple)
+    return [item.id for item in table.generators[0].iter.elts if isinstance(item, ast.Name)]
+
+
+def _name_of(node: ast.ClassDef) -> str:
+    """Its `name: ClassVar[str] = "..."`."""
+    (name,) = (f.value for f in _fields(node) if isinstance(f.target, ast.Name) and f.target.id == "name")
+    assert name is not None
+    return str(ast.literal_eval(name))
+
+
+def _fields(node: ast.ClassDef) -> list[ast.AnnAssign]:
+    return [statement for statement in node.body if isinstance(statement, ast.AnnAssign)]
+
+
+def _inherited(kind: str, classes: dict[str, ast.ClassDef]) -> list[MethodOption]:
+    """Options of a class behind those of its bases, as dataclasses order them."""
+    node, found = classes[kind], dict[str, MethodOption]()
+    for base in node.bases:
+        named = base.value if isinstance(base, ast.Subscript) else base
+        if isinstance(named, ast.Name) and named.id in classes:
+            found |= {option.name: option for option in _inherited(named.id, classes)}
+    for statement in _fields(node):
+        call = statement.value
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == "option":
+            assert isinstance(statement.target, ast.Name)
+            given = {keyword.arg: keyword.value for keyword in call.keywords}
+            help = ast.literal_eval(given["help"] if "help" in given else call.args[1])
+            choices = ast.literal_eval(given["choices"]) if "choices" in given else ()
+            name, annotation = statement.target.id, ast.unparse(statement.annotation)
+            found[name] = MethodOption(name, help, annotation, tuple(choices), ())
+    return list(found.values())
