@@ -321,7 +321,7 @@ def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     own = ExitSegmenter.from_pretrained(model)
-    own.preprocessing = replace(own.preprocessing, window=16, stride=(12, 16))
+    own.preprocessing = replace(own.preprocessing, window=16, stride=(12, 16))  # type: ignore[arg-type]
     own.save_pretrained(tmp_path / "own")
     costs = {}
     for name, options in {
