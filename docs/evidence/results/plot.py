@@ -1,6 +1,6 @@
 """Draw mIoU against compute from the JSON files of `tokenexit evaluate`, mean and spread over seeds.
 
-    python docs/results/plot.py docs/results/camvid.png docs/results/camvid/*_seed?.json
+    python docs/evidence/results/plot.py docs/evidence/results/camvid.png docs/evidence/results/camvid/*_seed?.json
 
 A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
 deviation as a bar.
