@@ -1,29 +1,34 @@
 # make quickstart   try tokenexit on a small made-up dataset, results in runs/quickstart
-# make test         lint, format, types and tests
+# make test         lint, format, types, and tests with their coverage
+# make docs         the documentation site in site/, every link checked
 #
-# Both set up .venv first, once; it is set up again when pyproject.toml or constraints.txt change.
+# All set up .venv first, once; it is set up again when pyproject.toml or constraints.txt change.
 #
 # PYTHON=...        the Python to build .venv with (3.11 or newer)
 # PIP_ARGS="..."    more arguments for pip install, such as another package index
 # NO_VENV=1         use PYTHON and the packages it has as they are: no .venv, no installation
-# PYTEST_ARGS="..." more arguments for pytest
+# PYTEST_ARGS="..." more arguments for pytest; where they pick some tests, COVERAGE= leaves coverage and its floor out
 # OUT=...           where quickstart writes
 
 PYTHON ?= python3
 PIP_ARGS ?=
 NO_VENV ?=
 PYTEST_ARGS ?=
+COVERAGE ?= 1
 OUT ?= runs/quickstart
 
 VENV := .venv
 STAMP := $(VENV)/.installed
+DOCS_STAMP := $(VENV)/.installed-docs
 
 ifeq ($(NO_VENV),)
 RUN := $(VENV)/bin/python
 READY := $(STAMP)
+DOCS_READY := $(DOCS_STAMP)
 else
 RUN := $(PYTHON)
 READY := check-python
+DOCS_READY := check-python
 endif
 
 # This tree's sources come first, also in processes that tests start elsewhere, and if .venv was copied along with another tree.
@@ -38,7 +43,7 @@ command -v "$(PYTHON)" >/dev/null 2>&1 || { \
 endef
 
 .DELETE_ON_ERROR:
-.PHONY: help quickstart test check-python clean
+.PHONY: help quickstart test docs check-python clean
 
 help:
 	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
@@ -47,7 +52,7 @@ quickstart: $(READY)
 	@$(SOURCES) "$(RUN)" -c 'import sys; sys.argv[0] = "tokenexit"; from tokenexit.cli import main; sys.exit(main())' \
 		quickstart --out "$(OUT)"
 
-# One recipe, so that the steps keep their order under make -j. In .venv all tools are there; elsewhere lint and types may be missing.
+# One recipe, so that the steps keep their order under make -j. In .venv all tools are there; elsewhere lint, types and coverage may be missing.
 test: $(READY)
 	@set -e; \
 	has() { "$(RUN)" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$$1') is None)"; }; \
@@ -57,7 +62,14 @@ test: $(READY)
 	step() { echo "+ $$*"; $(SOURCES) "$(RUN)" -m "$$@"; }; \
 	if has ruff; then step ruff check .; step ruff format --check .; else echo "ruff: skipped, not installed in $(RUN)"; fi; \
 	if has mypy; then step mypy; else echo "mypy: skipped, not installed in $(RUN)"; fi; \
-	step pytest $(PYTEST_ARGS)
+	if [ -z "$(COVERAGE)" ]; then cov=; elif has pytest_cov; then cov=--cov; \
+	else cov=; echo "coverage: skipped, pytest-cov is not installed in $(RUN)"; fi; \
+	step pytest $$cov $(PYTEST_ARGS)
+
+docs: $(DOCS_READY)
+	@"$(RUN)" -c "import mkdocs, material, mkdocstrings" 2>/dev/null || { \
+		echo "make docs: mkdocs-material and mkdocstrings are not installed in $(RUN): pip install '.[docs]' there, or leave out NO_VENV." >&2; exit 1; }
+	$(SOURCES) "$(RUN)" -m mkdocs build --strict
 
 check-python:
 	@$(CHECK_PYTHON)
@@ -74,5 +86,9 @@ $(STAMP): pyproject.toml constraints.txt
 	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[test]'
 	@touch $@
 
+$(DOCS_STAMP): $(STAMP)
+	$(VENV)/bin/python -m pip install --disable-pip-version-check $(PIP_ARGS) -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) site .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,6 +1,6 @@
 """Does an exported model keep its saving? Milliseconds in onnxruntime against the share of tokens that go on.
 
-    python -m benchmarks.export --backbone vit_small_patch16 --size 512 --json docs/performance/onnx.json
+    python -m benchmarks.export --backbone vit_small_patch16 --size 512 --json docs/evidence/performance/onnx.json
 
 Random weights: DToP and DoViT with one exit whose threshold is set so that a share of the tokens leaves, dense, and the
 same DToP in torch, in turn in one process on one thread; medians with 95 % intervals. Every head is exported; times are

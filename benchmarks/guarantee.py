@@ -1,6 +1,6 @@
 """Does the guarantee hold? Many calibrations drawn from one pool of scenes whose true risk is known.
 
-    python -m benchmarks.guarantee --out runs/guarantee --plot docs/calibration/guarantee.png
+    python -m benchmarks.guarantee --out runs/guarantee --plot docs/evidence/calibration/guarantee.png
 
 A small model is trained on small scenes; a path of thresholds is fixed on scenes of their own. The network then runs
 once for every place of the path over the pool, and its losses per image are kept. A calibration draws `--draws-of`

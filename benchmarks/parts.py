@@ -126,14 +126,14 @@ def main() -> None:
             figures = parts_ms(model, image, one, options.precision)
             if pair:
                 runs[name].append(figures)
-    figures = {name: {part: median(run[part] for run in of) for part in of[0]} for name, of in runs.items()}
+    medians = {name: {part: median(run[part] for run in of) for part in of[0]} for name, of in runs.items()}
     print(f"{'part':<12} {'dense ms':>9} {'dynamic ms':>11} {'ratio':>6}")
-    for part, dense in figures["dense"].items():
-        dynamic = figures["dynamic"][part]
+    for part, dense in medians["dense"].items():
+        dynamic = medians["dynamic"][part]
         print(f"{part:<12} {dense:>9.2f} {dynamic:>11.2f} {dynamic / dense if dense else float('nan'):>6.2f}")
     if options.json is not None:
         settings = {key: value for key, value in vars(options).items() if key != "json"}
-        options.json.write_text(json.dumps({"settings": settings, "median_ms": figures}, indent=2) + "\n")
+        options.json.write_text(json.dumps({"settings": settings, "median_ms": medians}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

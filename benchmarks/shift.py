@@ -36,12 +36,12 @@ Shift = Callable[[Image.Image, int], Image.Image]
 
 
 def brightness(factor: float) -> Shift:
-    return lambda image, index: ImageEnhance.Brightness(image).enhance(factor)
+    return lambda image, _: ImageEnhance.Brightness(image).enhance(factor)
 
 
 def blur(radius: float) -> Shift:
     """Gaussian, radius in pixels."""
-    return lambda image, index: image.filter(ImageFilter.GaussianBlur(radius))
+    return lambda image, _: image.filter(ImageFilter.GaussianBlur(radius))
 
 
 def noise(sigma: float) -> Shift:
@@ -56,7 +56,7 @@ def noise(sigma: float) -> Shift:
 
 
 def jpeg(quality: int) -> Shift:
-    def packed(image: Image.Image, index: int) -> Image.Image:
+    def packed(image: Image.Image, _: int) -> Image.Image:
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=quality)
         return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
@@ -65,7 +65,7 @@ def jpeg(quality: int) -> Shift:
 
 
 SHIFTS: dict[str, Shift] = {
-    "none": lambda image, index: image,
+    "none": lambda image, _: image,
     **{f"brightness x {factor}": brightness(factor) for factor in (0.25, 0.5, 0.75, 1.5, 2.0)},
     **{f"blur, radius {radius}": blur(radius) for radius in (1, 2, 4)},
     **{f"noise, sigma {sigma}": noise(sigma) for sigma in (8, 16, 32)},

@@ -1,8 +1,8 @@
-"""All rows of `docs/performance.md`: runs what is missing, then prints the tables.
+"""All rows of `docs/evidence/performance.md`: runs what is missing, then prints the tables.
 
-    python -m benchmarks.suite --out docs/performance/cpu --threads 1
-    python -m benchmarks.suite --out docs/performance/gpu --device cuda
-    python -m benchmarks.suite --out docs/performance/cpu --tables
+    python -m benchmarks.suite --out docs/evidence/performance/cpu --threads 1
+    python -m benchmarks.suite --out docs/evidence/performance/gpu --device cuda
+    python -m benchmarks.suite --out docs/evidence/performance/cpu --tables
 
 Every row is a process of its own and a JSON file; interrupted, it goes on with the first row that has no file.
 """

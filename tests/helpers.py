@@ -171,7 +171,7 @@ def fix_exit(model: ExitSegmenter, n: int, confidence: Sequence[float], label: S
 def call_view(model: ExitSegmenter, with_stages: bool = False) -> Model:
     """What a method is told of the model in a call."""
     return Model(
-        exit_heads=list(model.exit_heads),
+        exit_heads=[head for head in model.exit_heads if isinstance(head, Head)],
         decode_head=model.decode_head,
         norm=model.backbone.norm,
         num_classes=model.config.num_classes,

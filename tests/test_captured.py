@@ -128,8 +128,8 @@ def test_a_model_with_captured_blocks_answers_as_without(precision: Any, method:
             ours, theirs = model(batch, method), plain(batch, method)
         assert ours.ledger.macs == theirs.ledger.macs
         for one, other in zip(ours.grid_logits, theirs.grid_logits):
-            close = {"rtol": 1e-4, "atol": 1e-5} if precision == "fp32" else {"rtol": 2e-2, "atol": 6e-2}
-            torch.testing.assert_close(one.float(), other.float(), **close)
+            rtol, atol = (1e-4, 1e-5) if precision == "fp32" else (2e-2, 6e-2)
+            torch.testing.assert_close(one.float(), other.float(), rtol=rtol, atol=atol)
     assert recorder.replayed > recorder.recorded > 0
 
 

@@ -322,7 +322,7 @@ def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     own = ExitSegmenter.from_pretrained(model)
-    own.preprocessing = replace(own.preprocessing, window=16, stride=(12, 16))
+    own.preprocessing = replace(own.preprocessing, window=16, stride=(12, 16))  # type: ignore[arg-type]
     own.save_pretrained(tmp_path / "own")
     costs = {}
     for name, options in {
@@ -403,7 +403,10 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
         (["--method", "dense", "--threshold", "0.9"], "--threshold is no option of dense"),
         (["--method", "dovit", "--keep-per-class", "3"], "--keep-per-class is no option of dovit"),
         (["--method", "dtop", "--keep-per-class", "-1"], "keep_per_class=-1 is negative"),
-        (["--method", "dtop", "--finish", "soon"], "--finish soon is unknown: choose one of auto, presence_last, frozen."),
+        (
+            ["--method", "dtop", "--finish", "soon"],
+            "--finish soon is unknown: choose one of auto, presence_last, frozen.",
+        ),
         (["--method", "dtop", "--finish", "presence_last"], "finish='presence_last' needs ATM heads"),
         (["--method", "dovit", "--blend-weight", "2"], "blend_weight=2.0 is outside [0, 1]"),
         (["--method", "dovit", "--batch-mode", "x"], "--batch-mode x is unknown: choose one of exact, mean."),

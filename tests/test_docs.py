@@ -22,14 +22,14 @@ def rows(page: Path) -> list[list[str]]:
 
 
 def test_methods_page__has_a_row_for_every_item_of_both_specifications(repo_root: Path) -> None:
-    named = {row[0].split()[0] for row in rows(repo_root / "docs" / "methods.md")}
+    named = {row[0].split()[0] for row in rows(repo_root / "docs" / "reference" / "methods.md")}
     dtop = {f"a.{n}" for n in range(1, 11)} | {"b.2", "b.3", "b.4"}
     dovit = {f"A.{n}" for n in range(2, 10)} | {"B.1", "B.2"}
     assert dtop | dovit <= named
 
 
 def test_methods_page__names_tests_that_exist(repo_root: Path, test_names: set[str]) -> None:
-    for row in rows(repo_root / "docs" / "methods.md"):
+    for row in rows(repo_root / "docs" / "reference" / "methods.md"):
         tests = re.findall(r"`(test_\w+)`", row[-1])
         assert tests, f"no test named for {row[0]}"
         assert set(tests) <= test_names
@@ -37,7 +37,7 @@ def test_methods_page__names_tests_that_exist(repo_root: Path, test_names: set[s
 
 def test_methods_page__names_code_that_exists(repo_root: Path) -> None:
     source = repo_root / "src" / "tokenexit"
-    for row in rows(repo_root / "docs" / "methods.md"):
+    for row in rows(repo_root / "docs" / "reference" / "methods.md"):
         code = re.findall(r"`([^`]+)`", row[-2])
         files = [word for word in code if word.endswith(".py")]
         assert files, f"no file named for {row[0]}"
@@ -57,7 +57,7 @@ def test_architecture_page__names_rooms_that_exist(repo_root: Path) -> None:
 def test_api_page__names_what_exists_and_all_that_the_package_offers(repo_root: Path) -> None:
     import tokenexit
 
-    text = (repo_root / "docs" / "api.md").read_text()
+    text = (repo_root / "docs" / "reference" / "api.md").read_text()
     named = re.findall(r"`(tokenexit(?:\.\w+)+)`", text)
     assert len(named) > 30
     for name in named:
@@ -67,7 +67,7 @@ def test_api_page__names_what_exists_and_all_that_the_package_offers(repo_root: 
 
 
 def test_pages__link_to_pages_that_exist(repo_root: Path) -> None:
-    for page in (repo_root / "README.md", *(repo_root / "docs").glob("*.md")):
+    for page in (*repo_root.glob("*.md"), *(repo_root / "docs").rglob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"

@@ -15,7 +15,7 @@ from tokenexit.cli.options import CommandParser
 from tokenexit.training.parsing import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
 def commands(page: Path) -> list[str]:
@@ -71,7 +71,7 @@ def test_getting_started__works_as_it_stands(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenexit.quickstart.pace", lambda seconds, seed: (3, "fp32"))
     monkeypatch.setattr("tokenexit.quickstart.TEST_IMAGES", 4)
-    page = ROOT / "docs" / "getting-started.md"
+    page = ROOT / "docs" / "guide" / "getting-started.md"
     for command in commands(page):
         _, name, *rest = shlex.split(command)
         rest = ["6" if before == "--limit" else word for before, word in zip(["", *rest], rest)]
@@ -90,7 +90,7 @@ def test_getting_started__works_as_it_stands(
 def test_python__of_other_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("tokenexit.calibration.latency.SIDES", (4, 6, 8))
-    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(), re.DOTALL)
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "guide" / page).read_text(), re.DOTALL)
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), {"__name__": "example"})

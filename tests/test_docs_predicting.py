@@ -1,4 +1,4 @@
-"""What docs/predicting.md shows works as it stands, with a small model and small pictures."""
+"""What docs/guide/predicting.md shows works as it stands, with a small model and small pictures."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenexit.cli import main
 from tokenexit.data.scenes import scene_split
 from tokenexit.formats import video
 
-PAGE = ROOT / "docs" / "predicting.md"
+PAGE = ROOT / "docs" / "guide" / "predicting.md"
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +74,7 @@ def test_post_process__gives_maps_of_the_asked_sizes(model: ExitSegmenter) -> No
         [model.preprocessing.to_tensor(photo(20, 30, seed)) for seed in (0, 1)], METHOD, targets=[(40, 60), (7, 5)]
     )
     assert all(torch.equal(a, b) for a, b in zip(resized, expected.labels, strict=True))
-    tensors = torch.tensor([[40, 60], [7, 5]])  # as their data collators give them
+    tensors: Any = torch.tensor([[40, 60], [7, 5]])  # as their data collators give them
     assert [m.shape for m in model.post_process_semantic_segmentation(outputs, tensors)] == [(40, 60), (7, 5)]
     with pytest.raises(ConfigError, match="target_sizes has 1 sizes for 2 pictures: give one for each"):
         model.post_process_semantic_segmentation(outputs, [(4, 4)])

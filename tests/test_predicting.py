@@ -357,7 +357,7 @@ def test_packs_hold_so_many_tokens_and_one_picture_at_least() -> None:
         return Shot("", "", "", Image.new("RGB", (1, 1)), torch.zeros(3, height, width))
 
     small, large, end = shot(4, 8), shot(9, 12), End(Job("a"), 1)  # 2 and 9 patches of 4 pixels
-    items = [small, end, small, small, large, large, small, end, end]
+    items: list[Any] = [small, end, small, small, large, large, small, end, end]
     assert [len(pack) for pack in packed(iter(items), 4, 6)] == [4, 1, 1, 3]
     assert [item for pack in packed(iter(items), 4, 6) for item in pack] == items
     assert [len(pack) for pack in packed(iter(items), 4, 100)] == [9]
@@ -475,10 +475,10 @@ def test_predictions_of_another_model_or_method_are_not_mixed_in(model: ExitSegm
         with pytest.raises(ConfigError, match=words):
             predict_files(other, [folder], out, method)
     assert names(out) == before
-    other = replace(METHOD, threshold=0.5)
+    changed = replace(METHOD, threshold=0.5)
     words = rf"^{out} holds predictions of other pictures made with other method: choose another folder\.$"
     with pytest.raises(ConfigError, match=words):
-        predict_files(model, [folder / "1.png"], out, other, overwrite=True)
+        predict_files(model, [folder / "1.png"], out, changed, overwrite=True)
     assert names(out) == before
     record = json.loads((out / RECORD).read_text())
     assert (record["weights"], record["method"]["threshold"]) == (model.fingerprint(), METHOD.threshold)

@@ -41,7 +41,12 @@ def test_labels_of_grid__interpolate_only_where_corners_differ(monkeypatch: pyte
     maps[2, :, 3:] = 2.0
     seen = []
     product = Tensor.__matmul__
-    monkeypatch.setattr(Tensor, "__matmul__", lambda a, b: seen.append(a.shape) or product(a, b))
+
+    def watched(a: Tensor, b: Tensor) -> Tensor:
+        seen.append(a.shape)
+        return product(a, b)
+
+    monkeypatch.setattr(Tensor, "__matmul__", watched)
     labels = labels_of_grid(maps, 4, (24, 24))
     assert [shape[0] for shape in seen] == [7], "one column of squares, from top to bottom"
     assert torch.equal(labels, interpolated(maps, 4, (24, 24)).argmax(0))

@@ -205,8 +205,8 @@ def test_windows__one_that_holds_the_picture_is_the_picture_bit_for_bit(head: st
     image, targets = picture(13, 18), None if target is None else [target]
     whole = model([image], method, targets=targets)
     out = in_windows(model, [image], method, ((13, 20), (7, 7)), targets=targets)
-    assert torch.equal(out.logits, whole.logits)
-    assert torch.equal(out.labels, whole.labels)
+    assert torch.equal(out.logits, whole.logits)  # type: ignore[arg-type]
+    assert torch.equal(out.labels, whole.labels)  # type: ignore[arg-type]
     assert out.ledger == whole.ledger
     stages = whole.exit_stage[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[:13, :18]
     assert torch.equal(out.exit_stage[0], stages)

@@ -438,7 +438,7 @@ class ViT(nn.Module):
         live tokens. Takes its time at the first call, and a C++ compiler on CPU.
 
         options: of torch.compile. On CUDA it fuses norms, activations and residuals and saves launches; on the CPUs
-        that were measured it is as fast as without (docs/performance.md).
+        that were measured it is as fast as without (docs/evidence/performance.md).
         """
         before = torch.compile(Block.before, dynamic=True, **options)
         after = torch.compile(Block.after, dynamic=True, **options)

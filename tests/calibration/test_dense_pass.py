@@ -51,7 +51,7 @@ def oracle(dense: DensePass, method: Any, limits: tuple[float, ...]) -> list[int
     for h, w in dense.grids:
         cells = range(first, first + h * w)
         left = dict.fromkeys(cells, exits)
-        named = {}
+        named: dict[int, int] = {}
         for n in range(exits):
             live = [i for i in cells if left[i] == exits]
             sure = [i for i in live if dense.doubt[n][i].item() < limits[n]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,7 +34,8 @@ class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.ln1(x)
         x = x + self.attn["attn"](y, y, y, need_weights=False)[0]
-        (fc1,), fc2 = self.ffn["layers"]
+        layers: Any = self.ffn["layers"]
+        (fc1,), fc2 = layers
         return x + fc2(F.gelu(fc1(self.ln2(x))))
 
 

@@ -1,4 +1,5 @@
 import colorsys
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -274,12 +275,12 @@ def test_foreign__any_callable_on_image_and_mask_takes_part():
     ("make", "words"),
     [
         (lambda: Resize(0), "Resize size=0"),
-        (lambda: Resize("none"), "leave the transform out"),
+        (lambda: Resize(cast(Any, "none")), "leave the transform out"),
         (lambda: RandomResize((0.0, 2.0)), r"ratio=\(0.0, 2.0\)"),
         (lambda: RandomResize((2.0, 0.5)), r"ratio=\(2.0, 0.5\)"),
         (lambda: RandomResize(base=(0, 5)), r"base=\(0, 5\)"),
         (lambda: RandomCrop((0, 5)), r"RandomCrop size=\(0, 5\)"),
-        (lambda: RandomCrop(5), "RandomCrop size=5"),
+        (lambda: RandomCrop(cast(Any, 5)), "RandomCrop size=5"),
         (lambda: RandomCrop((5, 5), 0.0), "cat_max_ratio=0.0"),
         (lambda: RandomFlip(1.5), "probability=1.5"),
         (lambda: PhotometricDistortion(contrast=(1.5, 0.5)), r"contrast=\(1.5, 0.5\)"),

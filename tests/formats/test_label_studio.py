@@ -72,7 +72,7 @@ def test_brush_rle__of_two_pixels_by_hand() -> None:
 def a_task(**changes: Any) -> dict[str, Any]:
     labels = np.array([[0, 0, 2], [0, 2, 2]])
     certainty = np.array([[1.0, 0.5, 0.5], [1.0, 0.0, 0.25]])
-    values = {"certainty": certainty, "model_version": "tokenexit abc"} | changes
+    values: dict[str, Any] = {"certainty": certainty, "model_version": "tokenexit abc"} | changes
     return task("a b/c.jpg", labels, CLASSES, **values)
 
 

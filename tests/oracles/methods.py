@@ -69,6 +69,7 @@ class Weights:
 def scores_of(spec: dict, logits: Tensor, presence: Tensor | None) -> Tensor:
     """Per-class scores `(n, K)`: softmax, or presence times sigmoid (a.5)."""
     if spec["kind"] == "atm":
+        assert presence is not None
         return torch.softmax(presence, dim=1)[:, 0] * torch.sigmoid(logits)
     return torch.softmax(logits, dim=1)
 
@@ -213,6 +214,7 @@ def dtop(
                 stage[p] = e
     write(None)
     if holds == "mask":
+        assert last_presence is not None
         canvas = torch.softmax(last_presence, dim=1)[:, 0] * torch.sigmoid(canvas)
     answer.grid = canvas.T.reshape(-1, *grid)
     answer.stage = stage.view(grid)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tokenexit.report.tables import Table
 NAMES = ("sky", "road", "car")
 
 
-def result(method: Method[object], label: str, exits: int = 3) -> Evaluation:
+def result(method: Method[Any], label: str, exits: int = 3) -> Evaluation:
     """Three classes of which the last is in no picture; four images."""
     confusion = torch.tensor([[60, 10, 0], [20, 110, 0], [0, 0, 0]])
     gmacs, live = (10.125, 11.0, 12.0, 13.5), tuple((0.62, 0.414, 0.3)[:exits] for _ in range(4))

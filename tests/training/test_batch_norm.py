@@ -43,6 +43,7 @@ def process_group() -> Iterator[None]:
 @pytest.mark.parametrize("tokens", [0, 1])
 def test_fewer_than_two_tokens_of_all_processes_take_the_running_statistics(tokens: int) -> None:
     norm = SyncedBatchNorm(4).train()
+    assert norm.running_mean is not None
     nn.init.normal_(norm.running_mean)
     x = torch.randn(tokens, 4, requires_grad=True)
     running = norm.running_mean.clone()

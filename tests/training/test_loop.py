@@ -23,7 +23,7 @@ from tests.training.tiny import (
     write_dataset,
 )
 from tokenexit.errors import CheckpointError, ConfigError, DataError
-from tokenexit.methods import Dense, DoViT, DToP
+from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import TrainConfig
 from tokenexit.training.loop import draw_method, train
@@ -53,7 +53,8 @@ def steady(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Weights:
 
 
 def run(config: TrainConfig, **options: Any) -> Weights:
-    return weights(train(config, **({"say": silent, "progress": False} | options)))
+    given: dict[str, Any] = {"say": silent, "progress": False} | options
+    return weights(train(config, **given))
 
 
 def run_until(step: int, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +222,7 @@ def test_a_warmed_up_threshold_continues_from_the_saved_step(
 
 
 def test_the_method_of_a_step_is_a_function_of_seed_and_step() -> None:
-    methods = [Dense(), DToP(), DoViT()]
+    methods: list[Method[Any]] = [Dense(), DToP(), DoViT()]
     drawn = [draw_method(methods, 0, step) for step in range(60)]
     assert drawn == [draw_method(methods, 0, step) for step in range(60)]
     assert drawn != [draw_method(methods, 1, step) for step in range(60)]

@@ -20,7 +20,7 @@ from tokenexit.training.parsing import parse_train
 from tokenexit.training.plan import plan, skeleton
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-PAGE = CONFIGS.parent / "docs" / "recipes.md"
+PAGE = CONFIGS.parent / "docs" / "reference" / "recipes.md"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 PUBLISHED = [name for name in RECIPES if "/" in name]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
-from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 
 CLASSES = ("dark", "bright", "green")
@@ -102,7 +102,7 @@ def silent(line: str) -> None:
     """A `say` for runs whose words do not matter."""
 
 
-def weights(model: ExitSegmenter) -> dict[str, torch.Tensor]:
+def weights(model: nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from tokenexit import __version__
 from tokenexit.calibration.drift import Usual
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.segmenter import CALIBRATION_FILE, CONFIG_FILE, WEIGHTS_FILE, ExitSegmenter
+from tokenexit.version import __version__
 from tokenexit.writing import whole
 
 FORMAT = 1

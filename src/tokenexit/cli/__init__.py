@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from tokenexit import __version__
 from tokenexit.cli.calibrate import calibrate, sweep
 from tokenexit.cli.completion import answer_shell, completion
 from tokenexit.cli.evaluate import evaluate
@@ -22,6 +21,7 @@ from tokenexit.cli.tools import convert, cost, data, doctor, gate
 from tokenexit.cli.train import quickstart, train
 from tokenexit.errors import TokenExitError
 from tokenexit.memory import keep_buffers
+from tokenexit.version import __version__
 
 HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision Transformers
 

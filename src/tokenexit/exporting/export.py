@@ -17,12 +17,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tokenexit import __version__
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
 from tokenexit.methods import Method, spec_of
 from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.version import __version__
 from tokenexit.writing import whole
 
 Format = Literal["onnx", "torch"]

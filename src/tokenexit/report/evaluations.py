@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenexit import __version__
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Evaluation
 from tokenexit.report.tables import Column, Table
+from tokenexit.version import __version__
 from tokenexit.writing import whole
 
 

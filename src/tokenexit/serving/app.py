@@ -17,7 +17,6 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
-from tokenexit import __version__
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inference import Precision
 from tokenexit.report.html import report_html
@@ -26,6 +25,7 @@ from tokenexit.serving import answers
 from tokenexit.serving.batching import Expired, Overloaded
 from tokenexit.serving.guards import Guard, said
 from tokenexit.serving.service import Limits, Service
+from tokenexit.version import __version__
 
 __all__ = ["Limits", "create_app", "serve"]
 

@@ -25,7 +25,6 @@ from fastapi.responses import HTMLResponse
 from PIL import Image
 from torch import Tensor
 
-from tokenexit import __version__
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inference import Precision, inference
 from tokenexit.ledger import Size
@@ -40,6 +39,7 @@ from tokenexit.serving.masks import coco
 from tokenexit.serving.metrics import Metrics
 from tokenexit.serving.page import SAMPLES, asset, page_html, sample_png, sample_size
 from tokenexit.serving.uploads import Picture, distinct, file_name, read_picture
+from tokenexit.version import __version__
 from tokenexit.windows import PACK_TOKENS, Segmentation
 
 T = TypeVar("T")

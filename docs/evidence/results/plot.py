@@ -1,6 +1,6 @@
 """Draw mIoU against compute from the JSON files of `tokenexit evaluate`, mean and spread over seeds.
 
-    python docs/results/plot.py docs/results/camvid.png docs/results/camvid/*_seed?.json
+    python docs/evidence/results/plot.py docs/evidence/results/camvid.png docs/evidence/results/camvid/*_seed?.json
 
 A curve is one method on one trained model, each point the mean over the files NAME_seedN.json with its standard
 deviation as a bar.
@@ -14,6 +14,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import matplotlib
 
@@ -58,7 +59,7 @@ def draw(files: list[Path], out: Path) -> None:
         curve = [point for point in curve if point[1] > LOWEST]
         if curve:
             x, y, spread = zip(*curve)
-            style = {"color": colour, "marker": marker, "linestyle": line}
+            style: dict[str, Any] = {"color": colour, "marker": marker, "linestyle": line}
             axes.errorbar(x, y, spread, capsize=3, elinewidth=0.8, label=name, **style)
     axes.set_xlabel("multiply-adds, percent of dense (mean over the test split)")
     axes.set_ylabel("mIoU on CamVid test, percent")

@@ -1,7 +1,7 @@
-"""Print the Markdown tables of docs/results.md from the JSON files of `tokenexit evaluate`.
+"""Print the Markdown tables of docs/evidence/results.md from the JSON files of `tokenexit evaluate`.
 
-    python docs/results/tables.py docs/results/camvid/*.json            # one row for each method of each file
-    python docs/results/tables.py --seeds docs/results/camvid/*.json    # mean and spread over files NAME_seedN.json
+    python docs/evidence/results/tables.py docs/evidence/results/camvid/*.json           # a row per method and file
+    python docs/evidence/results/tables.py --seeds docs/evidence/results/camvid/*.json   # mean and spread over seeds
 
 With --seeds a row stands for the same method of the same NAME under every seed. "to Dense" is the difference to the
 dense row of BASELINE of the same seed, so that what a seed does to both cancels.

@@ -1,9 +1,9 @@
 #!/bin/sh
-# study.sh SEED [train|figures]: the main table of docs/results.md for one seed, from the project's folder.
+# study.sh SEED [train|figures]: the main table of docs/evidence/results.md for one seed, from the project's folder.
 # Four trainings (about an hour on one CPU core), then figures on the test split. Interrupted, it continues.
 set -e
 seed=${1:?which seed?} part=${2:-all}
-runs=runs/seed$seed figures=docs/results/camvid
+runs=runs/seed$seed figures=docs/evidence/results/camvid
 data="--data camvid --data-root ../shared/data/camvid --split test"
 thresholds="0.98 0.9/0.7/0.5 0.95/0.8/0.65 0.98/0.8/0.65 0.98/0.9/0.8"
 

@@ -1,6 +1,6 @@
 """DoViT's two batch modes on batches of eight pictures: each for itself, or the release's one count per batch.
 
-python docs/results/batch_mode.py MODEL CAMVID_ROOT docs/results/ablations/dovit_batch_mode.json
+python docs/evidence/results/batch_mode.py MODEL CAMVID_ROOT docs/evidence/results/ablations/dovit_batch_mode.json
 """
 
 from __future__ import annotations
