@@ -13,11 +13,8 @@ from torch import Tensor
 
 from tokenexit.errors import DataError
 from tokenexit.ledger import Size
-from tokenexit.preprocessing import decoder_reason, load_image, resized_size
+from tokenexit.preprocessing import load_image, resized_size
 from tokenexit.segmenter import ExitSegmenter
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is read; Pillow knows more, some of it through programs of its own."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +32,7 @@ def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) 
     max_pixels: of the picture, which is not decoded beyond that, and of what the network sees of it. A thin strip is
     small until its short side is resized or padded to a patch.
     """
-    picture = load_image(_checked(data, name, max_pixels), max_pixels)
+    picture = load_image(_Named(data, name), max_pixels)
     size, patch = (picture.height, picture.width), model.config.backbone.patch_size
     height, width = resized_size(size, model.preprocessing.resize)
     tokens = -(-height // patch) * -(-width // patch)
@@ -53,22 +50,6 @@ class _Named(io.BytesIO):
     def __init__(self, data: bytes, name: str) -> None:
         super().__init__(data)
         self.name = name
-
-
-def _checked(data: bytes, name: str, max_pixels: int) -> _Named:
-    """The file, if it begins as one of `FORMATS` does."""
-    file = _Named(data, name)
-    Image.init()
-    known = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow is built with all of them
-    try:
-        Image.open(file, formats=known)
-    except Image.DecompressionBombError:
-        raise DataError(f"image '{name}' has far more than {max_pixels} pixels: shrink it.") from None
-    except Exception as error:  # readers of damaged files raise nearly everything
-        reason = decoder_reason(error)
-        raise DataError(f"image '{name}' cannot be read ({reason}): send JPEG, PNG, WebP, GIF, BMP, TIFF.") from None
-    file.seek(0)
-    return file
 
 
 def file_name(sent: str | None, number: int) -> str:
