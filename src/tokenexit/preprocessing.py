@@ -333,7 +333,8 @@ def _undecodable(what: str, error: Exception) -> DataError:
 def decoder_reason(error: Exception) -> str:
     """What a decoder complained of, on one line, to stand in brackets in a message of ours."""
     if isinstance(error, UnidentifiedImageError):
-        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"  # Pillow's own words repeat the path, or the address of a buffer
+        # Pillow's own words repeat the path, or the address of a buffer.
+        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 

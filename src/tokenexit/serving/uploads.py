@@ -9,21 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
+from starlette.formparsers import MultiPartParser
 from torch import Tensor
 
 from tokenexit.errors import DataError
 from tokenexit.ledger import Size
 from tokenexit.preprocessing import load_image, resized_size
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.serving.pace import dense_macs
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as the network takes it. size: its own height and width. tokens: what it weighs in a batch."""
+    """A picture as the network takes it.
+
+    size: its own height and width. tokens: what it weighs in a batch. macs: what the dense model takes for it.
+    """
 
     image: Tensor
     size: Size
     tokens: int
+    macs: int
 
 
 def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, Picture]:
@@ -41,7 +47,12 @@ def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) 
             f"image '{name}' of {size[0]}x{size[1]} pixels is too large for the network, which would see {tokens} "
             f"patches of {patch}x{patch} pixels: crop it."
         )
-    return picture, Picture(model.preprocessing.to_tensor(picture), size, tokens)
+    return picture, Picture(model.preprocessing.to_tensor(picture), size, tokens, dense_macs(model, (height, width)))
+
+
+def keep_in_memory(size: int) -> None:
+    """Let uploads of up to `size` bytes stay in memory; starlette's default is to put those beyond 1 MB on disk."""
+    MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, size)
 
 
 class _Named(io.BytesIO):
