@@ -17,6 +17,7 @@ from PIL import Image
 
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.preprocessing import (
+    FORMATS,
     Labels,
     Preprocessing,
     default_labels,
@@ -256,6 +257,17 @@ def test_load_image__half_transparent_pixels_are_darkened_and_palette_transparen
     assert (pixel(image, (0, 0)), pixel(image, (1, 0))) == ((0, 0, 0), (200, 100, 50))
 
 
+def test_load_image__transparent_images_lie_on_black_or_on_a_colour_that_is_given():
+    image = Image.new("RGBA", (1, 1), (200, 100, 0, 128))
+    for source in (image, np.asarray(image)):
+        assert pixel(load_image(source, background=(255, 255, 255))) == (227, 177, 127)
+        assert pixel(load_image(source, background=(0, 0, 200))) == (100, 50, 100)
+    assert pixel(load_image(Image.new("RGB", (1, 1), (1, 2, 3)), background=(9, 9, 9))) == (1, 2, 3)
+    for wrong in ((0, 0), (0, 0, 256), (0.5, 0, 0)):
+        with pytest.raises(ConfigError, match="background must be three whole numbers from 0 to 255, got"):
+            load_image(image, background=wrong)
+
+
 def test_load_image__follows_the_exif_orientation_of_files_and_of_open_images(tmp_path):
     image = Image.new("RGB", (16, 8), (250, 0, 0))
     image.paste((0, 0, 250), (8, 0, 16, 8))  # left red, right blue
@@ -368,6 +380,59 @@ def test_load_image__what_is_no_picture_is_refused_by_file_name(content, tmp_pat
     assert "street.png" in one_sentence(error)
 
 
+@pytest.fixture
+def foreign_decoders(monkeypatch):
+    """Which of Pillow's other decoders were asked to open a file."""
+    asked = []
+    Image.init()
+    for kind, (_, accept) in list(Image.OPEN.items()):
+        if kind not in FORMATS:
+            refuse = lambda *given, kind=kind: asked.append(kind) or pytest.fail(kind)  # noqa: E731
+            monkeypatch.setitem(Image.OPEN, kind, (refuse, accept))
+    return asked
+
+
+def postscript():
+    return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n8 8 scale\nshowpage\n%%EOF\n"
+
+
+def photo_cd():
+    """A whole TIFF whose bytes from 2048 on are those of a Photo CD."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32), (1, 2, 3)).save(buffer, "TIFF")
+    data = bytearray(buffer.getvalue())
+    data[2048:2052] = b"PCD_"
+    return bytes(data)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICNS", "PDF"])
+def test_load_image__a_name_opens_no_other_decoder(kind, tmp_path, foreign_decoders):
+    path = tmp_path / "holiday.jpg"
+    Image.new("RGB", (16, 16)).save(path, kind)
+    for source in (path, path.read_bytes()):
+        with pytest.raises(DataError, match=r"no PNG, JPEG, .* or JPEG2000"):
+            load_image(source)
+    assert not foreign_decoders
+
+
+def test_load_image__postscript_does_not_start_ghostscript(tmp_path, foreign_decoders):
+    (tmp_path / "holiday.jpg").write_bytes(postscript())
+    with pytest.raises(DataError, match=r"holiday\.jpg' cannot be decoded \(no PNG"):
+        load_image(tmp_path / "holiday.jpg")
+    assert not foreign_decoders
+
+
+def test_load_image__a_tiff_is_decoded_as_tiff_whatever_stands_in_it(foreign_decoders):
+    assert pixel(load_image(photo_cd())) == (1, 2, 3)
+    assert not foreign_decoders
+
+
+@pytest.mark.parametrize("kind", [kind for kind in FORMATS if kind in Image.registered_extensions().values()])
+def test_load_image__reads_every_format_that_it_names(kind, tmp_path):
+    Image.new("RGB", (16, 16), (120, 60, 30)).save(tmp_path / "x", kind)
+    assert np.allclose(pixel(load_image(tmp_path / "x")), (120, 60, 30), atol=8)
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "gif", "bmp", "tif"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_load_image__a_truncated_file_is_refused_by_file_name(suffix, share, tmp_path):
@@ -448,3 +513,5 @@ def test_load_image__a_decompression_bomb_is_refused_without_being_decoded(tmp_p
     path.write_bytes(bomb)
     with pytest.raises(DataError, match=r"bomb\.png"):
         load_image(path)
+    with pytest.raises(DataError, match=r"bomb\.png' has far more than 10000 pixels: shrink it\."):
+        load_image(path, max_pixels=10_000)

@@ -26,6 +26,11 @@ ImageSource: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | npt.NDArr
 Resize: TypeAlias = Literal["none"] | int | tuple[int, int]
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a picture: 2 * (1 GiB / 4 / 3)
+FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
+"""Formats that are read, whatever a file is called: those that Pillow decodes itself, in this process.
+
+It knows more: PostScript is handed to Ghostscript, WMF to the system. JPEG includes the multi-picture files of cameras.
+"""
 
 _EXIF_ORIENTATION = 0x0112
 _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
@@ -256,47 +261,62 @@ def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------- pictures come in
 
 
-def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Any usual picture as RGB, 8 bits per channel, upright.
+def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, background: Colour = (0, 0, 0)) -> Image.Image:
+    """Load an image as RGB, 8 bits per channel, upright.
 
     source: a path, the bytes of a file, an open binary file, a PIL image, or a numpy array of shape (H, W),
         (H, W, 1), (H, W, 3) or (H, W, 4) and type bool, uint8, uint16, or float with values in 0..1.
     max_pixels: the largest H * W that is decoded (default: Pillow's own limit, about 179 million).
+    background: RGB colour (0..255) that transparent images are composited on; black if not given, as what cannot be
+        seen carries no light. `predict`, the datasets and the server use black.
 
+    - Files are read in one of `FORMATS`, found by their content and not by their name.
     - The EXIF orientation is applied; of an animation the first frame is taken.
-    - Transparency is composited on black: what cannot be seen carries no light, whatever colour hides there.
     - 16-bit grey (PIL modes "I;16" and "I") and uint16 are divided by 257 and rounded, so that 65535 is 255.
     - PIL mode "F" counts as float: values in 0..1.
 
-    Raises `DataError` for everything else: missing, damaged or truncated files, too many pixels, no pixels,
-    odd shapes, types and values.
+    Raises `DataError` for everything else: missing, damaged or truncated files, other formats, too many pixels, no
+    pixels, odd shapes, types and values; and `ConfigError` for a background that is no colour.
     """
+    if len(background) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in background):
+        raise ConfigError(f"background must be three whole numbers from 0 to 255, got {background!r}: give RGB.")
     if isinstance(source, Image.Image):
-        return _to_rgb(source, f"image of mode {source.mode!r}", max_pixels)
+        return _to_rgb(source, f"image of mode {source.mode!r}", max_pixels, background)
     if isinstance(source, np.ndarray):
-        return _array_to_rgb(source, max_pixels)
+        return _array_to_rgb(source, max_pixels, background)
     if isinstance(source, (str, Path)):
-        return _decode(source, f"image {str(source)!r}", max_pixels)
+        return _decode(source, f"image {str(source)!r}", max_pixels, background)
     if isinstance(source, bytes):
-        return _decode(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels)
+        return _decode(io.BytesIO(source), f"image of {len(source)} bytes", max_pixels, background)
     if hasattr(source, "read"):
-        return _decode(source, f"image {getattr(source, 'name', 'stream')!r}", max_pixels)
+        return _decode(source, f"image {getattr(source, 'name', 'stream')!r}", max_pixels, background)
     raise DataError(
         f"a {type(source).__name__} cannot be read as an image: give a path, bytes, a PIL image or a numpy array."
     )
 
 
-def _decode(file: str | Path | BinaryIO, what: str, max_pixels: int) -> Image.Image:
+def open_image(file: str | Path | BinaryIO) -> Image.Image:
+    """`PIL.Image.open`, limited to `FORMATS`: the one way in which this package opens image files.
+
+    It may raise nearly everything, and so may the decoding of what it returns: see `decoder_reason`.
+    """
+    Image.init()
+    return Image.open(file, formats=[kind for kind in FORMATS if kind in Image.OPEN])  # some builds have no AVIF
+
+
+def _decode(file: str | Path | BinaryIO, what: str, max_pixels: int, background: Colour) -> Image.Image:
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             _check_size(image.height, image.width, what, max_pixels)
-            rgb = _to_rgb(image, what, max_pixels)
+            rgb = _to_rgb(image, what, max_pixels, background)
             return rgb.copy() if rgb is image else rgb  # an image that stands alone, without file and decoder
     except DataError:
         raise
     except FileNotFoundError:
         raise DataError(f"{what} does not exist: check the path.") from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        if max_pixels < MAX_PIXELS:
+            raise DataError(f"{what} has far more than {max_pixels} pixels: shrink it.") from None
         raise DataError(
             f"{what} has more pixels than Pillow opens: shrink it, or raise PIL.Image.MAX_IMAGE_PIXELS if you trust it."
         ) from None
@@ -313,11 +333,12 @@ def _undecodable(what: str, error: Exception) -> DataError:
 def decoder_reason(error: Exception) -> str:
     """What a decoder complained of, on one line, to stand in brackets in a message of ours."""
     if isinstance(error, UnidentifiedImageError):
-        return "no known image format"  # Pillow's own words repeat the path, or the address of a buffer
+        # Pillow's own words repeat the path, or the address of a buffer.
+        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
-def _to_rgb(image: Image.Image, what: str, max_pixels: int) -> Image.Image:
+def _to_rgb(image: Image.Image, what: str, max_pixels: int, background: Colour) -> Image.Image:
     """PIL image of any mode -> loaded RGB image, upright. The given image is not changed."""
     _check_size(image.height, image.width, what, max_pixels)
     try:
@@ -331,7 +352,7 @@ def _to_rgb(image: Image.Image, what: str, max_pixels: int) -> Image.Image:
         if image.mode == "F":
             return Image.fromarray(_float_to_bytes(np.asarray(image), what)).convert("RGB")
         if image.has_transparency_data:
-            return _on_black(image.convert("RGBA"))
+            return _composited(image.convert("RGBA"), background)
         return image if image.mode == "RGB" else image.convert("RGB")
     except DataError:
         raise
@@ -349,10 +370,10 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _on_black(image: Image.Image) -> Image.Image:
-    black = Image.new("RGB", image.size)
-    black.paste(image, mask=image.getchannel("A"))
-    return black
+def _composited(image: Image.Image, background: Colour) -> Image.Image:
+    canvas = Image.new("RGB", image.size, background)
+    canvas.paste(image, mask=image.getchannel("A"))
+    return canvas
 
 
 def _sixteen_to_rgb(values: npt.NDArray[Any], what: str) -> Image.Image:
@@ -378,7 +399,7 @@ def _float_to_bytes(values: npt.NDArray[Any], what: str) -> npt.NDArray[np.uint8
     return (values.astype(np.float32) * 255.0 + 0.5).astype(np.uint8)
 
 
-def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
+def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int, background: Colour) -> Image.Image:
     what = f"image array of shape {array.shape} and type {array.dtype}"
     if array.ndim == 3 and array.shape[2] > 4 and array.shape[0] in (1, 3, 4):
         raise DataError(
@@ -402,7 +423,7 @@ def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int) -> Image.Image:
     else:
         raise DataError(f"{what} has no known pixel range: convert it to uint8 (0..255) or to float (0..1).")
     image = Image.fromarray(np.ascontiguousarray(pixels))
-    return _on_black(image) if image.mode == "RGBA" else image.convert("RGB")
+    return _composited(image, background) if image.mode == "RGBA" else image.convert("RGB")
 
 
 def _check_size(height: int, width: int, what: str, max_pixels: int) -> None:

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.data.pictures import LABELS
-from tokenexit.data.masks import ColourMasks, IndexMasks, decode
+from tokenexit.data.masks import ColourMasks, IndexMasks, decode, read_index_image
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.preprocessing import Labels, default_labels
 
@@ -155,3 +155,10 @@ def test_colour_masks__sixteen_bits_and_damage_are_refused(tmp_path):
 def test_colour_masks__a_colour_with_two_meanings_is_refused(labels, options, words):
     with pytest.raises(ConfigError, match=words):
         ColourMasks(labels, **options)
+
+
+@pytest.mark.parametrize("read", [read_index_image, ColourMasks(PAINTED).read], ids=["index", "colour"])
+def test_masks__are_read_in_the_formats_of_images_only(read, tmp_path):
+    Image.new("L", (16, 16)).save(tmp_path / "m.png", "EPS")
+    with pytest.raises(DataError, match=r"m\.png' cannot be decoded \(no PNG, JPEG"):
+        read(tmp_path / "m.png")

@@ -90,13 +90,10 @@ def multipart(files: Sequence[tuple[str, File]], fields: Mapping[str, Any]) -> t
 @contextmanager
 def running(model: ExitSegmenter, token: str | None = None, **options: Any) -> Iterator[Client]:
     """A server on a free port, and a client that knows its token."""
-    import uvicorn
-
-    from tokenexit.serving.app import create_app
+    from tokenexit.serving.app import create_app, server_of
 
     listener = socket.create_server(("127.0.0.1", 0))
-    app = create_app(model, "tiny", token=token, **options)
-    server = uvicorn.Server(uvicorn.Config(app, log_level="critical", access_log=False))
+    server = server_of(create_app(model, "tiny", token=token, **options), log_level="critical")
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
     until = time.monotonic() + 30

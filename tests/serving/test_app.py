@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 import struct
+import tempfile
 import threading
 import time
 import zipfile
@@ -31,6 +32,7 @@ from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.methods import Dense, DoViT, DToP
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits, create_app
+from tokenexit.serving.pace import Pace, dense_macs
 
 MIB = 1 << 20
 
@@ -342,6 +344,124 @@ def test_unknown_addresses__are_refused_plainly(client: Client) -> None:
     assert client.get("/samples/77.png").detail == "there are samples 0 to 5."
 
 
+# ------------------------------------------------------------------------------------------------------ what it costs
+
+
+def paced(monkeypatch: pytest.MonkeyPatch, seconds: float, size: tuple[int, int] = (24, 33)) -> None:
+    """Let an image of this size be expected to take so many seconds."""
+    pace = seconds / dense_macs(small_model(), size)
+    monkeypatch.setattr(Pace, "measured", classmethod(lambda cls, model, precision: cls(pace)))
+    monkeypatch.setattr(Pace, "observe", lambda self, macs, seconds: None)
+
+
+def test_predict__what_takes_too_long_is_refused_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced(monkeypatch, 4.0)
+    model, started, _ = held_model()
+    with running(model, limits=Limits(work=7.0)) as client:
+        reply = client.predict(("a.png", png()), ("b.png", png()), method="dense")
+        assert reply.status == 413
+        assert reply.detail == (
+            "this would take about 8 seconds of this machine, more than the 7 that a request may: "
+            "send fewer or smaller pictures."
+        )
+        key = kept(client, png(40, 60))
+        assert client.post("/view", {"image": key, "method": "dtop"}).status == 413
+        assert not started.is_set()
+        assert client.get("/healthz").json["busy"] == 0
+
+
+def test_predict__what_cannot_be_in_time_behind_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced(monkeypatch, 4.0)
+    model, started, go = held_model()
+    with running(model, limits=Limits(work=7.0, seconds=7.0)) as client:
+        first = threading.Thread(target=client.predict, args=(("a.png", png()),))
+        first.start()
+        assert started.wait(20)
+        health = client.get("/healthz").json
+        assert (health["status"], health["busy"]) == ("ok", 1)
+        assert health["running_seconds"] > 0
+        reply = client.predict(("a.png", png()))
+        go.set()
+        first.join()
+        assert (reply.status, reply.headers["retry-after"]) == (503, "1")
+        assert "others are before it, and the answer would come about" in reply.detail
+        assert client.predict(("a.png", png())).status == 200
+
+
+def test_predict__a_client_that_leaves_takes_its_work_along(model: ExitSegmenter) -> None:
+    """The model's call ends before its next block, and the place is free."""
+    ran: list[int] = []
+    entered, go = threading.Event(), threading.Event()
+
+    def hold(*_: Any) -> None:
+        entered.set()
+        assert go.wait(20)
+
+    with running(model) as client:
+        handles = [block.register_forward_hook(lambda *_: ran.append(1)) for block in model.backbone.blocks]
+        handles.append(model.backbone.blocks[0].register_forward_hook(hold))
+        try:
+            body, kind = multipart([("images", ("a.png", png()))], {})
+            head = f"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: {kind}\r\n"
+            with socket.create_connection(("127.0.0.1", client.port)) as wire:
+                wire.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+                assert entered.wait(20)
+            settled(lambda: client.get("/healthz").json["busy"] == 0)
+            go.set()
+            settled(lambda: client.get("/healthz").json["running_seconds"] == 0)
+            assert len(ran) == 1
+            assert 'route="/predict",status="499"' in client.get("/metrics").body.decode()
+        finally:
+            go.set()
+            for handle in handles:
+                handle.remove()
+
+
+def settled(true: Any) -> None:
+    until = time.monotonic() + 20
+    while not true():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+def test_healthz__says_that_there_is_no_room() -> None:
+    model, started, go = held_model()
+    with running(model, limits=Limits(places=1)) as client:
+        assert client.get("/healthz").json["status"] == "ok"
+        first = threading.Thread(target=client.predict, args=(("a.png", png()),))
+        first.start()
+        assert started.wait(20)
+        health = client.get("/healthz")
+        assert (health.status, health.json["status"], health.json["places"]) == (200, "saturated", 1)
+        # Nothing is read of what cannot be taken: the answer comes before the body.
+        with socket.create_connection(("127.0.0.1", client.port)) as wire:
+            wire.sendall(b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Length: 999\r\n\r\n")
+            wire.settimeout(20)
+            assert wire.recv(100).startswith(b"HTTP/1.1 429")
+        go.set()
+        first.join()
+        assert client.get("/healthz").json["status"] == "ok"
+
+
+def test_uploads__stay_in_memory(model: ExitSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    monkeypatch.setattr(tempfile.SpooledTemporaryFile, "rollover", lambda self: written.append(1))
+    with running(model, limits=Limits(upload_bytes=8 * MIB)) as client:
+        assert client.predict(("a.png", png() + bytes(4 * MIB))).status == 200
+    assert not written
+
+
+def test_uploads__of_all_clients_together_are_bounded(model: ExitSegmenter) -> None:
+    with running(model, limits=Limits(upload_bytes=MIB, held_bytes=MIB)) as client:
+        head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+        with socket.create_connection(("127.0.0.1", client.port)) as wire:
+            part = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
+            wire.sendall(head + b"Content-Length: 900000\r\n\r\n" + part + bytes(800_000))
+            settled(lambda: client.predict(("a.png", png() + bytes(400_000))).status == 429)
+            assert client.predict(("a.png", png())).status == 200
+        settled(lambda: client.predict(("a.png", png() + bytes(400_000))).status == 200)
+
+
 # ------------------------------------------------------------------------------------------------------ who may ask
 
 
@@ -353,16 +473,25 @@ def test_token__is_asked_for_before_anything_is_read(model: ExitSegmenter) -> No
             assert (reply.status, reply.headers["www-authenticate"]) == (401, "Bearer")
         for path in ("/model", "/metrics"):
             assert stranger.get(path).status == 401
-        for path in ("/", "/page.js", "/page.css", "/samples/0.png", "/healthz", "/openapi.json"):
+        for path in ("/", "/page.js", "/page.css", "/samples/0.png", "/healthz", "/openapi.json", "/docs"):
             assert stranger.get(path).status == 200
+        for right in ("Bearer open-sesame", "bearer open-sesame", "BEARER  open-sesame"):
+            assert stranger.get("/model", Authorization=right).status == 200
         assert client.predict(("a.png", png())).status == 200
         assert "HTTPBearer" in client.get("/openapi.json").json["components"]["securitySchemes"]
 
 
 def test_a_local_server__answers_under_local_names_only(client: Client, model: ExitSegmenter) -> None:
-    for host in ("localhost", f"127.0.0.1:{client.port}", "[::1]:80", "[::1]", "LOCALHOST:1"):
+    for host in ("localhost", f"127.0.0.1:{client.port}", "[::1]:80", "[::1]", "LOCALHOST:1", "127.0.0.2:80"):
         assert client.get("/healthz", Host=host).status == 200, host
-    for host in ("evil.example", f"evil.example:{client.port}", "localhost.evil.example", ""):
+    for host in (
+        "evil.example",
+        f"evil.example:{client.port}",
+        "localhost.evil.example",
+        "",
+        "10.0.0.1",
+        "127.0.0.1.x",
+    ):
         assert client.get("/healthz", Host=host).status == 421, host
     with running(model, local_only=False) as other:
         assert other.get("/healthz", Host="segmenter.example").status == 200
@@ -482,7 +611,7 @@ def test_plain__takes_a_sample_whatever_else_the_form_has(model: ExitSegmenter) 
 
 
 def test_plain__says_on_a_page_what_is_wrong(client: Client) -> None:
-    for files, words in (([], "no picture was sent"), ([("image", ("<i>.png", b"no"))], "cannot be read")):
+    for files, words in (([], "no picture was sent"), ([("image", ("<i>.png", b"no"))], "cannot be decoded")):
         body, kind = multipart(files, {"method": "dtop"})
         reply = client.send("POST", "/plain", body, {"Content-Type": kind, "Accept": "text/html,*/*"})
         assert (reply.status, reply.headers["content-type"]) == (422, "text/html; charset=utf-8")
@@ -503,6 +632,29 @@ def test_the_page__needs_nothing_from_elsewhere(client: Client) -> None:
 def test_samples__are_drawn_at_the_models_size(client: Client) -> None:
     picture = Image.open(io.BytesIO(client.get("/samples/0.png").body))
     assert picture.size == (192, 128)
+
+
+def test_samples__are_offered_to_models_of_their_classes_only(client: Client) -> None:
+    assert client.get("/").body.count(b'class="sample"') == 6
+    other = small_model()
+    other.preprocessing = replace(other.preprocessing, labels=replace(LABELS, names=("a", "b", "c", "d", "e")))
+    with running(other) as stranger:
+        page = stranger.get("/").body
+        assert b'class="sample"' not in page
+        assert b'type="file"' in page
+        assert stranger.get("/samples/0.png").status == 404
+        assert stranger.get("/samples/0.png").detail == "this model has no samples."
+        assert stranger.form("/plain", sample=0).status == 422
+
+
+def test_docs__say_what_there_is_and_load_nothing(client: Client) -> None:
+    reply = client.get("/docs")
+    page = reply.body.decode()
+    assert (reply.status, reply.headers["content-type"]) == (200, "text/html; charset=utf-8")
+    for words in ("POST /predict", "GET /healthz", "threshold", "png", "of all exits, or one for each", "429"):
+        assert words in page
+    assert "<script" not in page
+    assert "http" not in page.replace("HTTP", "").replace("http-equiv", "").lower().replace("http api", "")
 
 
 def test_about__is_what_the_page_needs(client: Client) -> None:
@@ -531,13 +683,12 @@ def test_metrics__count_pictures_tokens_and_savings(model: ExitSegmenter) -> Non
     assert figures["tokenexit_busy_pictures"] == 0
 
 
-def test_openapi__documents_the_api_and_is_no_page(client: Client) -> None:
+def test_openapi__documents_the_api(client: Client) -> None:
     document = client.get("/openapi.json").json
     assert set(document["paths"]) == {"/predict", "/healthz", "/metrics", "/model", "/images", "/view"}
     post = document["paths"]["/predict"]["post"]
     assert {"200", "401", "413", "422", "429", "503"} <= set(post["responses"])
     assert {"application/json", "image/png", "application/zip"} <= set(post["responses"]["200"]["content"])
-    assert client.get("/docs").status == 404
 
 
 def test_a_model_without_class_names__gets_names(model: ExitSegmenter) -> None:

@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tests.helpers import tiny_segmenter
 from tokenexit.methods import Dense, DoViT, DToP, Method
-from tokenexit.serving.batching import Batcher, Expired, Job, Overloaded
+from tokenexit.serving.batching import DEAR, Batcher, Expired, Job, Overloaded
 
 SOON = 60.0
 
@@ -168,3 +169,99 @@ def test_a_batch__gives_what_single_runs_give(method: Method[Any]) -> None:
         torch.testing.assert_close(answer.output.logits, alone.logits, rtol=1e-4, atol=1e-4)
         assert torch.equal(answer.output.exit_stage[0], alone.exit_stage[0])
         assert answer.output.ledger == alone.ledger
+
+
+class Blocks:
+    """A model of several blocks that asks the batcher before each, as the server's hooks do. ran: images, by block."""
+
+    def __init__(self, blocks: int = 4, seconds: float = 0.05) -> None:
+        self.blocks, self.seconds = blocks, seconds
+        self.ran: list[float] = []
+        self.batcher: Batcher | None = None
+        self.entered = threading.Event()
+
+    def __call__(self, images: Sequence[Tensor], method: Method[Any], targets: Sequence[Any]) -> Any:
+        for _ in range(self.blocks):
+            assert self.batcher is not None
+            self.batcher.between()
+            self.entered.set()
+            time.sleep(self.seconds if images[0].item() >= 100 else 0.0)
+            self.ran.append(images[0].item())
+        return list(images)
+
+
+@pytest.fixture
+def blocks() -> Iterator[Blocks]:
+    model = Blocks()
+    with closing(Batcher(model, max_wait=0.0)) as batcher:  # type: ignore[arg-type]
+        model.batcher = batcher
+        yield model
+
+
+def priced(number: float, seconds: float) -> Job:
+    one = job(number)
+    return replace(one, seconds=seconds)
+
+
+def test_a_dear_job__gives_way_between_its_blocks_and_ends(blocks: Blocks) -> None:
+    assert blocks.batcher is not None
+    dear = blocks.batcher.submit(priced(100, 2 * DEAR))
+    assert blocks.entered.wait(20)
+    cheap = blocks.batcher.submit(priced(1, 0.001))
+    assert cheap.result(20).output == 1
+    assert not dear.done()
+    answer = dear.result(20)
+    assert answer.output == 100
+    assert blocks.ran == [100.0, *[1.0] * 4, *[100.0] * 3]
+    assert answer.milliseconds >= 1e3 * 4 * 0.05
+
+
+def test_a_dear_job__gives_no_more_than_every_second_turn() -> None:
+    model = Blocks(blocks=6)
+    with closing(Batcher(model, max_wait=0.0)) as batcher:  # type: ignore[arg-type]
+        model.batcher = batcher
+        dear = batcher.submit(priced(100, 2 * DEAR))
+        assert model.entered.wait(20)
+        others = [batcher.submit(priced(100 + n, DEAR)) for n in range(1, 20)]  # each as long as the dear one's
+        dear.result(20)
+        assert sum(one.done() for one in others) < 12
+        for one in others:
+            one.result(60)
+
+
+def test_dear_jobs__run_alone_and_do_not_give_way_to_each_other(held: Model) -> None:
+    jobs = [priced(1, 2 * DEAR), priced(2, 2 * DEAR), priced(3, 0.6), priced(4, 0.6), priced(5, 0.3)]
+    with closing(gathered(held, jobs)) as batcher:
+        assert batcher.wait() == pytest.approx(2 * 1.5)
+        assert batcher.wait(2 * DEAR) == pytest.approx(4 * DEAR + 1.5)
+        held.go.set()
+        for one in jobs:
+            one.answer.result(20)
+        assert batcher.wait(2 * DEAR) == 0
+    assert [numbers for numbers, _ in held.calls[1:]] == [[1.0], [2.0], [3.0], [4.0, 5.0]]
+
+
+def test_a_call_that_nobody_waits_for__ends_before_its_next_block(blocks: Blocks) -> None:
+    assert blocks.batcher is not None
+    left = priced(100, 0.2)
+    future = blocks.batcher.submit(left)
+    assert blocks.entered.wait(20)
+    left.gone.set()
+    with pytest.raises(Expired):
+        future.result(20)
+    assert len(blocks.ran) < 4
+    assert blocks.batcher.running_seconds == 0
+
+
+def test_a_call_whose_time_is_over__ends_before_its_next_block(blocks: Blocks) -> None:
+    assert blocks.batcher is not None
+    late = replace(priced(100, 0.2), deadline=time.monotonic() + 0.06)
+    with pytest.raises(Expired):
+        blocks.batcher.submit(late).result(20)
+    assert 1 <= len(blocks.ran) < 4
+    assert blocks.batcher.submit(priced(1, 0.0)).result(20).output == 1
+
+
+def test_between__does_nothing_in_other_threads(blocks: Blocks) -> None:
+    assert blocks.batcher is not None
+    blocks.batcher.between()

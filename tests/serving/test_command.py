@@ -9,7 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import closing
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +23,7 @@ pytest.importorskip("fastapi", reason="needs fastapi: pip install 'tokenexit[ser
 pytest.importorskip("python_multipart", reason="needs python-multipart: pip install 'tokenexit[serve]'")
 pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[serve]'")
 
-from tests.serving.live import Client, png, small_model
+from tests.serving.live import Client, Reply, png, small_model
 from tokenexit.cli import main
 from tokenexit.serving.app import listen
 
@@ -65,6 +68,86 @@ def test_serve__answers_until_ctrl_c(saved: Path) -> None:
             run.kill()
 
 
+@contextmanager
+def served(saved: Path, *options: str, slow: float = 0.0) -> Iterator[tuple[subprocess.Popen[str], Client]]:
+    """A server in a process of its own. slow: seconds that each block of its model takes longer."""
+    program = f"""
+import sys, time, torch
+from tokenexit.vit import Block
+real = Block.forward
+def forward(self, x, packing):
+    if packing.lengths[0] < 1000:  # not what is timed at the start
+        time.sleep({slow})
+    return real(self, x, packing)
+Block.forward = forward
+from tokenexit.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+    command = [sys.executable, "-c", program, "serve", str(saved), "--port", "0", "--device", "cpu", *options]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            assert run.stdout is not None
+            address = re.search(r":(\d+)\n", run.stdout.readline())
+            assert address, run.stderr and run.stderr.read()
+            yield run, Client(int(address[1]), {})
+        finally:
+            run.kill()
+
+
+@pytest.mark.parametrize(("drain", "status"), [("20", 200), ("0.5", 503)])
+def test_serve__on_sigterm_finishes_or_refuses_and_ends_in_time(saved: Path, drain: str, status: int) -> None:
+    """Four blocks of 0.5 s: they are finished in 20 s, and refused in 0.5 s."""
+    with served(saved, "--drain", drain, slow=0.5) as (run, client):
+        replies: list[Reply] = []
+        under_way = threading.Thread(target=lambda: replies.append(client.predict(("a.png", png()))))
+        under_way.start()
+        until = time.monotonic() + 20
+        while client.get("/healthz").json["running_seconds"] == 0:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        run.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        while (health := client.get("/healthz")).status == 200:
+            assert time.monotonic() < until
+        assert (health.status, health.json["status"]) == (503, "ending")
+        refused = client.predict(("b.png", png()))
+        assert (refused.status, refused.headers["retry-after"]) == (503, "5")
+        assert refused.detail == "the server is ending: try again in a few seconds."
+        under_way.join(20)
+        assert run.wait(20) == -signal.SIGTERM
+        assert time.monotonic() - start < 10
+        assert replies[0].status == status
+        assert status == 200 or replies[0].headers["retry-after"] == "5"
+        assert run.stderr is not None
+        assert run.stderr.read() == ""
+
+
+def test_serve__ends_at_once_where_nothing_is_under_way(saved: Path) -> None:
+    with served(saved, "--drain", "60") as (run, client):
+        with socket.create_connection(("127.0.0.1", client.port)):  # a silent one does not count
+            assert client.get("/healthz").status == 200
+            run.send_signal(signal.SIGTERM)
+            assert run.wait(20) == -signal.SIGTERM
+        assert run.stderr is not None
+        assert run.stderr.read() == ""
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "127.1", "localhost"])
+def test_serve__every_loopback_address_is_local(saved: Path, host: str) -> None:
+    with served(saved, "--host", host) as (_, client):
+        where = "127.0.0.2" if host == "127.0.0.2" else "127.0.0.1"
+
+        def status(**headers: str) -> int:
+            wire = http.client.HTTPConnection(where, client.port, timeout=20)
+            wire.request("GET", "/healthz", headers=headers)
+            with closing(wire):
+                return wire.getresponse().status
+
+        assert status() == 200
+        assert status(Host="evil.example") == 421
+        assert status(Origin="http://evil.example") == 403
+
+
 def test_serve__an_address_in_use_is_said(saved: Path, capsys: Captured) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -81,6 +164,10 @@ def test_serve__an_address_in_use_is_said(saved: Path, capsys: Captured) -> None
         (["--max-pixels", "-1"], "--max-pixels -1 must be above 0."),
         (["--timeout", "nan"], "--timeout nan must be above 0."),
         (["--max-upload-mb", "0"], "--max-upload-mb 0 must be above 0."),
+        (["--max-seconds", "0"], "--max-seconds 0 must be above 0."),
+        (["--drain", "0"], "--drain 0 must be above 0."),
+        (["--connections", "-3"], "--connections -3 must be above 0."),
+        (["--silence", "0"], "--silence 0 must be above 0."),
         (["--wait-ms", "-1"], "--wait-ms -1 must be at least 0."),
         (["--workers", "2"], "unrecognized arguments: --workers 2: see tokenexit serve --help."),
     ],

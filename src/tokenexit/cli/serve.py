@@ -24,6 +24,13 @@ def serve(arguments: list[str]) -> int:
     limits.add_argument("--max-pictures", type=int, default=16, help="of a request")
     limits.add_argument("--queue", type=int, default=64, help="pictures under way at once")
     limits.add_argument("--timeout", type=float, default=30.0, help="seconds for an upload, and for its answer")
+    limits.add_argument(
+        "--max-seconds", type=float, help="of the model for a request, as this machine is measured; half of --timeout"
+    )
+    limits.add_argument("--drain", type=float, default=10.0, help="seconds for what is under way when the server ends")
+    limits.add_argument("--connections", type=int, default=512, help="open at once; some more for health checks")
+    limits.add_argument("--connections-per-address", type=int, default=128, help="open at once of one client")
+    limits.add_argument("--silence", type=float, default=10.0, help="seconds in which a connection sends nothing")
     limits.add_argument("--wait-ms", type=float, default=4.0, help="how long a picture waits to share a batch")
     add_window_options(parser)
     add_machine_options(parser)
@@ -49,6 +56,11 @@ def serve(arguments: list[str]) -> int:
             pictures=options.max_pictures,
             places=options.queue,
             seconds=options.timeout,
+            work=options.timeout / 2 if options.max_seconds is None else options.max_seconds,
+            drain=options.drain,
+            connections=options.connections,
+            per_address=options.connections_per_address,
+            silence=options.silence,
             wait=options.wait_ms / 1e3,
         ),
         precision=options.precision,
@@ -60,9 +72,10 @@ def serve(arguments: list[str]) -> int:
 def _check(options: argparse.Namespace) -> None:
     if not 0 <= options.port <= 65535:
         raise ConfigError(f"--port {options.port} is no port: give one from 0 to 65535.")
-    for name in ("max_upload_mb", "max_pixels", "max_pictures", "queue", "timeout"):
+    bounds = ("max_upload_mb", "max_pixels", "max_pictures", "queue", "timeout", "max_seconds")
+    for name in (*bounds, "drain", "connections", "connections_per_address", "silence"):
         value = getattr(options, name)
-        if not 0 < value < float("inf"):
+        if value is not None and not 0 < value < float("inf"):
             raise ConfigError(f"--{name.replace('_', '-')} {value:g} must be above 0.")
     if not 0 <= options.wait_ms < float("inf"):
         raise ConfigError(f"--wait-ms {options.wait_ms:g} must be at least 0.")

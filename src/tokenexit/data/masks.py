@@ -12,11 +12,10 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
 
 from tokenexit.data.base import Mask
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Colour, Labels, decoder_reason
+from tokenexit.preprocessing import Colour, Labels, decoder_reason, open_image
 
 Codes: TypeAlias = npt.NDArray[np.integer[Any]]
 Unknown: TypeAlias = dict[str, int]
@@ -154,7 +153,7 @@ class ColourMasks:
     def read(self, path: str | Path) -> Codes:
         what = f"mask {str(path)!r}"
         try:
-            with Image.open(path) as image:
+            with open_image(path) as image:
                 mode = image.mode
                 pixels: npt.NDArray[Any] | None = None
                 if mode in _COLOUR_MODES:
@@ -203,7 +202,7 @@ def read_index_image(path: str | Path) -> Codes:
     """
     what = f"mask {str(path)!r}"
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             mode = image.mode
             values = np.asarray(image) if mode in _INDEX_MODES else None
     except Exception as error:  # decoders of damaged files raise nearly everything

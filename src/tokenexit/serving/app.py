@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import torch
-import uvicorn
 from fastapi import FastAPI, Request, Response, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse
@@ -23,13 +22,15 @@ from tokenexit.report.html import report_html
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving import answers
 from tokenexit.serving.batching import Expired, Overloaded
-from tokenexit.serving.guards import Guard, said
-from tokenexit.serving.service import Limits, Service
+from tokenexit.serving.connections import Connections
+from tokenexit.serving.ending import Server, server
+from tokenexit.serving.guards import FULL, Ending, Guard, is_local, said
+from tokenexit.serving.page import docs_html
+from tokenexit.serving.service import Limits, Saturated, Service, TooDear
+from tokenexit.serving.uploads import keep_in_memory
 from tokenexit.version import __version__
 
-__all__ = ["Limits", "create_app", "serve"]
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+__all__ = ["Limits", "create_app", "serve", "server_of"]
 
 
 def create_app(
@@ -41,7 +42,7 @@ def create_app(
     token: str | None = None,
     local_only: bool = True,
 ) -> FastAPI:
-    """The application, to be run by any ASGI server in one process.
+    """The application, to be run by any ASGI server in one process; `server_of` limits connections, too, and drains.
 
     model: in evaluation mode. name: what the page calls it. token, local_only: see `Guard`. Raises `ConfigError` for
     impossible limits and tokens, and `CheckpointError` for a calibration that does not belong to the model.
@@ -50,15 +51,18 @@ def create_app(
         raise ConfigError(
             "the token is empty or has signs that a header cannot carry: use letters, digits and -._~+/=."
         )
-    service = Service(model, name, limits or Limits(), precision)
+    limits, ending = limits or Limits(), Ending()
+    keep_in_memory(limits.upload_bytes)
+    service = Service(model, name, limits, precision, ending)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(service.close)
 
-    # The usual pages of documentation load scripts from elsewhere; the document itself is at /openapi.json.
+    # FastAPI's pages of documentation load scripts from elsewhere; ours is at /docs.
     app = FastAPI(title="tokenexit", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.limits, app.state.ending = limits, ending
     _add_routes(app, service, token is not None)
     _add_errors(app)
     app.add_middleware(
@@ -66,10 +70,21 @@ def create_app(
         metrics=service.metrics,
         token=token,
         local_only=local_only,
-        body_bytes=service.limits.upload_bytes,
-        body_seconds=service.limits.seconds,
+        body_bytes=limits.upload_bytes,
+        body_seconds=limits.seconds,
+        idle_seconds=min(limits.silence, limits.seconds),
+        held_bytes=max(limits.held_bytes, limits.upload_bytes),
+        full=service.full,
+        ending=ending,
     )
     return app
+
+
+def server_of(app: FastAPI, log_level: str = "warning") -> Server:
+    """What runs an application of `create_app` under its limits on connections, and ends it in time."""
+    limits: Limits = app.state.limits
+    connections = Connections(limits.connections, limits.per_address, limits.silence)
+    return server(app, app.state.ending, connections, limits.drain, log_level)
 
 
 def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
@@ -82,6 +97,7 @@ def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
     add("/page.css", service.page_css, include_in_schema=False)
     add("/page.js", service.page_js, include_in_schema=False)
     add("/samples/{number}.png", service.sample, include_in_schema=False)
+    add("/docs", lambda: HTMLResponse(docs_html(app.openapi())), include_in_schema=False)
     add("/plain", service.plain, "POST", include_in_schema=False)
     add("/healthz", service.healthz)
     add("/metrics", service.prometheus, response_class=Response, **asks)
@@ -107,32 +123,40 @@ def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
 
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The token is missing or wrong."},
-    413: {"description": "More bytes than the server takes, or than fit into memory."},
+    413: {"description": "More bytes or work than the server takes, or than fit into memory."},
     422: {"description": "An option or a picture that cannot be used; `detail` says why."},
     429: {"description": "Too many pictures are under way: try again after a second."},
-    503: {"description": "No answer within the time limit."},
+    503: {"description": "No answer within the time limit, or the server is ending."},
 }
 
 
 def _add_errors(app: FastAPI) -> None:
     """Every error as one sentence, on a page for browsers; those nobody foresaw are in the server's log alone."""
 
-    def add(kind: type[Exception], status: int, sentence: Callable[[Any], str], retry: bool = False) -> None:
+    def add(
+        kind: type[Exception], status: int, sentence: Callable[[Any], str], retry: Callable[[Any], int | None] = _never
+    ) -> None:
         async def handler(request: Request, error: Exception) -> Response:
             if "text/html" in request.headers.get("accept", ""):  # a form that was sent without scripts
                 return HTMLResponse(report_html("That did not work", [], sentence(error)), status)
-            return said(status, sentence(error), retry=retry)
+            return said(status, sentence(error), retry=retry(error))
 
         app.add_exception_handler(kind, handler)
 
     add(ConfigError, 422, str)
     add(DataError, 422, str)
     add(RequestValidationError, 422, _invalid)
-    add(Overloaded, 429, lambda error: "too many pictures are under way: try again in a second.", retry=True)
-    add(Expired, 503, lambda error: "there was no answer within the time limit: try again.", retry=True)
+    add(TooDear, 413, str)
+    add(Overloaded, 429, lambda error: FULL, lambda error: 1)
+    add(Expired, 503, lambda error: "there was no answer within the time limit: try again.", lambda error: 1)
+    add(Saturated, 503, str, lambda error: error.seconds)
     for kind in (MemoryError, torch.OutOfMemoryError):
         add(kind, 413, lambda error: "the pictures do not fit into memory: send fewer or smaller ones.")
     add(Exception, 500, lambda error: "something went wrong on the server: its log says what.")
+
+
+def _never(error: Exception) -> None:
+    """No time after which to ask again."""
 
 
 def _invalid(error: RequestValidationError) -> str:
@@ -151,20 +175,18 @@ def serve(
     token: str | None = None,
 ) -> None:
     """Serve until interrupted. Raises `ConfigError` for an address that cannot be used."""
-    local = host in LOOPBACK
-    app = create_app(model, name, limits=limits, precision=precision, token=token, local_only=local and token is None)
     listener = listen(host, port)
+    address, port = listener.getsockname()[:2]
+    local = is_local(address)  # of the address, as a name may stand for any
+    app = create_app(model, name, limits=limits, precision=precision, token=token, local_only=local and token is None)
     if not local and token is None:
         print(
             "tokenexit serve: everybody who reaches this address may use it; set a token to ask for one.",
             file=sys.stderr,
         )
     shown = f"[{host}]" if ":" in host else host
-    print(f"page and API: http://{shown}:{listener.getsockname()[1]}", flush=True)
-    config = uvicorn.Config(
-        app, log_level="warning", access_log=False, limit_concurrency=512, timeout_graceful_shutdown=5
-    )
-    uvicorn.Server(config).run(sockets=[listener])
+    print(f"page and API: http://{shown}:{port}", flush=True)
+    server_of(app).run(sockets=[listener])
 
 
 def listen(host: str, port: int) -> socket.socket:

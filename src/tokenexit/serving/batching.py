@@ -2,6 +2,9 @@
 
 The engine is exact: a picture's result does not depend on its companions, so whoever comes at the same time and asks
 for the same method shares a call of the model. A queue that is full refuses at once; waiting longer would help nobody.
+
+A dear job, of more than a second, runs alone and does not take the model from the others: before each of its blocks the
+cheap ones that wait get as much time as its last block took. A call that nobody waits for ends before its next block.
 """
 
 from __future__ import annotations
@@ -9,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,12 +27,20 @@ from tokenexit.windows import PACK_TOKENS, Segmentation
 Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any], Sequence[Size]], Segmentation]
 
 
+DEAR = 1.0
+"""Expected seconds from which on a job is dear, and up to which jobs share a call."""
+
+
 class Overloaded(Exception):
     """The queue is full: come back later."""
 
 
 class Expired(Exception):
     """The time for an answer was over before its turn came."""
+
+
+class Stopped(Exception):
+    """Nobody waits for the call that was running."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +56,8 @@ class Answer:
 class Job:
     """One picture to segment. image: `(3, H, W)`. target: size of its maps. tokens: what it weighs in a batch.
 
-    deadline: on the monotonic clock, after which nobody wants the answer.
+    deadline: on the monotonic clock, after which nobody wants the answer. seconds: what it is expected to take.
+    gone: set when nobody waits for the answer any more.
     """
 
     image: Tensor
@@ -53,12 +65,37 @@ class Job:
     target: Size
     tokens: int
     deadline: float
+    seconds: float = 0.0
+    gone: threading.Event = field(default_factory=threading.Event)
     arrived: float = field(default_factory=time.monotonic)
     answer: Future[Answer] = field(default_factory=Future)
 
     def goes_with(self, other: Job) -> bool:
         """Whether both may share a batch; not where a method looks beyond the picture (DoViT's release mode)."""
-        return self.method == other.method and self.method.batch_independent
+        alone = self.dear or other.dear or not self.method.batch_independent
+        return self.method == other.method and not alone
+
+    @property
+    def dear(self) -> bool:
+        return self.seconds > DEAR
+
+    @property
+    def wanted(self) -> bool:
+        return not self.gone.is_set() and time.monotonic() <= self.deadline
+
+
+@dataclass
+class _Call:
+    """A call of the model under way. since: when it last had its turn. given: seconds in which it gave way."""
+
+    jobs: Sequence[Job]
+    start: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.monotonic)
+    given: float = 0.0
+
+    @property
+    def seconds(self) -> float:
+        return sum(job.seconds for job in self.jobs)
 
 
 class Batcher:
@@ -83,6 +120,7 @@ class Batcher:
         self._max_tokens, self._max_places, self._max_wait = max_tokens, max_places, max_wait
         self._queue: deque[Job] = deque()
         self._changed = threading.Condition()
+        self._calls: list[_Call] = []  # the last one runs; one before it gives way
         self._taken = 0
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="tokenexit-batches", daemon=True)
@@ -118,17 +156,55 @@ class Batcher:
             self._changed.notify_all()
         return job.answer
 
-    def close(self) -> None:
-        """Finish what is queued, and end."""
+    def wait(self, seconds: float = 0.0) -> float:
+        """Seconds, about, until a job of so many would have its turn if it came now."""
+        with self._changed:
+            now, queue, calls = time.monotonic(), list(self._queue), list(self._calls)
+        dear = any(job.dear for job in queue) or any(call.jobs[0].dear for call in calls)
+        waiting = [job.seconds for job in queue if job.wanted]
+        running = [max(0.0, call.seconds - (now - call.start - call.given)) for call in calls]
+        if seconds > DEAR:
+            return sum(waiting) + sum(running)
+        cheap = sum(job.seconds for job in queue if not job.dear and job.wanted)
+        cheap += sum(rest for call, rest in zip(calls, running) if not call.jobs[0].dear)
+        return cheap * (2 if dear else 1)  # a dear one has every second turn
+
+    @property
+    def running_seconds(self) -> float:
+        """How long the call under way has been running."""
+        calls = list(self._calls)
+        return time.monotonic() - calls[0].start if calls else 0.0
+
+    def close(self, seconds: float | None = None) -> None:
+        """Finish what is queued, and end. seconds: how long to wait for that."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(seconds)
+
+    def between(self) -> None:
+        """Call it before every block of the model: between them a call can end, or give way.
+
+        Raises `Stopped` where nobody waits for the call under way. Does nothing in threads that are not the batcher's.
+        """
+        if threading.current_thread() is not self._thread or not self._calls:
+            return
+        call = self._calls[-1]
+        if not any(job.wanted for job in call.jobs):
+            raise Stopped
+        if not call.jobs[0].dear:
+            return
+        start = time.monotonic()
+        until = start + (start - call.since)
+        while time.monotonic() < until and (jobs := self._cheap()):
+            self._run(jobs)
+        call.since = time.monotonic()
+        call.given += call.since - start
 
     def _work(self) -> None:
         with self._around():
             while jobs := self._next():
-                self._run([job for job in jobs if _wanted(job)])
+                self._run(jobs)
 
     def _next(self) -> list[Job]:
         """The oldest job and those that go with it; empty at the end."""
@@ -138,50 +214,70 @@ class Batcher:
             if not self._queue:
                 return []
             until = self._queue[0].arrived + self._max_wait
-            while not self._closed and self._pack()[1] and (left := until - time.monotonic()) > 0:
+            while not self._closed and self._pack(self._queue)[1] and (left := until - time.monotonic()) > 0:
                 self._changed.wait(left)
-            jobs, _ = self._pack()
-            self._queue = deque(job for job in self._queue if job not in jobs)
-            return jobs
+            return self._taken_out(self._pack(self._queue)[0])
 
-    def _pack(self) -> tuple[list[Job], bool]:
+    def _cheap(self) -> list[Job]:
+        """The oldest job that is not dear and those that go with it, as they are there; empty if there is none."""
+        with self._changed:
+            waiting = [job for job in self._queue if not job.dear]
+            return self._taken_out(self._pack(waiting)[0]) if waiting else []
+
+    def _taken_out(self, jobs: list[Job]) -> list[Job]:
+        self._queue = deque(job for job in self._queue if job not in jobs)
+        return jobs
+
+    def _pack(self, queue: Iterable[Job]) -> tuple[list[Job], bool]:
         """Jobs for the next batch, in their order, and whether there is room for more."""
-        first, *others = self._queue
-        jobs, tokens = [first], first.tokens
+        first, *others = queue
+        jobs, tokens, seconds = [first], first.tokens, first.seconds
         for job in others:
             if job.goes_with(first):
-                tokens += job.tokens
-                if tokens > self._max_tokens:
+                tokens, seconds = tokens + job.tokens, seconds + job.seconds
+                if tokens > self._max_tokens or seconds > DEAR:
                     return jobs, False
                 jobs.append(job)
-        return jobs, tokens < self._max_tokens
+        return jobs, tokens < self._max_tokens and not first.dear
 
-    def _run(self, jobs: Sequence[Job]) -> None:
-        if not jobs:
-            return
-        start = time.perf_counter()
+    def _run(self, queued: Sequence[Job]) -> None:
+        jobs = [job for job in queued if _wanted(job)]
+        if jobs:
+            self._call(jobs)
+
+    def _call(self, jobs: Sequence[Job]) -> None:
+        call = _Call(jobs)
+        self._calls.append(call)
         try:
             images, targets = [job.image for job in jobs], [job.target for job in jobs]
             output = self._forward(images, jobs[0].method, targets)
-            seconds = time.perf_counter() - start
+            seconds = time.monotonic() - call.start - call.given
             outputs = [output[n] for n in range(len(jobs))]
         except Exception as error:
-            if len(jobs) == 1:
-                jobs[0].answer.set_exception(error)
-                return
-            for job in jobs:  # one picture that fails does not take the others with it
-                self._run([job])
+            self._calls.pop()
+            self._failed(jobs, error)
             return
+        self._calls.pop()
         self._observe(len(jobs), seconds)
         for job, own in zip(jobs, outputs):
             job.answer.set_result(Answer(own, 1e3 * seconds, len(jobs)))
+
+    def _failed(self, jobs: Sequence[Job], error: Exception) -> None:
+        if isinstance(error, Stopped):
+            for job in jobs:
+                job.answer.set_exception(Expired())
+        elif len(jobs) == 1:
+            jobs[0].answer.set_exception(error)
+        else:
+            for job in jobs:  # one picture that fails does not take the others with it
+                self._call([job])
 
 
 def _wanted(job: Job) -> bool:
     """False for a job that was cancelled or comes too late, which is told so."""
     if not job.answer.set_running_or_notify_cancel():
         return False
-    if time.monotonic() > job.deadline:
+    if not job.wanted:
         job.answer.set_exception(Expired())
         return False
     return True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import ipaddress
 import re
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
@@ -20,9 +21,9 @@ Receive: TypeAlias = Callable[[], Awaitable[Message]]
 Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
-OPEN = ("/", "/page.css", "/page.js", "/healthz", "/openapi.json")
+OPEN = ("/", "/page.css", "/page.js", "/healthz", "/openapi.json", "/docs")
 """Need no token, nor do the drawn samples: none says more of the model than its name, or anything of pictures."""
-LOCAL_NAMES = ("localhost", "127.0.0.1", "[::1]")
+FULL = "too many images are under way: try again in a second."
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
     "connect-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
@@ -34,12 +35,24 @@ HEADERS = (
 )
 
 
+class Ending:
+    """Whether the server is ending. begun: takes no new work. over: refuses what is still under way."""
+
+    def __init__(self) -> None:
+        self.begun = False
+        self.over = asyncio.Event()
+        self.under_way = 0
+
+
 class Guard:
     """Wraps the application.
 
     token: what clients must send as `Authorization: Bearer`; None asks for nothing. local_only: answer under local
     host names alone, and to no page from elsewhere, so that what a browser visits cannot use the server (DNS
-    rebinding, foreign forms). body_bytes, body_seconds: limits on what is sent.
+    rebinding, foreign forms). body_bytes, body_seconds: limits on what is sent; idle_seconds: on its pauses.
+    held_bytes: of all uploads under way. full: whether there is no room for another image; nothing is read then.
+
+    A request ends with its client, and what it started with it.
     """
 
     def __init__(
@@ -51,38 +64,62 @@ class Guard:
         local_only: bool,
         body_bytes: int,
         body_seconds: float,
+        idle_seconds: float,
+        held_bytes: int,
+        full: Callable[[], bool],
+        ending: Ending,
     ) -> None:
-        self._app, self._metrics = app, metrics
+        self._app, self._metrics, self._full, self._ending = app, metrics, full, ending
         self._token, self._local_only = token, local_only
-        self._body_bytes, self._body_seconds = body_bytes, body_seconds
+        self._body_bytes, self._body_seconds, self._idle_seconds = body_bytes, body_seconds, idle_seconds
+        self._held, self._held_bytes = 0, held_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start, status = time.perf_counter(), 500
+        start, status, started = time.perf_counter(), 500, False
 
         async def sending(message: Message) -> None:
-            nonlocal status
+            nonlocal status, started
             if message["type"] == "http.response.start":
-                status = message["status"]
+                status, started = message["status"], True
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
             await send(message)
 
+        body = _Body(self, receive)
+        app = self._refusal(scope, dict(scope["headers"])) or self._app
+        self._ending.under_way += 1
+        work = asyncio.ensure_future(app(scope, body.receive, sending))
+        left = asyncio.ensure_future(body.left())
+        over = asyncio.ensure_future(self._ending.over.wait())
         try:
-            app = self._refusal(scope["path"], dict(scope["headers"])) or self._app
-            await app(scope, self._limited(receive), sending)
+            await asyncio.wait((work, left, over), return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+            else:
+                work.cancel()
+                await asyncio.wait((work,))
+                if not left.done() and not started:
+                    await self._ends()(scope, receive, sending)
+                elif not started:
+                    status = 499  # the client left; a status of logs only
         finally:
+            for task in (work, left, over):
+                task.cancel()
+            self._held -= body.received
+            self._ending.under_way -= 1
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.add("tokenexit_requests_total", route=route, status=str(status))
             self._metrics.observe("tokenexit_request_seconds", time.perf_counter() - start, route=route)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> App | None:
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> App | None:
         """What answers in place of the application."""
         refusal: App | None = None
+        path = scope["path"]
         host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
         length = headers.get(b"content-length", b"0")
-        if self._local_only and re.sub(r":\d*$", "", host) not in LOCAL_NAMES:
+        if self._local_only and not is_local(re.sub(r":\d*$", "", host)):
             refusal = said(
                 421, "this server answers under local names only: open it as http://localhost, with its port."
             )
@@ -92,39 +129,81 @@ class Guard:
             refusal = said(401, "send this server's token as 'Authorization: Bearer TOKEN'.", bearer=True)
         elif not length.isdigit() or int(length) > self._body_bytes:
             refusal = said(413, self._too_large)
+        elif self._ending.begun and path != "/healthz":
+            refusal = self._ends()
+        elif scope["method"] == "POST" and self._full():
+            refusal = said(429, FULL, retry=1)
         return refusal
+
+    def _ends(self) -> App:
+        return said(503, "the server is ending: try again in a few seconds.", retry=5)
 
     def _may_ask(self, path: str, headers: dict[bytes, bytes]) -> bool:
         if self._token is None or path in OPEN or path.startswith("/samples/"):
             return True
-        return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {self._token}".encode())
+        scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(b" "), self._token.encode())
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` that ends a body which is too large or too slow."""
-        until, received, complete = time.monotonic() + self._body_seconds, 0, False
-
-        async def limited() -> Message:
-            nonlocal received, complete
-            if complete:  # what follows is only told when the client leaves
-                return await receive()
-            try:
-                message = await asyncio.wait_for(receive(), until - time.monotonic())
-            except TimeoutError:
-                raise HTTPException(408, f"the upload took more than {self._body_seconds:g} seconds.") from None
-            received += len(message.get("body", b""))
-            complete = not message.get("more_body", False)
-            if received > self._body_bytes:
-                raise HTTPException(413, self._too_large)
-            return message
-
-        return limited
+    def take(self, count: int) -> None:
+        """Hold so many more bytes of uploads. Raises status 429 where they would be too many."""
+        self._held += count
+        if self._held > self._held_bytes:
+            raise HTTPException(429, FULL, {"Retry-After": "1"})
 
     @property
     def _too_large(self) -> str:
         return f"the upload is larger than {self._body_bytes} bytes: send fewer or smaller pictures."
 
 
-def said(status: int, sentence: str, bearer: bool = False, retry: bool = False) -> JSONResponse:
-    """An answer that says in one sentence what is wrong."""
-    headers = {"WWW-Authenticate": "Bearer"} if bearer else {"Retry-After": "1"} if retry else None
+class _Body:
+    """A request's body, which must be neither too large nor too slow. received: its bytes so far."""
+
+    def __init__(self, guard: Guard, receive: Receive) -> None:
+        self._guard, self._receive = guard, receive
+        self._until = time.monotonic() + guard._body_seconds
+        self._complete = asyncio.Event()
+        self.received = 0
+
+    async def receive(self) -> Message:
+        """The next part for the application."""
+        guard = self._guard
+        if self._complete.is_set():  # what follows is only told when the client leaves, and to `left`
+            await asyncio.Event().wait()
+        seconds = min(self._until - time.monotonic(), guard._idle_seconds)
+        try:
+            message = await asyncio.wait_for(self._receive(), seconds)
+        except TimeoutError:
+            raise HTTPException(
+                408,
+                f"the upload took more than {guard._body_seconds:g} seconds, or paused for {guard._idle_seconds:g}.",
+            ) from None
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            self._complete.set()
+        count = len(message.get("body", b""))
+        self.received += count
+        guard.take(count)
+        if self.received > guard._body_bytes:
+            raise HTTPException(413, guard._too_large)
+        return message
+
+    async def left(self) -> None:
+        """Until the client is gone, if its request was read."""
+        await self._complete.wait()
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+
+def is_local(host: str) -> bool:
+    """Whether a host is this machine: `localhost`, or an address of 127.0.0.0/8 or ::1, with or without brackets."""
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+    except ValueError:
+        return host.lower() == "localhost"
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return (mapped or address).is_loopback
+
+
+def said(status: int, sentence: str, bearer: bool = False, retry: int | None = None) -> JSONResponse:
+    """An answer that says in one sentence what is wrong. retry: seconds after which to ask again."""
+    headers = {"WWW-Authenticate": "Bearer"} if bearer else None if retry is None else {"Retry-After": str(retry)}
     return JSONResponse({"detail": sentence}, status, headers)

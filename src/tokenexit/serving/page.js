@@ -364,6 +364,7 @@ function drawThreshold() {
 // ---------------------------------------------------------------------------------------------------- downloads
 
 async function download(format, suffix) {
+  if (!picture) return say(new Error("Choose a picture first."));
   const method = shownMethods().find((m) => m !== "dense") || "dense";
   const body = new FormData();
   body.append("images", picture.blob, picture.name);
@@ -397,7 +398,8 @@ async function start() {
   if (radio) radio.checked = true;
   drawDial();
   if ($("reset").value) $("compute").value = $("reset").value;
-  await chooseSample(0);
+  if (document.querySelector(".sample")) await chooseSample(0);
+  else $("panels").setAttribute("aria-busy", "false");   // scenes say nothing to a model of other classes
 }
 
 const trying = (work) => (...given) => work(...given).catch(say);

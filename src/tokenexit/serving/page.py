@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from html import escape
 from importlib import resources
 from string import Template
+from typing import Any
 
 from PIL import Image
 
-from tokenexit.data.scenes import render_scene
+from tokenexit.data.scenes import SCENE_LABELS, render_scene
 from tokenexit.ledger import Size
+from tokenexit.report.html import Block, Section, report_html
+from tokenexit.report.tables import Column, Table
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.choices import Offer
 
@@ -25,12 +28,18 @@ def asset(name: str) -> str:
     return resources.files("tokenexit.serving").joinpath(name).read_text(encoding="utf-8")
 
 
-def page_html(name: str, offers: Sequence[Offer]) -> str:
+def knows_scenes(model: ExitSegmenter) -> bool:
+    """Whether all classes of a model are drawn in the scenes; to models of other classes they say nothing."""
+    labels = model.preprocessing.labels
+    return labels is not None and set(labels.names) <= set(SCENE_LABELS.names)
+
+
+def page_html(name: str, offers: Sequence[Offer], samples_count: int) -> str:
     """The page with what does not change: the model's name, its methods, the samples."""
     samples = "".join(
         f'<button name="sample" value="{n}" class="sample"><img src="samples/{n}.png" alt="Sample {n + 1}" '
         'width="96" height="64"></button>'
-        for n in range(len(SAMPLES))
+        for n in range(samples_count)
     )
     first = next((offer.name for offer in offers if offer.name != "dense" and offer.refusal is None), "dense")
     methods = "".join(_radio(offer.name, offer.title, offer.refusal, offer.name == first) for offer in offers)
@@ -41,6 +50,36 @@ def _radio(name: str, title: str, refusal: str | None, checked: bool) -> str:
     off = "" if refusal is None else f' class="off" title="{escape(refusal)}"'
     state = " checked" if checked else "" if refusal is None else " disabled"
     return f'<label{off}><input type="radio" name="method" value="{name}"{state}><span>{title}</span></label>'
+
+
+def docs_html(document: Mapping[str, Any]) -> str:
+    """The OpenAPI document as a page that loads nothing: addresses, their fields, their answers."""
+    sections = []
+    for path, methods in document["paths"].items():
+        for method, about in methods.items():
+            fields = [[name, _kind(field), field.get("description", "")] for name, field in _fields(about, document)]
+            answers = [[status, answer.get("description", "")] for status, answer in about["responses"].items()]
+            blocks: list[Block] = [about.get("description", about.get("summary", ""))]
+            if fields:
+                blocks.append(Table([Column("field"), Column("type"), Column("meaning")], fields))
+            blocks.append(Table([Column("status"), Column("meaning")], answers))
+            sections.append(Section(f"{method.upper()} {path}", blocks))
+    return report_html("The HTTP API", sections, "Programs read the same at openapi.json.")
+
+
+def _fields(about: Mapping[str, Any], document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    """Names and schemas of what a request may hold."""
+    content = about.get("requestBody", {}).get("content", {})
+    found = [(field["name"], field["schema"]) for field in about.get("parameters", [])]
+    for body in content.values():
+        name = body["schema"]["$ref"].rpartition("/")[2]
+        found += document["components"]["schemas"][name]["properties"].items()
+    return found
+
+
+def _kind(schema: Mapping[str, Any]) -> str:
+    kinds = [part["type"] for part in schema.get("anyOf", [schema]) if part.get("type") not in (None, "null")]
+    return " or ".join(map(str, schema.get("enum", kinds)))
 
 
 @cache

@@ -35,14 +35,19 @@ from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving import answers
 from tokenexit.serving.batching import Answer, Batcher, Expired, Forward, Job
 from tokenexit.serving.choices import Choices, Offer
+from tokenexit.serving.guards import Ending
 from tokenexit.serving.masks import coco
 from tokenexit.serving.metrics import Metrics
-from tokenexit.serving.page import SAMPLES, asset, page_html, sample_png, sample_size
+from tokenexit.serving.pace import Pace
+from tokenexit.serving.page import SAMPLES, asset, knows_scenes, page_html, sample_png, sample_size
 from tokenexit.serving.uploads import Picture, distinct, file_name, read_picture
 from tokenexit.version import __version__
 from tokenexit.windows import PACK_TOKENS, Segmentation
 
 T = TypeVar("T")
+
+CLOSING = 5.0
+"""Seconds that the block under way gets when the server ends."""
 
 
 @dataclass(frozen=True)
@@ -51,8 +56,11 @@ class Limits:
 
     upload_bytes: of a request. pixels: of a picture, and of what the network sees of it, padding included. pictures: of
     a request. places: pictures under way at once; more are refused with status 429. seconds: for an upload, and for its
-    answer. wait: seconds that a picture waits for others to share its batch. batch_tokens: patch tokens of a batch.
-    kept_bytes: pictures that the page may come back to.
+    answer. work: seconds of this machine that the model may be expected to take for a request, at full compute. wait:
+    seconds that a picture waits for others to share its batch. batch_tokens: patch tokens of a batch. kept_bytes:
+    pictures that the page may come back to. held_bytes: uploads under way. connections: open at once; per_address:
+    of one client; silence: seconds in which a connection sends nothing. drain: seconds for what is under way when the
+    server ends.
     """
 
     upload_bytes: int = 20_000_000
@@ -60,9 +68,15 @@ class Limits:
     pictures: int = 16
     places: int = 64
     seconds: float = 30.0
+    work: float = 15.0
     wait: float = 0.004
     batch_tokens: int = PACK_TOKENS
     kept_bytes: int = 256_000_000
+    held_bytes: int = 256_000_000
+    connections: int = 512
+    per_address: int = 128
+    silence: float = 10.0
+    drain: float = 10.0
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
@@ -70,14 +84,34 @@ class Limits:
                 raise ConfigError(f"{name}={value:g} is no limit: give a number above 0.")
 
 
+class TooDear(Exception):
+    """The model would take longer for a request than it may."""
+
+
+class Saturated(Exception):
+    """The requests that are queued take longer than an answer may. seconds: after which to ask again."""
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
+
+
 @dataclass(frozen=True)
 class Health:
-    """status: always "ok" where there is an answer. busy: pictures under way."""
+    """What the server is about to do.
 
-    status: str
+    status: "ok"; "saturated" where a picture that comes now is refused; "ending" after SIGTERM, with status 503.
+    busy: pictures under way, of `places`. wait_seconds: until a small picture that comes now would have its turn.
+    running_seconds: how long the call of the model under way has been running.
+    """
+
+    status: Literal["ok", "saturated", "ending"]
     model: str
     version: str
     busy: int
+    places: int
+    wait_seconds: float
+    running_seconds: float
 
 
 @dataclass(frozen=True)
@@ -117,9 +151,10 @@ class Wish:
 class Service:
     """The endpoints and what they share."""
 
-    def __init__(self, model: ExitSegmenter, name: str, limits: Limits, precision: Precision) -> None:
-        self.limits, self.name = limits, name
+    def __init__(self, model: ExitSegmenter, name: str, limits: Limits, precision: Precision, ending: Ending) -> None:
+        self.limits, self.name, self.ending = limits, name, ending
         self.model = _labelled(model)
+        self.pace = Pace.measured(model, precision)
         self.choices = Choices(model)
         self.metrics = Metrics({"tokenexit_busy_pictures": ("Pictures under way.", lambda: self.batcher.taken)})
         self.batcher = Batcher(
@@ -130,15 +165,23 @@ class Service:
             observe=self._observe_batch,
             around=lambda: inference(model.device, precision),  # for good: weights are lowered once
         )
-        self.page = page_html(name, self.choices.offers())
+        heads = [*model.exit_heads, model.decode_head]
+        self._hooks = [
+            part.register_forward_pre_hook(lambda *_: self.batcher.between())
+            for part in [*model.backbone.blocks, *heads]
+        ]
+        self.samples = SAMPLES if knows_scenes(self.model) else ()
+        self.page = page_html(name, self.choices.offers(), len(self.samples))
         self._kept: OrderedDict[str, Picture] = OrderedDict()
         # Few at once: full-size maps of many classes are large, and cores are few.
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "tokenexit-pictures")
 
     def close(self) -> None:
         """Finish what is under way, and end."""
-        self.batcher.close()
-        self._threads.shutdown()
+        self.batcher.close(CLOSING)
+        self._threads.shutdown(cancel_futures=True)
+        for hook in self._hooks:
+            hook.remove()
 
     # ------------------------------------------------------------------------------------------------ the page
 
@@ -152,8 +195,9 @@ class Service:
         return Response(asset("page.js"), media_type="text/javascript")
 
     async def sample(self, number: int) -> Response:
-        if not 0 <= number < len(SAMPLES):
-            raise HTTPException(404, f"there are samples 0 to {len(SAMPLES) - 1}.")
+        if not 0 <= number < len(self.samples):
+            known = f"there are samples 0 to {len(self.samples) - 1}." if self.samples else "this model has no samples."
+            raise HTTPException(404, known)
         png = await self._in_thread(sample_png, number, sample_size(self.model))
         return Response(png, media_type="image/png", headers={"Cache-Control": "max-age=3600"})
 
@@ -212,7 +256,7 @@ class Service:
         compute: Annotated[float | None, Form()] = None,
     ) -> HTMLResponse:
         """The result of one picture as a page, for browsers without scripts."""
-        if sample is not None and 0 <= sample < len(SAMPLES):
+        if sample is not None and 0 <= sample < len(self.samples):
             data = await self._in_thread(sample_png, sample, sample_size(self.model))
             name = f"Sample {sample + 1}"
         elif image is not None and image.filename:
@@ -233,9 +277,27 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------- the API
 
-    async def healthz(self) -> Health:
-        """Whether the server answers."""
-        return Health("ok", self.name, __version__, self.batcher.taken)
+    async def healthz(self, response: Response) -> Health:
+        """Whether the server answers, and how soon."""
+        wait = self.batcher.wait()
+        status: Literal["ok", "saturated", "ending"] = "ok"
+        if self.ending.begun:
+            status, response.status_code = "ending", 503
+        elif self.full() or wait > self.limits.seconds:
+            status = "saturated"
+        return Health(
+            status,
+            self.name,
+            __version__,
+            self.batcher.taken,
+            self.limits.places,
+            round(wait, 3),
+            round(self.batcher.running_seconds, 3),
+        )
+
+    def full(self) -> bool:
+        """Whether there is no room for another picture."""
+        return self.batcher.taken >= self.limits.places
 
     async def prometheus(self) -> Response:
         """Figures since the start, in Prometheus' text format."""
@@ -285,22 +347,45 @@ class Service:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
     async def _segment(self, pictures: Sequence[Picture], method: Method[Any], targets: Sequence[Size]) -> list[Answer]:
+        costs = [self.pace.seconds(picture.macs) for picture in pictures]
+        self._check_time(sum(costs), max(costs))
         deadline = time.monotonic() + self.limits.seconds
         jobs = [
-            Job(picture.image, method, target, picture.tokens, deadline) for picture, target in zip(pictures, targets)
+            Job(picture.image, method, target, picture.tokens, deadline, seconds)
+            for picture, target, seconds in zip(pictures, targets, costs)
         ]
-        waiting = [asyncio.wrap_future(self.batcher.submit(job)) for job in jobs]
         try:
             async with asyncio.timeout(self.limits.seconds):
-                found = await asyncio.gather(*waiting)
+                found = await asyncio.gather(*[asyncio.wrap_future(self.batcher.submit(job)) for job in jobs])
         except TimeoutError:
             raise Expired from None
+        finally:  # also where the client left: the model ends before its next block
+            for job in jobs:
+                job.gone.set()
         for answer in found:
             self._count(method, answer)
         return list(found)
 
+    def _check_time(self, seconds: float, longest: float) -> None:
+        """Raise `TooDear` or `Saturated` where the pictures cannot be done in time."""
+        limits = self.limits
+        if seconds > limits.work:
+            raise TooDear(
+                f"this would take about {seconds:.2g} seconds of this machine, more than the {limits.work:g} that a "
+                "request may: send fewer or smaller pictures."
+            )
+        late = self.batcher.wait(longest) + seconds - limits.seconds
+        if late > 0:
+            raise Saturated(
+                f"others are before it, and the answer would come about {late:.2g} seconds after the time limit of "
+                f"{limits.seconds:g}: try again later.",
+                math.ceil(late),
+            )
+
     def _count(self, method: Method[Any], answer: Answer) -> None:
         ledger, add = answer.output.ledger, self.metrics.add
+        if answer.batch == 1:
+            self.pace.observe(ledger.macs[0], answer.milliseconds / 1e3)
         add("tokenexit_pictures_total", method=method.name)
         add("tokenexit_macs_total", ledger.macs[0], method=method.name)
         add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)

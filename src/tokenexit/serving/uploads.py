@@ -9,24 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
+from starlette.formparsers import MultiPartParser
 from torch import Tensor
 
 from tokenexit.errors import DataError
 from tokenexit.ledger import Size
-from tokenexit.preprocessing import decoder_reason, load_image, resized_size
+from tokenexit.preprocessing import load_image, resized_size
 from tokenexit.segmenter import ExitSegmenter
-
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
-"""What is read; Pillow knows more, some of it through programs of its own."""
+from tokenexit.serving.pace import dense_macs
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture as the network takes it. size: its own height and width. tokens: what it weighs in a batch."""
+    """A picture as the network takes it.
+
+    size: its own height and width. tokens: what it weighs in a batch. macs: what the dense model takes for it.
+    """
 
     image: Tensor
     size: Size
     tokens: int
+    macs: int
 
 
 def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, Picture]:
@@ -35,7 +38,7 @@ def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) 
     max_pixels: of the picture, which is not decoded beyond that, and of what the network sees of it. A thin strip is
     small until its short side is resized or padded to a patch.
     """
-    picture = load_image(_checked(data, name, max_pixels), max_pixels)
+    picture = load_image(_Named(data, name), max_pixels)
     size, patch = (picture.height, picture.width), model.config.backbone.patch_size
     height, width = resized_size(size, model.preprocessing.resize)
     tokens = -(-height // patch) * -(-width // patch)
@@ -44,7 +47,12 @@ def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) 
             f"image '{name}' of {size[0]}x{size[1]} pixels is too large for the network, which would see {tokens} "
             f"patches of {patch}x{patch} pixels: crop it."
         )
-    return picture, Picture(model.preprocessing.to_tensor(picture), size, tokens)
+    return picture, Picture(model.preprocessing.to_tensor(picture), size, tokens, dense_macs(model, (height, width)))
+
+
+def keep_in_memory(size: int) -> None:
+    """Let uploads of up to `size` bytes stay in memory; starlette's default is to put those beyond 1 MB on disk."""
+    MultiPartParser.spool_max_size = max(MultiPartParser.spool_max_size, size)
 
 
 class _Named(io.BytesIO):
@@ -53,22 +61,6 @@ class _Named(io.BytesIO):
     def __init__(self, data: bytes, name: str) -> None:
         super().__init__(data)
         self.name = name
-
-
-def _checked(data: bytes, name: str, max_pixels: int) -> _Named:
-    """The file, if it begins as one of `FORMATS` does."""
-    file = _Named(data, name)
-    Image.init()
-    known = [kind for kind in FORMATS if kind in Image.OPEN]  # not every Pillow is built with all of them
-    try:
-        Image.open(file, formats=known)
-    except Image.DecompressionBombError:
-        raise DataError(f"image '{name}' has far more than {max_pixels} pixels: shrink it.") from None
-    except Exception as error:  # readers of damaged files raise nearly everything
-        reason = decoder_reason(error)
-        raise DataError(f"image '{name}' cannot be read ({reason}): send JPEG, PNG, WebP, GIF, BMP, TIFF.") from None
-    file.seek(0)
-    return file
 
 
 def file_name(sent: str | None, number: int) -> str:

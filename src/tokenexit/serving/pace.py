@@ -1,0 +1,60 @@
+"""What a request will cost: multiply-adds of the dense model, in seconds of this machine.
+
+A method with exits is reckoned as if nobody left: a threshold decides how many do, and an image too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+import torch
+
+from tokenexit.inference import Precision, inference
+from tokenexit.ledger import Size, dense_ops
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.windows import window_boxes
+
+PROBE_SIDES = (128, 192)
+"""Pixels of the noise that is timed: enough that the work counts, and not the calls."""
+REPEATS = 3
+
+
+class Pace:
+    """Seconds per multiply-add of a model on this machine: the best that was seen.
+
+    A slow call, of a busy moment or of an image that is too small to fill the machine, therefore refuses nobody later.
+    """
+
+    def __init__(self, seconds_per_mac: float) -> None:
+        self._seconds_per_mac = seconds_per_mac
+
+    @classmethod
+    def measured(cls, model: ExitSegmenter, precision: Precision) -> Pace:
+        """Time one block of the backbone, which takes well below a second."""
+        backbone, device = model.backbone, model.device
+        pace = cls(float("inf"))
+        with inference(device, precision):
+            tokens = backbone.embed([torch.randn(3, *PROBE_SIDES, device=device)])
+            for _ in range(REPEATS):
+                start = time.perf_counter()
+                backbone.run(tokens, 0, 1)
+                if device.type == "cuda":
+                    torch.cuda.synchronize(device)
+                pace.observe(backbone.block_ops(tokens.packing.lengths[0]).macs, time.perf_counter() - start)
+        return pace
+
+    def seconds(self, macs: int) -> float:
+        return macs * self._seconds_per_mac
+
+    def observe(self, macs: int, seconds: float) -> None:
+        """Learn from a call of the model that took so long for so many multiply-adds."""
+        self._seconds_per_mac = min(self._seconds_per_mac, seconds / macs)
+
+
+def dense_macs(model: ExitSegmenter, size: Size) -> int:
+    """Multiply-adds of the dense model for an image whose resized height and width are `size`, in its windows."""
+    boxes = window_boxes(size, model.preprocessing.window, model.preprocessing.stride)
+    sizes = Counter((bottom - top, right - left) for top, left, bottom, right in boxes)
+    grid = model.backbone.patch_embed.grid
+    return sum(n * dense_ops(model.backbone, model.decode_head, grid(*size)).macs for size, n in sizes.items())
