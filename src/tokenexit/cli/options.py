@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from tokenexit.segmenter import ExitSegmenter
 
 
+LARGEST = {"input_scale": 8.0}
+"""The largest values that options take; those of others end where 32 bits do."""
+LARGEST_NUMBER = 2**31 - 1
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, as all others are, and that answers a shell that asks for completions."""
 
@@ -28,10 +33,21 @@ class CommandParser(argparse.ArgumentParser):
             from argcomplete import autocomplete
 
             autocomplete(self, always_complete_options=False)  # ends the program
-        return super().parse_args(*arguments)
+        options = super().parse_args(*arguments)
+        for name, value in vars(options).items():
+            check_numbers(name, value)
+        return options
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see {self.prog} --help.")
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """Refuse numbers that no command can work with, alone or in a list: too large, infinite, or none."""
+    largest = LARGEST.get(name, LARGEST_NUMBER)
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not abs(number) <= largest:
+            raise ConfigError(f"--{name.replace('_', '-')} {number} must be a number of at most {largest:.0f}.")
 
 
 def asked_by_shell() -> bool:
@@ -169,6 +185,7 @@ def _sides(name: str, texts: Sequence[str]) -> tuple[int, ...] | None:
         raise ConfigError(
             f"{name} {' '.join(texts)} is no size: give one side in pixels, or height and width."
         ) from None
+    check_numbers(name.removeprefix("--"), list(sides))
     return sides * 2 if len(sides) == 1 else sides
 
 
@@ -223,7 +240,7 @@ def device_of(name: str) -> torch.device:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta, which makes tensors and holds nothing, is none either
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(f"--device {name} is not there: choose cpu, or auto.") from None
     return device
