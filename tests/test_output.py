@@ -1,3 +1,6 @@
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close, picture, tiny_segmenter
 from tokenexit import output
+from tokenexit.errors import DataError
 from tokenexit.methods import Dense, DToP
 from tokenexit.output import resize_maps
 
@@ -51,6 +55,31 @@ def test_labels__ties_go_to_the_lower_class(monkeypatch, tile):
     flat[2:4] = 1.0
     tied = type(out)(**(vars(out) | {"grid_logits": (flat,)}))
     assert (tied.labels == 2).all()
+
+
+@pytest.mark.parametrize("window", [None, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("read", ["labels", "scores"])
+def test_labels_and_scores__of_maps_that_are_not_finite_are_refused(read, bad, window):
+    model = tiny_segmenter("fcn")
+    model.preprocessing = replace(model.preprocessing, window=window)
+    with torch.no_grad():
+        out = model.segment([picture(12, 16, 0), picture(12, 16, 1)])
+        (out if window is None else out.windows).grid_logits[-1][2, 1, 1] = bad
+    with pytest.raises(
+        DataError, match=r"^the model's output is not finite \(NaN or infinity\): check its weights and"
+    ):
+        getattr(out, read)
+    assert getattr(out[0], read).shape == (1, 12, 16)
+    assert torch.stack(list(out.logits)).shape == (2, 5, 12, 16)  # as they are, to be looked at
+
+
+def test_labels__a_std_that_is_next_to_nothing_is_no_class_0():
+    model = tiny_segmenter("fcn")
+    model.preprocessing = replace(model.preprocessing, std=(1e-300,) * 3)
+    out = model.predict(np.full((8, 8, 3), 200, np.uint8))
+    with pytest.raises(DataError, match="not finite"):
+        _ = out.labels
 
 
 def test_labels__of_one_size_are_one_tensor_and_of_several_a_list():

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from fractions import Fraction
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
@@ -24,7 +25,7 @@ import tokenexit.predicting as predicting
 from tests.formats.test_label_studio import as_mask
 from tests.formats.test_rle import read
 from tests.helpers import tiny_segmenter
-from tokenexit.bulk import End, Shot, ahead, packed
+from tokenexit.bulk import End, Frame, ahead, packed
 from tokenexit.calibration.drift import EDGES, Histograms, Monitor, Usual, watch
 from tokenexit.cli.predict import MAX_PIXELS, SAVE
 from tokenexit.errors import ConfigError, DataError
@@ -234,30 +235,124 @@ def test_results_of_an_earlier_call_inside_the_folder_are_no_pictures(model: Exi
 
 
 def test_an_empty_folder_is_refused(model: ExitSegmenter, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="holds no picture: name a folder with"):
+    with pytest.raises(DataError, match="holds no image: name a folder with"):
         predict_files(model, [tmp_path], tmp_path / "out", METHOD)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("second", ["b/a.png", "a.jpg", "a.exits.jpg"])
-def test_pictures_whose_results_would_meet_are_refused_before_anything_is_written(
-    second: str, model: ExitSegmenter, tmp_path: Path
+def test_results_that_would_meet_are_refused_all_at_once_before_anything_is_written(
+    model: ExitSegmenter, tmp_path: Path
 ) -> None:
-    (tmp_path / "b").mkdir()
-    for name in ("a.png", second):
-        noise(8, 8).save(tmp_path / name)
-    with pytest.raises(ConfigError, match=r"would both be written to .*: rename one, or predict them to different"):
-        predict_files(model, [tmp_path / "a.png", tmp_path / second], tmp_path / "out", METHOD)
+    given = [tmp_path / folder / name for folder in ("x", "y") for name in ("a.png", "b.png")]
+    for path in given:
+        path.parent.mkdir(exist_ok=True)
+        noise(8, 8).save(path)
+    with pytest.raises(ConfigError) as refusal:
+        predict_files(model, given, tmp_path / "out", METHOD)
+    pairs = [f"{given[n]} and {given[n + 2]} to {tmp_path / 'out' / given[n].name}.png" for n in range(2)]
+    assert str(refusal.value) == (
+        f"results would overwrite each other ({', '.join(pairs)}): rename one of each, or predict them to different "
+        "folders."
+    )
     assert not (tmp_path / "out").exists()
 
 
-def test_a_picture_is_never_overwritten_by_its_mask(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_images_of_one_name_keep_their_suffixes_whatever_is_saved(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    for n, name in enumerate(("a.jpg", "a.png", "b.png", "c.bmp", "c.exits.png")):
+        noise(8, 8, seed=n).save(folder / name)
+    said: list[str] = []
+    assert predict_files(model, [folder], out, METHOD, save=["masks", "coco"], say=said.append) == Predicted(5, 0, ())
+    apart = ["a.jpg", "a.png", "c.bmp", "c.exits.png"]
+    masks = [name for name in names(out) if name.endswith(".png")]
+    assert masks == sorted(["b.png", *(f"{name}.png" for name in apart)])
+    for name in apart:
+        expected = model.predict(folder / name, METHOD).labels[0]
+        assert np.asarray(Image.open(out / f"{name}.png")).tolist() == expected.tolist()
+    words = ", ".join(f"{folder / name} as {name}" for name in apart)
+    assert said == [f"results that would meet are named with the suffixes of their sources: {words}."]
+    images = json.loads((out / "coco.index.json").read_text())["images"]
+    assert sorted(image["file_name"] for image in images) == sorted(["b.png", *apart])
+    assert predict_files(model, [folder], out, METHOD, save=["masks", "coco"]) == Predicted(0, 5, ())
+
+
+def test_an_image_is_never_overwritten_by_a_result(model: ExitSegmenter, tmp_path: Path) -> None:
+    for name in ("a.png", "b.jpg", "b.gif", "b.jpg.png"):
+        noise(8, 8).save(tmp_path / name)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    for given, target in ((["a.png"], "a.png"), (["b.jpg", "b.gif", "b.jpg.png"], "b.jpg.png")):
+        with pytest.raises(ConfigError, match=rf"would overwrite what is given as an image \({tmp_path / target} of "):
+            predict_files(model, [tmp_path / name for name in given], tmp_path, METHOD)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_folder_of_images_is_no_place_for_results_and_results_are_no_images(
+    model: ExitSegmenter, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    noise(8, 8).save(folder / "a.jpg")
+    with pytest.raises(ConfigError, match=r"in is both a folder of images and the place of results, which later calls"):
+        predict_files(model, [folder], folder, METHOD)
+    assert names(folder) == ["a.jpg"]
+    assert predict_files(model, [folder], folder / "first", METHOD) == Predicted(1, 0, ())
+    said: list[str] = []
+    assert predict_files(model, [folder], folder / "second", METHOD, say=said.append) == Predicted(1, 0, ())
+    assert said == [f"passed over {folder / 'first'}, which holds results of an earlier call ({RECORD})."]
+    with pytest.raises(
+        DataError, match=r"first holds results of an earlier call \(predictions\.json\): give the folder"
+    ):
+        predict_files(model, [folder / "first"], tmp_path / "out", METHOD)
+    assert predict_files(model, [folder / "a.jpg"], folder, METHOD) == Predicted(1, 0, ())  # one by one, as one likes
+    with pytest.raises(ConfigError, match="leave results of earlier calls out"):
+        predict_files(model, [folder / "a.jpg", folder / "a.overlay.jpg"], folder, METHOD)
+
+
+def test_names_that_are_no_text_are_escaped_in_results_and_kept_for_other_tools(
+    model: ExitSegmenter, tmp_path: Path
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in (b"a.png", b"b\xff.png", "\u00fc.png".encode()):
+        path = os.fsdecode(name)
+        with open(os.path.join(folder, path), "wb") as file:
+            noise(8, 8).save(file, format="PNG")
+    for out in (tmp_path / "out", tmp_path / "out.zip"):
+        save = ["masks", "coco", "labelstudio"]
+        assert predict_files(model, [folder], out, METHOD, save=save) == Predicted(3, 0, ())
+        assert predict_files(model, [folder], out, METHOD, save=save) == Predicted(0, 3, ())
+    out = tmp_path / "out"
+    assert [name for name in names(out) if name.endswith(".png")] == ["a.png", "b%FF.png", "\u00fc.png"]
+    tasks = json.loads((out / "labelstudio.json").read_text())
+    urls = sorted(task["data"]["image"].partition("?d=")[2] for task in tasks)
+    assert urls == ["%C3%BC.png", "a.png", "b%FF.png"]
+
+
+def test_a_name_that_is_too_long_for_results_fails_alone(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    long = "x" * 245  # its mask and exit map could be named, its overlay not
+    for name in ("a", long):
+        noise(8, 8).save(folder / f"{name}.png")
+    done = predict_files(model, [folder], out, METHOD)
+    assert done == Predicted(
+        1, 0, (f"{long}.overlay.jpg is too long a name for a file of {out}: shorten the name of the image or video.",)
+    )
+    assert names(out) == sorted(f"a{suffix}" for suffix in RESULTS)
+
+
+def test_what_is_no_file_fails_alone_and_is_not_waited_for(model: ExitSegmenter, tmp_path: Path) -> None:
+    for name in ("pipe.png", "pipe.mp4"):
+        os.mkfifo(tmp_path / name)
     noise(8, 8).save(tmp_path / "a.png")
-    before = (tmp_path / "a.png").read_bytes()
-    for sources in ([tmp_path], [tmp_path / "a.png"]):
-        with pytest.raises(ConfigError, match=r"a\.png is a picture and would be overwritten"):
-            predict_files(model, sources, tmp_path, METHOD)
-    assert (tmp_path / "a.png").read_bytes() == before
+    given = [tmp_path / "pipe.png", Path("/dev/zero"), tmp_path / "a.png", Path("y" * 300), tmp_path / "pipe.mp4"]
+    done = predict_files(model, given, tmp_path / "out", METHOD)
+    assert done.pictures == 1
+    assert done.failed[:2] == tuple(f"image '{path}' is no regular file: give an image file." for path in given[:2])
+    assert "File name too long" in done.failed[2]
+    if find_spec("av") is not None:
+        assert done.failed[3] == f"video '{given[4]}' is no regular file: give a video file."
 
 
 # --------------------------------------------------------------------------------------------------- what is written
@@ -353,10 +448,10 @@ def test_pictures_of_all_sizes_in_packs_get_what_each_gets_alone(
 
 
 def test_packs_hold_so_many_tokens_and_one_picture_at_least() -> None:
-    def shot(height: int, width: int) -> Shot:
-        return Shot("", "", "", Image.new("RGB", (1, 1)), torch.zeros(3, height, width))
+    def frame(height: int, width: int) -> Frame:
+        return Frame("", "", "", Image.new("RGB", (1, 1)), torch.zeros(3, height, width))
 
-    small, large, end = shot(4, 8), shot(9, 12), End(Job("a"), 1)  # 2 and 9 patches of 4 pixels
+    small, large, end = frame(4, 8), frame(9, 12), End(Job("a"), 1)  # 2 and 9 patches of 4 pixels
     items: list[Any] = [small, end, small, small, large, large, small, end, end]
     assert [len(pack) for pack in packed(iter(items), 4, 6)] == [4, 1, 1, 3]
     assert [item for pack in packed(iter(items), 4, 6) for item in pack] == items
@@ -476,7 +571,7 @@ def test_predictions_of_another_model_or_method_are_not_mixed_in(model: ExitSegm
             predict_files(other, [folder], out, method)
     assert names(out) == before
     changed = replace(METHOD, threshold=0.5)
-    words = rf"^{out} holds predictions of other pictures made with other method: choose another folder\.$"
+    words = rf"^{out} holds predictions of other images made with other method: choose another folder\.$"
     with pytest.raises(ConfigError, match=words):
         predict_files(model, [folder / "1.png"], out, changed, overwrite=True)
     assert names(out) == before
@@ -710,10 +805,16 @@ def test_videos_without_pyav_are_passed_over_in_one_sentence(
 def test_a_video_is_no_task_and_never_overwritten(model: ExitSegmenter, tmp_path: Path) -> None:
     (tmp_path / "v.mp4").write_bytes(b"")
     with pytest.raises(
-        ConfigError, match=r"v\.mp4 is a video, and Label Studio's masks are of pictures: give its frames"
+        ConfigError, match=r"v\.mp4 is a video, and Label Studio's masks are of images: give its frames"
     ):
         predict_files(model, [tmp_path / "v.mp4"], tmp_path / "out", METHOD, save=["labelstudio"])
-    (tmp_path / "v.mov").write_bytes(b"")
-    with pytest.raises(ConfigError, match="would both be written to"):
-        predict_files(model, [tmp_path / "v.mp4", tmp_path / "v.mov"], tmp_path / "out", METHOD)
     assert not (tmp_path / "out").exists()
+
+
+def test_videos_of_one_name_are_told_apart(model: ExitSegmenter, tmp_path: Path) -> None:
+    film_of(tmp_path / "v.mp4", 1)
+    film_of(tmp_path / "v.mov", 1)
+    done = predict_files(model, [tmp_path / "v.mp4", tmp_path / "v.mov"], tmp_path / "out", METHOD, save=["masks"])
+    assert done == Predicted(2, 0, ())
+    masks = [f"v.{kind}/000001.png" for kind in ("mov", "mp4")]
+    assert names(tmp_path / "out") == [*(f".parts/v.{kind}.frames.json" for kind in ("mov", "mp4")), *masks]

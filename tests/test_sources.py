@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tokenexit.errors import DataError
-from tokenexit.sources import Job, list_jobs, list_pictures, list_sources
+from tokenexit.sources import Job, jobs_of, list_pictures, list_sources
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_list__may_name_folders_and_videos_and_stand_beside_others(photos: Path)
 
 
 def test_list__that_names_nothing_or_is_not_there_is_refused(photos: Path) -> None:
-    with pytest.raises(DataError, match=r"^list 'list\.txt' is empty: write the path of a picture in each line\.$"):
+    with pytest.raises(DataError, match=r"^list 'list\.txt' is empty: write the path of an image in each line\.$"):
         list_sources([listed("", "  ")])
     with pytest.raises(DataError, match=r"^list 'nope\.txt' cannot be read \(No such file or directory\): check the p"):
         list_sources([Path("@nope.txt")])
@@ -55,16 +55,16 @@ def test_list__that_names_nothing_or_is_not_there_is_refused(photos: Path) -> No
 
 def test_pictures__are_those_of_a_folder_and_no_videos(photos: Path) -> None:
     assert list(list_pictures([photos]).values()) == ["a/1", "a/2", "b/1", "c"]
-    with pytest.raises(DataError, match=r"^in/v\.mp4 is a video: give pictures, such as its frames\.$"):
+    with pytest.raises(DataError, match=r"^in/v\.mp4 is a video: give images, such as its frames\.$"):
         list_pictures([photos / "v.mp4"])
 
 
 def test_jobs__are_pictures_or_films_of_a_folder_and_videos(photos: Path) -> None:
     sources, out = [photos, photos / "v.mp4"], Path("out")
-    single = list_jobs(sources, out, films=False)
+    single = jobs_of(list_sources(sources, out), films=False)
     assert [(job.name, job.size) for job in single] == [("a/1", 1), ("a/2", 1), ("b/1", 1), ("c", 1), ("v", 1)]
     assert single[-1] == Job("v", video=photos / "v.mp4")
-    films = list_jobs(sources, out, films=True)
+    films = jobs_of(list_sources(sources, out), films=True)
     assert [(job.name, [name for _, name in job.pictures]) for job in films] == [
         ("a", ["a/1", "a/2"]),
         ("b", ["b/1"]),

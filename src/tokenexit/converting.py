@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -28,6 +26,7 @@ from tokenexit.heads import HEADS
 from tokenexit.preprocessing import Labels, Preprocessing, default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.vit import ViT, ViTConfig
+from tokenexit.writing import whole
 
 SHOWN = 5
 HEADS_IN_STATE = ("decode_head.", "exit_heads.")
@@ -365,9 +364,8 @@ def _put_file(target: Path, write: Callable[[Path], None]) -> None:
     """Write beside the target and rename, so that no half file ever has its name."""
     with _writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as unfinished:
-            write(Path(unfinished) / target.name)
-            os.replace(Path(unfinished) / target.name, target)
+        with whole(target) as unfinished:
+            write(unfinished)
 
 
 @contextmanager

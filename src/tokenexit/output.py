@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.errors import DataError
 from tokenexit.ledger import Ledger, Size
 from tokenexit.methods.base import Stage, Value
 from tokenexit.tokens import Grid
@@ -81,13 +82,16 @@ class SegmentationOutput:
 
     @property
     def labels(self) -> Tensor | list[Tensor]:
-        """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ."""
+        """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ.
+
+        Raises `DataError` where grid logits are not finite.
+        """
         return stack_equal([self._labels(i) for i in range(len(self))])
 
     @property
     def scores(self) -> Tensor | list[Tensor]:
         """Score of that class, in [0, 1]: `(B, H, W)` fp32, or a list of `(H, W)` if sizes differ. Its probability
-        where `value` is "logits"."""
+        where `value` is "logits". Raises `DataError` where grid logits are not finite."""
         return stack_equal([self._scores(i) for i in range(len(self))])
 
     def _resize(self, image: int, maps: Tensor) -> Tensor:
@@ -107,6 +111,7 @@ class SegmentationOutput:
         return lambda classes: self._resize(image, self.grid_logits[image][classes])
 
     def _labels(self, image: int) -> Tensor:
+        check_finite(self.grid_logits[image])
         maps, size = self.grid_logits[image], self.sizes[image]
         num_classes, scale = len(maps), maps.shape[1] // self.grid(image)[0]
         cell, rest = divmod(self.patch_size, scale)
@@ -115,8 +120,23 @@ class SegmentationOutput:
         return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
 
     def _scores(self, image: int) -> Tensor:
+        check_finite(self.grid_logits[image])
         num_classes = len(self.grid_logits[image])
         return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
+
+
+def check_finite(*maps: Tensor) -> None:
+    """Raise `DataError` for maps of which classes cannot be told: the argmax of NaN is a class like any other.
+
+    Called where maps become labels or scores, on grid logits, which are small; training and export see them as they
+    are.
+    """
+    for each in maps:
+        if not torch.stack(each.detach().aminmax()).isfinite().all():  # NaN is the least and the greatest of all
+            raise DataError(
+                "the model's output is not finite (NaN or infinity): check its weights and the mean and std of its "
+                "preprocessing, or run it in fp32."
+            )
 
 
 def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: Size) -> Tensor:

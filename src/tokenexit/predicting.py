@@ -1,12 +1,13 @@
-"""Pictures and videos on disk in; masks, overlays, exit maps and the layouts of others on disk out.
+"""Predict images and videos on disk: write masks, overlays, exit maps and the annotation formats of other tools.
 
-Pictures are decoded ahead of the network and packed, small ones with others; files are drawn and written behind it. One
-bad file does not stop the rest. What a killed call has written is whole, and the next call takes up what is left.
+Images are decoded ahead of the network and packed, small ones with others; files are drawn and written behind it. One
+bad file does not stop the rest. The files of a killed call are whole, and the next call goes on from there.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -15,10 +16,11 @@ from typing import Any
 
 from PIL import Image
 
-from tokenexit.bulk import Engine, Keep, Share, count_file
+from tokenexit.bulk import MAX_TOKENS, Engine, Keep, Limits, Worker, count_file
 from tokenexit.calibration.drift import Monitor
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import from_first, gather, place, together
+from tokenexit.formats import heic
 from tokenexit.formats.label_studio import LOCAL_FILES
 from tokenexit.formats.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, About, Output
 from tokenexit.formats.places import Place
@@ -27,17 +29,29 @@ from tokenexit.inference import Precision
 from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.preprocessing import MAX_PIXELS, Labels, default_labels
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.sources import Job, frame_name, list_jobs
+from tokenexit.sources import (
+    RECORD,
+    SUFFIXES,
+    Job,
+    Say,
+    at_most,
+    frame_name,
+    is_video,
+    jobs_of,
+    list_sources,
+    name_apart,
+    quiet,
+)
 from tokenexit.writing import whole
-
-RECORD = "predictions.json"
-"""What the predictions of a folder were made with."""
 
 
 @dataclass(frozen=True)
 class Predicted:
-    """What a call did. pictures: segmented, frames among them. skipped: pictures and videos that were whole before.
-    failed: a sentence for each that could not be segmented."""
+    """The result of a call.
+
+    pictures: number of segmented images, frames of videos included. skipped: number of images and videos whose files
+    were all there. failed: a sentence for each that could not be segmented.
+    """
 
     pictures: int
     skipped: int
@@ -54,33 +68,54 @@ def predict_files(
     overwrite: bool = False,
     precision: Precision = "fp32",
     max_pixels: int = MAX_PIXELS,
+    max_tokens: int = MAX_TOKENS,
     fps: float = 25.0,
     image_url: str = LOCAL_FILES,
     gate: bool = False,
     monitor: Monitor | None = None,
     progress: Callable[[Iterable[Path]], Iterable[Path]] = iter,
+    say: Say = quiet,
 ) -> Predicted:
-    """Segment pictures, folders and lists of them, and videos, and keep what `save` names in `out`.
+    """Segment images, folders and lists of them, and videos, and write the results to `out`.
 
-    sources: see `list_sources`. out: a folder, or a zip, which appears when all is done.
-    save: names in `OUTPUTS`, for every picture, and "video". By default, of a picture NAME, `NAME.png` (palette mask at
-        the picture's size, class per pixel), `NAME.overlay.jpg` and `NAME.exits.png`. The frames of a video NAME are
-        `NAME/000001` and so on; "video" adds `NAME.overlay.mp4`, and the same of every folder of pictures as its
-        frames, `fps` of them a second.
-    overwrite: make again what is whole, which is passed over otherwise. `out/predictions.json` says what predictions
-        were made with, and a folder of others is refused.
-    max_pixels: larger pictures are refused. image_url: what comes before a picture's name in Label Studio's tasks.
-    gate: pass over exits that do not pay at a picture's size (`tokenexit.gating`); `out` keeps to the choice it began
-        with.
-    monitor: learns how sure the exits were of each picture; not together with closed exits, which see none.
+    Args:
+        model: in evaluation mode.
+        sources: files, folders and lists, see `list_sources`.
+        out: a folder, or a zip, which appears when all is done.
+        method: what the model runs with.
+        save: names in `OUTPUTS`, for every image, and "video". By default an image NAME leaves `NAME.png` (palette mask
+            at the image's size, class per pixel), `NAME.overlay.jpg` and `NAME.exits.png`. Where results of two images
+            would meet, the suffix is part of the name: `a.jpg.png` and `a.png.png`. The frames of a video NAME are
+            `NAME/000001` and so on; "video" adds `NAME.overlay.mp4`, and makes one of every folder of images as its
+            frames, `fps` of them a second.
+        overwrite: make again the files that are there, which are kept otherwise. `out/predictions.json` says how
+            predictions were made, and a folder of others is refused.
+        precision: of matrix products.
+        max_pixels: larger images are refused.
+        max_tokens: images, or windows of them, with more patch tokens are refused: their time grows with the square.
+        fps: frames per second of a video made of a folder.
+        image_url: what comes before an image's name in Label Studio's tasks.
+        gate: pass over exits that do not pay at an image's size (`tokenexit.gating`); `out` keeps to the choice it
+            began with.
+        monitor: learns how sure the exits were of each image; not together with closed exits, which see none.
+        progress: wraps the list of paths that this call works on, in order.
+        say: is told failures as they come, files that are passed over, and images that will take long.
 
     Connected processes (torch.distributed) must all call it and see the same `out`. They share the work, all return the
-    same, and the first one's monitor learns of all. Raises `ConfigError` for options that cannot work together, with
-    this model or with what is in `out`.
+    same, and the first one's monitor learns of all.
+
+    Returns:
+        Numbers of images, and a sentence for each that failed.
+
+    Raises:
+        ConfigError: for options that cannot work together, with this model or with the files in `out`.
+        DataError: for a folder or list without images.
     """
     model.check(method)
     if monitor is not None and (gate or method.inner is not method):
         raise ConfigError("a monitor wants to see every exit, and gate closes some: give one of the two.")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}.")
     films = VIDEO in save
     outputs = chosen_outputs(save)
     results = Place(out)
@@ -89,22 +124,27 @@ def predict_files(
     skipped = 0
     with together():
         if rank == 0:
-            named = list_jobs(sources, out, films)
-            check_jobs(named, results, outputs, films)
+            named = list_sources(sources, out, say, SUFFIXES | heic.SUFFIXES if heic.is_available() else SUFFIXES)
+            check_sources(named, results)
+            named = name_apart(named, may_leave, say)
+            check_sources(named, results)
+            listed = jobs_of(named, films)
+            check_jobs(listed, results, outputs, films)
             if gate:
                 method = _gated(model, method, precision, None if overwrite else results.read(RECORD))
             made_with = _made_with(model, method, precision)
-            jobs = _open(results, named, outputs, films, made_with, overwrite)
-            skipped = sum(job.size for job in named) - sum(job.size for job in jobs)
+            jobs = _open(results, listed, outputs, films, made_with, overwrite)
+            skipped = sum(job.size for job in listed) - sum(job.size for job in jobs)
     jobs, method = from_first((jobs, method))
     about = About(classes_of(model), f"tokenexit {model.fingerprint()}", image_url)
     engine = Engine(model, method, precision, "scores" in outputs, monitor)
-    share = Share(engine, Keep(results, outputs, about, films, fps))
+    worker = Worker(engine, Keep(results, outputs, about, films, fps), say)
     with together():
         mine = jobs[rank::processes]
         done = results.files() if any(job.video for job in mine) and not films else set()
-        share.do(mine, lambda name: not _are_there(name, outputs, done), max_pixels, progress if rank == 0 else iter)
-    told = gather((share.pictures, share.failed, monitor))
+        limits = Limits(max_pixels, max_tokens)
+        worker.do(mine, lambda name: not _are_there(name, outputs, done), limits, progress if rank == 0 else iter)
+    told = gather((worker.pictures, worker.failed, monitor))
     with together():
         if rank == 0:
             _close(results, outputs, about)
@@ -115,11 +155,12 @@ def predict_files(
 
 
 def classes_of(model: ExitSegmenter) -> Labels:
+    """Return the names and colours of the model's classes."""
     return model.preprocessing.labels or default_labels(model.config.num_classes)
 
 
 def save_atomically(image: Image.Image, path: Path) -> None:
-    """Write a picture so that the file is there whole or not at all."""
+    """Write an image so that the file is there whole or not at all."""
     with whole(path) as unfinished:
         image.save(unfinished)
 
@@ -128,7 +169,7 @@ def save_atomically(image: Image.Image, path: Path) -> None:
 
 
 def chosen_outputs(save: Sequence[str]) -> dict[str, Output]:
-    """Raises `ConfigError` for names that are none."""
+    """Look up the outputs of these names, "video" left out. Raises `ConfigError` for unknown names, and for none."""
     for name in save:
         if name not in (*OUTPUTS, VIDEO):
             raise ConfigError(f"save={name!r} is unknown: choose of {', '.join((*OUTPUTS, VIDEO))}.")
@@ -137,35 +178,60 @@ def chosen_outputs(save: Sequence[str]) -> dict[str, Output]:
     return {name: OUTPUTS[name] for name in dict.fromkeys(save) if name != VIDEO}
 
 
-def check_jobs(jobs: Sequence[Job], results: Place, outputs: Mapping[str, Output], films: bool) -> None:
-    """Refuse results that would take the place of each other or of a picture, and videos where pictures are needed."""
+def may_leave(path: Path, name: str) -> Iterator[str]:
+    """Yield every file that a source may leave, whatever is saved, so that names do not depend on it."""
+    for output in OUTPUTS.values():
+        yield output.file(frame_name(name, 1) if is_video(path) else name)
+    if is_video(path):
+        yield name + VIDEO_SUFFIX
+
+
+def check_sources(named: Mapping[Path, str], results: Place) -> None:
+    """Refuse sources that lie where results will be, as results of earlier calls do.
+
+    Results that take the suffixes of their sources could not overwrite them, and would be taken for images next time.
+    """
 
     @cache
-    def real(folder: Path) -> Path:
-        return folder.resolve()
+    def real(folder: Path) -> str:
+        return os.path.realpath(folder)
 
-    sources = [path for job in jobs for path, _ in job.pictures] + [job.video for job in jobs if job.video]
-    given = {real(path.parent) / path.name for path in sources}
+    given = {(real(path.parent), path.name) for path in named}
+    meeting = []
+    for path, name in named.items():
+        for target in (results.folder / file for file in may_leave(path, name)):
+            if (real(target.parent), target.name) in given:
+                meeting.append(f"{target} of {path}")
+    if meeting:
+        raise ConfigError(
+            f"results would overwrite what is given as an image ({at_most(meeting)}): choose another folder for the "
+            "results, or leave results of earlier calls out."
+        )
+
+
+def check_jobs(jobs: Sequence[Job], results: Place, outputs: Mapping[str, Output], films: bool) -> None:
+    """Refuse results that would overwrite each other, and videos where images are needed."""
     taken: dict[str, Path] = {}
+    meeting: dict[tuple[Path, Path], Path] = {}
     for job in jobs:
         if job.video is not None and "labelstudio" in outputs:
-            raise ConfigError(f"{job.video} is a video, and Label Studio's masks are of pictures: give its frames.")
+            raise ConfigError(f"{job.video} is a video, and Label Studio's masks are of images: give its frames.")
         for path, file in _targets(job, outputs, films, frames=1):
-            target = results.folder / file
-            if real(target.parent) / target.name in given:
-                raise ConfigError(f"{target} is a picture and would be overwritten: choose another folder for results.")
             if file in taken:
-                raise ConfigError(
-                    f"{taken[file]} and {path} would both be written to {target}: rename one, or predict them to "
-                    "different folders."
-                )
-            taken[file] = path
+                meeting.setdefault((taken[file], path), results.folder / file)
+            taken.setdefault(file, path)
+    if meeting:
+        words = [f"{first} and {second} to {target}" for (first, second), target in meeting.items()]
+        raise ConfigError(
+            f"results would overwrite each other ({at_most(words)}): rename one of each, or predict them to different "
+            "folders."
+        )
 
 
 def _targets(job: Job, outputs: Mapping[str, Output], films: bool, frames: int) -> Iterator[tuple[Path, str]]:
-    """Every file that a job leaves, of a video so many frames, and the path it is made of."""
-    pictures = job.pictures or [(job.path, frame_name(job, n)) for n in range(1, frames + 1)]
-    for path, name in pictures:
+    """Yield every file that a job leaves, with the path that it is made of. frames: number of them in a video."""
+    images = job.pictures or [(job.path, frame_name(job.name, n)) for n in range(1, frames + 1)]
+    for path, name in images:
         for output in outputs.values():
             yield path, output.file(name)
     if films:
@@ -180,7 +246,7 @@ def _open(
     made_with: dict[str, Any],
     overwrite: bool,
 ) -> list[Job]:
-    """The jobs that are left, with all made ready for them."""
+    """Return the jobs that are left to do, and make `out` ready for them."""
     there, record = results.files(), results.read(RECORD)
     known = isinstance(record, dict)
     others = " and ".join(key for key, value in made_with.items() if known and record.get(key) != value)
@@ -195,7 +261,7 @@ def _open(
         suffixes = tuple(output.suffix for output in OUTPUTS.values())
         if others and any(file.endswith(suffixes) for file in there - old - parts):
             raise ConfigError(
-                f"{results.out} holds predictions of other pictures made with other {others}: choose another folder."
+                f"{results.out} holds predictions of other images made with other {others}: choose another folder."
             )
         results.open()
         results.forget(old | parts)
@@ -221,7 +287,7 @@ def _are_there(name: str, outputs: Mapping[str, Output], there: set[str]) -> boo
 
 
 def _left_of(job: Job, outputs: Mapping[str, Output], films: bool, there: set[str]) -> set[str]:
-    """Files of an earlier call that a job makes again."""
+    """List the files of an earlier call that a job makes again."""
     if job.video is None:
         return there.intersection(file for _, file in _targets(job, outputs, films, 0))
     suffixes = tuple(output.suffix for output in outputs.values())
@@ -231,16 +297,16 @@ def _left_of(job: Job, outputs: Mapping[str, Output], films: bool, there: set[st
 
 
 def _gated(model: ExitSegmenter, method: Method[Any], precision: Precision, record: Any) -> Method[Any]:
-    """The exits that pay here, or those that predictions of this method in `out` were begun with."""
+    """Close the exits that do not pay here, or those that were closed when predictions in `out` were begun."""
     try:
         before = build_method(record["method"])
-    except (ConfigError, KeyError, TypeError, ValueError):  # nothing begun, or nothing that could be known
+    except (ConfigError, KeyError, TypeError, ValueError):  # nothing was begun, or by another version
         return gated_by_size(model, method, precision)
     return before if before.inner == method else gated_by_size(model, method, precision)
 
 
 def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) -> dict[str, Any]:
-    """What predictions depend on beside the pictures, as JSON has it."""
+    """Record, as JSON has it, what predictions depend on beside the images."""
     record = {
         "weights": model.fingerprint(),
         "method": spec_of(method, whole=True),
@@ -252,13 +318,13 @@ def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) 
 
 
 def _close(results: Place, outputs: Mapping[str, Output], about: About) -> None:
-    """Write what is one of all pictures."""
+    """Write the files that are one for all images."""
     if results.is_packed:
         return
     for output in outputs.values():
         if output.files_of_all:
             parts = sorted((results.folder / output.folder).rglob(f"*{output.suffix}"))
-            texts = output.of_all([json.loads(part.read_text()) for part in parts], about)
+            texts = output.of_all([json.loads(part.read_bytes()) for part in parts], about)
             for file, text in zip(output.files_of_all, texts, strict=True):
                 results.write(file, text)
     results.close()

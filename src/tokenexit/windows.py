@@ -25,7 +25,15 @@ from torch import Tensor
 from tokenexit.ledger import Ledger, Parts, Size
 from tokenexit.methods import Method
 from tokenexit.methods.base import Value
-from tokenexit.output import SegmentationOutput, argmax_by_tiles, joined, resize_maps, scores_by_tiles, stack_equal
+from tokenexit.output import (
+    SegmentationOutput,
+    argmax_by_tiles,
+    check_finite,
+    joined,
+    resize_maps,
+    scores_by_tiles,
+    stack_equal,
+)
 
 PACK_TOKENS = 8192
 """Tokens that run at once: eight windows of 512 pixels at patch 16, about half a GiB of activations of a ViT-Large."""
@@ -158,10 +166,12 @@ class WindowedOutput:
         return stack_equal([self._scores(image) for image in range(len(self))])
 
     def _labels(self, image: int) -> Tensor:
+        check_finite(*self.windows.grid_logits[self._own(image)])
         num_classes = self.windows.grid_logits[0].shape[0]
         return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
 
     def _scores(self, image: int) -> Tensor:
+        check_finite(*self.windows.grid_logits[self._own(image)])
         num_classes = self.windows.grid_logits[0].shape[0]
         return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
 

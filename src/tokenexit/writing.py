@@ -1,27 +1,58 @@
-"""Files that are there whole or not at all."""
+"""Files that are there whole or not at all, with the permissions that the user's umask grants."""
 
 from __future__ import annotations
 
 import os
-import tempfile
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from stat import S_IMODE
 
 
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, moved there if the block ends well and removed if it does not.
+    """Yield a temporary path beside `path`, which is moved there if the block ends well and removed if it does not.
 
-    The temporary name keeps the suffix, which tells Pillow the format. Raises OSError as writing does.
+    The temporary name keeps the suffix, which tells Pillow the format. The file ends with the permissions of any new
+    file in its folder, also where it replaces another one or the block puts a file of its own in place of the
+    temporary one, as safetensors does. Raises OSError as writing does.
     """
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=path.suffix)
-    os.close(handle)
-    unfinished = Path(name)
+    unfinished = _new_file(path.parent, path.suffix)
+    permissions = permissions_of(unfinished)
     try:
         yield unfinished
-        unfinished.chmod(0o644)
+        unfinished.chmod(permissions)
         os.replace(unfinished, path)
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+def new_file_permissions(folder: Path) -> int:
+    """Return the permissions of a new file in `folder`, which the umask and the folder decide: 0o644 for most users.
+
+    For writers that cannot use `whole`, such as those that fill a private temporary folder. The umask itself is not
+    read, as that would change it for other threads for a moment. Raises OSError as writing does.
+    """
+    probe = _new_file(folder, "")
+    try:
+        return permissions_of(probe)
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def permissions_of(path: Path) -> int:
+    return S_IMODE(path.stat().st_mode)
+
+
+def _new_file(folder: Path, suffix: str) -> Path:
+    """Make an empty hidden file of a name that nobody has. `tempfile` makes them for the user alone, whatever the
+    umask."""
+    while True:
+        path = folder / f".{secrets.token_hex(6)}{suffix}"
+        try:
+            os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+        except FileExistsError:
+            continue
+        return path

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from tokenexit.segmenter import ExitSegmenter
 
 
+LARGEST = {"input_scale": 8.0}
+"""The largest values that options take; those of others end where 32 bits do."""
+LARGEST_NUMBER = 2**31 - 1
+
+
 class CommandParser(argparse.ArgumentParser):
     """A parser whose errors are one sentence, as all others are, and that answers a shell that asks for completions."""
 
@@ -29,7 +34,10 @@ class CommandParser(argparse.ArgumentParser):
             from argcomplete import autocomplete
 
             autocomplete(self, always_complete_options=False)  # ends the program
-        return super().parse_args(*arguments)
+        options = super().parse_args(*arguments)
+        for name, value in vars(options).items():
+            check_numbers(name, value)
+        return options
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
@@ -38,6 +46,14 @@ class CommandParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message}: see {self.prog} --help.")
+
+
+def check_numbers(name: str, value: Any) -> None:
+    """Refuse numbers that no command can work with, alone or in a list: too large, infinite, or none."""
+    largest = LARGEST.get(name, LARGEST_NUMBER)
+    for number in value if isinstance(value, list) else [value]:
+        if isinstance(number, int | float) and not abs(number) <= largest:
+            raise ConfigError(f"--{name.replace('_', '-')} {number} must be a number of at most {largest:.0f}.")
 
 
 def asked_by_shell() -> bool:
@@ -150,6 +166,7 @@ def _sides(name: str, texts: Sequence[str]) -> tuple[int, ...] | None:
         raise ConfigError(
             f"{name} {' '.join(texts)} is no size: give one side in pixels, or height and width."
         ) from None
+    check_numbers(name.removeprefix("--"), list(sides))
     return sides * 2 if len(sides) == 1 else sides
 
 
@@ -204,7 +221,7 @@ def device_of(name: str) -> torch.device:
         name = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()  # meta, which makes tensors and holds nothing, is none either
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(f"--device {name} is not there: choose cpu, or auto.") from None
     return device

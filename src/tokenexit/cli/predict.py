@@ -23,7 +23,9 @@ from tokenexit.cli.options import (
 from tokenexit.errors import ConfigError
 
 MAX_PIXELS = 7680 * 4320
-"""Largest picture that `predict` takes; attention grows with the square of the pixels."""
+"""Largest image that `predict` opens."""
+MAX_TOKENS = 32_768
+"""As in `tokenexit.bulk`, which would import torch."""
 
 SAVE = ("masks", "overlays", "exits", "scores", "coco", "labelstudio", "video")
 PATIENCE = timedelta(days=30)
@@ -34,8 +36,9 @@ PATIENCE = timedelta(days=30)
 def predict(arguments: list[str]) -> int:
     parser = command_parser(
         "predict",
-        "Segment pictures and videos: palette PNG masks at their size, overlays, exit maps, layouts of others. A "
-        "second call goes on where the first one ended; torchrun shares the work among processes and machines.",
+        "Segment images and videos: palette PNG masks at their size, overlays, exit maps, annotation formats of other "
+        "tools. A second call goes on where the first one ended; torchrun shares the work among processes and "
+        "machines.",
     )
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument(
@@ -43,32 +46,37 @@ def predict(arguments: list[str]) -> int:
         nargs="+",
         type=Path,
         metavar="IMAGE|DIR",
-        help="pictures, folders of them, @LIST with the path of one in each line; videos",
+        help="images, folders of them, @LIST with the path of one in each line; videos",
     )
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for the results, or a .zip")
     parser.add_argument(
         "--save", nargs="+", choices=SAVE, metavar="WHAT", default=list(SAVE[:3]), help=f"of {', '.join(SAVE)}"
     )
-    parser.add_argument("--overwrite", action="store_true", help="make again what is there already")
-    parser.add_argument(
-        "--method", choices=method_names(), help="dense, dtop or dovit; the calibrated one if not given, else dtop"
-    )
+    parser.add_argument("--overwrite", action="store_true", help="files that are there are made again")
+    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given, else dtop")
     add_method_options(parser)
     parser.add_argument(
         "--gate",
         action=argparse.BooleanOptionalAction,
-        help="pass over exits that do not pay on this machine at a picture's size, see `tokenexit gate`; on unless "
+        help="pass over exits that do not pay on this machine at an image's size, see `tokenexit gate`; on unless "
         "thresholds are the calibration's",
     )
     add_window_options(parser)
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger pictures are refused")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="largest image that is taken")
+    parser.add_argument(
+        "--max-tokens",
+        type=int,
+        default=MAX_TOKENS,
+        help="most tokens that an image, or a window of one, may have; their time grows with the square",
+    )
     parser.add_argument("--fps", type=float, default=25.0, help="frames per second of a video made of a folder")
     parser.add_argument(
-        "--image-url", default="/data/local-files/?d=", help="what Label Studio has before a picture's name"
+        "--image-url", default="/data/local-files/?d=", help="address before an image's name in Label Studio's tasks"
     )
     add_machine_options(parser)
     options = parser.parse_args(arguments)
     positive("--max-pixels", options.max_pixels)
+    positive("--max-tokens", options.max_tokens)
     if not 0.1 <= options.fps <= 1000.0:
         raise ConfigError(f"--fps {options.fps:g} is no rate of frames: give one from 0.1 to 1000.")
     from tokenexit.calibration.drift import Monitor
@@ -96,24 +104,35 @@ def predict(arguments: list[str]) -> int:
             overwrite=options.overwrite,
             precision=options.precision,
             max_pixels=options.max_pixels,
+            max_tokens=options.max_tokens,
             fps=options.fps,
             image_url=options.image_url,
             gate=gate,
             monitor=monitor,
             progress=progress_bar("predicting"),
+            say=_say,
         )
         first = place()[0] == 0
     status = 1 if done.failed else 0
     if not first:
         return status
     warning = None if monitor is None else monitor.warning()
-    for message in (*([] if warning is None else [warning]), *done.failed):
-        print(f"tokenexit predict: {message}", file=sys.stderr)
+    if warning is not None:
+        _say(warning)
     if done.skipped:
         print(f"already there and left as they are: {done.skipped} (--overwrite makes them again)")
     if done.failed:
-        print(f"pictures segmented: {done.pictures}, failed: {len(done.failed)}")
+        print(f"images segmented: {done.pictures}, failed: {len(done.failed)}")
     else:
         *others, last = [OUTPUTS[name].title if name in OUTPUTS else "videos" for name in dict.fromkeys(options.save)]
-        print(f"{', '.join(others)}{' and ' if others else ''}{last}: {options.out}")
+        print(f"{', '.join(others)}{' and ' if others else ''}{last}: {_printable(options.out)}")
     return status
+
+
+def _say(sentence: str) -> None:
+    print(f"tokenexit predict: {sentence}", file=sys.stderr, flush=True)
+
+
+def _printable(path: Path) -> str:
+    """A path whose bytes that are no text are shown as escapes; stdout would refuse them."""
+    return str(path).encode(errors="backslashreplace").decode()

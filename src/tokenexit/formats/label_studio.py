@@ -1,6 +1,6 @@
 """Label Studio's tasks with predictions as brush masks, to be corrected instead of drawn.
 
-A brush mask is the picture as RGBA bytes, row by row, all four channels 255 in the mask and 0 elsewhere, in the run
+A brush mask is the image as RGBA bytes, row by row, all four channels 255 in the mask and 0 elsewhere, in the run
 lengths of the rle-pack library (github.com/thi-ng/umbrella, Label Studio's own choice), here with its defaults:
 
     32 bits: values; 5: bits of a value, less 1; four times 4: bits of a length, less 1, of each of four kinds
@@ -12,6 +12,7 @@ Legend: H, W height and width in pixels.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from os import fsencode
 from typing import Any
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
@@ -23,13 +24,13 @@ from tokenexit.preprocessing import Labels
 
 LENGTH_BITS = (3, 4, 8, 16)
 LOCAL_FILES = "/data/local-files/?d="
-"""How Label Studio names files of its own machine; the path below its root follows."""
+"""The address of files on Label Studio's own machine; the path below its root follows."""
 
 TAG, IMAGE = "tag", "image"
 
 
 def brush_rle(mask: npt.ArrayLike) -> list[int]:
-    """The bytes of an `(H, W)` mask."""
+    """Encode an `(H, W)` mask as bytes."""
     flat = np.asarray(mask, dtype=bool).ravel()
     edges = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1, [flat.size]])
     bits = [f"{4 * flat.size:032b}{8 - 1:05b}", *(f"{size - 1:04b}" for size in LENGTH_BITS)]
@@ -41,7 +42,7 @@ def brush_rle(mask: npt.ArrayLike) -> list[int]:
 
 
 def _runs(length: int, value: int) -> Iterator[str]:
-    """Bits of so many equal values, in runs as long as can be."""
+    """Encode `length` equal values, in runs as long as possible."""
     while length:
         run = min(length, 1 << LENGTH_BITS[-1])
         kind = next(kind for kind, size in enumerate(LENGTH_BITS) if run <= 1 << size)
@@ -57,11 +58,12 @@ def task(
     model_version: str,
     url: str = LOCAL_FILES,
 ) -> dict[str, Any]:
-    """A picture and what the model says of it.
+    """Make the task of an image: its address and what the model predicts.
 
     labels: `(H, W)` classes. certainty: `(H, W)` in [0, 1], how early tokens left; its mean is the score of the
     prediction and of each class's mask. Label Studio's order by prediction score shows the lowest first, those that the
-    network found hardest. None leaves the scores out. url: what comes before the file's name.
+    network found hardest. None leaves the scores out. url: what comes before the file's name, of which bytes that
+    are no text are quoted as they are.
     """
     height, width = labels.shape
     found = []
@@ -79,7 +81,7 @@ def task(
         }
         found.append(region | _score(certainty, mask))
     prediction = {"model_version": model_version, "result": found} | _score(certainty, ...)
-    return {"data": {IMAGE: url + quote(file)}, "predictions": [prediction]}
+    return {"data": {IMAGE: url + quote(fsencode(file))}, "predictions": [prediction]}
 
 
 def _score(certainty: npt.NDArray[np.float64] | None, where: Any) -> dict[str, float]:
@@ -87,7 +89,7 @@ def _score(certainty: npt.NDArray[np.float64] | None, where: Any) -> dict[str, f
 
 
 def labelling_config(classes: Labels) -> str:
-    """The XML of a labelling interface for these tasks."""
+    """Return the XML of a labelling interface for these tasks."""
     colours = ["#{:02x}{:02x}{:02x}".format(*colour) for colour in classes.palette]
     rows = [f"    <Label value={quoteattr(n)} background={quoteattr(c)}/>" for n, c in zip(classes.names, colours)]
     image = f'  <Image name="{IMAGE}" value="${IMAGE}" zoom="true" zoomControl="true"/>'

@@ -1,6 +1,6 @@
-"""What can be kept of a prediction: a file for each picture, and where that is asked for, one of all.
+"""Outputs that can be kept of a prediction: a file for each image, and for some of them one of all images.
 
-Legend: H, W height and width of the picture in pixels; h, w of the token grid.
+Legend: H, W height and width of the image in pixels; h, w of the token grid.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from tokenexit.preprocessing import Labels
 from tokenexit.report.pictures import exit_map, overlay, palette_png, token_of_pixels
 
 PARTS = ".parts"
-"""Folder of what single pictures add to a file of all."""
+"""Folder of the parts that single images add to a file of all images."""
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one picture.
+    """A model's answer for one image.
 
-    file: the picture's name for others. labels: `(H, W)` classes. scores: `(H, W)` in [0, 1], of these classes, where
-    they were asked for. stages: `(h, w)`, the exit each token left at. extent: height and width of the picture in
-    tokens. exits: whether the method has any.
+    file: the image's own name, relative to the folder that was given. picture: the image. labels: `(H, W)` classes.
+    scores: `(H, W)` in [0, 1], of these classes, where they were asked for. stages: `(h, w)`, the exit each token left
+    at. extent: height and width of the image in tokens. exits: whether the method has any.
     """
 
     file: str
@@ -46,7 +46,7 @@ class Prediction:
         return self.picture.height, self.picture.width
 
     def certainty(self) -> npt.NDArray[np.float64] | None:
-        """`(H, W)`: 1 where a token left at the first exit, 0 where it stayed to the end; None without exits."""
+        """Return `(H, W)`: 1 where a token left at the first exit, 0 where it stayed to the end; None without exits."""
         if not self.exits or self.num_exits == 0:
             return None
         rows, columns = (token_of_pixels(self.size[i], self.extent[i], self.stages.shape[i]) for i in range(2))
@@ -56,7 +56,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class About:
-    """What all predictions of a call share. model: a name of it, with its weights. url: see `label_studio.task`."""
+    """Facts that all predictions of a call share. model: its name and weights. url: see `label_studio.task`."""
 
     classes: Labels
     model: str
@@ -68,9 +68,10 @@ Save: TypeAlias = Callable[[Prediction, About, Path], None]
 
 @dataclass(frozen=True)
 class Output:
-    """title: for people. suffix: behind a picture's name, whose file `save` writes. folder: that holds these files.
+    """A kind of result.
 
-    of_all: from the contents of these files to those of the files of all pictures, which are called `files_of_all`.
+    title: for people. suffix: what follows an image's name in the name of the file that `save` writes. folder: where
+    these files are. of_all: makes of their contents the contents of `files_of_all`, the files of all images.
     """
 
     title: str
@@ -81,7 +82,7 @@ class Output:
     of_all: Callable[[list[Any], About], tuple[str, ...]] = lambda parts, about: ()
 
     def file(self, name: str) -> str:
-        """Where the file of a picture is, below the results."""
+        """Return the path of an image's file, relative to the results."""
         return str(Path(self.folder) / f"{name}{self.suffix}")
 
 
@@ -127,7 +128,7 @@ def _label_studio_of_all(parts: list[Any], about: About) -> tuple[str, str]:
 
 
 def _write(path: Path, content: Any) -> None:
-    path.write_text(_text(content))
+    path.write_text(_text(content), encoding="utf-8")
 
 
 def _text(content: Any) -> str:
@@ -151,5 +152,5 @@ OUTPUTS: dict[str, Output] = {
 }
 DEFAULT = ("masks", "overlays", "exits")
 VIDEO = "video"
-"""The overlays of a video's frames, or a folder's pictures, as a video."""
+"""The overlays of a video's frames, or of a folder's images, as a video."""
 VIDEO_SUFFIX = ".overlay.mp4"

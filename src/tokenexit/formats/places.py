@@ -7,11 +7,13 @@ import os
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from errno import ENAMETOOLONG
 from pathlib import Path
 from typing import Any
 
-from tokenexit.errors import ConfigError
+from tokenexit.errors import ConfigError, DataError
 from tokenexit.writing import whole
 
 
@@ -19,7 +21,7 @@ class Place:
     """Files by their names below `out`, each whole or not there.
 
     A zip's files gather in the folder `NAME.zip.parts`, which the next call goes on with if one is killed.
-    Methods raise `ConfigError` for a place that cannot be read or written.
+    Methods raise `ConfigError` for an `out` that cannot be read or written.
     """
 
     def __init__(self, out: Path) -> None:
@@ -29,11 +31,11 @@ class Place:
 
     @property
     def is_packed(self) -> bool:
-        """Whether all there is is a zip."""
+        """Whether a zip holds all results, and no folder is being filled."""
         return self.is_zip and self.out.exists() and not self.folder.exists()
 
     def files(self) -> set[str]:
-        """All that is there."""
+        """List the names of all files."""
         if self.is_packed:
             with self._archive() as archive:
                 return set(archive.namelist())
@@ -41,17 +43,20 @@ class Place:
         return {os.path.relpath(os.path.join(path, file), self.folder) for path, _, names in found for file in names}
 
     def read(self, file: str) -> Any:
-        """The content of a JSON file, None if it is not there or damaged."""
+        """Read a JSON file; None if it is not there or damaged. Raises `ConfigError` for a damaged zip."""
         try:
             if not self.is_packed:
-                return json.loads((self.folder / file).read_text())
+                return json.loads((self.folder / file).read_bytes())
             with self._archive() as archive:
-                return json.loads(archive.read(file))
-        except (OSError, ValueError, KeyError):
+                content = archive.read(file)
+            return json.loads(content)
+        except ConfigError:
+            raise
+        except (OSError, ValueError, KeyError, RecursionError):
             return None
 
     def open(self) -> None:
-        """Make the folder; a zip that is there is unpacked, so that what comes is added."""
+        """Make the folder and unpack a zip that is there, so that new files are added to its own."""
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             if self.is_packed:
@@ -64,18 +69,24 @@ class Place:
             raise self.unwritable(error) from None
 
     def path(self, file: str) -> Path:
-        """Of a file, in a folder that is there."""
+        """Return the path of a file, whose folder is made. Raises `DataError` for a name that is too long."""
         path = self.folder / file
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):
+                path.lstat()  # says whether the name is too long before other files of the image are written
         except OSError as error:
+            if error.errno == ENAMETOOLONG:
+                raise DataError(
+                    f"{file} is too long a name for a file of {self.out}: shorten the name of the image or video."
+                ) from None
             raise self.unwritable(error) from None
         return path
 
     def write(self, file: str, text: str) -> None:
         try:
             with whole(self.path(file)) as unfinished:
-                unfinished.write_text(text)
+                unfinished.write_text(text, encoding="utf-8")
         except OSError as error:
             raise self.unwritable(error) from None
 
@@ -88,15 +99,15 @@ class Place:
             raise self.unwritable(error) from None
 
     def close(self) -> None:
-        """Pack the folder into the zip, if it is to be one. What killed calls left half-written stays out of it."""
+        """Pack the folder into the zip, if `out` is one, without the half-written files of killed calls."""
         if not self.is_zip or not self.folder.exists():
             return
         try:
             with whole(self.out) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
                 for file in sorted(self.files()):
                     if not Path(file).name.startswith("."):
-                        pictures = file.endswith((".png", ".jpg", ".mp4"))  # compressed already
-                        kind = zipfile.ZIP_STORED if pictures else zipfile.ZIP_DEFLATED
+                        is_compressed = file.endswith((".png", ".jpg", ".mp4"))
+                        kind = zipfile.ZIP_STORED if is_compressed else zipfile.ZIP_DEFLATED
                         archive.write(self.folder / file, file, kind)
             shutil.rmtree(self.folder)
         except OSError as error:
@@ -106,8 +117,17 @@ class Place:
         reason = error.strerror or str(error)
         return ConfigError(f"results cannot be written to {self.out} ({reason}): choose another folder.")
 
-    def _archive(self) -> zipfile.ZipFile:
+    @contextmanager
+    def _archive(self) -> Iterator[zipfile.ZipFile]:
+        unreadable = ConfigError(f"{self.out} is no zip that can be read: remove it, or choose another name.")
         try:
-            return zipfile.ZipFile(self.out)
-        except (OSError, zipfile.BadZipFile):
-            raise ConfigError(f"{self.out} is no zip that can be read: remove it, or choose another name.") from None
+            archive = zipfile.ZipFile(self.out)
+        except Exception:  # readers of damaged zips raise nearly everything, here and below
+            raise unreadable from None
+        with archive:
+            try:
+                yield archive
+            except (OSError, KeyError):  # a full disk, a file that is not in it
+                raise
+            except Exception:
+                raise unreadable from None

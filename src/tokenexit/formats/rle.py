@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 
 def run_lengths(labels: npt.ArrayLike) -> dict[int, list[int]]:
-    """For every class in an `(H, W)` map: lengths of the runs of other, own, other, ... pixels, column by column."""
+    """Return, for every class in an `(H, W)` map, run lengths of other, own, other, ... pixels, column by column."""
     flat = np.asarray(labels).ravel(order="F")
     starts = np.concatenate([[0], np.flatnonzero(flat[1:] != flat[:-1]) + 1])
     ends = np.append(starts[1:], flat.size)
@@ -27,7 +27,7 @@ def run_lengths(labels: npt.ArrayLike) -> dict[int, list[int]]:
 
 
 def compressed(counts: Sequence[int]) -> str:
-    """Run lengths as the text that COCO's tools read.
+    """Encode run lengths as the text that COCO's tools read.
 
     From the fourth on, each is stored as its difference to the one two before; five bits to a character, least first,
     with a sixth for "more follows", from character 48 on.

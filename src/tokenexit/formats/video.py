@@ -1,4 +1,4 @@
-"""Videos in and out, through PyAV, which is imported when used."""
+"""Read and write videos through PyAV, which is imported when used."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from tokenexit.preprocessing import MAX_PIXELS, decoder_reason, load_image
 from tokenexit.writing import whole
 
 CODECS = ("libx264", "mpeg4")
-"""Of these the first that is there encodes: H.264, which browsers play, or what every build has."""
+"""The first one that PyAV was built with encodes: H.264, which browsers play, or what every build has."""
 
 RATE = Fraction(25)
 """Frames per second of a video that does not say."""
 
 
 def frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Callable[[], Image.Image]]:
-    """What makes each frame an upright RGB picture, in order.
+    """Yield a function for each frame, in order, that makes it an upright RGB image.
 
     Raises `DataError` for a video that is missing, damaged, cut off or holds no frame, and where PyAV is not installed.
     """
@@ -42,35 +42,35 @@ def frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Callable[[], Im
 
 
 def rate_of(path: Path) -> Fraction:
-    """Frames per second."""
+    """Return the frames per second."""
     with _opened(path) as (_, container):
         return Fraction(container.streams.video[0].average_rate or RATE)
 
 
 @contextmanager
 def encoder(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], None]]:
-    """What takes pictures of one size, one after the other, for a video that is there whole or not at all.
+    """Yield a function that adds an image to a video, which is there whole or not at all.
 
-    Encoders want even sides; an odd one is cut by a pixel.
+    All images have one size. Encoders want even sides; an odd one is cut by a pixel.
     """
     av = _av(path.name, "save overlays")
     with whole(path) as unfinished, av.open(str(unfinished), "w") as container:
         codec = next(name for name in CODECS if name in av.codecs_available)
         stream: Any = None
 
-        def add(picture: Image.Image) -> None:
+        def add(image: Image.Image) -> None:
             nonlocal stream
-            size = tuple(max(2, side // 2 * 2) for side in picture.size)
+            size = tuple(max(2, side // 2 * 2) for side in image.size)
             if stream is None:
                 stream = container.add_stream(codec, rate=rate)
                 stream.width, stream.height = size
                 stream.pix_fmt = "yuv420p"
             if size != (stream.width, stream.height):
                 raise DataError(
-                    f"a frame of {picture.height}x{picture.width} pixels follows one of {stream.height}x{stream.width} "
+                    f"a frame of {image.height}x{image.width} pixels follows one of {stream.height}x{stream.width} "
                     f"in {path.name}: frames of a video have one size."
                 )
-            container.mux(stream.encode(av.VideoFrame.from_image(picture.crop((0, 0, *size)))))
+            container.mux(stream.encode(av.VideoFrame.from_image(image.crop((0, 0, *size)))))
 
         try:
             yield add
@@ -84,8 +84,10 @@ def encoder(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], None
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
     """The library and the video."""
     av = _av(f"video '{path}'", "give its frames")
-    if not path.is_file():
+    if not path.exists():
         raise DataError(f"video '{path}' does not exist: check the path.")
+    if not path.is_file():  # a pipe would be waited for
+        raise DataError(f"video '{path}' is no regular file: give a video file.")
     try:
         container = av.open(str(path))
     except (av.error.FFmpegError, OSError) as error:
@@ -94,12 +96,12 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
         ) from None
     with container:
         if not container.streams.video:
-            raise DataError(f"video '{path}' has no pictures: check that it is an undamaged video.")
+            raise DataError(f"video '{path}' has no images: check that it is an undamaged video.")
         yield av, container
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A frame as it is meant to be seen: phones store a turn beside the pictures."""
+    """A frame as it is meant to be seen: phones store a turn beside the images."""
     image: Image.Image = frame.to_image()
     turn = int(getattr(frame, "rotation", 0) or 0) % 360
     return image.rotate(turn, expand=True) if turn else image
