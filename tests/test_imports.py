@@ -25,6 +25,7 @@ ORDER = [
     ("windows",),
     ("card", "pipeline"),
     ("hub",),
+    ("pretrained",),
     ("segmenter",),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

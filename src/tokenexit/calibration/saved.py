@@ -15,7 +15,8 @@ import torch
 from tokenexit import __version__
 from tokenexit.calibration.drift import Usual
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.segmenter import CALIBRATION_FILE, CONFIG_FILE, WEIGHTS_FILE, ExitSegmenter
+from tokenexit.pretrained import CALIBRATION_FILE, CONFIG_FILE, WEIGHTS_FILE
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.writing import whole
 
 FORMAT = 1

@@ -30,7 +30,8 @@ from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, 
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
 from tokenexit.methods import Method, build_method
-from tokenexit.segmenter import TRAINING_FILE, WEIGHTS_FILE, ExitSegmenter
+from tokenexit.pretrained import TRAINING_FILE, WEIGHTS_FILE
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
 from tokenexit.training.build import build_dataset, build_model, build_transform
 from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_checkpoint

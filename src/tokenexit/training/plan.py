@@ -15,7 +15,8 @@ from tokenexit.evaluation.evaluate import label_of
 from tokenexit.ledger import dense_ops
 from tokenexit.methods import build_method
 from tokenexit.preprocessing import Labels, Preprocessing
-from tokenexit.segmenter import CONFIG_FILE, ExitSegmenter
+from tokenexit.pretrained import CONFIG_FILE
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform, check_start
 from tokenexit.training.checkpoint import LATEST
 from tokenexit.training.config import DataConfig, TrainConfig, check_class_weights, check_parts
