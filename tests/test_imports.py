@@ -11,7 +11,8 @@ import tokenexit
 
 SOURCE = Path(tokenexit.__file__).parent
 ORDER = [
-    ("errors", "cost", "tokens", "upsampling"),
+    ("errors", "cost", "tokens", "upsampling", "writing"),
+    ("runtime",),
     ("attention",),
     ("captured",),
     ("vit",),

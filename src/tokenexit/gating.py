@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import combinations, pairwise
 from statistics import median
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +22,10 @@ import torch
 
 from tokenexit.cache import cached_path, keep, read_cached
 from tokenexit.inference import Precision, inference
-from tokenexit.methods import DoViT, DToP, Method
+from tokenexit.methods import DoViT, DToP, Method, MethodLike, as_method
 from tokenexit.methods.base import Model
 from tokenexit.methods.gated import Gated, GatedBySize
+from tokenexit.runtime.schema import Between
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Grid, Tokens
 
@@ -75,6 +76,17 @@ def nonnegative_fit(features: Array, values: Array) -> tuple[float, ...]:
                 best, least = np.zeros(count), loss
                 best[list(subset)] = found
     return tuple(map(float, best))
+
+
+_Coefficient = Annotated[float, Between(0, 1e9)]
+_Coefficients = tuple[_Coefficient, _Coefficient, _Coefficient]
+
+
+class _Kept(TypedDict):
+    """Costs in the cache."""
+
+    block: _Coefficients
+    exits: list[_Coefficients]
 
 
 @dataclass(frozen=True)
@@ -183,23 +195,21 @@ def _ms(call: Callable[[], Any], device: torch.device) -> float:
 def costs_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Costs:
     """`measure_costs`, from the cache if they were measured before."""
     path = cached_path("gating", model.device, model.config.to_dict(), method.name, precision)
-    kept = read_cached(path)
-    try:
+    kept = read_cached(path, _Kept)
+    if kept is not None and len(kept["exits"]) == len(model.config.exits):
         return Costs(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]))
-    except (KeyError, TypeError):
-        pass  # not measured yet, or not readable: measure
     costs = measure_costs(model, method, precision)
     curves = [[curve.a, curve.b, curve.c] for curve in (costs.block, *costs.exits)]
     keep(path, {"block": curves[0], "exits": curves[1:]})
     return costs
 
 
-def gate(model: ExitSegmenter, method: Method[Any], grid: Grid, precision: Precision = "fp32") -> Gating:
+def gate(model: ExitSegmenter, method: MethodLike, grid: Grid, precision: Precision = "fp32") -> Gating:
     """Which exits of `method` pay on this machine for an image of this grid.
 
     The share of tokens that leaves is what the model's calibration saw, or a third of the live ones at each exit.
     """
-    return _choices(model, method, precision)(grid[0] * grid[1])
+    return _choices(model, as_method(method), precision)(grid[0] * grid[1])
 
 
 def has_gates(method: Method[Any]) -> bool:
@@ -207,11 +217,12 @@ def has_gates(method: Method[Any]) -> bool:
     return isinstance(method, DToP | DoViT)
 
 
-def gated_by_size(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Method[Any]:
+def gated_by_size(model: ExitSegmenter, method: MethodLike, precision: Precision = "fp32") -> Method[Any]:
     """`method` with the exits that pay, at every size; as it is if all of them always pay, or it has no gates.
 
     Raises `ConfigError` for a method that `model` cannot run.
     """
+    method = as_method(method)
     model.check(method)
     if not has_gates(method):
         return method

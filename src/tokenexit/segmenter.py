@@ -22,7 +22,7 @@ from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
 from tokenexit.ledger import Size, write_ledger
-from tokenexit.methods import Dense, Method, Model
+from tokenexit.methods import Dense, Method, MethodLike, Model, as_method
 from tokenexit.output import SegmentationOutput, joined
 from tokenexit.pipeline import ImageSegmentation, label_maps
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
@@ -90,20 +90,21 @@ class ExitSegmenter(PretrainedMixin):
     def forward(
         self,
         images: Tensor | Sequence[Tensor],
-        method: Method[Any] | None = None,
+        method: MethodLike | None = None,
         targets: Sequence[Size] | None = None,
         with_stages: bool = False,
     ) -> SegmentationOutput:
         """Segment a batch.
 
-        images: `(B, 3, H, W)` or a list of `(3, H, W)`, sizes may differ. method: `Dense()` if not given.
+        images: `(B, 3, H, W)` or a list of `(3, H, W)`, sizes may differ. method: a method, its name or its
+            specification; `Dense()` if not given.
         targets: height and width of the maps that the output's `labels` and `logits` return; image sizes if not given.
         with_stages: record the full map of every exit, as training always does for its losses.
         """
         images = _as_list(images)
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
-        method = Dense() if method is None else method
+        method = Dense() if method is None else as_method(method)
         model = self.for_methods(self.training or with_stages)
         method.check(model)
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
@@ -155,9 +156,9 @@ class ExitSegmenter(PretrainedMixin):
             stages=result.stages,
         )
 
-    def check(self, method: Method[Any]) -> None:
+    def check(self, method: MethodLike) -> None:
         """Raise `ConfigError`, in one sentence, for a method that cannot run on this model."""
-        method.check(self.for_methods())
+        as_method(method).check(self.for_methods())
 
     def for_methods(self, with_stages: bool = False) -> Model:
         """What a method may know of this model."""
@@ -173,7 +174,7 @@ class ExitSegmenter(PretrainedMixin):
     def segment(
         self,
         images: Tensor | Sequence[Tensor],
-        method: Method[Any] | None = None,
+        method: MethodLike | None = None,
         targets: Sequence[Size] | None = None,
         with_stages: bool = False,
     ) -> Segmentation:
@@ -186,13 +187,13 @@ class ExitSegmenter(PretrainedMixin):
             _as_list(images),
             window,
             stride,
-            Dense() if method is None else method,
+            Dense() if method is None else as_method(method),
             patch_size=self.config.backbone.patch_size,
             targets=targets,
         )
 
     @torch.no_grad()
-    def predict(self, images: ImageSource | Sequence[ImageSource], method: Method[Any] | None = None) -> Segmentation:
+    def predict(self, images: ImageSource | Sequence[ImageSource], method: MethodLike | None = None) -> Segmentation:
         """Segment pictures: paths, PIL images or arrays, one or a list; maps come back at the pictures' own sizes.
 
         Pictures are taken whole, or in the windows of `preprocessing` if it names one.
@@ -202,7 +203,14 @@ class ExitSegmenter(PretrainedMixin):
         """
         if self.training:
             raise ConfigError("predict needs the model in evaluation mode: call model.eval() first.")
+        if (dtype := self.backbone.pos_embed.dtype) != torch.float32:
+            raise ConfigError(
+                f"predict needs float32 weights, got {dtype}: call model.float(), and predict within torch.autocast "
+                "for a lower precision."
+            )
         sources: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+        if not sources:
+            raise ConfigError("predict got no images: give a path, a PIL image or an array, or a list of them.")
         pictures = [load_image(source) for source in sources]
         tensors = [self.preprocessing.to_tensor(picture).to(self.device) for picture in pictures]
         method = self.calibrated_method() if method is None else method
@@ -219,7 +227,7 @@ class ExitSegmenter(PretrainedMixin):
         """Class of every pixel, one `(H, W)` map per picture. See `tokenexit.pipeline.label_maps`."""
         return label_maps(outputs, target_sizes)
 
-    def pipeline(self, method: Method[Any] | None = None) -> ImageSegmentation:
+    def pipeline(self, method: MethodLike | None = None) -> ImageSegmentation:
         """What is called with pictures and answers as Hugging Face's `image-segmentation` pipeline does.
 
         method: as of `predict`."""

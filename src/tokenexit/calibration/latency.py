@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +23,21 @@ from tokenexit.calibration.runs import Bench
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.gating import nonnegative_fit
 from tokenexit.methods import Method
+from tokenexit.runtime.schema import Between
 
 Array = npt.NDArray[np.float64]
 REPEATS = 3
 IMAGES = 8
+
+
+_Number = Annotated[float, Between(0, 1e9)]
+
+
+class _Kept(TypedDict):
+    """A model in the cache."""
+
+    coefficients: tuple[_Number, _Number, _Number]
+    relative_error: _Number
 
 
 @dataclass(frozen=True)
@@ -72,12 +83,9 @@ def timed_runs(bench: Bench, method: Method[Any], title: str = "timing") -> tupl
 def latency_model(bench: Bench, methods: Sequence[Method[Any]]) -> LatencyModel:
     """The cost model of the first method's kind, from the cache or measured with all `methods` on a few images."""
     path = cache_file(bench, methods[0])
-    kept = read_cached(path)
-    try:
-        a, b, c = (float(x) for x in kept["coefficients"])
-        return LatencyModel((a, b, c), float(kept["relative_error"]))
-    except (KeyError, TypeError, ValueError):
-        pass  # not measured yet, or not readable: measure
+    if (kept := read_cached(path, _Kept)) is not None:
+        a, b, c = kept["coefficients"]
+        return LatencyModel((a, b, c), kept["relative_error"])
     few = bench.part(range(min(IMAGES, len(bench))))
     times: list[float] = []
     live: list[Tensor] = []

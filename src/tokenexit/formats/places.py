@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenexit.errors import ConfigError
+from tokenexit.runtime.schema import parse_json
 from tokenexit.writing import whole
 
 
@@ -44,9 +44,9 @@ class Place:
         """The content of a JSON file, None if it is not there or damaged."""
         try:
             if not self.is_packed:
-                return json.loads((self.folder / file).read_text())
+                return parse_json((self.folder / file).read_bytes())
             with self._archive() as archive:
-                return json.loads(archive.read(file))
+                return parse_json(archive.read(file))
         except (OSError, ValueError, KeyError):
             return None
 

@@ -16,6 +16,7 @@ from tokenexit.ledger import dense_ops
 from tokenexit.methods import build_method
 from tokenexit.preprocessing import Labels, Preprocessing
 from tokenexit.pretrained import CONFIG_FILE
+from tokenexit.runtime.folder import current
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform, check_start
 from tokenexit.training.checkpoint import LATEST
@@ -140,7 +141,7 @@ def _written(config: TrainConfig) -> Iterator[str]:
 
 
 def _saved(folder: str | None) -> bool:
-    return folder is not None and (Path(folder) / CONFIG_FILE).is_file()
+    return folder is not None and current(Path(folder), CONFIG_FILE).is_file()
 
 
 def _model_place(folder: str) -> str:
