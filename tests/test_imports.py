@@ -11,7 +11,8 @@ import tokenexit
 
 SOURCE = Path(tokenexit.__file__).parent
 ORDER = [
-    ("errors", "cost", "tokens", "upsampling"),
+    ("errors", "cost", "tokens", "upsampling", "writing"),
+    ("runtime",),
     ("attention",),
     ("captured",),
     ("vit",),
@@ -25,6 +26,7 @@ ORDER = [
     ("windows",),
     ("card", "pipeline"),
     ("hub",),
+    ("pretrained",),
     ("segmenter",),
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

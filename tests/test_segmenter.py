@@ -133,7 +133,9 @@ def test_predict__in_training_mode_is_refused():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"num_classes": 0}, r"num_classes=0 must be at least 1"),
+        ({"num_classes": 0}, r"num_classes must be a whole number from 1 to 65535, got 0"),
+        ({"num_classes": 2**31}, r"num_classes must be a whole number from 1 to 65535"),
+        ({"exits": (1.0, 3)}, r"exits must be a list, each a whole number, got \(1.0, 3\)"),
         (
             {"exits": (0, 2)},
             r"exits=\(0, 2\) must be increasing numbers of blocks between 1 and 3: this .* 4 blocks",

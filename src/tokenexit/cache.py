@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from tokenexit.errors import CheckpointError
+from tokenexit.runtime.schema import fits, read_json
 from tokenexit.writing import whole
 
 
@@ -22,12 +24,13 @@ def cached_path(kind: str, device: torch.device, *facts: Any) -> Path:
     return home / "tokenexit" / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
 
 
-def read_cached(path: Path) -> Any:
-    """What was kept, or None where there is nothing that can be read."""
+def read_cached(path: Path, kind: Any) -> Any:
+    """What was kept, if it is what the annotation `kind` says; None where there is nothing, or nothing of that kind."""
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        values = read_json(path, "delete it")
+    except (OSError, CheckpointError):
         return None
+    return values if fits(values, kind) else None
 
 
 def keep(path: Path, values: Any) -> None:

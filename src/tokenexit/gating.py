@@ -15,7 +15,7 @@ from typing import Any
 
 from tokenexit.calibration.latency import Latency, latency_on_this_machine
 from tokenexit.inference import Precision
-from tokenexit.methods import Method
+from tokenexit.methods import Method, MethodLike, as_method
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Grid
@@ -88,19 +88,20 @@ def choose_exits(costs: Latency, exits: Sequence[int], depth: int, tokens: int, 
     return Gating(tokens, closed, tuple(reasons), least, expected(numbers), expected(()))
 
 
-def gate(model: ExitSegmenter, method: Method[Any], grid: Grid, precision: Precision = "fp32") -> Gating:
+def gate(model: ExitSegmenter, method: MethodLike, grid: Grid, precision: Precision = "fp32") -> Gating:
     """Which exits of `method` pay on this machine for an image of this grid.
 
     The share of tokens that leaves is what the model's calibration saw, or a third of the live ones at each exit.
     """
-    return _choices(model, method, precision)(grid[0] * grid[1])
+    return _choices(model, as_method(method), precision)(grid[0] * grid[1])
 
 
-def gated_by_size(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Method[Any]:
+def gated_by_size(model: ExitSegmenter, method: MethodLike, precision: Precision = "fp32") -> Method[Any]:
     """`method` with the exits that pay, at every size; as it is if all of them always pay, or it has no gates.
 
     Raises `ConfigError` for a method that `model` cannot run.
     """
+    method = as_method(method)
     model.check(method)
     if not method.may_gate:
         return method

@@ -8,7 +8,7 @@ Legend: H, W height and width in pixels; K classes. Sizes are always (height, wi
 from __future__ import annotations
 
 import io
-import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +20,14 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.runtime.schema import check_keys, fits, shown
 
 Colour: TypeAlias = tuple[int, int, int]
 ImageSource: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]
 Resize: TypeAlias = Literal["none"] | int | tuple[int, int]
+
+MAX_SIDE = 8192
+"""The largest side in pixels that a model may resize pictures to, or cut them in."""
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a picture: 2 * (1 GiB / 4 / 3)
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
@@ -56,8 +60,8 @@ class Labels:
             raise ConfigError("labels.names is empty: name at least one class.")
         for name in self.names:
             if not isinstance(name, str) or not name.strip():
-                raise ConfigError(f"labels.names holds {name!r}: every class name must be a non-empty string.")
-        repeated = sorted({name for name in self.names if self.names.count(name) > 1})
+                raise ConfigError(f"labels.names holds {shown(name)}: every class name must be a non-empty string.")
+        repeated = sorted(name for name, times in Counter(self.names).items() if times > 1)
         if repeated:
             raise ConfigError(f"labels.names holds {repeated[0]!r} more than once: give each class its own name.")
         if len(self.palette) != len(self.names):
@@ -68,11 +72,11 @@ class Labels:
         for name, colour in zip(self.names, self.palette):
             if len(colour) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in colour):
                 raise ConfigError(
-                    f"labels.palette gives {colour!r} for class {name!r}: a colour is three whole numbers "
+                    f"labels.palette gives {shown(colour)} for class {name!r}: a colour is three whole numbers "
                     "from 0 to 255."
                 )
         if not _is_int(self.ignore_index):
-            raise ConfigError(f"labels.ignore_index is {self.ignore_index!r}: it must be a whole number.")
+            raise ConfigError(f"labels.ignore_index is {shown(self.ignore_index)}: it must be a whole number.")
         if 0 <= self.ignore_index < len(self.names):
             raise ConfigError(
                 f"labels.ignore_index={self.ignore_index} is also class {self.names[self.ignore_index]!r}: "
@@ -95,7 +99,7 @@ class Labels:
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Labels:
         """The inverse of `to_dict`. Raises `ConfigError` for unknown or missing keys."""
-        _check_keys("labels", values, known=("names", "palette", "ignore_index"), needed=("names", "palette"))
+        check_keys("labels", values, known=("names", "palette", "ignore_index"), needed=("names", "palette"))
         return cls(**values)
 
 
@@ -155,7 +159,7 @@ class Preprocessing:
             raise ConfigError(f"preprocessing.std={self.std} would divide by zero or less: give positive numbers.")
         object.__setattr__(self, "resize", checked_resize("preprocessing.resize", self.resize))
         if self.labels is not None and not isinstance(self.labels, Labels):
-            raise ConfigError(f"preprocessing.labels is {self.labels!r}: give a Labels object or None.")
+            raise ConfigError(f"preprocessing.labels is {shown(self.labels)}: give a Labels object or None.")
         window, stride = checked_window("preprocessing.", self.window, self.stride)
         object.__setattr__(self, "window", window)
         object.__setattr__(self, "stride", stride)
@@ -199,7 +203,7 @@ class Preprocessing:
 
         Raises `ConfigError` for unknown keys and impossible values.
         """
-        _check_keys("preprocessing", values, known=("mean", "std", "resize", "labels", "window", "stride"))
+        check_keys("preprocessing", values, known=("mean", "std", "resize", "labels", "window", "stride"))
         labels = values.get("labels")
         if labels is not None and not isinstance(labels, Labels):
             labels = Labels.from_dict(labels)
@@ -210,12 +214,13 @@ def checked_resize(name: str, resize: object) -> Resize:
     """`resize` in its one form ("none", int, tuple of two ints), or a `ConfigError` about the option `name`."""
     if resize == "none":
         return "none"
-    if isinstance(resize, int) and _is_int(resize) and resize >= 1:
+    if isinstance(resize, int) and _is_side(resize):
         return resize
-    if isinstance(resize, (list, tuple)) and len(resize) == 2 and all(_is_int(s) and s >= 1 for s in resize):
+    if isinstance(resize, (list, tuple)) and len(resize) == 2 and all(map(_is_side, resize)):
         return resize[0], resize[1]
     raise ConfigError(
-        f'{name}={resize!r} is no size: give "none", the shortest side in pixels, or a (height, width) pair.'
+        f'{name}={shown(resize)} is no size: give "none", the shortest side in pixels, or a (height, width) pair, of '
+        f"1 to {MAX_SIDE} each."
     )
 
 
@@ -242,9 +247,11 @@ def checked_window(
 
 def _checked_pair(name: str, size: object) -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
-    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(_is_int(s) and s >= 1 for s in pair):
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_side, pair)):
         return pair[0], pair[1]
-    raise ConfigError(f"{name}={size!r} is no size: give one side in pixels, or a (height, width) pair.")
+    raise ConfigError(
+        f"{name}={shown(size)} is no size: give one side in pixels, or a (height, width) pair, of 1 to {MAX_SIDE} each."
+    )
 
 
 def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
@@ -439,31 +446,20 @@ def _check_size(height: int, width: int, what: str, max_pixels: int) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return fits(value, int)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def _is_side(value: Any) -> bool:
+    return _is_int(value) and 1 <= value <= MAX_SIDE
 
 
 def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(value)
-    raise ConfigError(f"labels.{name} is {value!r}: give a list.")
-
-
-def _check_keys(what: str, values: Mapping[str, Any], known: tuple[str, ...], needed: tuple[str, ...] = ()) -> None:
-    if not isinstance(values, Mapping):
-        raise ConfigError(f"{what} is {values!r}: give a mapping with the keys {', '.join(known)}.")
-    unknown = [str(key) for key in values if key not in known]
-    if unknown:
-        raise ConfigError(f"{what} holds the unknown key {unknown[0]!r}: the keys are {', '.join(known)}.")
-    missing = [key for key in needed if key not in values]
-    if missing:
-        raise ConfigError(f"{what} lacks the key {missing[0]!r}: add it.")
+    raise ConfigError(f"labels.{name} is {shown(value)}: give a list.")
 
 
 def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
-    if isinstance(value, (list, tuple)) and len(value) == 3 and all(_is_number(v) and math.isfinite(v) for v in value):
+    if isinstance(value, (list, tuple)) and len(value) == 3 and all(fits(v, float) for v in value):
         return float(value[0]), float(value[1]), float(value[2])
-    raise ConfigError(f"preprocessing.{name}={value!r} is no colour: give three finite numbers (red, green, blue).")
+    raise ConfigError(f"preprocessing.{name}={shown(value)} is no colour: give three numbers (red, green, blue).")

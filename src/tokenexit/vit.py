@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from types import MethodType
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,12 +23,17 @@ from tokenexit.attention import packed_attention
 from tokenexit.captured import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.cost import Ops
 from tokenexit.errors import ConfigError
+from tokenexit.runtime.schema import Between, Share, check_fields
 from tokenexit.tokens import Grid, Packing, Tokens, alike
+
+Side = Annotated[int, Between(1, 1024)]
 
 
 @dataclass(frozen=True)
 class ViTConfig:
     """A plain ViT. Defaults are timm's `vit_*_patch16_224`.
+
+    Every field is held to its type and bounds, which leave room beyond any published ViT. Raises `ConfigError`.
 
     layer_scale: start value of LayerScale, None without it (DeiT-3, DINOv2 have it).
     mlp: "gelu", or "swiglu" (DINOv2 giant; `mlp_ratio` then counts both gates).
@@ -42,31 +47,29 @@ class ViTConfig:
     drop_path_attention: drop attention branches too; DoViT's release drops MLP branches alone (A.8).
     """
 
-    embed_dim: int = 192
-    depth: int = 12
-    num_heads: int = 3
-    patch_size: int = 16
-    mlp_ratio: float = 4.0
+    embed_dim: Annotated[int, Between(1, 8192)] = 192
+    depth: Annotated[int, Between(1, 128)] = 12
+    num_heads: Annotated[int, Between(1, 512)] = 3
+    patch_size: Annotated[int, Between(1, 256)] = 16
+    mlp_ratio: Annotated[float, Between(0, 64)] = 4.0
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True
     layer_scale: float | None = None
     class_token: bool = True
-    num_registers: int = 0
+    num_registers: Annotated[int, Between(0, 1024)] = 0
     final_norm: bool = True
-    norm_eps: float = 1e-6
-    pos_embed_grid: Grid = (14, 14)
+    norm_eps: Annotated[float, Between(0, 1)] = 1e-6
+    pos_embed_grid: tuple[Side, Side] = (14, 14)
     pos_embed_prefix: bool = True
     pos_embed_mode: Literal["bicubic", "bilinear"] = "bicubic"
     pos_embed_antialias: bool = True
-    pos_embed_offset: float = 0.0
-    drop_path: float = 0.0
+    pos_embed_offset: Share = 0.0
+    drop_path: Share = 0.0
     drop_path_attention: bool = True
 
     def __post_init__(self) -> None:
+        check_fields(self)
         object.__setattr__(self, "pos_embed_grid", tuple(self.pos_embed_grid))
-        for name in ("embed_dim", "depth", "num_heads", "patch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1: choose a positive number.")
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}: change one of the two."
@@ -74,14 +77,12 @@ class ViTConfig:
         for name in ("mlp_ratio", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
-        if self.num_registers < 0:
-            raise ConfigError(f"num_registers={self.num_registers} is negative: use 0 for none.")
-        if len(self.pos_embed_grid) != 2 or min(self.pos_embed_grid) < 1:
-            raise ConfigError(f"pos_embed_grid={self.pos_embed_grid} must be (rows, columns), both at least 1.")
-        for name, choices in (("mlp", ("gelu", "swiglu")), ("pos_embed_mode", ("bicubic", "bilinear"))):
-            if getattr(self, name) not in choices:
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown: choose one of {', '.join(choices)}.")
-        if not 0.0 <= self.drop_path < 1.0:
+        if self.mlp_hidden < 2:
+            raise ConfigError(
+                f"mlp_ratio={self.mlp_ratio} leaves an MLP of {self.mlp_hidden} channels beside embed_dim="
+                f"{self.embed_dim}: raise it."
+            )
+        if self.drop_path == 1.0:
             raise ConfigError(f"drop_path={self.drop_path} is outside [0, 1): choose a value such as 0.1.")
 
     @property

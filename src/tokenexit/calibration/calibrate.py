@@ -42,7 +42,7 @@ from tokenexit.calibration.saved import Calibration
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cost import GIGA
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, Method, ThresholdMethod, spec_of
+from tokenexit.methods import Dense, Method, MethodLike, ThresholdMethod, as_method, spec_of
 from tokenexit.methods.thresholded import calibratable
 
 Average = Literal["pixels", "classes"]
@@ -77,6 +77,9 @@ class Budget:
     def __post_init__(self) -> None:
         if not 0.0 < self.value < math.inf:
             raise ConfigError(f"{self.unit}={self.value:g} must be above 0.")
+        if self.unit == "budget" and self.value > 1.0:
+            share = f"{self.value / 100:g}, or {self.value:g}%" if self.value <= 100 else "0.6, or 60%"
+            raise ConfigError(f"budget={self.value:g} must be a share of dense, at most 1: write {share}.")
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ def wish_of(options: Mapping[str, Any]) -> Wish:
 
 def calibrate(
     bench: Bench,
-    method: Method[Any],
+    method: MethodLike,
     wish: Wish,
     *,
     average: Average = "classes",
@@ -180,15 +183,16 @@ def calibrate(
 ) -> Calibration:
     """Choose thresholds for `wish`, one per exit, and say what they reach on these images.
 
-    method: DToP or DoViT; its thresholds are replaced, its other options stay. average: what the path of thresholds
-    keeps, agreement over "pixels", or over "classes" so that rare ones are guarded. cap: no image may cost more than
-    this share of its dense multiply-adds. seed: of the split into parts. temperatures: fit those of the exit heads
-    first, to the labels of the images that fix the path. about: where the images are from.
+    method: DToP or DoViT, or its name or specification; its thresholds are replaced, its other options stay.
+    average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
+    guarded. cap: no image may cost more than this share of its dense multiply-adds. seed: of the split into parts.
+    temperatures: fit those of the exit heads first, to the labels of the images that fix the path. about: where the
+    images are from.
 
     Raises `ConfigError` in one sentence for wishes out of reach, with what is in reach, and for too few images, with
     how many are needed.
     """
-    rule = calibratable(method)
+    rule = calibratable(as_method(method))
     if rule.cap is not None:
         raise ConfigError("a method that has a cap keeps it: calibrate one without, and give the cap as cap=.")
     if cap is not None and cap <= 0.0:

@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import combinations, pairwise
 from statistics import median
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypedDict, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -31,6 +31,7 @@ from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.inference import Precision, inference
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import Model
+from tokenexit.runtime.schema import Between
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Tokens
 
@@ -40,6 +41,18 @@ T = TypeVar("T", float, Tensor)
 SIDES = (6, 12, 24, 40)
 """Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
 REPEATS = 5
+
+
+_Coefficient = Annotated[float, Between(0, 1e9)]
+_Coefficients = tuple[_Coefficient, _Coefficient, _Coefficient]
+
+
+class _Kept(TypedDict):
+    """Latencies in the cache."""
+
+    block: _Coefficients
+    exits: list[_Coefficients]
+    rest: _Coefficients
 
 
 @dataclass(frozen=True)
@@ -141,15 +154,11 @@ def _ms(call: Callable[[], Any], device: torch.device) -> float:
 def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
     """`measure_latency`, from the cache if it was measured before."""
     path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision)
-    kept = read_cached(path)
-    try:
-        block, rest, *exits = (Curve(*map(float, values)) for values in kept["curves"])
-        if len(exits) == len(model.config.exits):
-            return Latency(block, tuple(exits), rest)
-    except (KeyError, TypeError, ValueError):
-        pass  # not measured yet, or not readable: measure
+    kept = read_cached(path, _Kept)
+    if kept is not None and len(kept["exits"]) == len(model.config.exits):
+        return Latency(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]), Curve(*kept["rest"]))
     found = measure_latency(model, method, precision)
-    keep(path, {"curves": [astuple(curve) for curve in (found.block, found.rest, *found.exits)]})
+    keep(path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)})
     return found
 
 

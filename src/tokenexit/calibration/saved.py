@@ -14,12 +14,14 @@ import torch
 
 from tokenexit.calibration.drift import Usual
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.segmenter import CALIBRATION_FILE, CONFIG_FILE, WEIGHTS_FILE, ExitSegmenter
+from tokenexit.pretrained import CALIBRATE, CALIBRATION_FILE, CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
+from tokenexit.runtime.folder import current, replaced_together
+from tokenexit.runtime.schema import damaged
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
-from tokenexit.writing import whole
 
 FORMAT = 1
-MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, "training.json")
+MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE)
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,20 @@ class Calibration:
 def write_calibration(calibration: Calibration, model: Path, out: Path) -> Path:
     """Write `calibration.json` to the folder `out`, with a copy of the model's files where `out` is not `model`.
 
-    The calibration comes last and each file whole, so an interrupted call leaves what was there. Raises
-    `ConfigError` for a folder that cannot be written, or that holds another model.
+    All of them change as one, so an interrupted call leaves what was there. Raises `ConfigError` for a folder that
+    cannot be written, or that holds another model.
     """
     target = out / CALIBRATION_FILE
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if out.resolve() != model.resolve():
-            if (out / WEIGHTS_FILE).exists() and not _same(out / WEIGHTS_FILE, model / WEIGHTS_FILE):
-                raise ConfigError(f"{out} holds another model: choose another folder for the calibrated one.")
-            for name in MODEL_FILES:
-                if (model / name).exists():
-                    with whole(out / name) as unfinished:
-                        shutil.copyfile(model / name, unfinished)
-        with whole(target) as unfinished:
-            unfinished.write_text(json.dumps(calibration.to_dict(), indent=2) + "\n")
+        weights = current(out, WEIGHTS_FILE)
+        copied = MODEL_FILES if out.resolve() != model.resolve() else ()
+        if copied and weights.exists() and not _same(weights, current(model, WEIGHTS_FILE)):
+            raise ConfigError(f"{out} holds another model: choose another folder for the calibrated one.")
+        with replaced_together(out) as new:
+            for name in copied:
+                if (source := current(model, name)).exists():
+                    shutil.copyfile(source, new / name)
+            (new / CALIBRATION_FILE).write_text(json.dumps(calibration.to_dict(), indent=2) + "\n")
     except OSError as error:
         raise ConfigError(f"{target} cannot be written ({error.strerror}): choose another folder.") from None
     return target
@@ -87,8 +88,8 @@ def usual_of(model: ExitSegmenter) -> Usual:
         raise CheckpointError(
             f"{CALIBRATION_FILE} lacks {missing}, as of an earlier version: calibrate again."
         ) from None
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f"{CALIBRATION_FILE} is damaged ({error!r}): calibrate again, or delete it.") from None
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise damaged(CALIBRATION_FILE, str(error).split("\n")[0], CALIBRATE) from None
     if len(usual.mean) != len(model.config.exits):
         raise CheckpointError(f"{CALIBRATION_FILE} has scores of another model: calibrate again, or delete it.")
     return usual

@@ -3,16 +3,55 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 from tokenexit.errors import CheckpointError
+from tokenexit.runtime.schema import Between, damaged, misfit, parse_json, read_bytes
 
 HF_CONFIG, HF_PREPROCESSOR, SEGMENTER_VARIANT = "config.json", "preprocessor_config.json", "variant.yml"
 FILES = (HF_CONFIG, HF_PREPROCESSOR, SEGMENTER_VARIANT)
+
+REPAIR = "repair it, or move the weights elsewhere"
+
+_Side = Annotated[int, Between(1, 65535)]
+_Size = _Side | tuple[_Side, _Side]
+_Colour = tuple[float, float, float]
+
+
+class _HFConfig(TypedDict, total=False):
+    hidden_act: str
+    use_swiglu_ffn: bool
+    num_attention_heads: Annotated[int, Between(1, 512)]
+    layer_norm_eps: Annotated[float, Between(0, 1)]
+    image_size: _Size
+    patch_size: _Size
+
+
+class _HFProcessor(TypedDict, total=False):
+    image_mean: _Colour
+    image_std: _Colour
+
+
+class _TimmPretrained(TypedDict, total=False):
+    mean: _Colour
+    std: _Colour
+
+
+class _TimmConfig(TypedDict, total=False):
+    pretrained_cfg: _TimmPretrained
+
+
+class _SegmenterNet(TypedDict, total=False):
+    n_heads: Annotated[int, Between(1, 512)]
+    normalization: str
+
+
+class _SegmenterVariant(TypedDict, total=False):
+    net_kwargs: _SegmenterNet
+
 
 Find = Callable[[str], Path | None]
 """The file of this name beside the weights, if there is one."""
@@ -30,34 +69,24 @@ class Beside:
 def read_beside(kind: str, find: Find) -> Beside:
     """Read what belongs to weights of this kind. Raises `CheckpointError` for a damaged file."""
     readers = {"huggingface": _huggingface, "timm": _timm, "segmenter": _segmenter}
-    if kind not in readers:
-        return Beside()
-    try:
-        return readers[kind](find)
-    except (TypeError, ValueError, IndexError, ZeroDivisionError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(
-            f"{' or '.join(FILES)} beside the weights holds an impossible value ({error}): repair it."
-        ) from None
+    return readers[kind](find) if kind in readers else Beside()
 
 
 def _huggingface(find: Find) -> Beside:
-    config, files = _mapping(find(HF_CONFIG)), []
+    config, processor = _read(find(HF_CONFIG), _HFConfig), _read(find(HF_PREPROCESSOR), _HFProcessor)
     settings: dict[str, Any] = {}
+    files = [HF_CONFIG] if config is not None else []
     if config is not None:
-        files.append(HF_CONFIG)
         act = config.get("hidden_act", "gelu")
         if act != "gelu" and not config.get("use_swiglu_ffn"):
             raise CheckpointError(f"{HF_CONFIG} names hidden_act '{act}', tokenexit has gelu: choose another model.")
         if "num_attention_heads" in config:
-            settings["num_heads"] = int(config["num_attention_heads"])
+            settings["num_heads"] = config["num_attention_heads"]
         if "layer_norm_eps" in config:
             settings["norm_eps"] = float(config["layer_norm_eps"])
         if "image_size" in config and "patch_size" in config:
             image, patch = _pair(config["image_size"]), _pair(config["patch_size"])
             settings["pos_embed_grid"] = (image[0] // patch[0], image[1] // patch[1])
-    processor = _mapping(find(HF_PREPROCESSOR))
     normalisation = None
     if processor is not None and "image_mean" in processor and "image_std" in processor:
         files.append(HF_PREPROCESSOR)
@@ -66,43 +95,52 @@ def _huggingface(find: Find) -> Beside:
 
 
 def _timm(find: Find) -> Beside:
-    config = _mapping(find(HF_CONFIG))
-    pretrained = config.get("pretrained_cfg") if config is not None else None
-    if not isinstance(pretrained, Mapping) or "mean" not in pretrained or "std" not in pretrained:
+    pretrained = (_read(find(HF_CONFIG), _TimmConfig) or {}).get("pretrained_cfg", {})
+    if "mean" not in pretrained or "std" not in pretrained:
         return Beside()
     return Beside({}, (tuple(pretrained["mean"]), tuple(pretrained["std"])), (HF_CONFIG,))
 
 
 def _segmenter(find: Find) -> Beside:
-    path = find(SEGMENTER_VARIANT)
-    variant = None if path is None else _mapping(path)
-    net = variant.get("net_kwargs") if variant is not None else None
-    if not isinstance(net, Mapping):
+    net = (_read(find(SEGMENTER_VARIANT), _SegmenterVariant) or {}).get("net_kwargs")
+    if net is None:
         return Beside()
-    settings = {"num_heads": int(net["n_heads"])} if "n_heads" in net else {}
+    settings = {"num_heads": net["n_heads"]} if "n_heads" in net else {}
     known = {"vit": ((0.5,) * 3, (0.5,) * 3), "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-    return Beside(settings, known.get(str(net.get("normalization"))), (SEGMENTER_VARIANT,))
+    return Beside(settings, known.get(net.get("normalization", "")), (SEGMENTER_VARIANT,))
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    return (int(value[0]), int(value[1])) if isinstance(value, list | tuple) else (int(value), int(value))
+    return (value[0], value[1]) if isinstance(value, list | tuple) else (value, value)
 
 
-def _mapping(path: Path | None) -> Mapping[str, Any] | None:
+def _read(path: Path | None, kind: Any) -> Any:
+    """What a file holds, if it is what the annotation `kind` says. Raises `CheckpointError` if it is not."""
     if path is None:
         return None
+    what = f"{path} beside the weights"
     try:
-        if path.suffix == ".json":
-            values = json.loads(path.read_text())
-        else:
-            import yaml
-
-            values = yaml.load(path.read_text(), Loader=_loader())
-    except Exception:  # OSError, and what the two parsers raise
-        values = None
-    if not isinstance(values, Mapping):
-        raise CheckpointError(f"{path} beside the weights is damaged: repair it, or move the weights elsewhere.")
+        content = read_bytes(path)
+        values = parse_json(content) if path.suffix == ".json" else _parse_yaml(content)
+    except OSError as error:
+        raise damaged(what, error.strerror or "it cannot be read", REPAIR) from None
+    except ValueError as error:
+        raise damaged(what, error, REPAIR) from None
+    if wrong := misfit("", values, kind):
+        raise CheckpointError(f"{what} holds an impossible value ({wrong}): {REPAIR}.")
     return values
+
+
+def _parse_yaml(content: bytes) -> Any:
+    """Raises `ValueError` for all that is wrong."""
+    import yaml
+
+    try:
+        return yaml.load(content, Loader=_loader())
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except Exception as error:  # the parser raises what its constructors of dates and numbers do, too
+        raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
 def _loader() -> Any:

@@ -51,12 +51,39 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     return state, dict(meta) if isinstance(meta, Mapping) else {}
 
 
+def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a `.safetensors` file, from its header alone. Raises `CheckpointError` as `read_tensors`."""
+    from safetensors import safe_open
+
+    _check_is_weights(Path(path))
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118, no mapping
+    except Exception:  # as of `load_file`
+        raise _damaged_safetensors(Path(path)) from None
+
+
 def _read(path: Path) -> Any:
     """Whatever the file holds: a dict of tensors, or containers, lists and numbers around them."""
+    _check_is_weights(path)
+    suffix = path.suffix.lower()
+    if suffix == ".safetensors":
+        return _read_safetensors(path)
+    if suffix in PYTORCH_SUFFIXES:
+        return _read_pytorch(path)
+    raise CheckpointError(
+        f"weights '{path}' is of an unknown kind: give a .safetensors, {', '.join(PYTORCH_SUFFIXES)} file."
+    )
+
+
+def _check_is_weights(path: Path) -> None:
+    """Refuse what is no file with content."""
     if path.is_dir():
         raise CheckpointError(f"weights '{path}' is a folder: name the weight file in it.")
     if not path.exists():
         raise CheckpointError(f"weights '{path}' does not exist: check the path.")
+    if not path.is_file():
+        raise CheckpointError(f"weights '{path}' is no file but a device or pipe: name the weight file.")
     try:
         with path.open("rb") as file:
             start = file.read(64)
@@ -68,14 +95,6 @@ def _read(path: Path) -> Any:
         raise CheckpointError(
             f"weights '{path}' is a Git LFS pointer, not the weights: run 'git lfs pull' in its folder."
         )
-    suffix = path.suffix.lower()
-    if suffix == ".safetensors":
-        return _read_safetensors(path)
-    if suffix in PYTORCH_SUFFIXES:
-        return _read_pytorch(path)
-    raise CheckpointError(
-        f"weights '{path}' is of an unknown kind: give a .safetensors, {', '.join(PYTORCH_SUFFIXES)} file."
-    )
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -84,9 +103,11 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except Exception:  # the library's own error, OSError or ValueError, by its version and the damage
-        raise CheckpointError(
-            f"weights '{path}' is damaged or no safetensors file: download or save it again."
-        ) from None
+        raise _damaged_safetensors(path) from None
+
+
+def _damaged_safetensors(path: Path) -> CheckpointError:
+    return CheckpointError(f"weights '{path}' is damaged or no safetensors file: download or save it again.")
 
 
 def _read_pytorch(path: Path) -> Any:

@@ -16,6 +16,7 @@ from tokenexit.cli.options import (
     positive,
     progress_bar,
     set_windows,
+    share,
 )
 from tokenexit.errors import ConfigError
 
@@ -33,11 +34,11 @@ def calibrate(arguments: list[str]) -> int:
     add_method_options(parser, without=("cap",))
     add_window_options(parser)
     wish = parser.add_argument_group("what you wish for, one of").add_mutually_exclusive_group(required=True)
-    wish.add_argument("--budget", type=float, help="mean multiply-adds at most this share of dense")
+    wish.add_argument("--budget", type=share, help="mean multiply-adds, at most this share of dense: 0.6, or 60%%")
     wish.add_argument("--budget-gmacs", type=float, help="mean GMACs per image at most this")
     wish.add_argument("--latency-ms", type=float, help="mean milliseconds per image at most this, on this machine")
-    wish.add_argument("--max-disagreement", type=float, help="share of pixels unlike the dense model; needs no labels")
-    wish.add_argument("--max-error-increase", type=float, help="share of wrong pixels over the dense model's")
+    wish.add_argument("--max-disagreement", type=share, help="share of pixels unlike the dense model; needs no labels")
+    wish.add_argument("--max-error-increase", type=share, help="share of wrong pixels over the dense model's")
     wish.add_argument("--max-miou-drop", type=float, help="points of mIoU; an estimate, no guarantee")
     wish.add_argument(
         "--cbt",
@@ -49,15 +50,17 @@ def calibrate(arguments: list[str]) -> int:
     parser.add_argument("--confidence", type=float, default=0.9, help="of a bound, over the draw of the images")
     parser.add_argument("--average", choices=("pixels", "classes"), default="pixels", help="a bound's error is over")
     parser.add_argument("--clip", type=float, default=1.0, help="largest loss that an image counts with, in a bound")
-    parser.add_argument("--images-above", type=float, help="bound the share of images that lose more, not the mean")
+    parser.add_argument("--images-above", type=share, help="bound the share of images that lose more, not the mean")
     parser.add_argument("--in-expectation", action="store_true", help="bound on average, without a confidence")
-    parser.add_argument("--cap", type=float, help="no image may cost more than this share of dense")
+    parser.add_argument("--cap", type=share, help="no image may cost more than this share of dense")
     parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
     parser.add_argument("--fit-temperature", action="store_true", help="of the exit heads first; needs labels")
     parser.add_argument("--out", type=Path, help="folder for a calibrated copy; the model's own if not given")
     add_machine_options(parser)
     options = parser.parse_args(arguments)
     positive("--limit", options.limit)
+    if options.threshold is not None:
+        raise ConfigError("--threshold is what calibrate chooses: leave it out, or give it to predict and evaluate.")
     if options.images is not None and (options.data is not None or options.data_root is not None):
         raise ConfigError("--images are pictures and --data is a dataset: give one of the two.")
     from tokenexit.calibration.calibrate import calibrate as run

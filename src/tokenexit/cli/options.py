@@ -180,17 +180,22 @@ def in_windows(model: ExitSegmenter) -> str:
 def dataset_of(options: Any) -> tuple[str, SegmentationDataset]:
     """Name and split of the dataset that was asked for, else of the one that the model was trained on."""
     from tokenexit.data.registry import open_dataset
+    from tokenexit.pretrained import TRAINING_FILE, read_record
 
     if options.data is not None:
         return options.data, open_dataset(options.data, options.data_root, options.split)
-    path = options.model / "training.json"
-    try:
-        data = json.loads(path.read_text())["config"]["data"]
-        name, root, extra = str(data["name"]), data["root"], dict(data["options"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{options.model} does not say what it was trained on: name it with --data.") from None
+    record = read_record(options.model, TRAINING_FILE) or {}
+    data = record.get("config", {}).get("data", {})
+    if not {"name", "root", "options"} <= data.keys():
+        raise ConfigError(f"{options.model} does not say what it was trained on: name it with --data.")
+    name, root, extra = data["name"], data["root"], dict(data["options"])
     extra.pop("length", None)  # how many scenes were drawn for training says nothing of the other splits
     return name, open_dataset(name, options.data_root or root, options.split, **extra)
+
+
+def share(text: str) -> float:
+    """A number as it is, and `60%` as 0.6; a type of options."""
+    return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
 def positive(name: str, value: int | None) -> None:

@@ -23,9 +23,10 @@ from tokenexit.evaluation.metrics import Scores, boundary_counts, boundary_iou, 
 from tokenexit.evaluation.processes import gather, place, together
 from tokenexit.inference import Precision, inference
 from tokenexit.ledger import dense_ops
-from tokenexit.methods import Method, spec_of
+from tokenexit.methods import Method, MethodLike, as_method, spec_of
 from tokenexit.methods.reference import Imposed, agreement_exits, random_counterpart, random_exits
 from tokenexit.output import SegmentationOutput
+from tokenexit.preprocessing import Labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.windows import Segmentation, WindowedOutput, window_boxes
 
@@ -166,7 +167,7 @@ class Tally:
 def evaluate(
     model: ExitSegmenter,
     data: SegmentationDataset,
-    methods: Sequence[Method[Any] | Scaled],
+    methods: MethodLike | Scaled | Sequence[MethodLike | Scaled],
     *,
     limit: int | None = None,
     precision: Precision = "fp32",
@@ -175,7 +176,8 @@ def evaluate(
 ) -> list[Evaluation]:
     """Run every method on every image, one image at a time and the methods in turn, so that their times compare.
 
-    methods: one for each row; `Scaled` gives a method smaller pictures. limit: the first so many images only.
+    methods: one for each row, or its name or specification; `Scaled` gives a method smaller pictures. limit: the first
+    so many images only.
     references: add reference lines behind the methods, namely random exits at the counts of every DToP method, and the
     dense-pass agreement oracle at full size (neither for models with grid heads). progress: wraps the loop over images.
 
@@ -187,13 +189,15 @@ def evaluate(
     image, so that what fails in one fails in all at once.
     """
     check_classes(model, data)
+    if isinstance(methods, Method | Scaled | str | Mapping):
+        methods = [methods]
     if limit is not None and limit < 1:
         raise ConfigError(f"limit={limit} leaves no image: give at least 1.")
     count = len(data) if limit is None else min(limit, len(data))
     if count == 0 or not methods:
         raise ConfigError(f"{count} images and {len(methods)} methods are nothing to evaluate: give one of each.")
     classes = model.config.num_classes
-    rows = [_Row(row if isinstance(row, Scaled) else Scaled(row), classes, references) for row in methods]
+    rows = [_Row(row if isinstance(row, Scaled) else Scaled(as_method(row)), classes, references) for row in methods]
     scales = {row.tally.input_scale for row in rows}
     oracle = Tally(Imposed(), "agreement oracle", classes) if references else None
     rank, processes = place()
@@ -287,7 +291,13 @@ class _Row:
 
 
 def check_classes(model: ExitSegmenter, data: SegmentationDataset) -> None:
-    """Refuse a dataset of another number of classes."""
+    """Refuse what is no dataset, and a dataset of another number of classes."""
+    labels = getattr(data, "labels", None)
+    if not isinstance(labels, Labels) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise ConfigError(
+            f"data must be a dataset with labels, a length and samples, got a {type(data).__name__}: open one with "
+            "tokenexit.data.registry.open_dataset."
+        )
     if data.labels.num_classes != model.config.num_classes:
         raise ConfigError(
             f"the model predicts {model.config.num_classes} classes, the dataset has {data.labels.num_classes}: "

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
-from tokenexit.methods import Method, spec_of
+from tokenexit.methods import Method, MethodLike, as_method, spec_of
 from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
@@ -52,7 +52,7 @@ class Exported:
 
 
 def export_model(
-    model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], out: Path, format: Format = "onnx"
+    model: ExitSegmenter, method: MethodLike, images: Sequence[Tensor], out: Path, format: Format = "onnx"
 ) -> Exported:
     """Trace `model` with `method`, compare the file with it on `images`, and write it to the folder `out`.
 
@@ -64,6 +64,7 @@ def export_model(
     if not images:
         raise ConfigError("there is no picture to compare the file with the model on: give one.")
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
+    method = as_method(method)
     check_exportable(model, method)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILES[format]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.runtime.schema import parse_json
 from tokenexit.writing import whole
 
 
@@ -46,13 +46,13 @@ class Place:
         """Read a JSON file; None if it is not there or damaged. Raises `ConfigError` for a damaged zip."""
         try:
             if not self.is_packed:
-                return json.loads((self.folder / file).read_bytes())
+                return parse_json((self.folder / file).read_bytes())
             with self._archive() as archive:
                 content = archive.read(file)
-            return json.loads(content)
+            return parse_json(content)
         except ConfigError:
             raise
-        except (OSError, ValueError, KeyError, RecursionError):
+        except (OSError, ValueError, KeyError):
             return None
 
     def open(self) -> None:

@@ -12,6 +12,7 @@ from tokenexit.heads.base import Head, HeadKind, HeadOutput, class_scores, prese
 from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.pointwise import DINOv2LinearHead, FCNHead, LinearHead, SETRNaiveHead
 from tokenexit.heads.setr import SETRUpHead
+from tokenexit.runtime.schema import check
 
 HEADS: dict[str, Callable[..., Head]] = {
     "linear": LinearHead,
@@ -29,13 +30,17 @@ HeadSpec = str | Mapping[str, Any]
 
 def normalize_head(spec: HeadSpec) -> dict[str, Any]:
     """One plain form of a head specification; refuses unknown heads and options in one sentence."""
+    check("a head", spec, HeadSpec)
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = options.get("kind")
-    if kind not in HEADS:
+    if not isinstance(kind, str) or kind not in HEADS:
         raise ConfigError(f"head '{kind}' is unknown: choose one of {', '.join(HEADS)}.")
-    known = set(inspect.signature(HEADS[kind]).parameters) - {"embed_dim", "num_classes"}
-    for name in options:
-        if name != "kind" and name not in known:
+    parameters = inspect.signature(HEADS[kind], eval_str=True).parameters
+    known = set(parameters) - {"embed_dim", "num_classes"}
+    for name, value in options.items():
+        if name in known:
+            check(f"{name} of head '{kind}'", value, parameters[name].annotation)
+        elif name != "kind":
             raise ConfigError(f"head '{kind}' has no option '{name}': it takes {', '.join(sorted(known)) or 'none'}.")
     return options
 

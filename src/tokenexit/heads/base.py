@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenexit.cost import Ops
 from tokenexit.errors import ConfigError
+from tokenexit.runtime.schema import Between, check
 from tokenexit.tokens import Grid, Packing, Tokens
 
 HeadKind = Literal["softmax", "atm"]
@@ -96,11 +97,14 @@ def _with_running_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d, input: Tenso
     return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
+MOST = {"channels": 8192, "layers": 32, "steps": 8, "up": 16}
+"""Sizes of heads, with room beyond any published one."""
+
+
 def check_head_options(head: str, **options: int) -> None:
-    """Refuse sizes below 1."""
+    """Refuse sizes below 1 or above `MOST`."""
     for name, value in options.items():
-        if value < 1:
-            raise ConfigError(f"head '{head}' has {name}={value}: choose a number of at least 1.")
+        check(f"{name} of head '{head}'", value, Annotated[int, Between(1, MOST[name])])
 
 
 def attention_heads(head: str, channels: int, num_heads: int | None) -> int:

@@ -11,6 +11,9 @@ from tokenexit.errors import ConfigError
 from tokenexit.heads.base import GridBatchNorm, Head, HeadOutput, check_head_options, init_linear
 from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 
+MOST_UP = 64
+"""Cells per side of a patch; a map has its square."""
+
 
 class SETRUpHead(Head):
     """LayerNorm, then `steps` of (convolution, BatchNorm, ReLU, bilinear up), then a 1x1 classifier.
@@ -36,6 +39,8 @@ class SETRUpHead(Head):
         check_head_options("setr_pup", channels=channels, steps=steps, up=up)
         if kernel not in (1, 3):
             raise ConfigError(f"head 'setr_pup' has kernel={kernel}: choose 1 or 3.")
+        if up**steps > MOST_UP:
+            raise ConfigError(f"head 'setr_pup' with steps={steps} and up={up} gives {up**steps}x maps: lower one.")
         self.up, self.scale, self.upscale = up, up ** (steps - 1), up
         self.input_norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.convs = nn.ModuleList(

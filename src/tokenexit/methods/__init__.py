@@ -15,30 +15,44 @@ from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.reference import Imposed
 from tokenexit.methods.thresholded import ThresholdMethod
 from tokenexit.methods.truncated import Truncated
+from tokenexit.runtime.schema import check, hints
 
 METHODS: dict[str, type[Method[Any]]] = {
     method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
 }
-GATED: dict[str, type[Gated | GatedBySize]] = {method.name: method for method in (Gated, GatedBySize)}
+GATED: dict[str, type[Method[Any]]] = {method.name: method for method in (Gated, GatedBySize)}
 
 MethodSpec = str | Mapping[str, Any]
 """A method's name, or a mapping with `name` and the method's own fields: `{"name": "dtop", "threshold": 0.95}`."""
 
+MethodLike = Method[Any] | MethodSpec
+"""What is welcome wherever a method is taken."""
+
 
 def build_method(spec: MethodSpec) -> Method[Any]:
-    """A method from its specification; refuses unknown names and options in one sentence."""
+    """A method from its specification; refuses unknown names, options and types in one sentence."""
+    check("a method", spec, MethodSpec)
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
-    if name in GATED and options.keys() == {"method", "closed"}:
-        return GATED[name](build_method(options["method"]), _frozen(options["closed"]))
-    if name not in METHODS:
+    check("name of a method", name, str | None)
+    kind = (METHODS | GATED).get(name or "")
+    if kind is None or (name in GATED and options.keys() != {"method", "closed"}):
         raise ConfigError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}.")
-    known = [f.name for f in fields(METHODS[name])]
+    known = [f.name for f in fields(kind)]
     for option, value in options.items():
         if option not in known:
             raise ConfigError(f"method '{name}' has no option '{option}': it takes {', '.join(known) or 'none'}.")
-        options[option] = _frozen(value)
-    return METHODS[name](**options)
+        if option == "method":  # of those that wrap another
+            options[option] = build_method(value)
+        else:
+            check(f"{option} of method '{name}'", value, hints(kind)[option])
+            options[option] = _frozen(value)
+    return kind(**options)
+
+
+def as_method(method: MethodLike) -> Method[Any]:
+    """A method as it is, or built from its name or specification."""
+    return method if isinstance(method, Method) else build_method(method)
 
 
 def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
@@ -69,12 +83,14 @@ __all__ = [
     "Gated",
     "GatedBySize",
     "Method",
+    "MethodLike",
     "MethodSpec",
     "Model",
     "Result",
     "Stage",
     "ThresholdMethod",
     "Truncated",
+    "as_method",
     "build_method",
     "spec_of",
 ]

@@ -30,7 +30,9 @@ from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, 
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
 from tokenexit.methods import Method, build_method
-from tokenexit.segmenter import TRAINING_FILE, WEIGHTS_FILE, ExitSegmenter
+from tokenexit.pretrained import TRAINING_FILE, WEIGHTS_FILE
+from tokenexit.runtime.folder import current
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
 from tokenexit.training.build import build_dataset, build_model, build_transform
 from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_checkpoint
@@ -316,7 +318,7 @@ def _checked_out(config: TrainConfig) -> Path:
         raise ConfigError(f"out={out} cannot be made ({error.strerror}): choose another folder.") from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise ConfigError(f"out={out} cannot be written to: choose another folder.")
-    if config.resume and (out / WEIGHTS_FILE).exists() and not (out / "checkpoints").exists():
+    if config.resume and current(out, WEIGHTS_FILE).exists() and not (out / "checkpoints").exists():
         raise ConfigError(
             f"out={out} holds a model and no run to continue: choose another out, or overwrite it with resume=false."
         )

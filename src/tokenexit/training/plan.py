@@ -14,7 +14,9 @@ from tokenexit.data.registry import check_dataset, dataset_labels
 from tokenexit.ledger import dense_ops
 from tokenexit.methods import build_method
 from tokenexit.preprocessing import Labels, Preprocessing
-from tokenexit.segmenter import CONFIG_FILE, ExitSegmenter
+from tokenexit.pretrained import CONFIG_FILE
+from tokenexit.runtime.folder import current
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform, check_start
 from tokenexit.training.checkpoint import LATEST
 from tokenexit.training.config import DataConfig, TrainConfig, check_class_weights, check_parts
@@ -138,7 +140,7 @@ def _written(config: TrainConfig) -> Iterator[str]:
 
 
 def _saved(folder: str | None) -> bool:
-    return folder is not None and (Path(folder) / CONFIG_FILE).is_file()
+    return folder is not None and current(Path(folder), CONFIG_FILE).is_file()
 
 
 def _model_place(folder: str) -> str:

@@ -1,0 +1,333 @@
+"""How a model is kept: `config.json` and weights in a folder, on the hub, with its records and its calibration."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+import zlib
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Annotated, Any, Self, TypedDict
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from tokenexit.card import CARD_FILE, may_write, model_card
+from tokenexit.checkpoints.files import read_tensors, tensor_shapes
+from tokenexit.checkpoints.hub import resolve_folder
+from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.heads import normalize_head
+from tokenexit.hub import push_folder
+from tokenexit.methods import Method, build_method
+from tokenexit.preprocessing import Preprocessing
+from tokenexit.runtime.folder import current, replaced_together
+from tokenexit.runtime.schema import Between, Share, check, check_fields, check_keys, damaged, misfit, read_json, shown
+from tokenexit.vit import ViTConfig
+from tokenexit.writing import whole
+
+CONFIG_FILE = "config.json"
+CALIBRATION_FILE = "calibration.json"
+WEIGHTS_FILE = "model.safetensors"
+TRAINING_FILE, EVALUATION_FILE = "training.json", "evaluation.json"
+"""Records that stay with a model: its training's, and figures of `tokenexit evaluate --json`."""
+FORMAT = 1
+WEIGHTS_VERSION = "v2:"
+"""How fingerprints of all weights begin; older ones, of the heads alone, are bare digits."""
+
+AGAIN, CALIBRATE = "save the model again", "calibrate again, or delete it"
+"""Cures for damaged files."""
+
+
+class _Data(TypedDict, total=False):
+    name: str
+    root: str | None
+    options: dict[str, Any]
+
+
+class _Config(TypedDict, total=False):
+    data: _Data
+
+
+class TrainingRecord(TypedDict, total=False):
+    """What is read of `training.json`; the rest is kept as it is."""
+
+    config: _Config
+    history: list[dict[str, Any]]
+
+
+class EvaluationRecord(TypedDict, total=False):
+    """What is read of `evaluation.json`."""
+
+    about: dict[str, Any]
+    results: list[dict[str, Any]]
+
+
+class _Reached(TypedDict, total=False):
+    live_after_exit: list[Share]
+    share_of_dense: float
+
+
+class _Scores(TypedDict, total=False):
+    edges_of_doubt: list[float]
+    mean: list[list[Share]]
+    deviation: list[list[Share]]
+    images: list[Annotated[int, Between(0, 2**31 - 1)]]
+    limit: float
+
+
+class CalibrationRecord(TypedDict, total=False):
+    """What is read of `calibration.json`."""
+
+    model: str
+    method: str | dict[str, Any]
+    asked: dict[str, Any]
+    promise: str
+    reached: _Reached
+    images: dict[str, Any]
+    scores: _Scores
+
+
+RECORDS = {TRAINING_FILE: TrainingRecord, EVALUATION_FILE: EvaluationRecord}
+
+
+@dataclass(frozen=True)
+class SegmenterConfig:
+    """All that rebuilds a model without its weights.
+
+    exits: after how many blocks each exit stands. exit_head: one head specification for all exits, or one for each.
+    """
+
+    backbone: ViTConfig
+    num_classes: Annotated[int, Between(1, 65535)]
+    exits: tuple[int, ...] = (3, 6, 9)
+    exit_heads: tuple[dict[str, Any], ...] = ()
+    decode_head: dict[str, Any] = field(default_factory=lambda: {"kind": "fcn"})
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        depth = self.backbone.depth
+        if any(not 0 < n < depth for n in self.exits) or list(self.exits) != sorted(set(self.exits)):
+            raise ConfigError(
+                f"exits={self.exits} must be increasing numbers of blocks between 1 and {depth - 1}: "
+                f"this backbone has {depth} blocks."
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "backbone": self.backbone.to_dict(),
+            "num_classes": self.num_classes,
+            "exits": list(self.exits),
+            "exit_heads": list(self.exit_heads),
+            "decode_head": self.decode_head,
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> SegmenterConfig:
+        """The inverse of `to_dict`. Raises `ConfigError`."""
+        names = [f.name for f in fields(cls)]
+        check_keys("model", values, known=names, needed=names)
+        check_keys("backbone", values["backbone"], known=[f.name for f in fields(ViTConfig)])
+        for name in ("exits", "exit_heads"):
+            check(name, values[name], list[Any])
+        return cls(
+            backbone=ViTConfig(**values["backbone"]),
+            num_classes=values["num_classes"],
+            exits=tuple(values["exits"]),
+            exit_heads=tuple(normalize_head(head) for head in values["exit_heads"]),
+            decode_head=normalize_head(values["decode_head"]),
+        )
+
+
+class PretrainedMixin(nn.Module):
+    """Saves, loads and recognises an `ExitSegmenter`, whose constructor takes what `SegmenterConfig` holds.
+
+    calibration: contents of `calibration.json`, None for a model that was not calibrated. records: contents of the
+        records that were found beside the model, by name.
+    """
+
+    config: SegmenterConfig
+    preprocessing: Preprocessing
+    calibration: Mapping[str, Any] | None
+    records: dict[str, Any]
+
+    def calibrated_method(self) -> Method[Any] | None:
+        """The method and thresholds that `tokenexit calibrate` chose for this model, or None if it was not calibrated.
+
+        Raises `CheckpointError` for a calibration of other weights, and for one that is damaged.
+        """
+        if self.calibration is None:
+            return None
+        if not self.has_fingerprint(self.calibration.get("model")):
+            raise CheckpointError(
+                f"{CALIBRATION_FILE} was made for other weights: run `tokenexit calibrate` again, delete it, or name a "
+                "--method."
+            )
+        try:
+            return build_method(self.calibration["method"])
+        except KeyError as missing:
+            raise damaged(CALIBRATION_FILE, f"it lacks {missing}", CALIBRATE) from None
+        except ConfigError as error:
+            raise damaged(CALIBRATION_FILE, error, CALIBRATE) from None
+
+    def fingerprint(self) -> str:
+        """Tells weights from others: `v2:` and a digest of backbone, heads and their buffers."""
+        return WEIGHTS_VERSION + _digest_of(self)
+
+    def has_fingerprint(self, value: object) -> bool:
+        """Whether `value` is the fingerprint of these weights, or the one that earlier versions wrote."""
+        own = isinstance(value, str) and value.startswith(WEIGHTS_VERSION)
+        return value == (self.fingerprint() if own else _digest_of_heads(self))
+
+    def save_pretrained(self, path: str | Path, card: bool = False, license: str | None = None) -> None:
+        """Write `config.json` and `model.safetensors` to a folder, `calibration.json` if there is a calibration, and
+        the records that were found beside the model. They change as one: a call that is killed leaves the model that
+        was there, whole, or this one.
+
+        card: write `README.md`, too, a model card of all this; one that somebody wrote is left. license: of the
+        weights, to stand there."""
+        from safetensors.torch import save_file
+
+        folder = Path(path)
+        config = {
+            "format": FORMAT,
+            "model": self.config.to_dict(),
+            "preprocessing": self.preprocessing.to_dict(),
+        }
+        files = {CONFIG_FILE: _json(config)} | {name: _json(record) for name, record in self.records.items()}
+        if self.calibration is not None:
+            files[CALIBRATION_FILE] = _json(self.calibration)
+        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        with replaced_together(folder) as new:
+            if card and may_write(folder / CARD_FILE):
+                files[CARD_FILE] = self._card(folder.resolve().name, config, license)
+            with whole(new / WEIGHTS_FILE) as unfinished:
+                save_file(state, unfinished, metadata={"format": "pt"})
+            for name, text in files.items():
+                (new / name).write_text(text)
+
+    def _card(self, name: str, config: Mapping[str, Any], license: str | None) -> str:
+        parameters = sum(value.numel() for value in self.parameters())
+        training, evaluation = (self.records.get(file) for file in (TRAINING_FILE, EVALUATION_FILE))
+        return model_card(name, config, parameters, training, evaluation, self.calibration, license)
+
+    def push_to_hub(self, repo_id: str, license: str | None = None, **options: Any) -> str:
+        """Save the model with its card in the repository OWNER/NAME of the Hugging Face hub; returns its address.
+
+        options: of `tokenexit.hub.push_folder`, which raises what can go wrong."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / repo_id.rpartition("/")[2]
+            self.save_pretrained(path, card=True, license=license)
+            return push_folder(path, repo_id, **options)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+        """A saved model, in evaluation mode. Raises `CheckpointError` for a folder that holds none.
+
+        path: a folder, or `hf-hub:OWNER/NAME[@REVISION]`, which is fetched once."""
+        folder = resolve_folder(path, (WEIGHTS_FILE, "*.json"))
+        config, preprocessing = _read_config(folder)
+        weights = current(folder, WEIGHTS_FILE)
+        try:
+            with torch.device("meta"):  # shapes alone: no memory is taken before they are those of the weights
+                model = cls(
+                    backbone=config.backbone,
+                    num_classes=config.num_classes,
+                    exits=config.exits,
+                    exit_head=config.exit_heads,
+                    decode_head=config.decode_head,
+                    preprocessing=preprocessing,
+                )
+        except ConfigError as error:
+            raise damaged(folder / CONFIG_FILE, error, AGAIN) from None
+        found = tensor_shapes(weights)
+        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
+        if wrong:
+            raise CheckpointError(
+                f"{weights} does not fit {folder / CONFIG_FILE} ({len(wrong)} entries differ, first "
+                f"'{min(wrong)}'): save the model again."
+            )
+        model.to_empty(device="cpu").load_state_dict(read_tensors(weights))
+        model.calibration = _read_calibration(current(folder, CALIBRATION_FILE))
+        model.records = _read_records(folder)
+        return model.to(device).eval()
+
+
+_DIGESTS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = WeakKeyDictionary()
+"""The last digest of each model, and which tensors in which state it is of: a large model takes a second."""
+
+
+def _digest_of(model: nn.Module) -> str:
+    """Of all names, types, shapes and values. Each change in place counts up a tensor's version."""
+    state = model.state_dict()
+    now = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
+    before, digest = _DIGESTS.get(model, (None, ""))
+    if now != before:
+        parts = [f"{name} {t.dtype} {tuple(t.shape)} {zlib.crc32(_bytes(t))}" for name, t in state.items()]
+        digest = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        _DIGESTS[model] = now, digest
+    return digest
+
+
+def _digest_of_heads(model: nn.Module) -> str:
+    """What fingerprints were in the first version."""
+    digest = hashlib.sha256()
+    for name, value in model.state_dict().items():
+        if name.startswith(("exit_heads.", "decode_head.")):
+            digest.update(name.encode())
+            digest.update(_bytes(value))
+    return digest.hexdigest()[:16]
+
+
+def _bytes(value: Tensor) -> memoryview:
+    return value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data
+
+
+def _json(values: Mapping[str, Any]) -> str:
+    return json.dumps(values, indent=2) + "\n"
+
+
+def read_record(folder: Path, name: str) -> dict[str, Any] | None:
+    """The training's or the evaluation's record in a model's folder; None if there is none that is whole."""
+    with suppress(FileNotFoundError, CheckpointError):
+        values = read_json(current(folder, name), AGAIN, nan_as_null=True)
+        if isinstance(values, dict) and misfit("", values, RECORDS[name]) is None:
+            return values
+    return None
+
+
+def _read_records(folder: Path) -> dict[str, Any]:
+    """Those that are there and whole; a model works without them."""
+    found = {name: read_record(folder, name) for name in RECORDS}
+    return {name: record for name, record in found.items() if record is not None}
+
+
+def _read_calibration(path: Path) -> dict[str, Any] | None:
+    try:
+        values = read_json(path, CALIBRATE, nan_as_null=True)
+    except FileNotFoundError:
+        return None
+    if wrong := misfit("", values, CalibrationRecord):
+        raise damaged(path, wrong, CALIBRATE)
+    return dict(values)
+
+
+def _read_config(folder: Path) -> tuple[SegmenterConfig, Preprocessing]:
+    path = current(folder, CONFIG_FILE)
+    if not path.exists():
+        raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: give the folder of a model saved by tokenexit.")
+    values = read_json(path, AGAIN)
+    try:
+        check("it", values, dict[str, Any])
+        if values.get("format", FORMAT) != FORMAT:
+            raise CheckpointError(
+                f"{path} has format {shown(values['format'])}, this version reads {FORMAT}: update tokenexit."
+            )
+        check_keys("it", values, known=tuple(values), needed=("format", "model", "preprocessing"))
+        return SegmenterConfig.from_dict(values["model"]), Preprocessing.from_dict(values["preprocessing"])
+    except ConfigError as error:
+        raise damaged(path, error, AGAIN) from None

@@ -1,0 +1,237 @@
+"""What files may hold: JSON read within limits, and values held to types and bounds before anything is built of them.
+
+A schema is an annotation, so it stands where the value is declared: in a dataclass, a constructor, or a `TypedDict` for
+a file. Numbers have bounds as `Annotated[int, Between(1, 64)]`; without them whole numbers stay below 2^31, and all
+numbers are finite. `True` is no number, and 4.0 is no whole number.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, get_type_hints, is_typeddict
+
+from tokenexit.errors import CheckpointError, ConfigError
+
+LARGEST_FILE = 16 * 2**20
+"""Bytes of a JSON file; the longest that are written, records of long trainings, have a tenth of it."""
+DEEPEST = 64
+"""Lists and mappings within each other."""
+LARGEST_INT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class Between:
+    """Bounds of a number, both inclusive."""
+
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"from {self.low:g} to {self.high:g}" if math.isfinite(self.high) else f"of at least {self.low:g}"
+
+
+Share = Annotated[float, Between(0, 1)]
+
+
+# ------------------------------------------------------------------------------------------------------ reading JSON
+
+
+def read_json(path: Path, cure: str, nan_as_null: bool = False) -> Any:
+    """The content of a JSON file; nan_as_null as of `parse_json`.
+
+    Raises `CheckpointError` in one sentence that ends with `cure`, and `FileNotFoundError` where there is no file.
+    """
+    try:
+        return parse_json(read_bytes(path), nan_as_null)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): check its permissions.") from None
+    except ValueError as error:
+        raise damaged(path, error, cure) from None
+
+
+def read_bytes(path: Path) -> bytes:
+    """The content of a small file. Raises OSError, and `ValueError` for what is too long, or a device or pipe."""
+    if path.exists() and not path.is_file():
+        raise ValueError("it is no file")
+    with path.open("rb") as file:
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE >> 20} MB")
+    return content
+
+
+def damaged(path: Path | str, reason: Exception | str, cure: str) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({str(reason).rstrip('.')}): {cure}.")
+
+
+def parse_json(data: bytes, nan_as_null: bool = False) -> Any:
+    """The value in UTF-8 JSON. nan_as_null: read NaN and infinities, which are no JSON, as null.
+
+    Raises `ValueError` in a few words: too long, too deep, other encodings, a key given twice, no JSON.
+    """
+
+    def number(text: str) -> float | None:
+        value = float(text)
+        if not math.isfinite(value) and not nan_as_null:
+            raise ValueError(f"{text[:30]} is no number of JSON")
+        return value if math.isfinite(value) else None
+
+    if len(data) > LARGEST_FILE:
+        raise ValueError(f"it has more than {LARGEST_FILE >> 20} MB")
+    too_deep = f"it nests deeper than {DEEPEST} levels"
+    try:
+        text = data.decode("utf-8")
+        value = json.loads(
+            text, parse_constant=number, parse_float=number, parse_int=_integer, object_pairs_hook=_mapping
+        )
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8 text") from None
+    except RecursionError:
+        raise ValueError(too_deep) from None
+    if _deeper_than(value, DEEPEST):
+        raise ValueError(too_deep)
+    return value
+
+
+def _integer(text: str) -> int:
+    if len(text) > 30:  # Python refuses those of more than 4300 digits in words about itself
+        raise ValueError("it holds a number of more than 30 digits")
+    return int(text)
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in values:
+            raise ValueError(f"{shown(name)} is given twice")
+        values[name] = value
+    return values
+
+
+def _deeper_than(value: Any, levels: int) -> bool:
+    outer = [value]
+    for _ in range(levels + 1):
+        inner = [v.values() if isinstance(v, dict) else v for v in outer if isinstance(v, dict | list)]
+        outer = [v for values in inner for v in values]
+    return bool(outer)
+
+
+# --------------------------------------------------------------------------------------------------- types and bounds
+
+
+def check(name: str, value: Any, kind: Any) -> None:
+    """Raise `ConfigError` where `value` is no `kind`."""
+    if wrong := misfit(name, value, kind):
+        raise ConfigError(f"{wrong}.")
+
+
+def check_fields(value: Any) -> None:
+    """Raise `ConfigError` where a field of a dataclass does not hold what its annotation says."""
+    for name, kind in hints(cast(Hashable, type(value))).items():
+        check(name, getattr(value, name), kind)
+
+
+def check_keys(what: str, values: Any, known: Sequence[str], needed: Sequence[str] = ()) -> None:
+    """Raise `ConfigError` for what is no mapping, has other keys than `known`, or lacks one of `needed`."""
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{what} is {shown(values)}: give a mapping with the keys {', '.join(known)}.")
+    unknown = [str(key) for key in values if key not in known]
+    if unknown:
+        raise ConfigError(f"{what} holds the unknown key {shown(unknown[0])}: the keys are {', '.join(known)}.")
+    missing = [key for key in needed if key not in values]
+    if missing:
+        raise ConfigError(f"{what} lacks the key {missing[0]!r}: add it.")
+
+
+@lru_cache(maxsize=64)
+def hints(declared: Any) -> dict[str, Any]:
+    """The annotations of a class, with their bounds."""
+    return get_type_hints(declared, include_extras=True)
+
+
+def misfit(name: str, value: Any, kind: Any) -> str | None:
+    """What does not fit, in words, or None; of a file, a `TypedDict`, its first value that does not."""
+    if is_typeddict(kind) and isinstance(value, Mapping):
+        missing = sorted(kind.__required_keys__ - value.keys())
+        if missing:
+            return f"{name or 'it'} lacks {missing[0]!r}"
+        inner = ((key, wanted) for key, wanted in hints(kind).items() if key in value)
+        found = (misfit(f"{name}.{key}".lstrip("."), value[key], wanted) for key, wanted in inner)
+        return next((wrong for wrong in found if wrong), None)
+    if fits(value, kind):
+        return None
+    size = ", which is too large" if isinstance(value, int) and not _is_small(value) else ""
+    return f"{name or 'it'} must be {in_words(kind)}, got {shown(value)}{size}"
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` is what the annotation `kind` says; lists count as tuples, whole numbers as numbers."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return True
+    if origin is Annotated:
+        bounds = [bound for bound in inner[1:] if isinstance(bound, Between)]
+        return fits(value, inner[0]) and all(bound.low <= value <= bound.high for bound in bounds)
+    if origin in (Union, UnionType):
+        return any(fits(value, choice) for choice in inner)
+    if origin is Literal:
+        return any(type(value) is type(choice) and value == choice for choice in inner)
+    if kind in (None, NoneType):
+        return value is None
+    if kind in (int, float):
+        return isinstance(value, kind | int) and not isinstance(value, bool) and _is_small(value)
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return isinstance(value, list | tuple) and len(value) == len(inner) and all(map(fits, value, inner))
+    if origin in (tuple, list, Sequence):
+        return isinstance(value, list | tuple) and all(fits(item, inner[0]) for item in value)
+    if origin in (dict, Mapping):
+        return isinstance(value, Mapping) and all(fits(k, inner[0]) and fits(v, inner[1]) for k, v in value.items())
+    if is_typeddict(kind):
+        return isinstance(value, Mapping) and misfit("", value, kind) is None
+    return isinstance(value, origin or kind)
+
+
+def _is_small(value: float) -> bool:
+    return abs(value) <= LARGEST_INT if isinstance(value, int) else math.isfinite(value)
+
+
+def in_words(kind: Any) -> str:
+    """An annotation as a sentence says it: "a whole number from 1 to 64"."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return " ".join([in_words(inner[0]), *(str(bound) for bound in inner[1:])])
+    if origin in (Union, UnionType):
+        return " or ".join(map(in_words, inner))
+    if origin is Literal:
+        return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else repr(inner[0])
+    if origin is tuple and inner[-1] is not Ellipsis:
+        return f"a list of {len(inner)}, each {in_words(inner[0])}"
+    if origin in (tuple, list, Sequence):
+        return "a list" if inner[0] is Any else f"a list, each {in_words(inner[0])}"
+    if origin in (dict, Mapping) or is_typeddict(kind):
+        return "a mapping"
+    simple = {int: "a whole number", float: "a number", str: "a text", bool: "true or false", NoneType: "None"}
+    return simple.get(kind) or f"a {getattr(origin or kind, '__name__', kind)}"
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, x: int, level: int) -> str:
+        return "a number of more than 30 digits" if abs(x) >= 10**30 else repr(x)
+
+
+_short = _Short()
+_short.maxlevel, _short.maxstring, _short.maxother = 3, 60, 60
+
+
+def shown(value: Any) -> str:
+    """A value in a message: short, on one line, whatever it is."""
+    return " ".join(_short.repr(value).split())
