@@ -16,11 +16,12 @@ from tokenexit.methods import DoViT, DToP, build_method
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import TrainConfig
 from tokenexit.training.optim import learning_rate
+from tokenexit.training.parsing import RECIPES as RECIPES_FOLDER
 from tokenexit.training.parsing import parse_train
 from tokenexit.training.plan import plan, skeleton
 
-CONFIGS = Path(__file__).parents[2] / "configs"
-PAGE = CONFIGS.parent / "docs" / "recipes.md"
+CONFIGS = RECIPES_FOLDER
+PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
 PUBLISHED = [name for name in RECIPES if "/" in name]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -85,7 +86,7 @@ def test_recipes__predict_at_the_size_that_they_train_at(name: str) -> None:
 
 def test_recipes_page__names_every_recipe_and_none_that_is_not_there() -> None:
     text = PAGE.read_text()
-    named = {f"{name}.yaml" for name in re.findall(r"(?:configs/|`)((?:dtop|dovit)/\w+)", text)}
+    named = {f"{name}.yaml" for name in re.findall(r"(?:--config |`)((?:dtop|dovit)/\w+)", text)}
     dynamic = {name for name in PUBLISHED if "_dense" not in name}
     assert named == dynamic
     assert "None of them was trained here" in text

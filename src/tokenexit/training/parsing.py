@@ -14,6 +14,8 @@ from tokenexit.training.config import TrainConfig, flat
 
 USAGE = "tokenexit train [--config FILE] [--KEY VALUE ...]"
 SEE_HELP = "see tokenexit train --help"
+RECIPES = Path(__file__).parents[1] / "configs"
+"""Folder of the shipped recipes; the path below it, without the suffix, is a recipe's name."""
 
 
 def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) -> tuple[TrainConfig, Any]:
@@ -31,12 +33,13 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
         description="Train or fine-tune a model as a YAML says. Options are the keys of the YAML; those given win.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML of the run")
+    help = "YAML of the run, or name of a shipped recipe, such as dtop/ade20k_base"
+    parser.add_argument("--config", action="config", help=help)
     parser.add_class_arguments(TrainConfig, nested_key=None, instantiate=True)
     add_options(parser)
     keys = config_keys()
     arguments = [_with_underscores(argument, keys) for argument in arguments]
-    _check_files(arguments)
+    arguments = _with_files(arguments)
     try:
         options = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -44,6 +47,28 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
     build = getattr(parser, "instantiate", None) or parser.instantiate_classes  # the older name
     values = build(options)
     return TrainConfig(**{f.name: getattr(values, f.name) for f in fields(TrainConfig)}), options
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Returns the recipes that come with the package, by name, such as `dtop/ade20k_base`."""
+    files = sorted(RECIPES.rglob("*.yaml"))
+    return {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
+
+
+def recipe_file(given: str) -> Path:
+    """Returns the file that `--config` names: an existing file, else the shipped recipe of this name.
+
+    Raises `ConfigError`, with the nearest names, where it is neither.
+    """
+    path, name, recipes = Path(given), given.removesuffix(".yaml"), shipped_recipes()
+    if not path.is_file() and name in recipes:
+        return recipes[name]
+    if path.exists():
+        return path
+    near = difflib.get_close_matches(name, recipes, 3)
+    if near:
+        raise ConfigError(f"--config {given} is neither a file nor a shipped recipe: did you mean {_either(near)}?")
+    return path
 
 
 def config_keys() -> dict[str, Any]:
@@ -81,6 +106,12 @@ def _unknown(key: str, keys: dict[str, Any]) -> str:
     return f"{key} is no key of a run: " + (f"did you mean {near[0]}?" if near else f"{SEE_HELP}.")
 
 
+def _either(names: Sequence[str]) -> str:
+    """`a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _expected(kind: Any, example: Any) -> str:
     """What a value of this type looks like."""
     simple = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
@@ -104,14 +135,21 @@ def _with_underscores(argument: str, keys: dict[str, Any]) -> str:
     return f"--{underscored}{equals}{value}" if name.startswith("--") and underscored in keys else argument
 
 
-def _check_files(arguments: Sequence[str]) -> None:
-    """Refuse configuration files that cannot be read as a mapping, before the parser says so in its words."""
-    for argument, following in zip(arguments, (*arguments[1:], None)):
-        given = following if argument == "--config" else None
-        if argument.startswith("--config="):
-            given = argument.partition("=")[2]
-        if given is not None:
-            _check_file(Path(given))
+def _with_files(arguments: Sequence[str]) -> list[str]:
+    """Replace names of recipes by their files, and refuse files that cannot be read as a mapping, before the parser
+    says so in its words."""
+    replaced = list(arguments)
+    for i, argument in enumerate(arguments):
+        option, equals, given = argument.partition("=")
+        if option != "--config" or (not equals and i + 1 == len(arguments)):
+            continue
+        file = recipe_file(given if equals else arguments[i + 1])
+        _check_file(file)
+        if equals:
+            replaced[i] = f"--config={file}"
+        else:
+            replaced[i + 1] = str(file)
+    return replaced
 
 
 def _check_file(path: Path) -> None:
