@@ -1,6 +1,8 @@
 """Attention-to-mask head (SegViT) as DToP uses it: one learned query per class, no positions, any set of tokens.
 
-Source: specification of DToP, section e. Legend: P live patch tokens of the batch, B images, K classes, d width.
+Source: DToP's release, `mmseg_custom/decode_heads/prune_head.py`.
+
+Legend: P live patch tokens of the batch, B images, K classes, d width.
 """
 
 from __future__ import annotations
@@ -11,8 +13,15 @@ from torch import Tensor, nn
 from tokenexit import cost
 from tokenexit.attention import packed_attention, segment_matmul
 from tokenexit.cost import Ops
-from tokenexit.errors import ConfigError
-from tokenexit.heads.base import Head, HeadKind, HeadOutput, attention_heads, check_head_options, init_linear
+from tokenexit.heads.base import (
+    Head,
+    HeadKind,
+    HeadOutput,
+    attention_heads,
+    check_head_options,
+    check_head_rate,
+    init_linear,
+)
 from tokenexit.tokens import Grid, Packing, Tokens
 
 
@@ -37,8 +46,7 @@ class ATMHead(Head):
         super().__init__(num_classes)
         d = embed_dim // 2 if channels is None else channels
         check_head_options("atm", channels=d, layers=layers)
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"head 'atm' has dropout={dropout}: choose a value in [0, 1).")
+        check_head_rate("atm", "dropout", dropout)
         heads = attention_heads("atm", d, num_heads)
         self.input_proj = nn.Linear(embed_dim, d)
         self.input_norm = nn.LayerNorm(d)

@@ -103,6 +103,12 @@ def check_head_options(head: str, **options: int) -> None:
             raise ConfigError(f"head '{head}' has {name}={value}: choose a number of at least 1.")
 
 
+def check_head_rate(head: str, name: str, rate: float) -> None:
+    """Refuse a probability outside [0, 1)."""
+    if not 0.0 <= rate < 1.0:
+        raise ConfigError(f"head '{head}' has {name}={rate}: choose a value in [0, 1).")
+
+
 def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
     """As asked, or 64 channels for each attention head where that divides the width, else one head."""
     if num_heads is None:
@@ -115,7 +121,9 @@ def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal 0.02, zero bias; norms keep 1 and 0 (DToP, section e; Segmenter)."""
+    """Start weights from a truncated normal of 0.02 and biases from zero; norms keep 1 and 0.
+
+    So in Segmenter and in DToP's release (`mmseg_custom/decode_heads/prune_head.py`)."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -131,8 +139,9 @@ def presence_probability(presence: Tensor) -> Tensor:
 
 
 def class_scores(kind: HeadKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
-    """Per-class scores in [0, 1], fp32: softmax, or for ATM presence times sigmoid (DToP, a.5).
+    """Per-class scores in [0, 1], fp32: softmax, or for ATM presence times sigmoid.
 
+    The latter as in DToP's release (`mmseg_custom/decode_heads/prune_head.py`).
     logits: `(P, K)`; presence: `(B, K, 2)` or None; image: `(P,)` image of each row.
     """
     if kind == "softmax":

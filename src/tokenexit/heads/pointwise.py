@@ -40,7 +40,7 @@ class DINOv2LinearHead(LinearHead):
 
 
 class FCNHead(Head):
-    """1x1 convolution, BatchNorm, ReLU, 1x1 classifier (DoViT A.3: the auxiliary head of Segmenter).
+    """1x1 convolution, BatchNorm, ReLU, 1x1 classifier (DoViT's exit heads on Segmenter).
 
     channels: width of the hidden layer, 256 in both papers.
     """
@@ -70,7 +70,7 @@ class FCNHead(Head):
 
 
 class SETRNaiveHead(FCNHead):
-    """LayerNorm, 1x1 convolution, BatchNorm, ReLU, bilinear x4, 1x1 classifier (SETR-naive; DoViT A.3).
+    """LayerNorm, 1x1 convolution, BatchNorm, ReLU, bilinear x4, 1x1 classifier (SETR-naive, and DoViT's exit heads on it).
 
     The classifier is linear and bilinear weights sum to one, so classifying before the upsampling gives the same
     logits to rounding for 16 times fewer multiply-adds; `upscale` tells the caller to interpolate afterwards.

@@ -15,7 +15,7 @@ from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 class SETRUpHead(Head):
     """LayerNorm, then `steps` of (convolution, BatchNorm, ReLU, bilinear up), then a 1x1 classifier.
 
-    SETR-PUP: 4 steps, kernel 3, up 2. DoViT's ViT-L ADE20K head (A.3): 2 steps, kernel 1, up 4. The classifier runs
+    SETR-PUP: 4 steps, kernel 3, up 2. DoViT's ViT-L exit heads on ADE20K: 2 steps, kernel 1, up 4. The classifier runs
     before the last upsampling, which gives the same logits to rounding.
 
     channels: width of every step; kernel: 1 or 3; up: scale of each step.

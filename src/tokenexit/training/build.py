@@ -68,7 +68,7 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
         if config.new_exits:
             model = _with_new_exits(model, config)
         model.calibration = None  # thresholds belong to the weights they were chosen for
-        _apply_drop_path(model, config)
+        _apply_stochastic_depth(model, config)
         return model.train(), None
     model = ExitSegmenter(
         config.backbone,
@@ -97,12 +97,13 @@ def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
     return model
 
 
-def _apply_drop_path(model: ExitSegmenter, config: ModelConfig) -> None:
-    """Fine-tuning takes the saved architecture; stochastic depth is the one option that is not part of it."""
-    unknown = set(config.options) - {"drop_path"}
+def _apply_stochastic_depth(model: ExitSegmenter, config: ModelConfig) -> None:
+    """Fine-tuning takes the saved architecture; stochastic depth is no part of it."""
+    unknown = set(config.options) - {"drop_path", "drop_path_attention"}
     if unknown:
         raise ConfigError(f"model.options.{min(unknown)} cannot change with init_from: it is part of the saved model.")
-    rate = vit_config(model.config.backbone, **config.options).drop_path  # which checks it
+    asked = vit_config(model.config.backbone, **config.options)  # which checks the rate
     blocks: list[Any] = list(model.backbone.blocks)
     for i, block in enumerate(blocks):
-        block.drop_path = rate * i / max(len(blocks) - 1, 1)
+        block.drop_path = asked.drop_path * i / max(len(blocks) - 1, 1)
+        block.drop_path_attention = asked.drop_path_attention

@@ -1,13 +1,15 @@
-"""Distillation: beside the labels, a student learns from a dense model (DoViT B.1).
+"""Distillation: beside the labels, a student learns from a dense model (DoViT's release, `mmseg/distillation`).
 
 Methods know nothing of it. It reads what every pass in training mode records: the tokens that the decode head was run
-on, and the full map of every stage on the patch grid, before any upsampling.
+on, and the full map of every stage on the patch grid. If asked, it applies the bilinear step that belongs to a SETR head
+before it compares, as the release does, whose heads upsample before they classify.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, C channels, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +21,7 @@ from tokenexit.heads import Head
 from tokenexit.methods import Stage
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Packing, Tokens
+from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.training.config import DistillConfig
 
 SURE = -1e-6
@@ -47,13 +49,13 @@ def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, co
     """
     *exits, final = output.stages
     teacher = target.stages[-1]
-    image = _image_of_cells(target)
-    loss = torch.zeros((), device=image.device)
+    loss = torch.zeros((), device=target.exit_stage[0].device)
     if config.features:
         loss = loss + config.features * feature_loss(_features(final), _features(teacher))
     for weight, stage in ((config.logits, final), *((config.exits, stage) for stage in exits)):
         if weight:
-            loss = loss + weight * divergence(stage, teacher, image, config.temperature)
+            ours, theirs, image = _compared(stage, teacher, target, config.upsampled)
+            loss = loss + weight * divergence(ours, theirs, image, config.temperature)
     return loss
 
 
@@ -95,10 +97,28 @@ def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
     return torch.cat([yes, torch.log(-torch.expm1(yes))], dim=1)
 
 
-def _image_of_cells(output: SegmentationOutput) -> Tensor:
-    """Image of each row of the decode head's map."""
-    cells = [maps.shape[1] * maps.shape[2] for maps in output.grid_logits]
-    return Packing.of(cells, output.grid_logits[0].device).image_index()
+def _compared(
+    student: Stage, teacher: Stage, output: SegmentationOutput, upsampled: bool
+) -> tuple[Stage, Stage, Tensor]:
+    """Two stages with maps of one resolution, and the image of each of their rows.
+
+    upsampled: at that of the finer of the two heads after its bilinear step; on the grid before it otherwise.
+    """
+    factor = max(student.upscale, teacher.upscale) if upsampled else 1
+    grids = [output.grid(i) for i in range(len(output))]
+    cells = [h * w * (teacher.scale * factor) ** 2 for h, w in grids]
+    image = Packing.of(cells, output.exit_stage[0].device).image_index()
+    return _upsampled(student, grids, factor), _upsampled(teacher, grids, factor), image
+
+
+def _upsampled(stage: Stage, grids: Sequence[Grid], factor: int) -> Stage:
+    """The stage with its map `(cells, K)` interpolated, bilinear, to `factor` times the rows and columns."""
+    if factor == 1:
+        return stage
+    assert stage.logits is not None, "distillation needs recorded stages"
+    batches = unpack_grids(stage.logits.float(), grids, stage.scale)
+    finer = [(i, F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)) for i, maps in batches]
+    return replace(stage, logits=pack_grids(finer), scale=stage.scale * factor, upscale=1)
 
 
 def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig) -> None:
