@@ -18,6 +18,7 @@ from torch import nn
 
 from tokenexit.checkpoints.beside import Beside, read_beside
 from tokenexit.checkpoints.files import read_checkpoint
+from tokenexit.checkpoints.framework_config import attention_heads_in
 from tokenexit.checkpoints.hub import DEFAULT_FILES, HUB_PREFIX, resolve_weights
 from tokenexit.checkpoints.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.checkpoints.load import load_backbone
@@ -44,6 +45,7 @@ _UNUSED = (
     (r"(?:.*\.)?mask_token", "used in pre-training alone"),
     (r"decoder(?:_\w+)?(?:\..+)?", "the decoder of masked pre-training"),
     (r"decode_head\.conv_seg\..+", "made by the framework, never used by this head"),
+    (r"(?:decode_head|exit_heads\.\d+)\.loss_decode\..+", "a constant of the loss, used in training alone"),
     (r"blocks\.\d+\..+", "a block beyond the depth that was asked for"),
     (r"(?:backbone\.)?(?:cls_token|pos_embed\[:, :1\])", "this model runs without class token"),
 )
@@ -95,7 +97,24 @@ class ConversionReport:
             reasons.setdefault(reason, []).append(name)
         lines += [f"not used ({reason}): {_some(names)}" for reason, names in reasons.items()]
         lines.append(f"wrote {self.loaded} tensors to {self.destination}")
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was assumed and makes every score wrong without a sign where it is not so."""
+        heads = {f"exit_heads.{n}": head for n, head in enumerate(self.exit_heads)}
+        heads |= {"decode_head": self.decode_head} if self.decode_head is not None else {}
+        atm = [f"{name}.num_heads" for name, head in heads.items() if head["kind"] == "atm"]
+        numbers = sorted({self.assumed[name] for name in atm if name in self.assumed})
+        if not numbers:
+            return ()
+        assumed = " and ".join(map(str, numbers))
+        return (
+            f"nothing in these weights says how many attention heads the ATM decoders have, {assumed} assumed. DToP has "
+            "6 (ViT-B), 8 (ViT-L on ADE20K) or 16 (ViT-L on Pascal Context and COCO-Stuff-10K); with a wrong number "
+            "every score is off. Say it with head_options (--head-options num_heads=16).",
+        )
 
 
 @dataclass(frozen=True)
@@ -132,8 +151,8 @@ def convert(
     backbone_only: leave the heads out.
     exits: after how many blocks each auxiliary head stands, where it is not as in the published configurations; an
         empty list leaves the auxiliary heads out.
-    options, head_options: fields of `ViTConfig`, and options of the heads, that are known; they win over what is
-        inferred or assumed.
+    options, head_options: fields of `ViTConfig`, and options of the heads, such as num_heads of ATM heads, that are
+        known; they win over what is inferred or assumed.
     preprocessing: mean, std and labels, if other than the source's.
 
     Raises `CheckpointError` or `ConfigError` in one sentence, with nothing written, for weights of an unknown source,
@@ -143,7 +162,9 @@ def convert(
     body = main if backbone is None else _read(backbone, "auto")
     state = main.state if body is main else _joined(main, body)
     # The heads tell some sources apart, so their settings are read before any head is left out.
-    known = {**body.source.settings(state), **body.beside.settings, **(options or {})}
+    said = attention_heads_in(main.meta)
+    depends = {"num_heads": said["backbone"]} if "backbone" in said and body is main else {}
+    known = {**body.source.settings(state), **depends, **body.beside.settings, **(options or {})}
     left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
     if backbone_only or (exits is not None and not exits):
         fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
@@ -171,7 +192,7 @@ def convert(
             unused=_with_reasons(unused) + _all_left_out(left_out),
         )
     with _readable(main.what):
-        specs, num_classes, more = _head_specs(heads, config.embed_dim, dict(head_options or {}), main.what)
+        specs, num_classes, more = _head_specs(heads, config.embed_dim, dict(head_options or {}), main)
     positions, assumed_exits = _exit_positions(main, config.depth, num_exits, exits)
     preprocessing, normalisation = _preprocessing(main, body, state, num_classes, preprocessing)
     model = ExitSegmenter(config, num_classes, positions, specs[:num_exits], specs[-1], preprocessing)
@@ -265,14 +286,19 @@ def _joined(main: _Weights, body: _Weights) -> State:
 
 
 def _head_specs(
-    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], what: str
+    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], main: _Weights
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     """A specification for each head, the number of classes, and what was assumed."""
+    what, said = main.what, attention_heads_in(main.meta)
     specs: list[dict[str, Any]] = []
     classes: dict[str, int] = {}
     assumed: dict[str, Any] = {}
     for name, head in heads.items():
-        spec, classes[name], more = head_spec(head, embed_dim, given, f"the {name} of {what}")
+        known = ({"num_heads": said[name]} if name in said else {}) | given
+        spec, classes[name], more = head_spec(head, embed_dim, known, f"the {name} of {what}")
+        if spec["kind"] == "atm" and "num_heads" in more:
+            published = main.source.atm_heads.get((spec["channels"], classes[name]), more["num_heads"])
+            spec["num_heads"] = more["num_heads"] = published
         specs.append(spec)
         assumed |= {f"{name}.{option}": value for option, value in more.items()}
     taken = {option for spec in specs for option in inspect.signature(HEADS[spec["kind"]]).parameters}
@@ -396,7 +422,7 @@ def _load(model: ExitSegmenter, state: State, what: str) -> tuple[int, list[str]
 def _load_head(head: nn.Module, state: State, what: str) -> tuple[int, list[str]]:
     """Every entry of the head takes a value of its own shape; counters of BatchNorm may be missing."""
     target = head.state_dict()
-    unused = [key for key in state if key not in target and key.startswith("conv_seg.")]
+    unused = [key for key in state if key not in target and key.startswith(("conv_seg.", "loss_decode."))]
     foreign = [key for key in state if key not in target and key not in unused]
     missing = [key for key in target if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ _AVERAGED = ("state_dict_ema", "model_ema", "teacher")
 _CONTAINERS = (*_AVERAGED, "state_dict", "model", "model_state", "model_state_dict")
 
 
+_ALLOWING = threading.Lock()
+"""torch keeps the names that a safe load may meet for the whole process."""
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
     """The weights of a file as a model knows them: taken out of the training program's wrappings.
 
@@ -31,10 +36,11 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file under the very names they have there; floating-point ones in fp32, on the CPU.
+    """Returns the tensors of a file under the very names they have there; floating-point ones in fp32, on the CPU.
 
-    Raises `CheckpointError` in one sentence: no such file, an empty, damaged or foreign one, an entry that is no
-    plain tensor, a NaN or an infinity.
+    Objects that a PyTorch file holds beside its weights, such as logs of mmengine, are passed over; none of their code
+    is imported or run. Raises `CheckpointError` in one sentence: no such file, an empty, damaged or foreign one, an
+    entry that is no plain tensor, a NaN or an infinity.
     """
     return _named_tensors(_read(Path(path)), Path(path))
 
@@ -94,13 +100,43 @@ def _read_pytorch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() and "global" in str(error).lower():
-            raise CheckpointError(
-                f"weights '{path}' holds Python objects beside tensors, which are not loaded for safety: "
-                "where you trust the file, save its state dict alone as .safetensors."
-            ) from None
+            return _read_beside_objects(path)
     except Exception:  # a cut or foreign file ends in any of a dozen types
         pass
     raise CheckpointError(f"weights '{path}' is damaged or no PyTorch file: download or save it again.")
+
+
+class _Inert:
+    """Stands where a file holds an object of another program: takes what it is given, keeps and does nothing."""
+
+    def __new__(cls, *given: Any, **named: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_beside_objects(path: Path) -> Any:
+    """Loads with torch's safe unpickler, in which every class or function that it does not know is an `_Inert`.
+
+    Only the file's own text decides which names these are; nothing of them is imported.
+    """
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    try:
+        with _ALLOWING:
+            names: list[Any] = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+            with safe_globals(names):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # objects that are more than set beside the weights, and as many types as above
+        raise CheckpointError(
+            f"weights '{path}' holds Python objects that are not loaded for safety, and cannot be passed over: where "
+            "you trust the file, load it with the program that wrote it and save its state dict alone, with torch.save "
+            "or as .safetensors."
+        ) from None
 
 
 def _unwrap(content: Any, path: Path) -> Any:

@@ -118,8 +118,9 @@ def head_spec(
     given: options of the head that are known. what: how messages call the head.
     Returns its specification, K, and what neither shapes nor `given` say.
     """
+    _refuse_segvit(head, what)
     if "input_proj.weight" in head and "presence.weight" in head:
-        spec, classes, width, assumed = _atm(head, what)
+        spec, classes, width, assumed = _atm(head)
     elif "queries.weight" in head and "mask_norm.weight" in head:
         spec, classes, width, assumed = _mask_transformer(head)
     elif "convs.0.weight" in head and "classifier.weight" in head:
@@ -146,16 +147,35 @@ def _layers(head: Mapping[str, Tensor], name: str) -> int:
     return len({int(match[1]) for key in head if (match := re.match(rf"{name}\.(\d+)\.", key))})
 
 
-def _atm(head: Mapping[str, Tensor], what: str) -> Inferred:
+def _atm(head: Mapping[str, Tensor]) -> Inferred:
     d, width = head["input_proj.weight"].shape
-    classes, outputs = head["queries.weight"].shape[0], head["presence.weight"].shape[0]
-    if outputs != 2:
-        raise CheckpointError(
-            f"{what} says one of {outputs} classes for each of its {classes} queries, as the original SegViT does, "
-            "where tokenexit's ATM says present or absent: convert the backbone alone."
-        )
+    classes = head["queries.weight"].shape[0]
     spec = {"kind": "atm", "channels": d, "layers": _layers(head, "layers")}
     return spec, classes, width, {"num_heads": max(d // 64, 1)}
+
+
+def _refuse_segvit(head: Mapping[str, Tensor], what: str) -> None:
+    """ATM heads of DToP have one stage and say of each class whether it is present; SegViT's own release differs in
+    both (`decode_heads/atm_head.py`, and `tpn_atm_head.py` of its shrunk variants)."""
+    atm = "of the ATM heads, tokenexit reads those of DToP, with one stage and present or absent for every class"
+    if any(key.startswith("atm.") for key in head):
+        raise CheckpointError(
+            f"{what} is that of a shrunk SegViT, whose backbone halves its grid on the way, which tokenexit's does not; "
+            f"{atm}: take another model."
+        )
+    stages = {int(match[1]) for key in head if (match := re.match(r"(?:input_proj|proj_norm|decoder)_(\d+)\.", key))}
+    if stages:
+        raise CheckpointError(
+            f"{what} is SegViT's own, which joins {max(stages)} stages; {atm}: convert the backbone alone "
+            "(backbone_only, --backbone-only)."
+        )
+    outputs = head["presence.weight"].shape[0] if "presence.weight" in head else 2
+    if outputs != 2:
+        raise CheckpointError(
+            f"{what} is SegViT's own, which says one of {outputs} classes for each of its "
+            f"{head['queries.weight'].shape[0] if 'queries.weight' in head else 'learned'} queries; {atm}: convert the "
+            "backbone alone (backbone_only, --backbone-only)."
+        )
 
 
 def _mask_transformer(head: Mapping[str, Tensor]) -> Inferred:

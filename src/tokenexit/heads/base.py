@@ -97,15 +97,19 @@ def _with_running_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d, input: Tenso
 
 
 def check_head_options(head: str, **options: int) -> None:
-    """Refuse sizes below 1."""
+    """Refuse sizes that are no whole number of at least 1."""
     for name, value in options.items():
-        if value < 1:
+        if not _whole(value) or value < 1:
             raise ConfigError(f"head '{head}' has {name}={value}: choose a number of at least 1.")
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def check_head_rate(head: str, name: str, rate: float) -> None:
     """Refuse a probability outside [0, 1)."""
-    if not 0.0 <= rate < 1.0:
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
         raise ConfigError(f"head '{head}' has {name}={rate}: choose a value in [0, 1).")
 
 
@@ -113,7 +117,7 @@ def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
     """As asked, or 64 channels for each attention head where that divides the width, else one head."""
     if num_heads is None:
         return channels // 64 if channels % 64 == 0 else 1
-    if num_heads < 1 or channels % num_heads:
+    if not _whole(num_heads) or num_heads < 1 or channels % num_heads:
         raise ConfigError(
             f"head '{head}' has channels={channels}, no multiple of num_heads={num_heads}: change one of the two."
         )

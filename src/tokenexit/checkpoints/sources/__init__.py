@@ -35,7 +35,7 @@ class Source:
     settings: fields of `ViTConfig` that the source fixes in its code, given the renamed weights.
     normalisation: mean and std it was trained with, given the renamed weights.
     exits: after how many blocks the auxiliary heads stand, by (depth, number of heads), as the published configurations
-        have them.
+        have them. atm_heads: attention heads of ATM decoders, by (width, classes), likewise.
     """
 
     title: str
@@ -44,6 +44,7 @@ class Source:
     settings: Callable[[State], dict[str, Any]]
     normalisation: Callable[[State], Normalisation] = lambda _: IMAGENET
     exits: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def matches(self, names: Iterable[str]) -> bool:
         names = list(names)
@@ -128,6 +129,15 @@ SOURCES: dict[str, Source] = {
         _dtop,
         _dtop_normalisation,
         {(12, 2): (6, 8), (24, 2): (8, 16)},
+        # config/prune/*.py: ViT-B and ViT-L on ADE20K, ViT-L on Pascal Context 59 and on COCO-Stuff-10K
+        {(384, 150): 6, (512, 150): 8, (512, 59): 16, (512, 171): 16},
+    ),
+    "segvit": Source(
+        "SegViT",
+        from_mmseg,
+        (_MMSEG_LAYER, r"decode_head\.input_proj_1\.weight"),
+        _dtop,
+        _dtop_normalisation,
     ),
     "mmseg": Source(
         "mmsegmentation",
