@@ -218,7 +218,9 @@ def test_dtop__a_checkpoint_as_the_official_code_saves_it_is_read(tmp_path, monk
     report = convert(save_as_mmengine_does(state, tmp_path / "iter_40000.pth", monkeypatch), tmp_path / "ours")
     assert report.kind == "dtop"
     dropped = {name for name, reason in report.unused if reason == "a constant of the loss, used in training alone"}
-    assert dropped == {f"{n}.loss_decode.criterion.empty_weight" for n in ("decode_head", "exit_heads.0", "exit_heads.1")}
+    assert dropped == {
+        f"{n}.loss_decode.criterion.empty_weight" for n in ("decode_head", "exit_heads.0", "exit_heads.1")
+    }
     assert_same(model, report, DToP(threshold=0.5, keep_per_class=2))
     assert "mmengine" not in sys.modules
 
@@ -234,7 +236,7 @@ def test_atm__a_number_of_attention_heads_that_is_assumed_is_warned_about(tmp_pa
     report = convert(source, tmp_path / "assumed")
     assert report.assumed["decode_head.num_heads"] == 1
     (warning,) = report.warnings
-    assert "how many attention heads the ATM decoders have, 1 assumed" in warning
+    assert "how many attention heads ATM decoders have: 1 assumed" in warning
     assert "--head-options num_heads=16" in warning
     assert report.summary().endswith(f"WARNING: {warning}")
     said = convert(source, tmp_path / "said", head_options={"num_heads": 4})
@@ -246,7 +248,9 @@ def test_atm__a_number_of_attention_heads_that_is_assumed_is_warned_about(tmp_pa
     assert not torch.allclose(wrong, right, atol=1e-3)
 
 
-@pytest.mark.parametrize(("channels", "classes", "heads"), [(384, 150, 6), (512, 150, 8), (512, 59, 16), (512, 171, 16)])
+@pytest.mark.parametrize(
+    ("channels", "classes", "heads"), [(384, 150, 6), (512, 150, 8), (512, 59, 16), (512, 171, 16)]
+)
 def test_atm__dtops_published_models_have_the_attention_heads_of_its_configurations(channels, classes, heads, tmp_path):
     model, state = dtop_as_saved(heads, classes, channels)
     report = convert(save(state, tmp_path), tmp_path / "ours")
@@ -260,11 +264,17 @@ def test_atm__the_configuration_inside_a_checkpoint_says_the_number_and_is_not_r
     model, state = dtop_as_saved(heads=4)
     meta = {key: CONFIG_TEXT.format(backbone=1, heads=4)}
     report = convert(save_as_mmengine_does(state, tmp_path / "it.pth", monkeypatch, **meta), tmp_path / "ours")
-    assert (report.warnings, "decode_head.num_heads" in report.assumed, "num_heads" in report.assumed) == ((), False, False)
+    assert (report.warnings, "decode_head.num_heads" in report.assumed, "num_heads" in report.assumed) == (
+        (),
+        False,
+        False,
+    )
     assert_same(model, report)
 
 
-@pytest.mark.parametrize("text", ["model = dict(", "model = 3", "(" * 2000, "x = 1", "model = dict(decode_head=4)", "\0"])
+@pytest.mark.parametrize(
+    "text", ["model = dict(", "model = 3", "(" * 2000, "x = 1", "model = dict(decode_head=4)", "\0"]
+)
 def test_atm__a_configuration_that_says_nothing_is_passed_over(text, tmp_path, monkeypatch):
     _, state = dtop_as_saved()
     report = convert(save_as_mmengine_does(state, tmp_path / "it.pth", monkeypatch, cfg=text), tmp_path / "ours")

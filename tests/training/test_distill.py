@@ -32,7 +32,7 @@ def softmax(values: Sequence[float]) -> list[float]:
 
 
 def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> float:
-    """DoViT B.1, a cell and a class at a time."""
+    """The loss of DoViT's release, a cell and a class at a time."""
     total = 0.0
     for said, wanted in zip(student.tolist(), teacher.tolist()):
         p, q = (softmax([value / temperature for value in values]) for values in (wanted, said))

@@ -259,7 +259,7 @@ def test_losses_reach_every_parameter_when_exits_are_on() -> None:
 
 
 def test_loss_of_a_later_stage_flows_into_the_exit_that_decided() -> None:
-    """Exited tokens carry their exit's logits to later losses (DToP b.3), unless the canvas is detached."""
+    """Exited tokens carry their exit's logits to later losses, as in DToP's release, unless the canvas is detached."""
     for detach, flows in ((False, True), (True, False)):
         model = tiny_segmenter("fcn").train()
         output = model(picture(12, 16)[None], DToP(threshold=0.0, keep_per_class=0, detach_canvas=detach))

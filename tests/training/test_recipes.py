@@ -109,7 +109,7 @@ def test_recipes__are_all_that_were_published() -> None:
 
 CERTAINTY = {
     "released": "read in the file of the authors' release that is named",
-    "framework": "inherited there from mmsegmentation: its base file, its own configuration, or the default of its class",
+    "framework": "inherited from mmsegmentation: its base file, its own configuration, or the default of its class",
     "inferred": "follows from what is named",
     "ours": "our choice, or a deviation, which the recipe's head or the page says",
 }
@@ -353,7 +353,7 @@ def test_dovit_recipes__say_what_the_second_criterion_was(name: str, delta: str 
     words = {
         None: "second criterion is off, as published",
         "0.0": "second criterion at 0.0, where it never stops a token",
-        "0.02": "second criterion at 0.02: the score that it compares with is never updated in the release and stays zero",
+        "0.02": "second criterion at 0.02: the score that it compares with is never updated in the release",
     }
     assert words[delta] in text
     assert ("every token at the start of the training" in text) is (delta == "0.02")
@@ -361,8 +361,8 @@ def test_dovit_recipes__say_what_the_second_criterion_was(name: str, delta: str 
 
 
 def test_dovit_recipes__distil_as_released() -> None:
-    """Half the squared difference of features and the whole divergence, after the head's upsampling, from the dense model
-    of that size."""
+    """Half the squared difference of features and the whole divergence, after the head's upsampling, from the dense
+    model of that size."""
     run, alone = (recipe(f"dovit/setr_cityscapes_base{end}.yaml") for end in ("_distill", ""))
     assert run.distill.teacher == recipe("dovit/setr_cityscapes_base_dense.yaml").out
     assert (run.distill.features, run.distill.logits, run.distill.exits) == (0.5, 1.0, 0.0)

@@ -1,4 +1,4 @@
-"""Weight files: tensors by name out of `.safetensors` and PyTorch files, or one sentence about what is wrong."""
+"""Read tensors by name from `.safetensors` and PyTorch files, or say in one sentence what is wrong."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _ALLOWING = threading.Lock()
 
 
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a file as a model knows them: taken out of the training program's wrappings.
+    """Read the weights of a file as a model knows them, without the training program's wrappings.
 
     Takes the state dict out of containers (`{"state_dict": ...}`, `{"model": ...}`, ...), then `module.` (data
     parallel training) and `backbone.` (segmentation frameworks) off the names where no two names would meet.
@@ -36,7 +36,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Returns the tensors of a file under the very names they have there; floating-point ones in fp32, on the CPU.
+    """Read the tensors of a file under the very names they have there; floating-point ones in fp32, on the CPU.
 
     Objects that a PyTorch file holds beside its weights, such as logs of mmengine, are passed over; none of their code
     is imported or run. Raises `CheckpointError` in one sentence: no such file, an empty, damaged or foreign one, an
@@ -46,7 +46,7 @@ def read_tensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a training program's file under its own names, and what it keeps beside them as `meta`.
+    """Read the weights of a training program's file under its own names, and what it keeps beside them as `meta`.
 
     Like `read_state_dict`, but of the names only `module.` (data parallel training) is taken off: what stands in front
     of the others tells where the weights are from.
@@ -58,7 +58,7 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
 
 
 def _read(path: Path) -> Any:
-    """Whatever the file holds: a dict of tensors, or containers, lists and numbers around them."""
+    """Return whatever the file holds: a dict of tensors, or containers, lists and numbers around them."""
     if path.is_dir():
         raise CheckpointError(f"weights '{path}' is a folder: name the weight file in it.")
     if not path.exists():
@@ -107,7 +107,7 @@ def _read_pytorch(path: Path) -> Any:
 
 
 class _Inert:
-    """Stands where a file holds an object of another program: takes what it is given, keeps and does nothing."""
+    """This stands where a file holds an object of another program; it takes what it is given and does nothing."""
 
     def __new__(cls, *given: Any, **named: Any) -> _Inert:
         return super().__new__(cls)
@@ -120,7 +120,7 @@ class _Inert:
 
 
 def _read_beside_objects(path: Path) -> Any:
-    """Loads with torch's safe unpickler, in which every class or function that it does not know is an `_Inert`.
+    """Load with torch's safe unpickler, in which every class or function that it does not know is an `_Inert`.
 
     Only the file's own text decides which names these are; nothing of them is imported.
     """
@@ -140,7 +140,7 @@ def _read_beside_objects(path: Path) -> Any:
 
 
 def _unwrap(content: Any, path: Path) -> Any:
-    """Down through containers to the dict that has tensors."""
+    """Go down through containers to the dict that has tensors."""
     if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
         return content
     found = [name for name in _CONTAINERS if isinstance(content.get(name), Mapping) and content[name]]
@@ -185,7 +185,7 @@ def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _kind(value: Any) -> str:
-    """A value in words, short enough for a sentence."""
+    """Describe a value in words, short enough for a sentence."""
     if isinstance(value, Mapping):
         names = ", ".join(str(name) for name in list(value)[:5])
         return f"a dict of {names}" if names else "an empty dict"

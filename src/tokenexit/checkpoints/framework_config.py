@@ -15,7 +15,7 @@ DEFAULT_HEADS = {"PruneHead": 6}
 
 
 def attention_heads_in(meta: Mapping[str, Any]) -> dict[str, int]:
-    """Returns the number of attention heads by part, `backbone`, `decode_head` and `exit_heads.N`, as far as said."""
+    """Return the number of attention heads by part, `backbone`, `decode_head` and `exit_heads.N`, as far as said."""
     model = _model(meta.get("cfg", meta.get("config")))
     auxiliary = model.get("auxiliary_head")
     heads = auxiliary if isinstance(auxiliary, list) else [auxiliary]
@@ -31,7 +31,7 @@ def _number(part: Mapping[Any, Any]) -> int | None:
 
 
 def _model(text: Any) -> dict[Any, Any]:
-    """The mapping that `text` assigns to `model`, empty if there is none."""
+    """Return the mapping that `text` assigns to `model`, empty if there is none."""
     if not isinstance(text, str):
         return {}
     try:
@@ -49,7 +49,7 @@ def _names_model(target: ast.expr) -> bool:
 
 
 def _plain(node: ast.expr) -> Any:
-    """The value of a literal or of a call of `dict`; None for anything else."""
+    """Return the value of a literal or of a call of `dict`; None for anything else."""
     if isinstance(node, ast.Constant):
         return node.value
     if isinstance(node, ast.List | ast.Tuple):

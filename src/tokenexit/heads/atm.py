@@ -1,4 +1,4 @@
-"""Attention-to-mask head (SegViT) as DToP uses it: one learned query per class, no positions, any set of tokens.
+"""The attention-to-mask head of SegViT as DToP uses it: a learned query per class, no positions, any set of tokens.
 
 Source: DToP's release, `mmseg_custom/decode_heads/prune_head.py`.
 
@@ -81,7 +81,7 @@ class ATMHead(Head):
 
 
 class ATMLayer(nn.Module):
-    """Post-norm decoder layer: self-attention, cross-attention, ReLU MLP."""
+    """The post-norm decoder layer applies self-attention, cross-attention and a ReLU MLP."""
 
     def __init__(self, d: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class ATMLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, memory: Tensor, packing: Packing, with_mask: bool) -> tuple[Tensor, Tensor]:
-        """queries `(B, K, d)`, memory `(P, d)` to new queries and, if asked, mask logits `(P, K)`."""
+        """Turn queries `(B, K, d)` and memory `(P, d)` into new queries and, if asked, mask logits `(P, K)`."""
         queries = self.norm1(queries + self.drop(self._self_attention(queries)))
         q, k, v = self.q(queries), self.k(memory), self.v(memory)
         queries = self.norm2(queries + self.drop(self._cross_attention(q, k, v, packing)))
@@ -128,7 +128,7 @@ class ATMLayer(nn.Module):
         return self.proj(out.flatten(1)).unflatten(0, (images, classes))  # type: ignore[no-any-return]
 
     def _mask_logits(self, q: Tensor, k: Tensor, packing: Packing) -> Tensor:
-        """Mean over heads of the scaled q k^T. Summed over heads it is one full-width product."""
+        """Take the mean over heads of the scaled q k^T. Summed over heads it is one full-width product."""
         head_dim = q.shape[-1] // self.num_heads
         return segment_matmul(k, q * (head_dim**-0.5 / self.num_heads), packing)
 

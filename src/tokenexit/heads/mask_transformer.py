@@ -1,4 +1,4 @@
-"""Mask transformer head (Segmenter): class embeddings join the tokens for a few blocks, masks are inner products."""
+"""Segmenter's mask transformer: class embeddings join the tokens for a few blocks, and masks are inner products."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenexit.vit import Block
 
 
 class MaskTransformerHead(Head):
-    """Works on any set of tokens, since its attention has no positions.
+    """The head works on any set of tokens, since its attention has no positions.
 
     channels: width, the backbone's if not given. layers: 2 as published. num_heads: 64 channels each if not given.
     drop_path: probability in training to drop the MLP branch of the last layer, for each image by itself and linear
@@ -66,7 +66,7 @@ class MaskTransformerHead(Head):
         return HeadOutput(self.mask_norm(masks), tokens.packing)
 
     def _join(self, tokens: Tokens) -> Tokens:
-        """The class embeddings as prefix tokens of every image."""
+        """Puts the class embeddings in front of every image, as prefix tokens."""
         x = self.proj(tokens.x)
         queries = self.queries.weight.to(x.dtype)
         classes, minus_one = queries.shape[0], tokens.position.new_full((queries.shape[0],), -1)

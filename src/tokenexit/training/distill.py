@@ -1,8 +1,8 @@
 """Distillation: beside the labels, a student learns from a dense model (DoViT's release, `mmseg/distillation`).
 
 Methods know nothing of it. It reads what every pass in training mode records: the tokens that the decode head was run
-on, and the full map of every stage on the patch grid. If asked, it applies the bilinear step that belongs to a SETR head
-before it compares, as the release does, whose heads upsample before they classify.
+on, and the full map of every stage on the patch grid. If asked, it applies the bilinear step of a SETR head before it
+compares, as the release does, whose heads upsample before they classify.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, C channels, K classes.
 """
@@ -29,7 +29,7 @@ SURE = -1e-6
 
 
 def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter | None:
-    """The model that `config` names, frozen, in evaluation mode and on the student's device; None if it names none.
+    """Load the model that `config` names, frozen, in evaluation mode and on the student's device; None without one.
 
     It comes without its exits, as its dense prediction alone is asked for. Raises `ConfigError` for a model that
     cannot teach this student, `CheckpointError` for a folder that holds none.
@@ -43,7 +43,7 @@ def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter
 
 
 def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, config: DistillConfig) -> Tensor:
-    """Weighted sum of the losses on features, on the decode head's logits and on those of every exit.
+    """Return the weighted sum of the losses on features, on the decode head's logits and on those of every exit.
 
     Both outputs hold recorded stages of the same images; `target` is the teacher's and carries no gradient.
     """
@@ -60,7 +60,7 @@ def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, co
 
 
 def feature_loss(student: Tokens, teacher: Tokens) -> Tensor:
-    """Mean squared difference of the features that the decode heads read.
+    """Return the mean squared difference of the features that the decode heads read.
 
     student: `(P, C)`, teacher: `(cells, C)`. With DoViT and Dense P is all cells. With DToP the mean is over the
     tokens that are live at the end, as those that left have no final features; it is zero if none is.
@@ -75,7 +75,9 @@ def _features(stage: Stage) -> Tokens:
 
 
 def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells, times temperature^2.
+    """Return the Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells.
+
+    It is multiplied by temperature^2.
 
     Softmax heads: between the distributions over classes. ATM heads say of every class by itself whether it is there,
     with presence times sigmoid: the sum over classes of the divergences of these answers.
@@ -86,7 +88,7 @@ def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float
 
 
 def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities `(cells, K)` of the classes; of ATM heads `(cells, 2 K)`, yes and no to every class."""
+    """Return log-probabilities `(cells, K)` of the classes; of ATM heads `(cells, 2 K)`, yes and no to every class."""
     assert stage.logits is not None, "distillation needs recorded stages"
     logits = stage.logits.float() / temperature
     if stage.kind == "softmax":
@@ -100,7 +102,7 @@ def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
 def _compared(
     student: Stage, teacher: Stage, output: SegmentationOutput, upsampled: bool
 ) -> tuple[Stage, Stage, Tensor]:
-    """Two stages with maps of one resolution, and the image of each of their rows.
+    """Return the two stages with maps of one resolution, and the image of each of their rows.
 
     upsampled: at that of the finer of the two heads after its bilinear step; on the grid before it otherwise.
     """
@@ -112,7 +114,7 @@ def _compared(
 
 
 def _upsampled(stage: Stage, grids: Sequence[Grid], factor: int) -> Stage:
-    """The stage with its map `(cells, K)` interpolated, bilinear, to `factor` times the rows and columns."""
+    """Interpolate the map `(cells, K)` of a stage, bilinear, to `factor` times its rows and columns."""
     if factor == 1:
         return stage
     assert stage.logits is not None, "distillation needs recorded stages"
@@ -122,7 +124,7 @@ def _upsampled(stage: Stage, grids: Sequence[Grid], factor: int) -> Stage:
 
 
 def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig) -> None:
-    """Refuse, in one sentence, a teacher whose answers mean something else than the student's."""
+    """Reject, in one sentence, a teacher whose answers mean something else than the student's."""
     theirs, ours = teacher.preprocessing, student.preprocessing
     same = {
         "class names": (getattr(theirs.labels, "names", None), getattr(ours.labels, "names", None)),
@@ -156,7 +158,7 @@ def _map(head: Head) -> tuple[str, int]:
 
 
 def _short(value: object) -> str:
-    """A few of many names are enough for a sentence."""
+    """Name a few of many, which is enough for a sentence."""
     if isinstance(value, tuple) and len(value) > 4:
         return f"{', '.join(map(str, value[:3]))} and {len(value) - 3} more"
     return str(value)

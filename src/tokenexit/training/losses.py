@@ -1,7 +1,7 @@
-"""Losses of every exit and of the decode head, on full maps at label size.
+"""Losses of every exit and of the decode head, taken on full maps at label size.
 
 Ignored pixels take part in no loss, or are "counted" as in the authors' releases: cross-entropy then divides by the
-number of all pixels (mmsegmentation's `avg_non_ignore=False`, its default, which DoViT trains with), and the mask losses
+number of all pixels (mmsegmentation's `avg_non_ignore=False`, its default, which DoViT trains with), and mask losses
 take ignored pixels as negatives of every class (DToP's release, `mmseg_custom/loss/atm_loss.py`).
 
 Legend: B images, K classes, (H, W) labels.
@@ -34,7 +34,7 @@ def segmentation_loss(
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Loss of the decode head plus `aux_weight` times that of every exit.
+    """Return the loss of the decode head plus `aux_weight` times that of every exit.
 
     masks: `(B, H, W)` int64. aux_weight: 0.4 for softmax heads (SETR, DoViT), 1.0 for ATM heads (DToP), as in the
         releases' configurations. stride: judge every n-th pixel of both axes; 1 as published, 2 saves most of the
@@ -54,7 +54,7 @@ def stage_loss(
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Loss on the full map of one stage, at the masks' resolution: cross-entropy, or the ATM loss."""
+    """Return the loss on the full map of one stage, at the masks' resolution: cross-entropy, or the ATM loss."""
     assert stage.logits is not None, "losses are taken on outputs of a model in training mode"
     grids = [output.grid(i) for i in range(len(output))]
     ((_, maps),) = unpack_grids(stage.logits, grids, stage.scale)  # training crops have one size
@@ -73,7 +73,7 @@ def cross_entropy(
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Sum over the pixels that are judged, divided by their number, or by that of all pixels if ignored ones are
+    """Return the sum over the judged pixels, divided by their number, or by that of all pixels if ignored ones are
     counted; zero (not NaN) where none is judged. logits `(B, K, H, W)`.
 
     class_weights: factor on the pixels of each class; the mean stays one over pixels, so weights should average to one.
@@ -88,7 +88,7 @@ def cross_entropy(
 def atm_loss(
     presence: Tensor, mask_logits: Tensor, masks: Tensor, ignore_index: int, ignored: IgnoredPixels = "left_out"
 ) -> Tensor:
-    """Presence cross-entropy + 20 focal + dice, each query for its own class (DToP's release, `mmseg_custom/loss`).
+    """Return presence cross-entropy + 20 focal + dice, each query for its own class (DToP, `mmseg_custom/loss`).
 
     presence: `(B, K, 2)` logits of present and absent; mask_logits `(B, K, H, W)`; masks `(B, H, W)`.
     Mask losses are taken on classes present in the truth, and divided by the mean number of such masks over processes.
@@ -108,14 +108,14 @@ def atm_loss(
 
 
 def one_hot_masks(masks: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """`(B, H, W)` labels to `(B, K, H, W)` bool masks and `(B, H, W)` bool of judged pixels."""
+    """Turn labels `(B, H, W)` into bool masks `(B, K, H, W)` and a bool map `(B, H, W)` of judged pixels."""
     judged = masks != ignore_index
     classes = torch.arange(num_classes, device=masks.device)
     return (masks[:, None] == classes[:, None, None]) & judged[:, None], judged
 
 
 def focal_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
-    """Sigmoid focal loss of each mask, averaged over its judged pixels: `(M, H, W)` to `(M,)`."""
+    """Return the sigmoid focal loss of each mask, averaged over its judged pixels: `(M, H, W)` to `(M,)`."""
     probability = torch.sigmoid(logits)
     p_true = probability * target + (1 - probability) * (1 - target)
     alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
@@ -125,7 +125,7 @@ def focal_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
-    """Dice loss with smoothing 1 of each mask over its judged pixels: `(M, H, W)` to `(M,)`."""
+    """Return the dice loss with smoothing 1 of each mask over its judged pixels: `(M, H, W)` to `(M,)`."""
     probability = (torch.sigmoid(logits) * judged).flatten(1)
     target = (target * judged).flatten(1)
     overlap = (probability * target).sum(1)

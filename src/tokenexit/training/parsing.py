@@ -1,4 +1,4 @@
-"""From command line and YAML to a `TrainConfig`, with errors in plain words."""
+"""Parse command line and YAML to a `TrainConfig`, with errors in plain words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPES = Path(__file__).parents[1] / "configs"
 
 
 def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) -> tuple[TrainConfig, Any]:
-    """The run that command line and YAML describe, and all options by name.
+    """Return the run that command line and YAML describe, and all options by name.
 
     add_options: adds options that are no fields of `TrainConfig`. Raises `ConfigError`; `--help` and `--print_config`
     end the program.
@@ -50,13 +50,13 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Returns the recipes that come with the package, by name, such as `dtop/ade20k_base`."""
+    """Return the recipes that come with the package, by name, such as `dtop/ade20k_base`."""
     files = sorted(RECIPES.rglob("*.yaml"))
     return {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
 
 
 def recipe_file(given: str) -> Path:
-    """Returns the file that `--config` names: an existing file, else the shipped recipe of this name.
+    """Return the file that `--config` names: an existing file, else the shipped recipe of this name.
 
     Raises `ConfigError`, with the nearest names, where it is neither.
     """
@@ -72,7 +72,7 @@ def recipe_file(given: str) -> Path:
 
 
 def config_keys() -> dict[str, Any]:
-    """Every dotted key of a run with its type."""
+    """Return every dotted key of a run with its type."""
     keys: dict[str, Any] = {}
     for name, kind in get_type_hints(TrainConfig).items():
         inner = {f"{name}.{key}": value for key, value in get_type_hints(kind).items()} if is_dataclass(kind) else {}
@@ -81,7 +81,7 @@ def config_keys() -> dict[str, Any]:
 
 
 def in_plain_words(message: str, keys: dict[str, Any]) -> str:
-    """One sentence for what the parser has to say."""
+    """Put what the parser has to say into one sentence."""
     key, value = _found(r'Parser key "([^"]+)"', message), _found(r"(?:Got value|Given value): (.*)", message)
     if key in keys and value is not None:
         return f"{key}: {value.strip()} does not fit, give {_expected(keys[key], flat(TrainConfig())[key])}."
@@ -107,13 +107,13 @@ def _unknown(key: str, keys: dict[str, Any]) -> str:
 
 
 def _either(names: Sequence[str]) -> str:
-    """`a, b or c`."""
+    """Join names as `a, b or c`."""
     *first, last = names
     return f"{', '.join(first)} or {last}" if first else last
 
 
 def _expected(kind: Any, example: Any) -> str:
-    """What a value of this type looks like."""
+    """Describe what a value of this type looks like."""
     simple = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     if kind in simple:
         return simple[kind]
@@ -129,14 +129,14 @@ def _expected(kind: Any, example: Any) -> str:
 
 
 def _with_underscores(argument: str, keys: dict[str, Any]) -> str:
-    """`--batch-size` as `--batch_size`."""
+    """Rewrite `--batch-size` as `--batch_size`."""
     name, equals, value = argument.partition("=")
     underscored = name[2:].replace("-", "_")
     return f"--{underscored}{equals}{value}" if name.startswith("--") and underscored in keys else argument
 
 
 def _with_files(arguments: Sequence[str]) -> list[str]:
-    """Replace names of recipes by their files, and refuse files that cannot be read as a mapping, before the parser
+    """Replace names of recipes by their files, and reject files that cannot be read as a mapping, before the parser
     says so in its words."""
     replaced = list(arguments)
     for i, argument in enumerate(arguments):

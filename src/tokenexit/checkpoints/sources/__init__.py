@@ -1,4 +1,4 @@
-"""Where weights can come from: how each source is recognised, renamed, and what its names and shapes do not say.
+"""Sources of weights: how each is recognised and renamed, and what its names and shapes do not say.
 
 A source's rename function is pure. It gives timm's names under `backbone.`, ours under `decode_head.` and
 `exit_heads.N.`; what it does not know keeps its name.
@@ -29,7 +29,7 @@ HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Source:
-    """A family of checkpoints.
+    """A source is a family of checkpoints.
 
     rename: names of the file to ours. signatures: patterns of names, each of which some entry matches whole.
     settings: fields of `ViTConfig` that the source fixes in its code, given the renamed weights.
@@ -84,7 +84,7 @@ def _segmenter(state: State) -> dict[str, Any]:
 
 
 def _classes(state: State) -> int:
-    """Queries of a mask transformer or ATM head, 0 for other heads."""
+    """Count the queries of a mask transformer or ATM head, 0 for other heads."""
     queries = state.get("decode_head.queries.weight")
     return 0 if queries is None else queries.shape[0]
 
@@ -182,7 +182,7 @@ SOURCES: dict[str, Source] = {
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """The source whose names these are, or None."""
+    """Return the name of the source whose names these are, or None."""
     names = list(names)
     return next((kind for kind, source in SOURCES.items() if source.matches(names)), None)
 
