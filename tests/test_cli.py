@@ -591,6 +591,34 @@ def test_convert__makes_a_backbone_file_of_timm_weights_and_says_what_it_did(
     assert "timm" in capsys.readouterr().out
 
 
+def test_convert__takes_options_of_heads_and_refuses_what_are_none(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from safetensors.torch import save_file
+
+    from tests.checkpoints.test_convert import dtop_as_saved
+
+    _, state = dtop_as_saved(heads=4)
+    save_file({name: value.contiguous() for name, value in state.items()}, tmp_path / "dtop.safetensors")
+    source, target = str(tmp_path / "dtop.safetensors"), str(tmp_path / "out")
+    assert main(["convert", source, target]) == 0
+    assert "WARNING: nothing in these weights says how many attention heads" in capsys.readouterr().out
+    assert main(["convert", source, target, "--head-options", "num_heads=4", "dropout=0.2"]) == 0
+    said = capsys.readouterr().out
+    assert "num_heads 4, dropout 0.2" in said
+    assert "WARNING" not in said
+    for wrong, words in (
+        ("num_heads", "--head-options num_heads does not fit: write NAME=VALUE, such as num_heads=16."),
+        ("num_heads=", "--head-options num_heads= does not fit"),
+        ("num_heads=[", "--head-options num_heads=[ does not fit"),
+        ("num_heads=x", "no multiple of num_heads=x"),
+        ("dropout=much", "dropout=much: choose a value in [0, 1)"),
+        ("colour=3", "head_options names 'colour', which is no option of atm"),
+    ):
+        assert main(["convert", source, target, "--head-options", wrong]) == 2
+        assert words in capsys.readouterr().err
+
+
 def test_convert__a_missing_source_ends_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", str(tmp_path / "none.pth"), str(tmp_path / "out")]) == 1
     error = capsys.readouterr().err

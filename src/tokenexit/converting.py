@@ -1,4 +1,4 @@
-"""`tokenexit convert`: weights from elsewhere become a model of ours or a backbone file; a report names the rest."""
+"""Convert weights from elsewhere to a model of ours or a backbone file, with a report of the rest."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from torch import nn
 
 from tokenexit.checkpoints.beside import Beside, read_beside
 from tokenexit.checkpoints.files import read_checkpoint
+from tokenexit.checkpoints.framework_config import attention_heads_in
 from tokenexit.checkpoints.hub import DEFAULT_FILES, HUB_PREFIX, resolve_weights
 from tokenexit.checkpoints.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.checkpoints.load import load_backbone
@@ -43,6 +44,7 @@ _UNUSED = (
     (r"(?:.*\.)?mask_token", "used in pre-training alone"),
     (r"decoder(?:_\w+)?(?:\..+)?", "the decoder of masked pre-training"),
     (r"decode_head\.conv_seg\..+", "made by the framework, never used by this head"),
+    (r"(?:decode_head|exit_heads\.\d+)\.loss_decode\..+", "a constant of the loss, used in training alone"),
     (r"blocks\.\d+\..+", "a block beyond the depth that was asked for"),
     (r"(?:backbone\.)?(?:cls_token|pos_embed\[:, :1\])", "this model runs without class token"),
 )
@@ -50,7 +52,7 @@ _UNUSED = (
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion made, and what became of every entry of the weights.
+    """The report says what a conversion made, and what became of every entry of the weights.
 
     kind: the source, a name of `SOURCES`. destination: the model folder or backbone file.
     backbone: its configuration; `preset` is its name, if it has one.
@@ -74,7 +76,7 @@ class ConversionReport:
     unused: tuple[tuple[str, str], ...] = ()
 
     def summary(self) -> str:
-        """One line for each thing worth knowing; every unused entry is counted, the first of each reason are named."""
+        """Return one line for each thing worth knowing; unused entries are counted, the first are named."""
         config = self.backbone
         size = f"{config.embed_dim} channels, {config.depth} blocks, patch {config.patch_size}"
         lines = [
@@ -94,12 +96,29 @@ class ConversionReport:
             reasons.setdefault(reason, []).append(name)
         lines += [f"not used ({reason}): {_some(names)}" for reason, names in reasons.items()]
         lines.append(f"wrote {self.loaded} tensors to {self.destination}")
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
         return "\n".join(lines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return what was assumed and would, without a sign, make every score wrong if it is not so."""
+        heads = {f"exit_heads.{n}": head for n, head in enumerate(self.exit_heads)}
+        heads |= {"decode_head": self.decode_head} if self.decode_head is not None else {}
+        atm = [f"{name}.num_heads" for name, head in heads.items() if head["kind"] == "atm"]
+        numbers = sorted({self.assumed[name] for name in atm if name in self.assumed})
+        if not numbers:
+            return ()
+        assumed = " and ".join(map(str, numbers))
+        return (
+            f"nothing in these weights says how many attention heads ATM decoders have: {assumed} assumed. DToP has "
+            "6 (ViT-B), 8 (ViT-L on ADE20K) or 16 (ViT-L on Pascal Context and COCO-Stuff-10K); with a wrong number "
+            "every score is off. Say it with head_options (--head-options num_heads=16).",
+        )
 
 
 @dataclass(frozen=True)
 class _Weights:
-    """Renamed weights of one file, with what is known of them."""
+    """The renamed weights of one file, with what is known of them."""
 
     kind: str
     source: Source
@@ -121,7 +140,7 @@ def convert(
     head_options: Mapping[str, Any] | None = None,
     preprocessing: Preprocessing | None = None,
 ) -> ConversionReport:
-    """Weights of another library to a model folder, or to a backbone file where there are no heads.
+    """Convert weights of another library to a model folder, or to a backbone file where there are no heads.
 
     source: a weight file, a folder with one, or `hf-hub:OWNER/NAME`. Configuration files beside it are read.
     destination: a folder for `ExitSegmenter.from_pretrained` where the source has heads; else a `.safetensors` file
@@ -131,8 +150,8 @@ def convert(
     backbone_only: leave the heads out.
     exits: after how many blocks each auxiliary head stands, where it is not as in the published configurations; an
         empty list leaves the auxiliary heads out.
-    options, head_options: fields of `ViTConfig`, and options of the heads, that are known; they win over what is
-        inferred or assumed.
+    options, head_options: fields of `ViTConfig`, and options of the heads, such as num_heads of ATM heads, that are
+        known; they win over what is inferred or assumed.
     preprocessing: mean, std and labels, if other than the source's.
 
     Raises `CheckpointError` or `ConfigError` in one sentence, with nothing written, for weights of an unknown source,
@@ -142,7 +161,9 @@ def convert(
     body = main if backbone is None else _read(backbone, "auto")
     state = main.state if body is main else _joined(main, body)
     # The heads tell some sources apart, so their settings are read before any head is left out.
-    known = {**body.source.settings(state), **body.beside.settings, **(options or {})}
+    said = attention_heads_in(main.meta)
+    depends = {"num_heads": said["backbone"]} if "backbone" in said and body is main else {}
+    known = {**body.source.settings(state), **depends, **body.beside.settings, **(options or {})}
     left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
     if backbone_only or (exits is not None and not exits):
         fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
@@ -170,7 +191,7 @@ def convert(
             unused=_with_reasons(unused) + _all_left_out(left_out),
         )
     with _readable(main.what):
-        specs, num_classes, more = _head_specs(heads, config.embed_dim, dict(head_options or {}), main.what)
+        specs, num_classes, more = _head_specs(heads, config.embed_dim, dict(head_options or {}), main)
     positions, assumed_exits = _exit_positions(main, config.depth, num_exits, exits)
     preprocessing, normalisation = _preprocessing(main, body, state, num_classes, preprocessing)
     model = ExitSegmenter(config, num_classes, positions, specs[:num_exits], specs[-1], preprocessing)
@@ -217,7 +238,7 @@ def _read(source: str | Path, kind: str) -> _Weights:
 
 @contextmanager
 def _readable(what: str) -> Iterator[None]:
-    """What reads shapes trusts them; a file in which they cannot be right ends in one sentence all the same."""
+    """Turn the errors of code that trusts shapes into one sentence, for files in which they cannot be right."""
     try:
         yield
     except TokenExitError:
@@ -241,7 +262,7 @@ def _weight_file(source: str | Path) -> Path:
 
 
 def _find_beside(source: str | Path, path: Path, name: str) -> Path | None:
-    """A file of this name beside the weights; of a hub model it is fetched if the hub has it."""
+    """Find a file of this name beside the weights; of a hub model it is fetched if the hub has it."""
     if (path.parent / name).is_file():
         return path.parent / name
     if isinstance(source, str) and source.startswith(HUB_PREFIX) and name.endswith(".json"):
@@ -254,7 +275,7 @@ def _find_beside(source: str | Path, path: Path, name: str) -> Path | None:
 
 
 def _joined(main: _Weights, body: _Weights) -> State:
-    """The heads of one file on the backbone of another; a backbone beside the heads is refused."""
+    """Put the heads of one file on the backbone of another; a backbone beside the heads is refused."""
     if any(key.startswith("backbone.") for key in main.state):
         raise ConfigError(f"{main.what} hold a backbone of their own: leave out backbone.")
     return {**{k: v for k, v in body.state.items() if not k.startswith(HEADS_IN_STATE)}, **main.state}
@@ -264,14 +285,19 @@ def _joined(main: _Weights, body: _Weights) -> State:
 
 
 def _head_specs(
-    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], what: str
+    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], main: _Weights
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
-    """A specification for each head, the number of classes, and what was assumed."""
+    """Return a specification for each head, the number of classes, and what was assumed."""
+    what, said = main.what, attention_heads_in(main.meta)
     specs: list[dict[str, Any]] = []
     classes: dict[str, int] = {}
     assumed: dict[str, Any] = {}
     for name, head in heads.items():
-        spec, classes[name], more = head_spec(head, embed_dim, given, f"the {name} of {what}")
+        known = ({"num_heads": said[name]} if name in said else {}) | given
+        spec, classes[name], more = head_spec(head, embed_dim, known, f"the {name} of {what}")
+        if spec["kind"] == "atm" and "num_heads" in more:
+            published = main.source.atm_heads.get((spec["channels"], classes[name]), more["num_heads"])
+            spec["num_heads"] = more["num_heads"] = published
         specs.append(spec)
         assumed |= {f"{name}.{option}": value for option, value in more.items()}
     taken = {option for spec in specs for option in inspect.signature(HEADS[spec["kind"]]).parameters}
@@ -304,7 +330,7 @@ def _exit_positions(
 def _preprocessing(
     main: _Weights, body: _Weights, state: State, num_classes: int, given: Preprocessing | None
 ) -> tuple[Preprocessing, dict[str, Any]]:
-    """As given, else as the files beside the weights say, else as the source trains."""
+    """Return the preprocessing as given, else as the files beside the weights say, else as the source trains."""
     if given is not None:
         labels = given.labels or _labels(main.meta, num_classes)
         return replace(given, labels=labels), {}
@@ -317,7 +343,7 @@ def _preprocessing(
 
 
 def _labels(meta: Mapping[str, Any], num_classes: int) -> Labels:
-    """Class names and colours as mmsegmentation keeps them, numbered classes where they do not fit."""
+    """Read class names and colours as mmsegmentation keeps them; numbered classes where they do not fit."""
     data = meta.get("dataset_meta")
     data = data if isinstance(data, Mapping) else meta
     names = data.get("classes", data.get("CLASSES"))
@@ -333,7 +359,7 @@ def _labels(meta: Mapping[str, Any], num_classes: int) -> Labels:
 
 
 def _check_destination(target: Path, has_heads: bool, what: str, source: Path) -> None:
-    """Before anything is built: the kind of thing that is written must be what the name says."""
+    """Check before anything is built that the name says what is written."""
     if has_heads and (target.suffix == ".safetensors" or target.is_file()):
         raise ConfigError(
             f"{what} have heads, and destination '{target}' is a file: name a folder, or set backbone_only."
@@ -350,7 +376,7 @@ def _check_destination(target: Path, has_heads: bool, what: str, source: Path) -
 
 
 def _write_backbone(state: State, config: ViTConfig, what: str, target: Path) -> tuple[int, list[str]]:
-    """Returns how many entries were written, and those without a place."""
+    """Write the backbone; returns how many entries were written, and those without a place."""
     from safetensors.torch import save_file
 
     model = ViT(config)
@@ -377,7 +403,7 @@ def _writable(target: Path) -> Iterator[None]:
 
 
 def _load(model: ExitSegmenter, state: State, what: str) -> tuple[int, list[str]]:
-    """Backbone and heads, all of them; returns how many entries, and those without a place."""
+    """Load backbone and heads, all of them; returns how many entries, and those without a place."""
     grid = model.config.backbone.pos_embed_grid
     report = load_backbone(model.backbone, under(state, "backbone."), source=what, pos_embed_grid=grid)
     _refuse_missing(report.missing, what)
@@ -392,9 +418,9 @@ def _load(model: ExitSegmenter, state: State, what: str) -> tuple[int, list[str]
 
 
 def _load_head(head: nn.Module, state: State, what: str) -> tuple[int, list[str]]:
-    """Every entry of the head takes a value of its own shape; counters of BatchNorm may be missing."""
+    """Load a head, every entry of which takes a value of its own shape; counters of BatchNorm may be missing."""
     target = head.state_dict()
-    unused = [key for key in state if key not in target and key.startswith("conv_seg.")]
+    unused = [key for key in state if key not in target and key.startswith(("conv_seg.", "loss_decode."))]
     foreign = [key for key in state if key not in target and key not in unused]
     missing = [key for key in target if key not in state and not key.endswith("num_batches_tracked")]
     wrong = [
@@ -413,7 +439,7 @@ def _load_head(head: nn.Module, state: State, what: str) -> tuple[int, list[str]
 
 
 def _refuse_missing(missing: Sequence[str], what: str) -> None:
-    """A norm that the architecture was inferred to have is there; a forced one may lack."""
+    """Reject missing entries: an inferred norm is there, a forced one may be missing."""
     if missing:
         raise CheckpointError(f"{what} lack {_some(missing)}: leave final_norm to be inferred.")
 

@@ -44,7 +44,8 @@ class ViTConfig:
     pos_embed_mode, pos_embed_antialias, pos_embed_offset: how the table is resized to another grid. timm
         antialiases; SETR is bilinear; DINOv2 without registers adds 0.1 to the target size.
     drop_path: probability to drop a residual branch at the last block, linear over the depth from 0.
-    drop_path_attention: drop attention branches too; DoViT's release drops MLP branches alone (A.8).
+    drop_path_attention: drop attention branches too; the releases of DToP and DoViT drop MLP branches alone, as
+        mmsegmentation does.
     """
 
     embed_dim: Annotated[int, Between(1, 8192)] = 192

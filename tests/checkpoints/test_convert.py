@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections import OrderedDict
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -163,6 +167,118 @@ def test_dtop__runs_without_class_token_and_says_so(depth, exits, tmp_path):
     reason = "this model runs without class token"
     assert report.unused == (("cls_token", reason), ("pos_embed[:, :1]", reason))
     assert_same(model, report, DToP(threshold=1.0), DToP(threshold=0.5, keep_per_class=2))
+
+
+def dtop_as_saved(heads: int = 1, num_classes: int = CLASSES, channels: int = 64) -> tuple[ExitSegmenter, State]:
+    """A model, and its weights under the names that DToP's code saves: each loss is a part of its head."""
+    body = replace(MMSEG, **DEEP, class_token=False, final_norm=False, depth=12)
+    spec = {"kind": "atm", "channels": channels, "layers": 1, "num_heads": heads}
+    model = ExitSegmenter(body, num_classes, (6, 8), [spec, spec], spec).eval()
+    enliven(model)
+    state = foreign.mmseg(without_class_token(model), kinds(model))
+    for head in ("decode_head", "auxiliary_head.0", "auxiliary_head.1"):
+        state[f"{head}.loss_decode.criterion.empty_weight"] = torch.tensor([1.0, 0.1])
+    return model, state
+
+
+CONFIG_TEXT = """
+checkpoint = open('https://elsewhere')
+model = dict(
+    type='EncoderDecoderPrune',
+    backbone=dict(type='ViT_prune', embed_dims=64, num_heads={backbone}, drop_path_rate=0.1),
+    decode_head=dict(type='PruneHead', channels=64, num_heads={heads}, thresh=1.0),
+    auxiliary_head=[
+        dict(type='PruneHead', channels=64, num_heads={heads}, in_index=0),
+        dict(type='PruneHead', channels=64, num_heads={heads}, in_index=1),
+    ])
+"""
+
+
+def save_as_mmengine_does(state: State, path: Path, monkeypatch: pytest.MonkeyPatch, **meta: Any) -> Path:
+    """With the logs that its runner keeps beside the weights, whose class is then out of reach."""
+    module = ModuleType("mmengine.logging.history_buffer")
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self._log_history, self._count_history = np.arange(3.0), np.ones(3)
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, "HistoryBuffer"
+    module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    hub = {"log_scalars": OrderedDict({"train/loss": HistoryBuffer()}), "runtime_info": OrderedDict(iter=40_000)}
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, name, ModuleType(name))
+        patch.setitem(sys.modules, module.__name__, module)
+        torch.save({"meta": {"iter": 40_000, **meta}, "state_dict": state, "message_hub": hub}, path)
+    return path
+
+
+def test_dtop__a_checkpoint_as_the_official_code_saves_it_is_read(tmp_path, monkeypatch):
+    model, state = dtop_as_saved()
+    report = convert(save_as_mmengine_does(state, tmp_path / "iter_40000.pth", monkeypatch), tmp_path / "ours")
+    assert report.kind == "dtop"
+    dropped = {name for name, reason in report.unused if reason == "a constant of the loss, used in training alone"}
+    assert dropped == {
+        f"{n}.loss_decode.criterion.empty_weight" for n in ("decode_head", "exit_heads.0", "exit_heads.1")
+    }
+    assert_same(model, report, DToP(threshold=0.5, keep_per_class=2))
+    assert "mmengine" not in sys.modules
+
+
+def test_dtop__a_state_dict_saved_alone_is_read_too(tmp_path):
+    model, state = dtop_as_saved()
+    assert_same(model, convert(save(state, tmp_path), tmp_path / "ours"), DToP(threshold=0.5, keep_per_class=2))
+
+
+def test_atm__a_number_of_attention_heads_that_is_assumed_is_warned_about(tmp_path):
+    model, state = dtop_as_saved(heads=4)
+    source = save(state, tmp_path)
+    report = convert(source, tmp_path / "assumed")
+    assert report.assumed["decode_head.num_heads"] == 1
+    (warning,) = report.warnings
+    assert "how many attention heads ATM decoders have: 1 assumed" in warning
+    assert "--head-options num_heads=16" in warning
+    assert report.summary().endswith(f"WARNING: {warning}")
+    said = convert(source, tmp_path / "said", head_options={"num_heads": 4})
+    assert said.warnings == ()
+    assert "WARNING" not in said.summary()
+    assert_same(model, said)
+    images = [picture(12, 12)]
+    wrong, right = (ExitSegmenter.from_pretrained(tmp_path / name)(images).logits for name in ("assumed", "said"))
+    assert not torch.allclose(wrong, right, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("channels", "classes", "heads"), [(384, 150, 6), (512, 150, 8), (512, 59, 16), (512, 171, 16)]
+)
+def test_atm__dtops_published_models_have_the_attention_heads_of_its_configurations(channels, classes, heads, tmp_path):
+    model, state = dtop_as_saved(heads, classes, channels)
+    report = convert(save(state, tmp_path), tmp_path / "ours")
+    assert {report.assumed[f"{name}.num_heads"] for name in ("decode_head", "exit_heads.0", "exit_heads.1")} == {heads}
+    assert len(report.warnings) == 1
+    assert_same(model, report)
+
+
+@pytest.mark.parametrize("key", ["cfg", "config"])
+def test_atm__the_configuration_inside_a_checkpoint_says_the_number_and_is_not_run(key, tmp_path, monkeypatch):
+    model, state = dtop_as_saved(heads=4)
+    meta = {key: CONFIG_TEXT.format(backbone=1, heads=4)}
+    report = convert(save_as_mmengine_does(state, tmp_path / "it.pth", monkeypatch, **meta), tmp_path / "ours")
+    assert (report.warnings, "decode_head.num_heads" in report.assumed, "num_heads" in report.assumed) == (
+        (),
+        False,
+        False,
+    )
+    assert_same(model, report)
+
+
+@pytest.mark.parametrize(
+    "text", ["model = dict(", "model = 3", "(" * 2000, "x = 1", "model = dict(decode_head=4)", "\0"]
+)
+def test_atm__a_configuration_that_says_nothing_is_passed_over(text, tmp_path, monkeypatch):
+    _, state = dtop_as_saved()
+    report = convert(save_as_mmengine_does(state, tmp_path / "it.pth", monkeypatch, cfg=text), tmp_path / "ours")
+    assert len(report.warnings) == 1
 
 
 @pytest.mark.parametrize(
@@ -527,10 +643,47 @@ def test_a_convolution_of_3x3_is_no_token_head(tmp_path):
     assert "is of no kind that tokenexit has" in refusal(state, tmp_path)
 
 
-def test_segvits_own_head_over_three_levels_is_refused(tmp_path):
-    state = mmseg_state("atm")
-    state["decode_head.input_proj_2.weight"] = torch.ones(1)
-    assert "has parts that tokenexit lacks (input_proj_2.weight)" in refusal(state, tmp_path)
+def segvit_state(stages: int = 3, outputs: int = CLASSES + 1) -> tuple[ExitSegmenter, State]:
+    """As SegViT's release saves it: no class token in use, a projection, norm and decoder for every stage."""
+    model = build(replace(MMSEG, class_token=False, final_norm=False, pos_embed_prefix=False), "atm")
+    state = foreign.mmseg(without_class_token(model), kinds(model))
+    head = part(state, "decode_head.")
+    state = {key: value for key, value in state.items() if not key.startswith("decode_head.")}
+    for key, value in head.items():
+        name, _, rest = key.partition(".")
+        if name in ("input_proj", "proj_norm", "decoder"):
+            state |= {f"decode_head.{name}_{n}.{rest}": value.clone() for n in range(1, stages + 1)}
+        else:
+            state[f"decode_head.{key}"] = value
+    state["decode_head.class_embed.weight"] = torch.ones(outputs, 64)
+    state["decode_head.class_embed.bias"] = torch.ones(outputs)
+    return model, state
+
+
+def without_class_token(model: ExitSegmenter) -> State:
+    """The weights of a model without class token, with the one that such code bases make and never use."""
+    state = model.state_dict()
+    table = state["backbone.pos_embed"]
+    width = table.shape[2]
+    unused = {"backbone.cls_token": torch.randn(1, 1, width)}
+    return state | unused | {"backbone.pos_embed": torch.cat([torch.randn(1, 1, width), table], 1)}
+
+
+def test_segvits_own_head_over_three_levels_is_refused_and_its_backbone_is_read_as_it_runs(tmp_path):
+    model, state = segvit_state()
+    message = refusal(state, tmp_path)
+    assert "is SegViT's own, which joins 3 stages" in message
+    assert "convert the backbone alone (backbone_only, --backbone-only)" in message
+    report = convert(tmp_path / "theirs.safetensors", tmp_path / "ours.safetensors", backbone_only=True)
+    assert report.kind == "segvit"
+    assert not report.backbone.class_token
+    assert_same_backbone(model.backbone, report)
+
+
+def test_a_shrunk_segvit_is_refused(tmp_path):
+    _, state = segvit_state(stages=2)
+    state["decode_head.atm.class_embed.weight"] = state.pop("decode_head.class_embed.weight")
+    assert "is that of a shrunk SegViT, whose backbone halves its grid on the way" in refusal(state, tmp_path)
 
 
 def test_segvits_own_head_with_a_class_distribution_per_query_is_refused(tmp_path):

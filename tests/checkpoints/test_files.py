@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -149,9 +153,64 @@ def test_an_unknown_suffix_is_refused(tmp_path: Path) -> None:
     assert ".safetensors" in refusal(tmp_path / "vit.onnx")
 
 
+class Hostile:
+    """Runs something as soon as it is unpickled."""
+
+    def __init__(self, run: Any, *given: Any) -> None:
+        self.run, self.given = run, given
+
+    def __reduce__(self) -> Any:
+        return self.run, self.given
+
+
+def test_objects_beside_the_weights_are_passed_over(tmp_path: Path) -> None:
+    args = argparse.Namespace(lr=0.1, out=Path("runs"))
+    assert_same(read_state_dict(saved(tmp_path / "vit.pth", {"args": args, "model": WEIGHTS})))
+
+
 def test_pickled_objects_are_never_executed(tmp_path: Path) -> None:
-    path = saved(tmp_path / "vit.pth", {"args": argparse.Namespace(lr=0.1), "model": WEIGHTS})
-    assert "not loaded for safety" in refusal(path)
+    trace = tmp_path / "trace"
+    hostile = [Hostile(exec, f"open({str(trace)!r}, 'w')"), Hostile(subprocess.call, ["touch", str(trace)])]
+    for n, content in enumerate([*hostile, {"nested": hostile}, Hostile(getattr, hostile[0], "run")]):
+        assert_same(read_state_dict(saved(tmp_path / f"{n}.pth", {"args": content, "model": WEIGHTS})))
+    assert not trace.exists()
+    torch.load(tmp_path / "0.pth", weights_only=False)
+    assert trace.exists(), "the file is as hostile as it should be"
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    [Hostile(os.system, "touch trace"), Hostile(sys.exit, 3), Hostile(Path.touch, Path("trace"))],
+    ids=["system", "exit", "method"],
+)
+def test_objects_that_cannot_be_passed_over_are_refused_with_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hostile: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = refusal(saved(tmp_path / "vit.pth", {"args": hostile, "model": WEIGHTS}))
+    assert "not loaded for safety" in message
+    assert "save its state dict alone" in message
+    assert not (tmp_path / "trace").exists()
+    assert_same(read_state_dict(saved(tmp_path / "alone.pth", WEIGHTS)))
+
+
+def test_an_object_in_the_place_of_a_weight_is_refused(tmp_path: Path) -> None:
+    content = {"model": WEIGHTS | {"norm.bias": argparse.Namespace(lr=0.1)}}
+    assert "under 'norm.bias', not a tensor" in refusal(saved(tmp_path / "vit.pth", content))
+
+
+def test_files_with_objects_are_read_from_several_threads(tmp_path: Path) -> None:
+    known = torch.serialization.get_safe_globals()
+    paths = []
+    for n in range(8):
+        kind = type(f"Kind{n}", (), {"__module__": __name__})
+        globals()[kind.__name__] = kind
+        paths.append(saved(tmp_path / f"{n}.pth", {"args": kind(), "model": WEIGHTS}))
+        del globals()[kind.__name__]
+    with ThreadPoolExecutor(8) as pool:
+        for state in pool.map(read_state_dict, paths * 4):
+            assert_same(state)
+    assert torch.serialization.get_safe_globals() == known, "nothing stays allowed"
 
 
 @pytest.mark.parametrize(

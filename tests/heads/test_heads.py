@@ -212,6 +212,7 @@ def test_normalize_head__unknown_option_is_refused_with_the_choices():
         ({"kind": "atm", "dropout": 1.5}, "dropout=1.5"),
         ({"kind": "mask_transformer", "layers": -1}, "layers of head .* must be a whole number from 1 to .*, got -1"),
         ({"kind": "mask_transformer", "channels": 30, "num_heads": 4}, "num_heads=4"),
+        ({"kind": "mask_transformer", "drop_path": 1.0}, "drop_path=1.0"),
         ({"kind": "setr_pup", "kernel": 2}, "kernel=2"),
         ({"kind": "setr_pup", "steps": 8, "up": 16}, "steps=8 and up=16 gives 4294967296x maps"),
         ({"kind": "atm", "layers": 1_000_000}, "layers of head 'atm' must be a whole number from 1 to 32"),
@@ -227,6 +228,38 @@ def test_normalize_head__unknown_option_is_refused_with_the_choices():
 def test_build_head__impossible_values_are_refused_by_name_and_value(spec, words):
     with pytest.raises(ConfigError, match=words):
         build_head(spec, DIM, CLASSES)
+
+
+def test_mask_transformer__drops_the_mlp_of_its_last_layer_alone_for_each_image_by_itself():
+    """As mmsegmentation's `segmenter_mask_head.py`: rates linear over the layers from 0, attention spared."""
+    plain = lively_head("mask_transformer")
+    head = build_head({**SMALL_HEADS["mask_transformer"], "drop_path": 0.5}, DIM, CLASSES)
+    head.load_state_dict(plain.state_dict())
+    tokens, last = tokens_of([5, 3]), len(plain.blocks) - 1
+    assert last == 1
+
+    def with_mlp_times(factor):
+        scaled = {
+            name: value * factor if name.startswith(f"blocks.{last}.mlp.fc2.") else value
+            for name, value in plain.state_dict().items()
+        }
+        reference = build_head(SMALL_HEADS["mask_transformer"], DIM, CLASSES).eval()
+        reference.load_state_dict(scaled)
+        return [logits for logits, _ in parts(reference(tokens), reference)]
+
+    choices = (with_mlp_times(0.0), with_mlp_times(2.0))  # what stays is divided by its probability
+    seen = set()
+    for _ in range(40):
+        drawn = [logits for logits, _ in parts(head.train()(tokens), head)]
+        fits = [[torch.allclose(x, choice[i], atol=1e-5) for choice in choices] for i, x in enumerate(drawn)]
+        assert all(sum(fit) == 1 for fit in fits)
+        seen.add(tuple(fit.index(True) for fit in fits))
+    assert seen == {(0, 0), (0, 1), (1, 0), (1, 1)}, "images are drawn independently"
+    assert torch.equal(head.eval()(tokens).logits, plain(tokens).logits), "no effect in evaluation"
+
+
+def test_mask_transformer__drops_nothing_unless_asked():
+    assert [block.drop_path for block in lively_head("mask_transformer").blocks] == [0.0, 0.0]
 
 
 @pytest.mark.parametrize("name", ["atm", "mask_transformer"])

@@ -109,6 +109,22 @@ def test_init_from_changes_stochastic_depth_and_nothing_else(saved: Path) -> Non
         build_model(config(init_from=str(saved), options={"drop_path": 1.5}), DataConfig(), LABELS)
 
 
+def test_init_from_may_spare_attention_from_stochastic_depth(saved: Path) -> None:
+    """As the releases do; a converted model drops both branches, as its source says nothing."""
+    options = {"drop_path": 0.4, "drop_path_attention": False}
+    model, _ = build_model(config(init_from=str(saved), options=options), DataConfig(), LABELS)
+    assert [block.drop_path for block in model.backbone.blocks] == pytest.approx([0.0, 0.2, 0.4])
+    assert not any(block.drop_path_attention for block in model.backbone.blocks)
+    tokens = model.backbone.embed([torch.randn(3, 24, 32)])
+    kept = model.backbone.blocks[2]
+    attended = tokens.x + kept.attn.proj(kept.attn.attend(kept.before(tokens.x), tokens.packing))
+    draws = [model.backbone.run(tokens, 2, 3).x for _ in range(30)]
+    assert any(torch.equal(x, attended) for x in draws), "a dropped MLP leaves attention's result"
+    assert not any(torch.equal(x, tokens.x) for x in draws), "attention is never dropped"
+    plain, _ = build_model(config(init_from=str(saved), options={"drop_path": 0.4}), DataConfig(), LABELS)
+    assert all(block.drop_path_attention for block in plain.backbone.blocks)
+
+
 def test_weights_and_init_from_exclude_each_other(saved: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.weights and model\.init_from exclude each other"):
         build_model(config(init_from=str(saved), weights="w.pth"), DataConfig(), LABELS)

@@ -36,6 +36,7 @@ from tokenexit.training.config import (
         (TrainConfig, {"accumulate": 0}, "accumulate=0 must be at least 1"),
         (TrainConfig, {"ema_decay": 1.0}, "ema_decay=1.0 must lie between 0 and 1"),
         (TrainConfig, {"freeze": "heads"}, "freeze='heads' is unknown: choose one of none, backbone, all_but_exit"),
+        (TrainConfig, {"ignored_pixels": "no"}, "ignored_pixels='no' is unknown: choose one of left_out, counted"),
         (DistillConfig, {"features": -1.0}, r"distill\.features=-1\.0 must be at least 0"),
         (DistillConfig, {"temperature": 0.0}, r"distill\.temperature=0\.0 must be positive"),
         (DistillConfig, {"teacher": "t", "features": 0, "logits": 0}, r"distill\.teacher has nothing to teach"),
@@ -72,6 +73,7 @@ def test_every_key_that_shapes_the_weights_parts_two_runs(key: str) -> None:
 def test_a_run_saved_before_a_key_existed_had_its_default() -> None:
     saved = flat(TrainConfig(seed=3))
     del saved["distill.teacher"], saved["accumulate"]
+    del saved["ignored_pixels"], saved["distill.upsampled"]  # the loss of that time is the default of today
     assert differing_key(saved_config(saved), TrainConfig(seed=3)) is None
     assert differing_key(saved_config(saved), TrainConfig(seed=3, accumulate=2)) == "accumulate"
 

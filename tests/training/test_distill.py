@@ -32,7 +32,7 @@ def softmax(values: Sequence[float]) -> list[float]:
 
 
 def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> float:
-    """DoViT B.1, a cell and a class at a time."""
+    """The loss of DoViT's release, a cell and a class at a time."""
     total = 0.0
     for said, wanted in zip(student.tolist(), teacher.tolist()):
         p, q = (softmax([value / temperature for value in values]) for values in (wanted, said))
@@ -141,6 +141,49 @@ def test_the_loss_is_the_weighted_sum_of_features_decode_head_and_exits(
     loss = distillation_loss(output, target, DistillConfig("folder", *weights, temperature=1.5))
     torch.testing.assert_close(loss, expected)
     assert loss > 0
+
+
+def upsampled_by_loops(maps: Tensor, grid: tuple[int, int], factor: int) -> Tensor:
+    """`(h w, K)` of one image, bilinear between cell centres, to `(h w factor^2, K)` in raster order."""
+    (h, w), rows = grid, []
+    for y in range(h * factor):
+        for x in range(w * factor):
+            v, u = (y + 0.5) / factor - 0.5, (x + 0.5) / factor - 0.5
+            v, u = min(max(v, 0.0), h - 1.0), min(max(u, 0.0), w - 1.0)
+            (i, a), (j, b) = ((int(c), c - int(c)) for c in (v, u))
+            below, right = min(i + 1, h - 1), min(j + 1, w - 1)
+            rows.append(
+                (1 - a) * ((1 - b) * maps[i * w + j] + b * maps[i * w + right])
+                + a * ((1 - b) * maps[below * w + j] + b * maps[below * w + right])
+            )
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize(("heads", "factor"), [(("setr_naive", "setr_naive"), 4), (("linear", "setr_naive"), 4)])
+def test_logits_may_be_compared_after_the_upsampling_of_the_heads_as_released(
+    heads: tuple[str, str], factor: int
+) -> None:
+    """DoViT's release takes the divergence of what its SETR heads give, 4 cells a side for every patch."""
+    images = torch.stack([picture(12, 16, seed) for seed in range(2)])
+    student, teacher = (tiny_segmenter(head, seed=seed, exits=()) for seed, head in enumerate(heads))
+    with torch.no_grad():
+        output, target = (model(images, with_stages=True) for model in (student, teacher))
+    maps = [
+        torch.cat([upsampled_by_loops(grid.flatten(1).T, (3, 4), factor) for grid in out.grid_logits])
+        for out in (output, target)
+    ]
+    config = DistillConfig("folder", features=0.0, upsampled=True)
+    loss = distillation_loss(output, target, config)
+    assert loss.item() == pytest.approx(softmax_divergence(*maps, 1.0), rel=1e-4)
+    assert loss < 0.9 * distillation_loss(output, target, replace(config, upsampled=False))
+
+
+def test_exits_are_compared_after_upsampling_too_and_heads_without_one_as_before() -> None:
+    config = DistillConfig("folder", exits=0.5)
+    for head, same in (("setr_naive", False), ("fcn", True), ("atm", True)):
+        output, target = two_passes(Dense(), head)
+        losses = [distillation_loss(output, target, replace(config, upsampled=after)) for after in (False, True)]
+        assert torch.equal(*losses) is same
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import picture, tiny_segmenter
@@ -29,8 +30,9 @@ def masks_with_void(images: int = 2, height: int = 6, width: int = 5, classes: i
     return masks
 
 
-def atm_by_loops(presence: Tensor, maps: Tensor, masks: Tensor) -> float:
-    """DToP b.3, a pixel and a class at a time; ignored pixels are left out of every sum."""
+def atm_by_loops(presence: Tensor, maps: Tensor, masks: Tensor, counted: bool = False) -> float:
+    """The loss of DToP's release, a pixel and a class at a time; ignored pixels are left out of every sum, or counted
+    as negatives of every class."""
     images, classes = presence.shape[:2]
     entropy, weights, focal, dice, present_masks = 0.0, 0.0, 0.0, 0.0, 0
     for b in range(images):
@@ -45,7 +47,7 @@ def atm_by_loops(presence: Tensor, maps: Tensor, masks: Tensor) -> float:
                 continue
             present_masks += 1
             values = maps[b, c].flatten().tolist()
-            judged = [(v, t == c) for v, t in zip(values, truth) if t != VOID]
+            judged = [(v, t == c) for v, t in zip(values, truth) if counted or t != VOID]
             total = overlap = areas = 0.0
             for value, inside in judged:
                 p = 1 / (1 + math.exp(-value))
@@ -68,6 +70,18 @@ def test_cross_entropy_is_the_mean_over_judged_pixels() -> None:
                     column = logits[b, :, y, x]
                     losses.append(float(column.logsumexp(0) - column[masks[b, y, x]]))
     assert cross_entropy(logits, masks, VOID).item() == pytest.approx(sum(losses) / len(losses), rel=1e-12)
+
+
+def test_cross_entropy_that_counts_ignored_pixels_is_the_published_mean_over_all() -> None:
+    """mmsegmentation's `avg_non_ignore=False`: a quarter ignored leaves three quarters of the loss."""
+    logits, masks = torch.randn(2, 4, 8, 4), torch.randint(0, 4, (2, 8, 4))
+    masks[:, :2] = VOID
+    published = F.cross_entropy(logits, masks, reduction="none", ignore_index=VOID).mean()
+    counted = cross_entropy(logits, masks, VOID, ignored="counted")
+    torch.testing.assert_close(counted, published)
+    torch.testing.assert_close(counted, 0.75 * cross_entropy(logits, masks, VOID))
+    masks[:, :2] = 0
+    assert cross_entropy(logits, masks, VOID, ignored="counted") == cross_entropy(logits, masks, VOID)
 
 
 @pytest.mark.parametrize("ignore_index", [255, -1])
@@ -105,6 +119,18 @@ def test_atm_loss_is_that_of_the_slow_loop(seed: int) -> None:
     presence, maps = torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(2, 4, 6, 5, dtype=torch.float64)
     masks = masks_with_void()
     assert atm_loss(presence, maps, masks, VOID).item() == pytest.approx(atm_by_loops(presence, maps, masks), rel=1e-9)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_atm_loss_that_counts_ignored_pixels_is_that_of_the_release(seed: int) -> None:
+    torch.manual_seed(seed)
+    presence, maps = torch.randn(2, 4, 2, dtype=torch.float64), torch.randn(2, 4, 6, 5, dtype=torch.float64)
+    masks = masks_with_void()
+    loss = atm_loss(presence, maps, masks, VOID, "counted").item()
+    assert loss == pytest.approx(atm_by_loops(presence, maps, masks, counted=True), rel=1e-9)
+    assert abs(loss - atm_loss(presence, maps, masks, VOID).item()) > 1e-4
+    masks[masks == VOID] = 0
+    assert atm_loss(presence, maps, masks, VOID, "counted") == atm_loss(presence, maps, masks, VOID)
 
 
 def test_atm_loss_does_not_see_mask_logits_of_absent_classes_nor_ignored_pixels() -> None:
@@ -178,6 +204,18 @@ def test_total_is_the_last_loss_plus_weighted_losses_of_all_exits(head: str, aux
     torch.testing.assert_close(total, last + aux_weight * (first + second))
 
 
+@pytest.mark.parametrize("head", ["fcn", "atm"])
+def test_ignored_pixels_are_counted_at_every_stage_alike(head: str) -> None:
+    model = tiny_segmenter(head)
+    output = model(picture(12, 16)[None], Dense(), with_stages=True)
+    masks = torch.randint(0, 5, (1, 12, 16))
+    masks[:, :3] = VOID
+    first, second, last = (stage_loss(output, stage, masks, VOID, ignored="counted") for stage in output.stages)
+    total = segmentation_loss(output, masks, VOID, 0.4, ignored="counted")
+    torch.testing.assert_close(total, last + 0.4 * (first + second))
+    assert total != segmentation_loss(output, masks, VOID, 0.4)
+
+
 def test_loss_of_a_model_without_exits_is_that_of_its_head() -> None:
     model = tiny_segmenter("fcn", exits=())
     output = model(picture(8, 8)[None], Dense(), with_stages=True)
@@ -221,7 +259,7 @@ def test_losses_reach_every_parameter_when_exits_are_on() -> None:
 
 
 def test_loss_of_a_later_stage_flows_into_the_exit_that_decided() -> None:
-    """Exited tokens carry their exit's logits to later losses (DToP b.3), unless the canvas is detached."""
+    """Exited tokens carry their exit's logits to later losses, as in DToP's release, unless the canvas is detached."""
     for detach, flows in ((False, True), (True, False)):
         model = tiny_segmenter("fcn").train()
         output = model(picture(12, 16)[None], DToP(threshold=0.0, keep_per_class=0, detach_canvas=detach))

@@ -11,7 +11,7 @@ import pytest
 
 from tokenexit.errors import ConfigError
 from tokenexit.training.config import TrainConfig
-from tokenexit.training.parsing import config_keys, parse_train
+from tokenexit.training.parsing import config_keys, parse_train, shipped_recipes
 
 
 def parse(*arguments: str) -> TrainConfig:
@@ -117,11 +117,34 @@ def test_files_that_cannot_be_read_end_in_one_sentence(tmp_path: Path) -> None:
         parse("--config", str(tmp_path / "run.yaml"))
 
 
-def test_shipped_recipes_parse(repo_root: Path) -> None:
-    recipes = sorted((repo_root / "configs").glob("*.yaml"))
-    assert recipes
-    for recipe in recipes:
-        assert isinstance(parse("--config", str(recipe)), TrainConfig)
+def test_shipped_recipes_parse_by_name_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipes = shipped_recipes()
+    assert {"camvid_vit_tiny", "dtop/ade20k_base", "dovit/setr_ade20k_large"} <= recipes.keys()
+    for name, file in recipes.items():
+        assert parse("--config", name) == parse("--config", str(file))
+    assert parse("--config=dtop/ade20k_base.yaml", "--steps", "7").steps == 7
+
+
+def test_an_existing_file_comes_before_a_recipe_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dtop").mkdir()
+    (tmp_path / "dtop" / "ade20k_base.yaml").write_text("steps: 70\n")
+    (tmp_path / "camvid_atm").mkdir()  # a folder is no recipe
+    assert parse("--config", "dtop/ade20k_base.yaml").steps == 70
+    assert parse("--config", "dtop/ade20k_base").steps == 40_000
+    assert parse("--config", "camvid_atm").steps != TrainConfig().steps
+
+
+@pytest.mark.parametrize("given", ["dtop/ade20k_bas", "dtop/ade20k_bas.yaml"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_wrong_name_lists_the_nearest_recipes(joined: bool, given: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(*([f"--config={given}"] if joined else ["--config", given]))
+    assert str(caught.value) == (
+        f"--config {given} is neither a file nor a shipped recipe: did you mean dtop/ade20k_base, "
+        "dtop/setr_ade20k_base or dtop/ade20k_large?"
+    )
 
 
 def test_help_explains_every_key_with_its_default(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,9 +15,10 @@ from tokenexit.errors import TokenExitError
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_model
 from tokenexit.training.config import DataConfig, DistillConfig, ModelConfig, TrainConfig
+from tokenexit.training.parsing import shipped_recipes
 from tokenexit.training.plan import plan, skeleton
 
-RECIPE = str(Path(__file__).parents[2] / "configs" / "dtop" / "ade20k_base.yaml")
+RECIPE = str(shipped_recipes()["dtop/ade20k_base"])
 Captured = pytest.CaptureFixture[str]
 
 

@@ -10,7 +10,7 @@ thresholds="0.98 0.9/0.7/0.5 0.95/0.8/0.65 0.98/0.8/0.65 0.98/0.9/0.8"
 train() {  # train CONFIG FOLDER [OPTION ...]
     config=$1 folder=$2
     shift 2
-    tokenexit train --config "configs/$config.yaml" --seed "$seed" --out "$runs/$folder" "$@"
+    tokenexit train --config "$config" --seed "$seed" --out "$runs/$folder" "$@"
 }
 
 figures() {  # figures NAME FOLDER [OPTION ...]

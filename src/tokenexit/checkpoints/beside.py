@@ -1,5 +1,4 @@
-"""What lies beside a weight file and says what the weights do not: `config.json`, `preprocessor_config.json`,
-`variant.yml`."""
+"""Read files beside weights that say what these do not: `config.json`, `preprocessor_config.json`, `variant.yml`."""
 
 from __future__ import annotations
 
@@ -59,7 +58,9 @@ Find = Callable[[str], Path | None]
 
 @dataclass(frozen=True)
 class Beside:
-    """settings: fields of `ViTConfig`. normalisation: mean and std. files: names of those that were read."""
+    """The files that were found say this.
+
+    settings: fields of `ViTConfig`. normalisation: mean and std. files: names of those that were read."""
 
     settings: dict[str, Any] = field(default_factory=dict)
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -144,7 +145,7 @@ def _parse_yaml(content: bytes) -> Any:
 
 
 def _loader() -> Any:
-    """Plain YAML that also reads the tuples which Segmenter writes."""
+    """Return a loader of plain YAML that also reads the tuples which Segmenter writes."""
     import yaml
 
     class Loader(yaml.SafeLoader):

@@ -1,8 +1,9 @@
-"""Weight files: tensors by name out of `.safetensors` and PyTorch files, or one sentence about what is wrong."""
+"""Read tensors by name from `.safetensors` and PyTorch files, or say in one sentence what is wrong."""
 
 from __future__ import annotations
 
 import pickle
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,12 @@ _AVERAGED = ("state_dict_ema", "model_ema", "teacher")
 _CONTAINERS = (*_AVERAGED, "state_dict", "model", "model_state", "model_state_dict")
 
 
+_ALLOWING = threading.Lock()
+"""torch keeps the names that a safe load may meet for the whole process."""
+
+
 def read_state_dict(path: str | Path) -> dict[str, Tensor]:
-    """The weights of a file as a model knows them: taken out of the training program's wrappings.
+    """Read the weights of a file as a model knows them, without the training program's wrappings.
 
     Takes the state dict out of containers (`{"state_dict": ...}`, `{"model": ...}`, ...), then `module.` (data
     parallel training) and `backbone.` (segmentation frameworks) off the names where no two names would meet.
@@ -31,16 +36,17 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a file under the very names they have there; floating-point ones in fp32, on the CPU.
+    """Read the tensors of a file under the very names they have there; floating-point ones in fp32, on the CPU.
 
-    Raises `CheckpointError` in one sentence: no such file, an empty, damaged or foreign one, an entry that is no
-    plain tensor, a NaN or an infinity.
+    Objects that a PyTorch file holds beside its weights, such as logs of mmengine, are passed over; none of their code
+    is imported or run. Raises `CheckpointError` in one sentence: no such file, an empty, damaged or foreign one, an
+    entry that is no plain tensor, a NaN or an infinity.
     """
     return _named_tensors(_read(Path(path)), Path(path))
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The weights of a training program's file under its own names, and what it keeps beside them as `meta`.
+    """Read the weights of a training program's file under its own names, and what it keeps beside them as `meta`.
 
     Like `read_state_dict`, but of the names only `module.` (data parallel training) is taken off: what stands in front
     of the others tells where the weights are from.
@@ -64,7 +70,7 @@ def tensor_shapes(path: str | Path) -> dict[str, tuple[int, ...]]:
 
 
 def _read(path: Path) -> Any:
-    """Whatever the file holds: a dict of tensors, or containers, lists and numbers around them."""
+    """Return whatever the file holds: a dict of tensors, or containers, lists and numbers around them."""
     _check_is_weights(path)
     suffix = path.suffix.lower()
     if suffix == ".safetensors":
@@ -115,17 +121,47 @@ def _read_pytorch(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" in str(error).lower() and "global" in str(error).lower():
-            raise CheckpointError(
-                f"weights '{path}' holds Python objects beside tensors, which are not loaded for safety: "
-                "where you trust the file, save its state dict alone as .safetensors."
-            ) from None
+            return _read_beside_objects(path)
     except Exception:  # a cut or foreign file ends in any of a dozen types
         pass
     raise CheckpointError(f"weights '{path}' is damaged or no PyTorch file: download or save it again.")
 
 
+class _Inert:
+    """This stands where a file holds an object of another program; it takes what it is given and does nothing."""
+
+    def __new__(cls, *given: Any, **named: Any) -> _Inert:
+        return super().__new__(cls)
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _read_beside_objects(path: Path) -> Any:
+    """Load with torch's safe unpickler, in which every class or function that it does not know is an `_Inert`.
+
+    Only the file's own text decides which names these are; nothing of them is imported.
+    """
+    from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
+
+    try:
+        with _ALLOWING:
+            names: list[Any] = [(_Inert, name) for name in get_unsafe_globals_in_checkpoint(path)]
+            with safe_globals(names):
+                return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception:  # objects that are more than set beside the weights, and as many types as above
+        raise CheckpointError(
+            f"weights '{path}' holds Python objects that are not loaded for safety, and cannot be passed over: where "
+            "you trust the file, load it with the program that wrote it and save its state dict alone, with torch.save "
+            "or as .safetensors."
+        ) from None
+
+
 def _unwrap(content: Any, path: Path) -> Any:
-    """Down through containers to the dict that has tensors."""
+    """Go down through containers to the dict that has tensors."""
     if not isinstance(content, Mapping) or any(isinstance(value, Tensor) for value in content.values()):
         return content
     found = [name for name in _CONTAINERS if isinstance(content.get(name), Mapping) and content[name]]
@@ -170,7 +206,7 @@ def _named_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def _kind(value: Any) -> str:
-    """A value in words, short enough for a sentence."""
+    """Describe a value in words, short enough for a sentence."""
     if isinstance(value, Mapping):
         names = ", ".join(str(name) for name in list(value)[:5])
         return f"a dict of {names}" if names else "an empty dict"

@@ -1,4 +1,4 @@
-"""Where weights lie: a local file, or a file of a model repository on the Hugging Face hub."""
+"""Find weights: a local file, or a file of a model repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _HUB_NAME = re.compile(
 
 
 def resolve_weights(source: str | Path) -> Path:
-    """The local file behind `source`.
+    """Return the local file behind `source`.
 
     source: a path (`~` allowed), or `hf-hub:OWNER/NAME[@REVISION][/FILE]`. Without FILE, `model.safetensors` is
         taken, else `pytorch_model.bin`. Hub files are fetched once and kept in the hub's own cache.
@@ -38,8 +38,8 @@ def resolve_weights(source: str | Path) -> Path:
 
 
 def resolve_folder(source: str | Path, patterns: Sequence[str]) -> Path:
-    """The local folder behind `source`, as `resolve_weights` finds files: a path, or `hf-hub:OWNER/NAME[@REVISION]`, of
-    which the files that fit one of `patterns` are fetched."""
+    """Return the local folder behind `source`, as `resolve_weights` finds files: a path, or
+    `hf-hub:OWNER/NAME[@REVISION]`, of which the files that fit one of `patterns` are fetched."""
     if not str(source).startswith(HUB_PREFIX):
         return Path(source)
     name = _parsed(str(source))
@@ -83,7 +83,7 @@ def _parsed(source: str) -> re.Match[str]:
 
 @contextmanager
 def _explained(what: str, repo: str, revision: str | None) -> Iterator[None]:
-    """What the hub's library raises, in one sentence."""
+    """Turn what the hub's library raises into one sentence."""
     try:
         from huggingface_hub import errors
     except ImportError:

@@ -1,4 +1,4 @@
-"""The architecture that weights were made for, from their names and shapes.
+"""Infer the architecture that weights were made for from their names and shapes.
 
 What shapes do not say, such as the number of attention heads, is assumed and named. Names are those of our models.
 
@@ -33,7 +33,7 @@ NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "b
 def backbone_config(
     state: Mapping[str, Tensor], given: Mapping[str, Any], source: str = "these weights"
 ) -> tuple[ViTConfig, Assumed]:
-    """The backbone of `state` (timm's names).
+    """Infer the backbone of `state` (timm's names).
 
     given: fields of `ViTConfig` that are known; they win over what is inferred.
     Returns the configuration and those of its fields that neither shapes nor `given` say.
@@ -76,7 +76,7 @@ def backbone_config(
 def position_layout(
     table: Tensor, class_token: bool, grid: tuple[int, int] | None, source: str
 ) -> tuple[bool, tuple[int, int]]:
-    """Whether the table `(1, N, C)` starts with a row for the class token, and its grid; square if not given."""
+    """Tell whether the table `(1, N, C)` starts with a row for the class token, and its grid; square if not given."""
     rows = table.shape[1]
     for prefix in (True, False) if class_token else (False,):
         cells = rows - prefix
@@ -92,7 +92,7 @@ def position_layout(
 
 
 def ratio(hidden: int, dim: int) -> float:
-    """The MLP ratio that `ViTConfig` turns back into this width, in the presets' digits where they say the same."""
+    """Return the MLP ratio that `ViTConfig` turns back into this width, in the presets' digits where these fit."""
     for known in (4.0, PRESETS["dinov2_giant_patch14"].mlp_ratio):
         if int(dim * known) == hidden:
             return known
@@ -101,7 +101,7 @@ def ratio(hidden: int, dim: int) -> float:
 
 
 def preset_of(config: ViTConfig) -> str | None:
-    """The preset that this is, but for the start value of LayerScale, which loaded weights replace."""
+    """Return the name of the preset that this is, but for LayerScale's start value, which loaded weights replace."""
     for name, preset in PRESETS.items():
         if (preset.layer_scale is None) == (config.layer_scale is None):
             other = replace(preset, layer_scale=config.layer_scale, drop_path=config.drop_path)
@@ -113,13 +113,14 @@ def preset_of(config: ViTConfig) -> str | None:
 def head_spec(
     head: Mapping[str, Tensor], embed_dim: int, given: Mapping[str, Any], what: str
 ) -> tuple[dict[str, Any], int, Assumed]:
-    """The head that holds these entries (our names, without prefix).
+    """Infer the head that holds these entries (our names, without prefix).
 
     given: options of the head that are known. what: how messages call the head.
     Returns its specification, K, and what neither shapes nor `given` say.
     """
+    _refuse_segvit(head, what)
     if "input_proj.weight" in head and "presence.weight" in head:
-        spec, classes, width, assumed = _atm(head, what)
+        spec, classes, width, assumed = _atm(head)
     elif "queries.weight" in head and "mask_norm.weight" in head:
         spec, classes, width, assumed = _mask_transformer(head)
     elif "convs.0.weight" in head and "classifier.weight" in head:
@@ -146,16 +147,35 @@ def _layers(head: Mapping[str, Tensor], name: str) -> int:
     return len({int(match[1]) for key in head if (match := re.match(rf"{name}\.(\d+)\.", key))})
 
 
-def _atm(head: Mapping[str, Tensor], what: str) -> Inferred:
+def _atm(head: Mapping[str, Tensor]) -> Inferred:
     d, width = head["input_proj.weight"].shape
-    classes, outputs = head["queries.weight"].shape[0], head["presence.weight"].shape[0]
-    if outputs != 2:
-        raise CheckpointError(
-            f"{what} says one of {outputs} classes for each of its {classes} queries, as the original SegViT does, "
-            "where tokenexit's ATM says present or absent: convert the backbone alone."
-        )
+    classes = head["queries.weight"].shape[0]
     spec = {"kind": "atm", "channels": d, "layers": _layers(head, "layers")}
     return spec, classes, width, {"num_heads": max(d // 64, 1)}
+
+
+def _refuse_segvit(head: Mapping[str, Tensor], what: str) -> None:
+    """Reject heads of SegViT's own release, which differ from DToP's in stages and in what they say of a class
+    (`decode_heads/atm_head.py`, and `tpn_atm_head.py` of its shrunk variants)."""
+    atm = "of the ATM heads, tokenexit reads those of DToP, with one stage and present or absent for every class"
+    if any(key.startswith("atm.") for key in head):
+        raise CheckpointError(
+            f"{what} is that of a shrunk SegViT, whose backbone halves its grid on the way, as tokenexit's never does; "
+            f"{atm}: take another model."
+        )
+    stages = {int(match[1]) for key in head if (match := re.match(r"(?:input_proj|proj_norm|decoder)_(\d+)\.", key))}
+    if stages:
+        raise CheckpointError(
+            f"{what} is SegViT's own, which joins {max(stages)} stages; {atm}: convert the backbone alone "
+            "(backbone_only, --backbone-only)."
+        )
+    outputs = head["presence.weight"].shape[0] if "presence.weight" in head else 2
+    if outputs != 2:
+        raise CheckpointError(
+            f"{what} is SegViT's own, which says one of {outputs} classes for each of its "
+            f"{head['queries.weight'].shape[0] if 'queries.weight' in head else 'learned'} queries; {atm}: convert the "
+            "backbone alone (backbone_only, --backbone-only)."
+        )
 
 
 def _mask_transformer(head: Mapping[str, Tensor]) -> Inferred:
@@ -189,7 +209,7 @@ def _other_width(kind: str, width: int, embed_dim: int, what: str) -> str:
 
 
 def heads_of(state: Mapping[str, Tensor], source: str) -> tuple[dict[str, dict[str, Tensor]], int]:
-    """The renamed heads by name, exit heads in order, and how many of them are exit heads."""
+    """Return the renamed heads by name, exit heads in order, and how many of them are exit heads."""
     numbers = sorted({int(match[1]) for key in state if (match := re.match(r"exit_heads\.(\d+)\.", key))})
     if numbers != list(range(len(numbers))):
         raise CheckpointError(f"{source} hold auxiliary heads {numbers}: some are missing, save the model again.")

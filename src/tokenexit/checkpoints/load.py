@@ -1,4 +1,4 @@
-"""From a state dict with timm's names onto our backbone: every part fits and is used, or it is said.
+"""Load a state dict with timm's names into our backbone: everything that fits, with a report of the rest.
 
 Legend: N rows of a position table, C channels, h x w its grid.
 """
@@ -40,7 +40,7 @@ _CURES = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the weights.
+    """The report says what became of the weights.
 
     loaded: entries of the backbone that took a value from them.
     missing: entries of the backbone that the weights lack; they keep their start values.
@@ -55,11 +55,11 @@ class LoadReport:
 
     @property
     def classifier(self) -> tuple[str, ...]:
-        """The unexpected entries of an image classifier: a segmentation model has no use for them."""
+        """Return the unexpected entries of an image classifier; a segmentation model has no use for them."""
         return tuple(key for key in self.unexpected if _CLASSIFIER.match(key))
 
     def summary(self) -> str:
-        """One line for each thing worth knowing."""
+        """Return one line for each thing worth knowing."""
         lines = [f"loaded {self.loaded} tensors into the backbone"]
         lines += [f"resized {key}: {old} to {new}" for key, old, new in self.resized]
         if self.missing:
@@ -122,7 +122,7 @@ def _is_table(table: Tensor, target: Tensor) -> bool:
 def _fit_pos_embed(
     model: ViT, table: Tensor, grid: Grid | None, source: str
 ) -> tuple[Tensor | None, Tensor, Grid, Grid]:
-    """A table `(1, N, C)` in the model's shape.
+    """Bring a table `(1, N, C)` to the model's shape.
 
     Returns (class row left over `(1, 1, C)` or None, table, old grid, new grid).
     """
@@ -139,7 +139,7 @@ def _fit_pos_embed(
 
 
 def _layout(count: int, prefix: int, model_grid: Grid, given: Grid | None, source: str) -> tuple[int, Grid]:
-    """How `count` rows divide: class token rows (0 or 1) and the patch grid."""
+    """Divide `count` rows into class token rows (0 or 1) and the patch grid."""
     grid = given or model_grid
     for rows in (prefix, 1 - prefix):
         if count - rows == math.prod(grid):
@@ -194,6 +194,6 @@ def _refuse_mismatched(ready: Mapping[str, Tensor], target: Mapping[str, Tensor]
 
 
 def _some(names: Sequence[str]) -> str:
-    """The first few names, and how many more there are."""
+    """Name the first few, and say how many more there are."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

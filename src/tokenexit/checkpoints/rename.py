@@ -1,4 +1,4 @@
-"""Steps that every source of weights shares: names by a table, parts fused, extra tokens brought into our form.
+"""Steps that all sources of weights share: renaming by a table, fusing parts, bringing extra tokens into our form.
 
 All are pure: a state dict comes in, a new one goes out. What no rule knows keeps its name, so that it is found and
 named at the end.
@@ -22,7 +22,7 @@ Table = Sequence[tuple[str, str]]
 
 
 def rename(state: Mapping[str, Tensor], table: Table) -> State:
-    """New names for those that a pattern matches whole, the rest as they are."""
+    """Rename entries whose whole name a pattern matches, and leave the others."""
     renamed: State = {}
     for key, value in state.items():
         name = new_name(key, table)
@@ -44,7 +44,7 @@ def new_name(key: str, table: Table) -> str:
 
 
 def under(state: Mapping[str, Tensor], prefix: str) -> State:
-    """The entries below `prefix`, without it."""
+    """Return the entries below `prefix`, without it."""
     return {key[len(prefix) :]: value for key, value in state.items() if key.startswith(prefix)}
 
 
@@ -77,7 +77,7 @@ def move_class_position(state: Mapping[str, Tensor]) -> State:
 
 
 def distillation_as_register(state: Mapping[str, Tensor]) -> State:
-    """DeiT's distillation token, with its row of the position table, is a register with that row added."""
+    """Turn DeiT's distillation token into a register, to which its row of the position table is added."""
     if "backbone.dist_token" not in state:
         return dict(state)
     moved = move_class_position(state)

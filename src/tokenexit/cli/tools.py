@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
@@ -91,7 +92,14 @@ def convert(arguments: list[str]) -> int:
     parser.add_argument("--backbone", help="backbone weights, for DINOv2's released linear heads")
     parser.add_argument("--backbone-only", action="store_true", help="leave the heads out")
     parser.add_argument("--exits", type=int, nargs="*", help="after how many blocks auxiliary heads stand")
+    parser.add_argument(
+        "--head-options",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="options of the heads that the weights do not say, such as num_heads=16 for DToP on Pascal Context",
+    )
     options = parser.parse_args(arguments)
+    head_options = _named_values("--head-options", options.head_options or [])
     from tokenexit.converting import convert as run
 
     report = run(
@@ -101,9 +109,26 @@ def convert(arguments: list[str]) -> int:
         backbone=options.backbone,
         backbone_only=options.backbone_only,
         exits=options.exits,
+        head_options=head_options,
     )
     print(report.summary())
     return 0
+
+
+def _named_values(option: str, given: list[str]) -> dict[str, Any]:
+    """`["num_heads=16"]` to `{"num_heads": 16}`, values as in YAML."""
+    import yaml
+
+    values = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not (name.strip() and equals and value.strip()):
+            raise ConfigError(f"{option} {text} does not fit: write NAME=VALUE, such as num_heads=16.")
+    return values
 
 
 def data(arguments: list[str]) -> int:

@@ -29,7 +29,7 @@ HeadSpec = str | Mapping[str, Any]
 
 
 def normalize_head(spec: HeadSpec) -> dict[str, Any]:
-    """One plain form of a head specification; refuses unknown heads and options in one sentence."""
+    """Return the plain form of a head specification; rejects unknown heads and options in one sentence."""
     check("a head", spec, HeadSpec)
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = options.get("kind")
@@ -46,7 +46,7 @@ def normalize_head(spec: HeadSpec) -> dict[str, Any]:
 
 
 def build_head(spec: HeadSpec, embed_dim: int, num_classes: int) -> Head:
-    """A head with fresh weights."""
+    """Build a head with fresh weights."""
     options = normalize_head(spec)
     return HEADS[options.pop("kind")](embed_dim, num_classes, **options)
 

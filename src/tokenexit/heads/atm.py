@@ -1,6 +1,8 @@
-"""Attention-to-mask head (SegViT) as DToP uses it: one learned query per class, no positions, any set of tokens.
+"""The attention-to-mask head of SegViT as DToP uses it: a learned query per class, no positions, any set of tokens.
 
-Source: specification of DToP, section e. Legend: P live patch tokens of the batch, B images, K classes, d width.
+Source: DToP's release, `mmseg_custom/decode_heads/prune_head.py`.
+
+Legend: P live patch tokens of the batch, B images, K classes, d width.
 """
 
 from __future__ import annotations
@@ -11,8 +13,15 @@ from torch import Tensor, nn
 from tokenexit import cost
 from tokenexit.attention import packed_attention, segment_matmul
 from tokenexit.cost import Ops
-from tokenexit.errors import ConfigError
-from tokenexit.heads.base import Head, HeadKind, HeadOutput, attention_heads, check_head_options, init_linear
+from tokenexit.heads.base import (
+    Head,
+    HeadKind,
+    HeadOutput,
+    attention_heads,
+    check_head_options,
+    check_head_rate,
+    init_linear,
+)
 from tokenexit.tokens import Grid, Packing, Tokens
 
 
@@ -37,8 +46,7 @@ class ATMHead(Head):
         super().__init__(num_classes)
         d = embed_dim // 2 if channels is None else channels
         check_head_options("atm", channels=d, layers=layers)
-        if not 0.0 <= dropout < 1.0:
-            raise ConfigError(f"head 'atm' has dropout={dropout}: choose a value in [0, 1).")
+        check_head_rate("atm", "dropout", dropout)
         heads = attention_heads("atm", d, num_heads)
         self.input_proj = nn.Linear(embed_dim, d)
         self.input_norm = nn.LayerNorm(d)
@@ -73,7 +81,7 @@ class ATMHead(Head):
 
 
 class ATMLayer(nn.Module):
-    """Post-norm decoder layer: self-attention, cross-attention, ReLU MLP."""
+    """The post-norm decoder layer applies self-attention, cross-attention and a ReLU MLP."""
 
     def __init__(self, d: int, num_heads: int, dropout: float) -> None:
         super().__init__()
@@ -92,7 +100,7 @@ class ATMLayer(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def forward(self, queries: Tensor, memory: Tensor, packing: Packing, with_mask: bool) -> tuple[Tensor, Tensor]:
-        """queries `(B, K, d)`, memory `(P, d)` to new queries and, if asked, mask logits `(P, K)`."""
+        """Turn queries `(B, K, d)` and memory `(P, d)` into new queries and, if asked, mask logits `(P, K)`."""
         queries = self.norm1(queries + self.drop(self._self_attention(queries)))
         q, k, v = self.q(queries), self.k(memory), self.v(memory)
         queries = self.norm2(queries + self.drop(self._cross_attention(q, k, v, packing)))
@@ -120,7 +128,7 @@ class ATMLayer(nn.Module):
         return self.proj(out.flatten(1)).unflatten(0, (images, classes))  # type: ignore[no-any-return]
 
     def _mask_logits(self, q: Tensor, k: Tensor, packing: Packing) -> Tensor:
-        """Mean over heads of the scaled q k^T. Summed over heads it is one full-width product."""
+        """Take the mean over heads of the scaled q k^T. Summed over heads it is one full-width product."""
         head_dim = q.shape[-1] // self.num_heads
         return segment_matmul(k, q * (head_dim**-0.5 / self.num_heads), packing)
 

@@ -1,4 +1,4 @@
-"""What every head is: token features to class logits.
+"""The base of all heads, which turn token features into class logits.
 
 A *token head* works on any subset of an image's tokens; a *grid head* needs the complete grid and says so through
 `needs_grid`. Heads keep nothing on `self` between calls.
@@ -26,7 +26,7 @@ HeadKind = Literal["softmax", "atm"]
 
 @dataclass(frozen=True)
 class HeadOutput:
-    """What a head says of the tokens it was given.
+    """The logits that a head gives for its tokens.
 
     logits: `(P, K)`, one row per token; a grid head with `scale` s gives s x s rows per patch, in raster order of
         the finer grid. Softmax heads: class logits. ATM heads: mask logits, before the sigmoid.
@@ -40,7 +40,7 @@ class HeadOutput:
 
 
 class Head(nn.Module, ABC):
-    """Base of all heads.
+    """The base of all heads.
 
     kind: how logits become scores: a softmax over classes, or presence times sigmoid (ATM).
     needs_grid: the head mixes neighbours and must see every patch of an image.
@@ -61,15 +61,15 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tokens: Tokens) -> HeadOutput:
-        """tokens: patch tokens only (`Tokens.patches()`), any subset unless `needs_grid`."""
+        """Classify tokens: patch tokens only (`Tokens.patches()`), any subset unless `needs_grid`."""
 
     @abstractmethod
     def ops(self, tokens: int, grid: Grid) -> Ops:
-        """Work on one image of which the head sees this many tokens."""
+        """Count the work on one image of which the head sees this many tokens."""
 
 
 class TokenBatchNorm(nn.BatchNorm1d):
-    """BatchNorm over packed tokens `(P, C)`.
+    """This is BatchNorm over packed tokens `(P, C)`.
 
     In training its statistics are those of the tokens the head is given: live tokens in DToP, the whole grid in
     DoViT. Fewer than two tokens have no variance; they are normalised with the running statistics instead.
@@ -82,7 +82,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
 
 
 class GridBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over maps `(b, C, h, w)` of one size, with the same guard.
+    """This is BatchNorm over maps `(b, C, h, w)` of one size, with the same guard.
 
     A training batch that mixes sizes is normalised size by size, and updates the running statistics as often.
     """
@@ -102,16 +102,26 @@ MOST = {"channels": 8192, "layers": 32, "steps": 8, "up": 16}
 
 
 def check_head_options(head: str, **options: int) -> None:
-    """Refuse sizes below 1 or above `MOST`."""
+    """Reject sizes below 1 or above `MOST`."""
     for name, value in options.items():
         check(f"{name} of head '{head}'", value, Annotated[int, Between(1, MOST[name])])
 
 
+def _whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def check_head_rate(head: str, name: str, rate: float) -> None:
+    """Reject a probability outside [0, 1)."""
+    if not isinstance(rate, int | float) or not 0.0 <= rate < 1.0:
+        raise ConfigError(f"head '{head}' has {name}={rate}: choose a value in [0, 1).")
+
+
 def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
-    """As asked, or 64 channels for each attention head where that divides the width, else one head."""
+    """Return the number of attention heads: as asked, else 64 channels each where that divides the width, else one."""
     if num_heads is None:
         return channels // 64 if channels % 64 == 0 else 1
-    if num_heads < 1 or channels % num_heads:
+    if not _whole(num_heads) or num_heads < 1 or channels % num_heads:
         raise ConfigError(
             f"head '{head}' has channels={channels}, no multiple of num_heads={num_heads}: change one of the two."
         )
@@ -119,7 +129,9 @@ def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal 0.02, zero bias; norms keep 1 and 0 (DToP, section e; Segmenter)."""
+    """Start weights from a truncated normal of 0.02 and biases from zero; norms keep 1 and 0.
+
+    So in Segmenter and in DToP's release (`mmseg_custom/decode_heads/prune_head.py`)."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -130,13 +142,14 @@ def init_linear(module: nn.Module) -> None:
 
 
 def presence_probability(presence: Tensor) -> Tensor:
-    """`(B, K, 2)` logits to the probability that each class is present, `(B, K)` in fp32."""
+    """Turn logits `(B, K, 2)` into the probability that each class is present, `(B, K)` in fp32."""
     return presence.float().softmax(dim=-1)[..., 0]
 
 
 def class_scores(kind: HeadKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
-    """Per-class scores in [0, 1], fp32: softmax, or for ATM presence times sigmoid (DToP, a.5).
+    """Return scores of the classes in [0, 1], fp32: softmax, or for ATM heads presence times sigmoid.
 
+    The latter is that of DToP's release (`mmseg_custom/decode_heads/prune_head.py`).
     logits: `(P, K)`; presence: `(B, K, 2)` or None; image: `(P,)` image of each row.
     """
     if kind == "softmax":

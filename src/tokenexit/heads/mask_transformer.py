@@ -1,4 +1,4 @@
-"""Mask transformer head (Segmenter): class embeddings join the tokens for a few blocks, masks are inner products."""
+"""Segmenter's mask transformer: class embeddings join the tokens for a few blocks, and masks are inner products."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ from torch import nn
 from tokenexit import cost
 from tokenexit.attention import segment_matmul
 from tokenexit.cost import Ops
-from tokenexit.heads.base import Head, HeadOutput, attention_heads, check_head_options, init_linear
+from tokenexit.heads.base import Head, HeadOutput, attention_heads, check_head_options, check_head_rate, init_linear
 from tokenexit.tokens import Grid, Packing, Tokens
 from tokenexit.vit import Block
 
 
 class MaskTransformerHead(Head):
-    """Works on any set of tokens, since its attention has no positions.
+    """The head works on any set of tokens, since its attention has no positions.
 
     channels: width, the backbone's if not given. layers: 2 as published. num_heads: 64 channels each if not given.
+    drop_path: probability in training to drop the MLP branch of the last layer, for each image by itself and linear
+        over the layers from 0; off if not given, 0.1 in mmsegmentation (`decode_heads/segmenter_mask_head.py`).
     """
 
     def __init__(
@@ -29,14 +31,19 @@ class MaskTransformerHead(Head):
         channels: int | None = None,
         layers: int = 2,
         num_heads: int | None = None,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__(num_classes)
         d = embed_dim if channels is None else channels
         check_head_options("mask_transformer", channels=d, layers=layers)
+        check_head_rate("mask_transformer", "drop_path", drop_path)
         heads = attention_heads("mask_transformer", d, num_heads)
         self.proj = nn.Linear(embed_dim, d)
         self.queries = nn.Embedding(num_classes, d)
-        self.blocks = nn.ModuleList(Block(d, heads, 4 * d, norm_eps=1e-5) for _ in range(layers))
+        rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
+        self.blocks = nn.ModuleList(
+            Block(d, heads, 4 * d, norm_eps=1e-5, drop_path=rate, drop_path_attention=False) for rate in rates
+        )
         self.norm = nn.LayerNorm(d)
         self.patch_proj = nn.Linear(d, d, bias=False)
         self.class_proj = nn.Linear(d, d, bias=False)
@@ -59,7 +66,7 @@ class MaskTransformerHead(Head):
         return HeadOutput(self.mask_norm(masks), tokens.packing)
 
     def _join(self, tokens: Tokens) -> Tokens:
-        """The class embeddings as prefix tokens of every image."""
+        """Puts the class embeddings in front of every image, as prefix tokens."""
         x = self.proj(tokens.x)
         queries = self.queries.weight.to(x.dtype)
         classes, minus_one = queries.shape[0], tokens.position.new_full((queries.shape[0],), -1)

@@ -12,7 +12,7 @@ from tokenexit.tokens import Grid, Tokens
 
 
 class LinearHead(Head):
-    """One linear classifier per token."""
+    """The head is one linear classifier per token."""
 
     pointwise = True
 
@@ -29,7 +29,7 @@ class LinearHead(Head):
 
 
 class DINOv2LinearHead(LinearHead):
-    """BatchNorm, then one linear classifier per token (DINOv2's linear evaluation on the last block)."""
+    """BatchNorm precedes one linear classifier per token (DINOv2's linear evaluation on the last block)."""
 
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__(embed_dim, num_classes)
@@ -40,7 +40,7 @@ class DINOv2LinearHead(LinearHead):
 
 
 class FCNHead(Head):
-    """1x1 convolution, BatchNorm, ReLU, 1x1 classifier (DoViT A.3: the auxiliary head of Segmenter).
+    """The head applies a 1x1 convolution, BatchNorm, ReLU and a 1x1 classifier (DoViT's exit heads on Segmenter).
 
     channels: width of the hidden layer, 256 in both papers.
     """
@@ -70,7 +70,9 @@ class FCNHead(Head):
 
 
 class SETRNaiveHead(FCNHead):
-    """LayerNorm, 1x1 convolution, BatchNorm, ReLU, bilinear x4, 1x1 classifier (SETR-naive; DoViT A.3).
+    """The head applies LayerNorm, a 1x1 convolution, BatchNorm, ReLU, bilinear x4 and a 1x1 classifier.
+
+    It is that of SETR-naive, and of DoViT's exits on it.
 
     The classifier is linear and bilinear weights sum to one, so classifying before the upsampling gives the same
     logits to rounding for 16 times fewer multiply-adds; `upscale` tells the caller to interpolate afterwards.

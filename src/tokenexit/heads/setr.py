@@ -1,4 +1,4 @@
-"""SETR heads with more than one upsampling step; they mix neighbours and need the complete grid."""
+"""SETR heads of several upsampling steps, which mix neighbours and need the complete grid."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ MOST_UP = 64
 
 
 class SETRUpHead(Head):
-    """LayerNorm, then `steps` of (convolution, BatchNorm, ReLU, bilinear up), then a 1x1 classifier.
+    """The head applies LayerNorm, `steps` of (convolution, BatchNorm, ReLU, bilinear up), and a 1x1 classifier.
 
-    SETR-PUP: 4 steps, kernel 3, up 2. DoViT's ViT-L ADE20K head (A.3): 2 steps, kernel 1, up 4. The classifier runs
+    SETR-PUP: 4 steps, kernel 3, up 2. DoViT's ViT-L exit heads on ADE20K: 2 steps, kernel 1, up 4. The classifier runs
     before the last upsampling, which gives the same logits to rounding.
 
     channels: width of every step; kernel: 1 or 3; up: scale of each step.
@@ -58,7 +58,7 @@ class SETRUpHead(Head):
         return HeadOutput(logits, Packing.of(lengths, logits.device))
 
     def _forward_maps(self, x: Tensor) -> Tensor:
-        """`(b, C, h, w)` to `(b, K, scale h, scale w)`."""
+        """Classifies maps `(b, C, h, w)` as `(b, K, scale h, scale w)`."""
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms)):
             if i:
                 x = F.interpolate(x, scale_factor=self.up, mode="bilinear", align_corners=False)

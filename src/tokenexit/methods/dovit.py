@@ -9,8 +9,8 @@ Where this differs from the release, and why:
 
 - `batch_mode="exact"`: every image keeps its own tokens; the release keeps as many of each image as the batch does
   on average, so that an image's answer depends on its neighbours ("mean");
-- the second criterion compares with the previous checkpoint's score; in the release it compares with zero and never
-  fires where every score is above delta. It is off by default;
+- the second criterion compares with the previous checkpoint's score; in the release it compares with zero, and so
+  stops every token until scores have passed delta, at the start of a training. It is off by default;
 - the sequence is put back at checkpoints and at the end, not after every block;
 - the threshold warm-up is a function of the saved training step, which the release forgets at a restart.
 

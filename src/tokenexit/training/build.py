@@ -1,4 +1,4 @@
-"""From a configuration to the things a run is made of."""
+"""Build the things that a run is made of from its configuration."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def build_dataset(config: DataConfig, split: str) -> SegmentationDataset:
 
 
 def build_transform(config: DataConfig, ignore_index: int = 255) -> Compose:
-    """What happens to a picture and its mask in training."""
+    """Build what happens to an image and its mask in training."""
     return training_transform(
         (config.crop[0], config.crop[1]),
         ignore_index=ignore_index,
@@ -33,7 +33,7 @@ def build_transform(config: DataConfig, ignore_index: int = 255) -> Compose:
 
 
 def build_preprocessing(config: DataConfig, labels: Labels | None) -> Preprocessing:
-    """What happens to a picture that the model is given later."""
+    """Build what happens to an image that the model is given later."""
     return Preprocessing(
         mean=config.mean,
         std=config.std,
@@ -45,7 +45,7 @@ def build_preprocessing(config: DataConfig, labels: Labels | None) -> Preprocess
 
 
 def check_start(config: ModelConfig) -> None:
-    """Refuse two starts at once, and exits for no model."""
+    """Reject two starts at once, and new exits for no model."""
     if config.init_from is not None and config.weights is not None:
         raise ConfigError("model.weights and model.init_from exclude each other: leave one out.")
     if config.init_from is None and config.new_exits:
@@ -53,7 +53,7 @@ def check_start(config: ModelConfig) -> None:
 
 
 def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[ExitSegmenter, LoadReport | None]:
-    """A model to train: fresh, with backbone weights, or all of it from a saved model.
+    """Build a model to train: fresh, with backbone weights, or all of it from a saved model.
 
     Returns the model, in training mode, and the report of the loaded weights, if any.
     """
@@ -68,7 +68,7 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
         if config.new_exits:
             model = _with_new_exits(model, config)
         model.calibration = None  # thresholds belong to the weights they were chosen for
-        _apply_drop_path(model, config)
+        _apply_stochastic_depth(model, config)
         return model.train(), None
     model = ExitSegmenter(
         config.backbone,
@@ -84,7 +84,7 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
 
 
 def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
-    """Backbone, decode head and preprocessing of a saved model, with fresh exit heads where `config` wants them."""
+    """Put fresh exit heads, where `config` wants them, on backbone, decode head and preprocessing of a saved model."""
     model = ExitSegmenter(
         saved.config.backbone,
         num_classes=saved.config.num_classes,
@@ -97,12 +97,13 @@ def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
     return model
 
 
-def _apply_drop_path(model: ExitSegmenter, config: ModelConfig) -> None:
-    """Fine-tuning takes the saved architecture; stochastic depth is the one option that is not part of it."""
-    unknown = set(config.options) - {"drop_path"}
+def _apply_stochastic_depth(model: ExitSegmenter, config: ModelConfig) -> None:
+    """Change stochastic depth, which is no part of the saved architecture, and reject changes of anything else."""
+    unknown = set(config.options) - {"drop_path", "drop_path_attention"}
     if unknown:
         raise ConfigError(f"model.options.{min(unknown)} cannot change with init_from: it is part of the saved model.")
-    rate = vit_config(model.config.backbone, **config.options).drop_path  # which checks it
+    asked = vit_config(model.config.backbone, **config.options)  # which checks the rate
     blocks: list[Any] = list(model.backbone.blocks)
     for i, block in enumerate(blocks):
-        block.drop_path = rate * i / max(len(blocks) - 1, 1)
+        block.drop_path = asked.drop_path * i / max(len(blocks) - 1, 1)
+        block.drop_path_attention = asked.drop_path_attention

@@ -32,7 +32,7 @@ class ModelConfig:
     new_exits: bool = False
     """With init_from: keep backbone and decode head, and put fresh exit heads at `exits`, as `exit_head` says."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path alone."""
+    """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path and drop_path_attention alone."""
 
 
 @dataclass
@@ -129,7 +129,7 @@ class OptimConfig:
 
 @dataclass
 class DistillConfig:
-    """Learning from a dense model, beside the labels (DoViT B.1)."""
+    """Distillation from a dense model, beside the labels."""
 
     teacher: str | None = None
     """Folder of a saved model that is asked without exits; none for no distillation."""
@@ -141,6 +141,9 @@ class DistillConfig:
     """Weight of the divergence of every exit's logits from the teacher's decode head."""
     temperature: float = 1.0
     """Logits are divided by it, and divergences multiplied by its square."""
+    upsampled: bool = False
+    """Compare logits after the bilinear step that belongs to a SETR head, as DoViT's release does; on the grid before
+    it otherwise."""
 
     def __post_init__(self) -> None:
         _at_least("distill", self, features=0, logits=0, exits=0)
@@ -149,6 +152,7 @@ class DistillConfig:
             raise ConfigError("distill.teacher has nothing to teach: make one of features, logits and exits positive.")
 
 
+IgnoredPixels = Literal["left_out", "counted"]
 Freeze = Literal["none", "backbone", "all_but_exit_heads"]
 
 
@@ -188,6 +192,9 @@ class TrainConfig:
     class_weights: list[float] | None = None
     """Factor on the cross-entropy of each class, averaging to one over pixels; lifts rare classes. ATM heads ignore
     it."""
+    ignored_pixels: IgnoredPixels = "left_out"
+    """left_out: ignored pixels take part in no loss; counted, as in the authors' releases: cross-entropy divides by the
+    number of all pixels, and mask losses of ATM heads take ignored ones as negatives of every class."""
     seed: int = 0
     """Of weights, order, augmentation and everything else that is random."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -212,8 +219,10 @@ class TrainConfig:
             raise ConfigError("methods is empty: name at least one, such as dense.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
             raise ConfigError(f"ema_decay={self.ema_decay} must lie between 0 and 1: choose a value such as 0.999.")
-        if self.freeze not in get_args(Freeze):
-            raise ConfigError(f"freeze='{self.freeze}' is unknown: choose one of {', '.join(get_args(Freeze))}.")
+        for name, kind in (("freeze", Freeze), ("ignored_pixels", IgnoredPixels)):
+            if getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown: choose one of {known}.")
 
 
 def check_class_weights(config: TrainConfig, num_classes: int) -> None:

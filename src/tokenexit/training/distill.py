@@ -1,13 +1,15 @@
-"""Distillation: beside the labels, a student learns from a dense model (DoViT B.1).
+"""Distillation: beside the labels, a student learns from a dense model (DoViT's release, `mmseg/distillation`).
 
 Methods know nothing of it. It reads what every pass in training mode records: the tokens that the decode head was run
-on, and the full map of every stage on the patch grid, before any upsampling.
+on, and the full map of every stage on the patch grid. If asked, it applies the bilinear step of a SETR head before it
+compares, as the release does, whose heads upsample before they classify.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, C channels, K classes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -19,7 +21,7 @@ from tokenexit.heads import Head
 from tokenexit.methods import Stage
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Packing, Tokens
+from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.training.config import DistillConfig
 
 SURE = -1e-6
@@ -27,7 +29,7 @@ SURE = -1e-6
 
 
 def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter | None:
-    """The model that `config` names, frozen, in evaluation mode and on the student's device; None if it names none.
+    """Load the model that `config` names, frozen, in evaluation mode and on the student's device; None without one.
 
     It comes without its exits, as its dense prediction alone is asked for. Raises `ConfigError` for a model that
     cannot teach this student, `CheckpointError` for a folder that holds none.
@@ -41,24 +43,24 @@ def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter
 
 
 def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, config: DistillConfig) -> Tensor:
-    """Weighted sum of the losses on features, on the decode head's logits and on those of every exit.
+    """Return the weighted sum of the losses on features, on the decode head's logits and on those of every exit.
 
     Both outputs hold recorded stages of the same images; `target` is the teacher's and carries no gradient.
     """
     *exits, final = output.stages
     teacher = target.stages[-1]
-    image = _image_of_cells(target)
-    loss = torch.zeros((), device=image.device)
+    loss = torch.zeros((), device=target.exit_stage[0].device)
     if config.features:
         loss = loss + config.features * feature_loss(_features(final), _features(teacher))
     for weight, stage in ((config.logits, final), *((config.exits, stage) for stage in exits)):
         if weight:
-            loss = loss + weight * divergence(stage, teacher, image, config.temperature)
+            ours, theirs, image = _compared(stage, teacher, target, config.upsampled)
+            loss = loss + weight * divergence(ours, theirs, image, config.temperature)
     return loss
 
 
 def feature_loss(student: Tokens, teacher: Tokens) -> Tensor:
-    """Mean squared difference of the features that the decode heads read.
+    """Return the mean squared difference of the features that the decode heads read.
 
     student: `(P, C)`, teacher: `(cells, C)`. With DoViT and Dense P is all cells. With DToP the mean is over the
     tokens that are live at the end, as those that left have no final features; it is zero if none is.
@@ -73,7 +75,9 @@ def _features(stage: Stage) -> Tokens:
 
 
 def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float) -> Tensor:
-    """Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells, times temperature^2.
+    """Return the Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells.
+
+    It is multiplied by temperature^2.
 
     Softmax heads: between the distributions over classes. ATM heads say of every class by itself whether it is there,
     with presence times sigmoid: the sum over classes of the divergences of these answers.
@@ -84,7 +88,7 @@ def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float
 
 
 def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities `(cells, K)` of the classes; of ATM heads `(cells, 2 K)`, yes and no to every class."""
+    """Return log-probabilities `(cells, K)` of the classes; of ATM heads `(cells, 2 K)`, yes and no to every class."""
     assert stage.logits is not None, "distillation needs recorded stages"
     logits = stage.logits.float() / temperature
     if stage.kind == "softmax":
@@ -95,14 +99,32 @@ def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
     return torch.cat([yes, torch.log(-torch.expm1(yes))], dim=1)
 
 
-def _image_of_cells(output: SegmentationOutput) -> Tensor:
-    """Image of each row of the decode head's map."""
-    cells = [maps.shape[1] * maps.shape[2] for maps in output.grid_logits]
-    return Packing.of(cells, output.grid_logits[0].device).image_index()
+def _compared(
+    student: Stage, teacher: Stage, output: SegmentationOutput, upsampled: bool
+) -> tuple[Stage, Stage, Tensor]:
+    """Return the two stages with maps of one resolution, and the image of each of their rows.
+
+    upsampled: at that of the finer of the two heads after its bilinear step; on the grid before it otherwise.
+    """
+    factor = max(student.upscale, teacher.upscale) if upsampled else 1
+    grids = [output.grid(i) for i in range(len(output))]
+    cells = [h * w * (teacher.scale * factor) ** 2 for h, w in grids]
+    image = Packing.of(cells, output.exit_stage[0].device).image_index()
+    return _upsampled(student, grids, factor), _upsampled(teacher, grids, factor), image
+
+
+def _upsampled(stage: Stage, grids: Sequence[Grid], factor: int) -> Stage:
+    """Interpolate the map `(cells, K)` of a stage, bilinear, to `factor` times its rows and columns."""
+    if factor == 1:
+        return stage
+    assert stage.logits is not None, "distillation needs recorded stages"
+    batches = unpack_grids(stage.logits.float(), grids, stage.scale)
+    finer = [(i, F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)) for i, maps in batches]
+    return replace(stage, logits=pack_grids(finer), scale=stage.scale * factor, upscale=1)
 
 
 def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig) -> None:
-    """Refuse, in one sentence, a teacher whose answers mean something else than the student's."""
+    """Reject, in one sentence, a teacher whose answers mean something else than the student's."""
     theirs, ours = teacher.preprocessing, student.preprocessing
     same = {
         "class names": (getattr(theirs.labels, "names", None), getattr(ours.labels, "names", None)),
@@ -136,7 +158,7 @@ def _map(head: Head) -> tuple[str, int]:
 
 
 def _short(value: object) -> str:
-    """A few of many names are enough for a sentence."""
+    """Name a few of many, which is enough for a sentence."""
     if isinstance(value, tuple) and len(value) > 4:
         return f"{', '.join(map(str, value[:3]))} and {len(value) - 3} more"
     return str(value)

@@ -1,4 +1,4 @@
-"""What is not trained: no gradient, and in evaluation mode, so that its buffers stay as they are too."""
+"""Freeze parts of a model: they get no gradient, and stay in evaluation mode, so that their buffers keep still too."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FROZEN: dict[Freeze, tuple[str, ...]] = {
 
 
 def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
-    """Refuse to freeze what nobody has trained."""
+    """Reject freezing what nobody has trained."""
     if freeze == "backbone" and model.weights is None and model.init_from is None:
         raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")
     if freeze == "all_but_exit_heads" and model.init_from is None:
@@ -23,7 +23,7 @@ def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
 
 
 def training_mode(model: ExitSegmenter, freeze: Freeze) -> None:
-    """Training mode for what is trained. Without a trained parameter in front of a head, autograd builds no graph
+    """Set training mode for what is trained. Without a trained parameter in front of a head, autograd builds no graph
     through the backbone. Raises `ConfigError` if nothing is left."""
     model.train()
     for name in FROZEN[freeze]:

@@ -249,7 +249,9 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
             with torch.no_grad():
                 target = run.teacher(images, with_stages=True)
     void = run.data.labels.ignore_index
-    loss = segmentation_loss(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights)
+    loss = segmentation_loss(
+        *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels)
+    )
     return loss if target is None else loss + distillation_loss(output, target, config.distill)
 
 

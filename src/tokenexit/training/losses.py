@@ -1,7 +1,10 @@
-"""Losses of every exit and of the decode head, on full maps at label size.
+"""Losses of every exit and of the decode head, taken on full maps at label size.
 
-Legend: B images, K classes, (H, W) labels. Ignored pixels take part in no loss. (The official DToP code counts them
-as negatives of every class in its mask losses; that is mended here, see its specification, b.3.)
+Ignored pixels take part in no loss, or are "counted" as in the authors' releases: cross-entropy then divides by the
+number of all pixels (mmsegmentation's `avg_non_ignore=False`, its default, which DoViT trains with), and mask losses
+take ignored pixels as negatives of every class (DToP's release, `mmseg_custom/loss/atm_loss.py`).
+
+Legend: B images, K classes, (H, W) labels.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from torch import Tensor
 from tokenexit.methods import Stage
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
+from tokenexit.training.config import IgnoredPixels
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
@@ -28,14 +32,17 @@ def segmentation_loss(
     aux_weight: float,
     stride: int = 1,
     class_weights: Sequence[float] | None = None,
+    ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Loss of the decode head plus `aux_weight` times that of every exit.
+    """Return the loss of the decode head plus `aux_weight` times that of every exit.
 
-    masks: `(B, H, W)` int64. aux_weight: 0.4 for softmax heads (SETR, DoViT B.1), 1.0 for ATM heads (DToP b.3).
-    stride: judge every n-th pixel of both axes; 1 as published, 2 saves most of the losses' time on a CPU.
+    masks: `(B, H, W)` int64. aux_weight: 0.4 for softmax heads (SETR, DoViT), 1.0 for ATM heads (DToP), as in the
+        releases' configurations. stride: judge every n-th pixel of both axes; 1 as published, 2 saves most of the
+        losses' time on a CPU. class_weights: factors on cross-entropy, which ATM heads do not have.
+    ignored: whether ignored pixels are left out or counted, see this module.
     """
     masks = masks[:, stride // 2 :: stride, stride // 2 :: stride]
-    losses = [stage_loss(output, stage, masks, ignore_index, class_weights) for stage in output.stages]
+    losses = [stage_loss(output, stage, masks, ignore_index, class_weights, ignored) for stage in output.stages]
     return losses[-1] + aux_weight * torch.stack(losses[:-1]).sum() if len(losses) > 1 else losses[-1]
 
 
@@ -45,8 +52,9 @@ def stage_loss(
     masks: Tensor,
     ignore_index: int,
     class_weights: Sequence[float] | None = None,
+    ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Loss on the full map of one stage, at the masks' resolution: cross-entropy, or the ATM loss."""
+    """Return the loss on the full map of one stage, at the masks' resolution: cross-entropy, or the ATM loss."""
     assert stage.logits is not None, "losses are taken on outputs of a model in training mode"
     grids = [output.grid(i) for i in range(len(output))]
     ((_, maps),) = unpack_grids(stage.logits, grids, stage.scale)  # training crops have one size
@@ -54,29 +62,40 @@ def stage_loss(
     maps = resize_maps(maps.float(), grids[0], output.patch_size, stage.upscale, output.sizes[0], size)
     if stage.kind == "atm":
         assert stage.presence is not None
-        return atm_loss(stage.presence.float(), maps, masks, ignore_index)
-    return cross_entropy(maps, masks, ignore_index, class_weights)
+        return atm_loss(stage.presence.float(), maps, masks, ignore_index, ignored)
+    return cross_entropy(maps, masks, ignore_index, class_weights, ignored)
 
 
 def cross_entropy(
-    logits: Tensor, masks: Tensor, ignore_index: int, class_weights: Sequence[float] | None = None
+    logits: Tensor,
+    masks: Tensor,
+    ignore_index: int,
+    class_weights: Sequence[float] | None = None,
+    ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Mean over the pixels that are judged; zero (not NaN) where none is. logits `(B, K, H, W)`.
+    """Return the sum over the judged pixels, divided by their number, or by that of all pixels if ignored ones are
+    counted; zero (not NaN) where none is judged. logits `(B, K, H, W)`.
 
     class_weights: factor on the pixels of each class; the mean stays one over pixels, so weights should average to one.
     """
     weight = None if class_weights is None else logits.new_tensor(class_weights)
-    judged = (masks != ignore_index).sum().clamp(min=1)
-    return F.cross_entropy(logits, masks, weight, ignore_index=ignore_index, reduction="sum") / judged
+    total = F.cross_entropy(logits, masks, weight, ignore_index=ignore_index, reduction="sum")
+    if ignored == "counted":
+        return total / masks.numel()
+    return total / (masks != ignore_index).sum().clamp(min=1)
 
 
-def atm_loss(presence: Tensor, mask_logits: Tensor, masks: Tensor, ignore_index: int) -> Tensor:
-    """Presence cross-entropy + 20 focal + dice, fixed class assignment (DToP, b.3).
+def atm_loss(
+    presence: Tensor, mask_logits: Tensor, masks: Tensor, ignore_index: int, ignored: IgnoredPixels = "left_out"
+) -> Tensor:
+    """Return presence cross-entropy + 20 focal + dice, each query for its own class (DToP, `mmseg_custom/loss`).
 
     presence: `(B, K, 2)` logits of present and absent; mask_logits `(B, K, H, W)`; masks `(B, H, W)`.
     Mask losses are taken on classes present in the truth, and divided by the mean number of such masks over processes.
     """
     truth, judged = one_hot_masks(masks, mask_logits.shape[1], ignore_index)
+    if ignored == "counted":
+        judged = torch.ones_like(judged)
     present = truth.flatten(2).any(dim=2)  # (B, K)
     weight = presence.new_tensor([1.0, ABSENT_WEIGHT])
     presence_loss = F.cross_entropy(presence.flatten(0, 1), (~present).long().flatten(), weight=weight)
@@ -89,14 +108,14 @@ def atm_loss(presence: Tensor, mask_logits: Tensor, masks: Tensor, ignore_index:
 
 
 def one_hot_masks(masks: Tensor, num_classes: int, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """`(B, H, W)` labels to `(B, K, H, W)` bool masks and `(B, H, W)` bool of judged pixels."""
+    """Turn labels `(B, H, W)` into bool masks `(B, K, H, W)` and a bool map `(B, H, W)` of judged pixels."""
     judged = masks != ignore_index
     classes = torch.arange(num_classes, device=masks.device)
     return (masks[:, None] == classes[:, None, None]) & judged[:, None], judged
 
 
 def focal_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
-    """Sigmoid focal loss of each mask, averaged over its judged pixels: `(M, H, W)` to `(M,)`."""
+    """Return the sigmoid focal loss of each mask, averaged over its judged pixels: `(M, H, W)` to `(M,)`."""
     probability = torch.sigmoid(logits)
     p_true = probability * target + (1 - probability) * (1 - target)
     alpha = FOCAL_ALPHA * target + (1 - FOCAL_ALPHA) * (1 - target)
@@ -106,7 +125,7 @@ def focal_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
 
 
 def dice_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
-    """Dice loss with smoothing 1 of each mask over its judged pixels: `(M, H, W)` to `(M,)`."""
+    """Return the dice loss with smoothing 1 of each mask over its judged pixels: `(M, H, W)` to `(M,)`."""
     probability = (torch.sigmoid(logits) * judged).flatten(1)
     target = (target * judged).flatten(1)
     overlap = (probability * target).sum(1)

@@ -1,4 +1,4 @@
-"""Optimiser groups and the learning-rate schedule."""
+"""Parameter groups of the optimiser, and the schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tokenexit.training.config import OptimConfig
 
 
 def parameter_groups(model: nn.Module, config: OptimConfig) -> list[dict[str, Any]]:
-    """Backbone and heads, each split into weights that decay and those that do not.
+    """Split backbone and heads, each into weights that decay and those that do not.
 
     Heads learn `head_lr_factor` times faster (both papers: every parameter whose name contains "head"). One-dimensional
     parameters, embeddings and prefix tokens do not decay unless `decay_all` asks for it, as DToP does. `initial_lr` is
@@ -38,7 +38,7 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimi
 
 
 def learning_rate(initial: float, step: int, steps: int, config: OptimConfig) -> float:
-    """Rate of a group that starts at `initial`: linear warm-up, then polynomial decay to `min_lr`.
+    """Return the rate of a group that starts at `initial`: linear warm-up, then polynomial decay to `min_lr`.
 
     A pure function of the step, so that a resumed run continues where it stood.
     """

@@ -1,4 +1,4 @@
-"""From command line and YAML to a `TrainConfig`, with errors in plain words."""
+"""Parse command line and YAML to a `TrainConfig`, with errors in plain words."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from tokenexit.training.config import TrainConfig, flat
 
 USAGE = "tokenexit train [--config FILE] [--KEY VALUE ...]"
 SEE_HELP = "see tokenexit train --help"
+RECIPES = Path(__file__).parents[1] / "configs"
+"""Folder of the shipped recipes; the path below it, without the suffix, is a recipe's name."""
 
 
 def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) -> tuple[TrainConfig, Any]:
-    """The run that command line and YAML describe, and all options by name.
+    """Return the run that command line and YAML describe, and all options by name.
 
     add_options: adds options that are no fields of `TrainConfig`. Raises `ConfigError`; `--help` and `--print_config`
     end the program.
@@ -31,12 +33,13 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
         description="Train or fine-tune a model as a YAML says. Options are the keys of the YAML; those given win.",
         exit_on_error=False,
     )
-    parser.add_argument("--config", action="config", help="YAML of the run")
+    help = "YAML of the run, or name of a shipped recipe, such as dtop/ade20k_base"
+    parser.add_argument("--config", action="config", help=help)
     parser.add_class_arguments(TrainConfig, nested_key=None, instantiate=True)
     add_options(parser)
     keys = config_keys()
     arguments = [_with_underscores(argument, keys) for argument in arguments]
-    _check_files(arguments)
+    arguments = _with_files(arguments)
     try:
         options = parser.parse_args(arguments)
     except ArgumentError as error:
@@ -46,8 +49,30 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
     return TrainConfig(**{f.name: getattr(values, f.name) for f in fields(TrainConfig)}), options
 
 
+def shipped_recipes() -> dict[str, Path]:
+    """Return the recipes that come with the package, by name, such as `dtop/ade20k_base`."""
+    files = sorted(RECIPES.rglob("*.yaml"))
+    return {file.relative_to(RECIPES).with_suffix("").as_posix(): file for file in files}
+
+
+def recipe_file(given: str) -> Path:
+    """Return the file that `--config` names: an existing file, else the shipped recipe of this name.
+
+    Raises `ConfigError`, with the nearest names, where it is neither.
+    """
+    path, name, recipes = Path(given), given.removesuffix(".yaml"), shipped_recipes()
+    if not path.is_file() and name in recipes:
+        return recipes[name]
+    if path.exists():
+        return path
+    near = difflib.get_close_matches(name, recipes, 3)
+    if near:
+        raise ConfigError(f"--config {given} is neither a file nor a shipped recipe: did you mean {_either(near)}?")
+    return path
+
+
 def config_keys() -> dict[str, Any]:
-    """Every dotted key of a run with its type."""
+    """Return every dotted key of a run with its type."""
     keys: dict[str, Any] = {}
     for name, kind in get_type_hints(TrainConfig).items():
         inner = {f"{name}.{key}": value for key, value in get_type_hints(kind).items()} if is_dataclass(kind) else {}
@@ -56,7 +81,7 @@ def config_keys() -> dict[str, Any]:
 
 
 def in_plain_words(message: str, keys: dict[str, Any]) -> str:
-    """One sentence for what the parser has to say."""
+    """Put what the parser has to say into one sentence."""
     key, value = _found(r'Parser key "([^"]+)"', message), _found(r"(?:Got value|Given value): (.*)", message)
     if key in keys and value is not None:
         return f"{key}: {value.strip()} does not fit, give {_expected(keys[key], flat(TrainConfig())[key])}."
@@ -85,8 +110,14 @@ def _unknown(key: str, keys: dict[str, Any]) -> str:
     return f"{key} is no key of a run: " + (f"did you mean {near[0]}?" if near else f"{SEE_HELP}.")
 
 
+def _either(names: Sequence[str]) -> str:
+    """Join names as `a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
+
+
 def _expected(kind: Any, example: Any) -> str:
-    """What a value of this type looks like."""
+    """Describe what a value of this type looks like."""
     simple = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
     if kind in simple:
         return simple[kind]
@@ -102,20 +133,27 @@ def _expected(kind: Any, example: Any) -> str:
 
 
 def _with_underscores(argument: str, keys: dict[str, Any]) -> str:
-    """`--batch-size` as `--batch_size`."""
+    """Rewrite `--batch-size` as `--batch_size`."""
     name, equals, value = argument.partition("=")
     underscored = name[2:].replace("-", "_")
     return f"--{underscored}{equals}{value}" if name.startswith("--") and underscored in keys else argument
 
 
-def _check_files(arguments: Sequence[str]) -> None:
-    """Refuse configuration files that cannot be read as a mapping, before the parser says so in its words."""
-    for argument, following in zip(arguments, (*arguments[1:], None)):
-        given = following if argument == "--config" else None
-        if argument.startswith("--config="):
-            given = argument.partition("=")[2]
-        if given is not None:
-            _check_file(Path(given))
+def _with_files(arguments: Sequence[str]) -> list[str]:
+    """Replace names of recipes by their files, and reject files that cannot be read as a mapping, before the parser
+    says so in its words."""
+    replaced = list(arguments)
+    for i, argument in enumerate(arguments):
+        option, equals, given = argument.partition("=")
+        if option != "--config" or (not equals and i + 1 == len(arguments)):
+            continue
+        file = recipe_file(given if equals else arguments[i + 1])
+        _check_file(file)
+        if equals:
+            replaced[i] = f"--config={file}"
+        else:
+            replaced[i + 1] = str(file)
+    return replaced
 
 
 def _check_file(path: Path) -> None:

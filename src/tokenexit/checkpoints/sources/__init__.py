@@ -1,4 +1,4 @@
-"""Where weights can come from: how each source is recognised, renamed, and what its names and shapes do not say.
+"""Sources of weights: how each is recognised and renamed, and what its names and shapes do not say.
 
 A source's rename function is pure. It gives timm's names under `backbone.`, ours under `decode_head.` and
 `exit_heads.N.`; what it does not know keeps its name.
@@ -29,13 +29,13 @@ HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Source:
-    """A family of checkpoints.
+    """A source is a family of checkpoints.
 
     rename: names of the file to ours. signatures: patterns of names, each of which some entry matches whole.
     settings: fields of `ViTConfig` that the source fixes in its code, given the renamed weights.
     normalisation: mean and std it was trained with, given the renamed weights.
     exits: after how many blocks the auxiliary heads stand, by (depth, number of heads), as the published configurations
-        have them.
+        have them. atm_heads: attention heads of ATM decoders, by (width, classes), likewise.
     """
 
     title: str
@@ -44,6 +44,7 @@ class Source:
     settings: Callable[[State], dict[str, Any]]
     normalisation: Callable[[State], Normalisation] = lambda _: IMAGENET
     exits: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def matches(self, names: Iterable[str]) -> bool:
         names = list(names)
@@ -83,7 +84,7 @@ def _segmenter(state: State) -> dict[str, Any]:
 
 
 def _classes(state: State) -> int:
-    """Queries of a mask transformer or ATM head, 0 for other heads."""
+    """Count the queries of a mask transformer or ATM head, 0 for other heads."""
     queries = state.get("decode_head.queries.weight")
     return 0 if queries is None else queries.shape[0]
 
@@ -128,6 +129,15 @@ SOURCES: dict[str, Source] = {
         _dtop,
         _dtop_normalisation,
         {(12, 2): (6, 8), (24, 2): (8, 16)},
+        # config/prune/*.py: ViT-B and ViT-L on ADE20K, ViT-L on Pascal Context 59 and on COCO-Stuff-10K
+        {(384, 150): 6, (512, 150): 8, (512, 59): 16, (512, 171): 16},
+    ),
+    "segvit": Source(
+        "SegViT",
+        from_mmseg,
+        (_MMSEG_LAYER, r"decode_head\.input_proj_1\.weight"),
+        _dtop,
+        _dtop_normalisation,
     ),
     "mmseg": Source(
         "mmsegmentation",
@@ -172,7 +182,7 @@ SOURCES: dict[str, Source] = {
 
 
 def detect(names: Iterable[str]) -> str | None:
-    """The source whose names these are, or None."""
+    """Return the name of the source whose names these are, or None."""
     names = list(names)
     return next((kind for kind, source in SOURCES.items() if source.matches(names)), None)
 

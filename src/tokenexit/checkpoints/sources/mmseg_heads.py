@@ -58,7 +58,7 @@ ATM: Table = (
 
 
 def rename_heads(state: Mapping[str, Tensor]) -> State:
-    """`decode_head.` and `auxiliary_head.N.` to our `decode_head.` and `exit_heads.N.`."""
+    """Rename `decode_head.` and `auxiliary_head.N.` to our `decode_head.` and `exit_heads.N.`."""
     heads: dict[str, State] = {}
     renamed: State = {}
     for key, value in state.items():
@@ -74,7 +74,7 @@ def rename_heads(state: Mapping[str, Tensor]) -> State:
 
 
 def rename_head(head: Mapping[str, Tensor]) -> State:
-    """One head, names without what stands in front of it. 1x1 convolutions become linear layers."""
+    """Rename one head, whose names come without what stands in front of it. 1x1 convolutions become linear layers."""
     if "q.weight" in head:
         return rename(head, ATM)
     if "cls_emb" in head:
