@@ -523,7 +523,7 @@ def test_predict_reports_bad_pictures_writes_the_others_and_ends_with_1(
     mask = np.asarray(Image.open(tmp_path / "out" / "good.png"))
     assert mask.shape == (24, 32)
     assert main(["predict", str(model), str(folder), "--out", str(tmp_path / "out"), "--overwrite"]) == 1
-    assert capsys.readouterr().out == "pictures segmented: 1, failed: 1\n"
+    assert capsys.readouterr().out == "images segmented: 1, failed: 1\n"
 
 
 @pytest.mark.parametrize(
@@ -533,7 +533,10 @@ def test_predict_reports_bad_pictures_writes_the_others_and_ends_with_1(
         (["nope.png", "--threshold", "2"], "threshold=2.0 is outside [0, 1]"),
         (["nope.png", "--method", "nope"], "--method nope is unknown"),
         (["nope.png", "--max-pixels", "0"], "--max-pixels 0 must be at least 1."),
+        (["nope.png", "--max-tokens", "0"], "--max-tokens 0 must be at least 1."),
         (["nope.png", "--device", "nope"], "--device nope is not there"),
+        (["nope.png", "--device", "meta"], "--device meta is not there"),
+        (["nope.png", "--fps", "nan"], "--fps nan must be a number of at most 2147483647."),
         ([], "the following arguments are required: IMAGE|DIR: see tokenexit predict --help."),
     ],
 )
@@ -543,13 +546,39 @@ def test_predict_refuses_impossible_options(
     assert words in wrong(capsys, "predict", model, "--out", tmp_path / "out", *arguments)
 
 
+def test_predict_reports_outputs_that_are_not_finite(model: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+    broken = ExitSegmenter.from_pretrained(model)
+    broken.preprocessing = replace(broken.preprocessing, std=(1e-300,) * 3)
+    broken.save_pretrained(tmp_path / "model")
+    image = data / "images" / "test" / "p0.png"
+    message = wrong(capsys, "predict", tmp_path / "model", image, "--out", tmp_path / "out")
+    assert message.startswith(
+        f"image '{image}' cannot be segmented: the model's output is not finite (NaN or infinity)"
+    )
+    assert not (tmp_path / "out" / "p0.png").exists()
+
+
+def test_predict_says_what_it_passes_over_and_prints_any_name(
+    model: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.png").write_bytes((data / "images" / "test" / "p0.png").read_bytes())
+    (folder / "a.txt").write_text("")
+    out = os.fsdecode(os.fsencode(str(tmp_path)) + b"/out\xff")
+    assert main(["predict", str(model), str(folder), "--out", out, "--save", "masks"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == f"tokenexit predict: passed over in {folder}: 1 .txt.\n"
+    assert printed.out == f"masks: {tmp_path}/out\\udcff\n"
+
+
 def test_predict_refuses_an_empty_folder_and_a_file_as_place(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     picture = data / "images" / "test" / "p0.png"
-    assert "holds no picture" in wrong(capsys, "predict", model, tmp_path / "empty", "--out", tmp_path / "out")
+    assert "holds no image" in wrong(capsys, "predict", model, tmp_path / "empty", "--out", tmp_path / "out")
     assert "cannot be written" in wrong(capsys, "predict", model, picture, "--out", tmp_path / "file")
 
 

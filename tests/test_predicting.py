@@ -27,10 +27,12 @@ from tests.formats.test_rle import read
 from tests.helpers import tiny_segmenter
 from tokenexit.bulk import End, Frame, ahead, packed
 from tokenexit.calibration.drift import EDGES, Histograms, Monitor, Usual, watch
-from tokenexit.cli.predict import MAX_PIXELS, SAVE
+from tokenexit.cli.predict import MAX_PIXELS, MAX_TOKENS, SAVE
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.formats import video
 from tokenexit.formats.rle import run_lengths
+from tokenexit.inference import inference
+from tokenexit.ledger import dense_ops
 from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method
 from tokenexit.predicting import RECORD, Predicted, predict_files, save_atomically
 from tokenexit.preprocessing import default_labels, load_image
@@ -201,6 +203,100 @@ def test_a_picture_that_does_not_fit_into_memory_is_reported(
     assert failed == (
         f"image '{tmp_path / 'a.png'}' of 8x12 pixels does not fit into memory: shrink it, or take it in windows.",
     )
+
+
+def test_images_of_too_many_tokens_are_refused_with_a_cure(tmp_path: Path) -> None:
+    other = tiny_segmenter("fcn")  # of patch 4
+    noise(40, 40).save(tmp_path / "a.png")
+
+    def failed(**options: Any) -> tuple[str, ...]:
+        return predict_files(other, [tmp_path / "a.png"], tmp_path / "out", METHOD, overwrite=True, **options).failed
+
+    assert failed(max_tokens=99) == (
+        f"image '{tmp_path / 'a.png'}' of 40x40 pixels would run as 100 tokens at once, more than 99: take it in "
+        "windows (--window 1024), shrink it, or allow more (--max-tokens).",
+    )
+    assert failed(max_tokens=100) == ()
+    other.preprocessing = replace(other.preprocessing, window=20, stride=10)
+    assert failed(max_tokens=24)[0].startswith(f"image '{tmp_path / 'a.png'}' of 40x40 pixels would run as 25 tokens")
+    assert failed(max_tokens=25) == ()
+    other.preprocessing = replace(other.preprocessing, window=None, stride=None, resize=20_000)
+    assert "would run as 25000000 tokens at once, more than 32768" in failed()[0]  # and before it is resized
+    with pytest.raises(ConfigError, match="max_tokens must be at least 1, got 0"):
+        failed(max_tokens=0)
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_images_that_take_long_are_announced_before_they_run(
+    windowed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tiny_segmenter("fcn")
+    if windowed:
+        other.preprocessing = replace(other.preprocessing, window=20, stride=20)
+    folder = folder_of(tmp_path, (8, 8), (40, 40), (40, 40), (80, 80))
+    monkeypatch.setattr(bulk, "PACK_TOKENS", 10)
+    monkeypatch.setattr(bulk.Engine, "rate", 1e6)  # multiply-adds a second
+    events: list[str] = []
+    segment = ExitSegmenter.segment
+    monkeypatch.setattr(
+        ExitSegmenter, "segment", lambda *args: events.append(f"{args[1][0].shape[1]}") or segment(*args)
+    )
+    monkeypatch.setattr(bulk, "SLOW_SECONDS", 1e-9)
+    predict_files(other, [folder], tmp_path / "out", METHOD, say=events.append)
+    said = [event for event in events if not event.isdigit()]
+    assert [event for event in events if event.isdigit()] == ["8", "40", "40", "80"]
+    assert (events.index(said[0]), events.index(said[1])) == (1, 4)  # the second of one size is no news
+    words = f"image '{folder / '1.png'}' of 40x40 pixels has 100 tokens, which take up to about "
+    grid, count = ((5, 5), 4) if windowed else ((10, 10), 1)
+    macs = count * dense_ops(other.backbone, other.decode_head, grid).macs
+    cure = "" if windowed else "; smaller images or --window take less"
+    assert said[0] == f"{words}{macs / 1e6:.0f} s here{cure}."
+    assert said[1].startswith(f"image '{folder / '3.png'}' of 80x80 pixels has 400 tokens")
+    monkeypatch.setattr(bulk, "SLOW_SECONDS", 1e9)
+    quick: list[str] = []
+    predict_files(other, [folder], tmp_path / "quick", METHOD, say=quick.append)
+    assert quick == []
+
+
+def test_the_speed_of_this_machine_is_that_of_a_block(model: ExitSegmenter) -> None:
+    with inference(model.device):
+        rates = [bulk.Engine(model, METHOD).rate for _ in range(3)]
+    assert 1e6 < min(rates) < max(rates) < 1e16
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(9.6, "10 s"), (99.4, "99 s"), (600, "10 min"), (3 * 3600, "3 h")])
+def test_durations_are_told_in_words(seconds: float, words: str) -> None:
+    assert bulk.in_words(seconds) == words
+
+
+def test_failures_are_told_as_they_come(model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = folder_of(tmp_path, *[(8, 8)] * 4)
+    monkeypatch.setattr(bulk, "PACK_TOKENS", 1)
+    (folder / "0.png").write_bytes(b"no image")
+    there: list[tuple[str, bool]] = []
+    last = tmp_path / "out" / "3.png"
+    done = predict_files(
+        model,
+        [folder],
+        tmp_path / "out",
+        METHOD,
+        say=lambda text: there.append((text, last.exists())),
+    )
+    assert there == [(done.failed[0], False)]
+
+
+def test_outputs_that_are_not_finite_fail_their_image_alone(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, (8, 8), (8, 8))
+    other = tiny_segmenter("fcn")
+    other.preprocessing = replace(other.preprocessing, mean=(1.0, 1.0, 1.0), std=(1e-300,) * 3)
+    Image.new("RGB", (8, 8), "white").save(folder / "1.png")  # 0 / 0 is no number, and x / 0 none either
+    done = predict_files(other, [folder], tmp_path / "out", METHOD)
+    assert done.failed == tuple(
+        f"image '{folder / f'{n}.png'}' cannot be segmented: the model's output is not finite (NaN or infinity): check "
+        "its weights and the mean and std of its preprocessing, or run it in fp32."
+        for n in range(2)
+    )
+    assert names(tmp_path / "out") == []
 
 
 # -------------------------------------------------------------------------------------------------- what is listed
@@ -597,6 +693,20 @@ def test_files_of_unknown_origin_are_made_again(model: ExitSegmenter, tmp_path: 
     assert (out / "0.other.png").read_bytes() == b"whose?"
 
 
+@pytest.mark.parametrize("where", [0.1, 0.5, 0.9])
+def test_a_damaged_zip_ends_in_one_sentence_and_stays(where: float, model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (8, 8), (9, 9)), tmp_path / "out.zip"
+    predict_files(model, [folder / "0.png"], out, METHOD)
+    content = bytearray(out.read_bytes())
+    start = int(where * len(content))
+    content[start : start + 60] = bytes(byte ^ 0x5A for byte in content[start : start + 60])
+    out.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"out\.zip is no zip that can be read: remove it, or choose another name\.$"):
+        predict_files(model, [folder], out, METHOD)
+    assert out.read_bytes() == content
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "out.zip"]
+
+
 def test_a_zip_holds_what_the_folder_would_and_is_gone_on_with(model: ExitSegmenter, tmp_path: Path) -> None:
     folder, out = folder_of(tmp_path, (8, 8), (9, 9)), tmp_path / "out"
     predict_files(model, [folder], out, METHOD, save=["masks", "coco"])
@@ -731,6 +841,7 @@ def test_what_cannot_be_kept_is_refused(save: list[str], model: ExitSegmenter, t
 
 def test_the_command_offers_what_can_be_kept() -> None:
     assert (*outputs.OUTPUTS, outputs.VIDEO) == SAVE
+    assert MAX_TOKENS == bulk.MAX_TOKENS
     assert SAVE[:3] == outputs.DEFAULT
 
 

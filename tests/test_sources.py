@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tokenexit.errors import DataError
-from tokenexit.sources import Job, jobs_of, list_pictures, list_sources
+from tokenexit.formats import heic
+from tokenexit.sources import SUFFIXES, Job, jobs_of, list_pictures, list_sources, name_apart, quiet
 
 
 @pytest.fixture
@@ -71,3 +72,44 @@ def test_jobs__are_pictures_or_films_of_a_folder_and_videos(photos: Path) -> Non
         ("in", ["c"]),
         ("v", []),
     ]
+
+
+def test_folders__say_what_they_are_passed_over_for(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("a/x.avif", "a/y.JP2", "a/z.heic", "b/z.HEIC", "notes.txt", "README", ".hidden.jpg", "more.psd"):
+        (photos / name).write_bytes(b"")
+    (photos / "folder.jpg").mkdir()
+    said: list[str] = []
+    monkeypatch.setattr(heic, "is_available", lambda: False)
+    named = list_sources([photos], say=said.append)
+    assert [named[path] for path in named] == ["a/1", "a/2", "a/x", "a/y", "b/1", "c"]
+    assert said == [
+        f"passed over in in: 2 .heic, 1 .mp4, 1 .psd, 1 .txt, 1 without a suffix ({heic.CURE}; name videos one by one)."
+    ]
+    monkeypatch.setattr(heic, "is_available", lambda: True)
+    said.clear()
+    assert "a/z" in list_sources([photos], say=said.append, suffixes=SUFFIXES | heic.SUFFIXES).values()
+    assert said == ["passed over in in: 1 .mp4, 1 .psd, 1 .txt, 1 without a suffix (name videos one by one)."]
+
+
+def test_list__of_lines_that_end_in_zero_bytes_is_refused(photos: Path) -> None:
+    with pytest.raises(DataError, match=r"^list 'list\.txt' holds zero bytes: write one path in each line, as find"):
+        list_sources([listed("in/c.jpg\0in/a/1.jpg\0")])
+
+
+def test_name_apart__names_are_distinct_wherever_suffixes_can_make_them_so() -> None:
+    def files(path: Path, name: str) -> list[str]:
+        return [f"{name}.png", f"{name}.exits.png"]
+
+    plain = {
+        Path(name): str(Path(name).with_suffix("")) for name in ("a.jpg", "a.gif", "a.gif.png", "b.jpg", "c/a.jpg")
+    }
+    said: list[str] = []
+    apart = name_apart(plain, files, said.append)
+    assert list(apart.values()) == ["a.jpg", "a.gif", "a.gif.png", "b", "c/a"]
+    assert name_apart(apart, files, said.append) == apart
+    assert len(said) == 1
+    same = {Path("x/a.jpg"): "a", Path("y/a.jpg"): "a"}
+    assert list(name_apart(same, files, quiet).values()) == ["a.jpg", "a.jpg"]  # for the caller to refuse
+    many = {Path(f"{n}.{kind}"): f"{n}" for n in range(30) for kind in ("jpg", "png")}
+    name_apart(many, files, said.append)
+    assert said[1].endswith(", 9.png as 9.png, and 40 more.")

@@ -130,9 +130,9 @@ def predict(arguments: list[str]) -> int:
 
 
 def _say(sentence: str) -> None:
-    print(f"tokenexit predict: {sentence}", file=sys.stderr, flush=True)
+    print(f"tokenexit predict: {_printable(sentence)}", file=sys.stderr, flush=True)
 
 
-def _printable(path: Path) -> str:
-    """A path whose bytes that are no text are shown as escapes; stdout would refuse them."""
-    return str(path).encode(errors="backslashreplace").decode()
+def _printable(text: str | Path) -> str:
+    """Text on one line, in which bytes of file names that are no text, which stdout would refuse, are escapes."""
+    return str(text).replace("\n", "\\n").encode(errors="backslashreplace").decode()
