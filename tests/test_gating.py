@@ -133,6 +133,33 @@ def test_latency_on_this_machine__are_measured_once_for_a_model_method_and_preci
     assert len(calls) == 3
 
 
+@pytest.mark.parametrize(
+    "poison",
+    [
+        "[" * 100_000,
+        '{"block": [1, 2, 3], "exits": []}',
+        '{"block": ["x", 2, 3], "exits": [[1, 2, 3], [1, 2, 3]]}',
+        '{"block": [1e999, 2, 3], "exits": [[1, 2, 3], [1, 2, 3]]}',
+        '{"block": [-1, 2, 3], "exits": [[1, 2, 3], [1, 2, 3]]}',
+        '{"block": [1, 2], "exits": [[1, 2, 3], [1, 2, 3]]}',
+        '{"block": [1, 2, 3], "exits": [[1, 2, 3], 7]}',
+        "[]",
+        "null",
+    ],
+)
+def test_costs_on_this_machine__what_is_no_measurement_is_measured_again(
+    poison: str, model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs = Costs(Curve(1, 2, 3), (Curve(0, 0, 1), Curve(0, 1, 0)))
+    monkeypatch.setattr(gating, "measure_costs", lambda *_: costs)
+    assert costs_on_this_machine(model, DToP()) == costs
+    (kept,) = (tmp_path / "tokenexit" / "gating").iterdir()
+    kept.write_text(poison)
+    assert costs_on_this_machine(model, DToP()) == costs
+    assert '"block": [1, 2, 3]' in kept.read_text()
+
+
 def test_gate__follows_the_shares_that_the_calibration_saw(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import SMALL_HEADS, assert_close, enliven, picture, tiny_config, tiny_segmenter
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
-from tokenexit.methods import Dense, DoViT, DToP
+from tokenexit.methods import Dense, DoViT, DToP, build_method
 from tokenexit.preprocessing import Preprocessing, default_labels
 from tokenexit.segmenter import ExitSegmenter
 
@@ -125,6 +125,41 @@ def test_predict__of_one_picture_is_a_batch_of_one(tmp_path):
 def test_predict__in_training_mode_is_refused():
     with pytest.raises(ConfigError, match=r"call model.eval\(\) first"):
         tiny_segmenter().train().predict(np.zeros((8, 8, 3), np.uint8))
+
+
+@pytest.mark.parametrize("spec", ["dtop", {"name": "dtop", "threshold": 0.5, "keep_per_class": 1}])
+def test_methods__are_welcome_by_name_and_specification(spec):
+    model, array = tiny_segmenter(), np.random.default_rng(0).integers(0, 255, (21, 13, 3), dtype=np.uint8)
+    method = build_method(spec)
+    model.check(spec)
+    assert torch.equal(model.predict(array, spec).labels, model.predict(array, method).labels)
+    with torch.no_grad():
+        for run in (model, model.segment):
+            assert torch.equal(run(batch(), spec).grid_logits[0], run(batch(), method).grid_logits[0])
+    assert model.pipeline(spec)(Image.fromarray(array))[0]["label"]
+    model.preprocessing = Preprocessing(window=8, labels=model.preprocessing.labels)
+    assert torch.equal(model.predict(array, spec).labels, model.predict(array, method).labels)
+
+
+@pytest.mark.parametrize("wrong", ["dtopp", 3, ["dtop"], {"name": "dtop", "threshold": "x"}, {"name": None}])
+def test_methods__that_are_none_are_refused_in_one_sentence(wrong):
+    with pytest.raises(ConfigError, match=r"(is unknown: choose one of dense|must be .*, got )") as caught:
+        tiny_segmenter().predict(np.zeros((8, 8, 3), np.uint8), wrong)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("images", [[], ()])
+def test_predict__of_no_images_says_what_to_give(images):
+    with pytest.raises(ConfigError, match=r"predict got no images: give a path, a PIL image or an array"):
+        tiny_segmenter().predict(images)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_predict__with_weights_of_another_precision_says_so(dtype):
+    model = tiny_segmenter()
+    model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop"}}
+    with pytest.raises(ConfigError, match=rf"predict needs float32 weights, got {dtype}: call model.float\(\)"):
+        model.to(dtype).predict(np.zeros((8, 8, 3), np.uint8))
 
 
 # Configuration

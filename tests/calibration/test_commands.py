@@ -61,6 +61,13 @@ def calibrated(capsys: Captured, model: Path, pictures: Path, *more: str) -> str
     return fine(capsys, "calibrate", model, *data, "--budget", 0.9, *more)
 
 
+def test_calibrate__a_budget_may_be_written_in_percent(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    fine(capsys, "calibrate", model, "--images", pictures / "plain", "--budget", "90%", "--keep-per-class", 1)
+    assert json.loads((model / "calibration.json").read_text())["asked"]["budget"] == 0.9
+
+
 def test_calibrate__writes_to_the_model_and_says_what_it_reached(
     model: Path, pictures: Path, tmp_path: Path, capsys: Captured
 ) -> None:
@@ -128,6 +135,11 @@ def test_calibrate__fits_temperatures_first_on_images_that_test_nothing(
         ([], "one of the arguments --budget"),
         (["--budget", "0.01"], "out of reach"),
         (["--budget", "-1"], "budget=-1 must be above 0"),
+        (["--budget", "60"], "budget=60 must be a share of dense, at most 1: write 0.6, or 60%."),
+        (["--budget", "600"], "budget=600 must be a share of dense, at most 1: write 0.6, or 60%."),
+        (["--budget", "6x%"], "invalid share value: '6x%'"),
+        (["--budget", "0.8", "--threshold", "0.9"], "--threshold is what calibrate chooses: leave it out"),
+        (["--cbt", "0.9", "0.99", "--threshold", "0.9"], "--threshold is what calibrate chooses: leave it out"),
         (["--budget", "0.8", "--confidence", "0.5"], "confidence belongs to a bound"),
         (["--max-disagreement", "0.01"], "needs at least 230 images to test on"),
         (["--max-error-increase", "0.2", "--confidence", "0.7"], "no labels"),

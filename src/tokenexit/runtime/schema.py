@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -118,11 +118,14 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    outer = [value]
-    for _ in range(levels + 1):
-        inner = [v.values() if isinstance(v, dict) else v for v in outer if isinstance(v, dict | list)]
-        outer = [v for values in inner for v in values]
-    return bool(outer)
+    layer = [value]
+    for _ in range(levels):
+        layer = [v for outer in layer if isinstance(outer, dict | list) for v in _items(outer)]
+    return any(isinstance(v, dict | list) for v in layer)
+
+
+def _items(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
+    return values.values() if isinstance(values, dict) else values
 
 
 # --------------------------------------------------------------------------------------------------- types and bounds
