@@ -15,8 +15,8 @@ from tokenexit.ledger import Size, dense_ops
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.windows import window_boxes
 
-PROBE_SIDES = (128, 192)
-"""Pixels of the noise that is timed: enough that the work counts, and not the calls."""
+PROBE_SIDE = 32
+"""Patches along the noise that is timed: enough that the work counts, and not the calls."""
 REPEATS = 3
 
 
@@ -34,8 +34,9 @@ class Pace:
         """Time one block of the backbone, which takes well below a second."""
         backbone, device = model.backbone, model.device
         pace = cls(float("inf"))
+        side = PROBE_SIDE * model.config.backbone.patch_size
         with inference(device, precision):
-            tokens = backbone.embed([torch.randn(3, *PROBE_SIDES, device=device)])
+            tokens = backbone.embed([torch.randn(3, side, side, device=device)])
             for _ in range(REPEATS):
                 start = time.perf_counter()
                 backbone.run(tokens, 0, 1)
