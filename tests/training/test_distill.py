@@ -174,7 +174,7 @@ def test_logits_may_be_compared_after_the_upsampling_of_the_heads_as_released(
     ]
     config = DistillConfig("folder", features=0.0, upsampled=True)
     loss = distillation_loss(output, target, config)
-    assert loss.item() == pytest.approx(softmax_divergence(*maps, 1.0), rel=1e-4)
+    assert loss.item() == pytest.approx(softmax_divergence(maps[0], maps[1], 1.0), rel=1e-4)
     assert loss < 0.9 * distillation_loss(output, target, replace(config, upsampled=False))
 
 
@@ -279,7 +279,7 @@ def named(model: ExitSegmenter, **changes: Any) -> ExitSegmenter:
     ],
 )
 def test_a_teacher_of_other_things_is_refused_in_one_sentence(
-    teacher: Any, changes: dict[str, float], words: str, tmp_path: Path
+    teacher: Any, changes: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     teacher().save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=words) as error:
@@ -295,7 +295,7 @@ def test_a_teacher_of_other_things_is_refused_in_one_sentence(
         (lambda: tiny_segmenter("linear", "setr_naive", depth=6), {"exits": 1.0}),
     ],
 )
-def test_a_teacher_may_differ_in_what_is_not_compared(teacher: Any, changes: dict[str, float], tmp_path: Path) -> None:
+def test_a_teacher_may_differ_in_what_is_not_compared(teacher: Any, changes: dict[str, Any], tmp_path: Path) -> None:
     teacher().save_pretrained(tmp_path)
     assert load_teacher(DistillConfig(str(tmp_path), **changes), tiny_segmenter("fcn")) is not None
 
