@@ -278,6 +278,35 @@ def test_draw_calibrations__are_judged_by_the_risk_of_the_pool() -> None:
     assert result["share_of_violations"] <= result["allowed_with_noise"]
 
 
+def test_draw_calibrations__walk_the_path_with_the_function_that_calibrate_walks_it_with(
+    model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    class Walked(Exception):
+        pass
+
+    def seen(count: int, passes: Any) -> int:
+        raise Walked
+
+    monkeypatch.setattr("tokenexit.calibration.guarantee.fixed_sequence", seen)
+    with pytest.raises(Walked):
+        experiment.draw_calibrations(np.zeros((2, 50)), np.ones((2, 50)), 0.05, 0.9, 1, 60, seed=1)
+    with pytest.raises(Walked):
+        main(
+            [
+                "calibrate",
+                str(model),
+                "--images",
+                str(pictures / "plain"),
+                "--max-disagreement",
+                "0.4",
+                "--confidence",
+                "0.7",
+            ]
+        )
+
+
 def test_shift_study__measures_every_shift(model: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
     calibrated(capsys, model, pictures)
     data = ["--data", "folder", "--data-root", str(pictures / "set"), "--limit", "3"]

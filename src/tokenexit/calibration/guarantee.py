@@ -11,7 +11,7 @@ Legend: n images, L a loss per image in [0, 1], risk = E[L], delta = 1 - confide
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
@@ -55,14 +55,13 @@ def binomial(exceeding: npt.ArrayLike, n: int, share: float) -> Array:
     return p
 
 
-def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
-    """How many settings of the path pass, from its beginning to the first that does not; lazy."""
-    passed = 0
-    for p in p_values:
-        if p > delta:
-            break
-        passed += 1
-    return passed
+def fixed_sequence(count: int, passes: Callable[[int], bool]) -> int:
+    """How many of the settings 0..count - 1 of a path pass before the first that does not; lazy.
+
+    passes: tests one setting at the full level, such as "its p-value is at most delta". Settings behind a failure are
+    never looked at, which is what lets every test have the whole level.
+    """
+    return next((j for j in range(count) if not passes(j)), count)
 
 
 def needed_images(alpha: float, confidence: float) -> int:
@@ -126,8 +125,3 @@ def _mean_iou(weights: Tensor, confusion: Tensor) -> Tensor:
     right = counts.diagonal(dim1=1, dim2=2)
     iou: Tensor = 100 * right / (counts.sum(1) + counts.sum(2) - right)
     return iou.nanmean(dim=1)
-
-
-def walk(count: int, passes: Callable[[int], bool]) -> int:
-    """How many of the settings 0..count - 1 pass before the first that does not; later ones are never looked at."""
-    return next((j for j in range(count) if not passes(j)), count)
