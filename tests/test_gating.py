@@ -161,12 +161,15 @@ def test_gate__is_a_command_that_says_why(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(gating, "measure_costs", lambda *_: Costs(Curve(0, 1, 0), (Curve(1, 0, 0), Curve(1e3, 0, 0))))
     model.save_pretrained(tmp_path / "model")
-    text = fine(capsys, "gate", tmp_path / "model", "--image-size", 96, 160)
+    text = fine(capsys, "gate", tmp_path / "model", "--image-size", 96, 160, "--method", "dtop")
     first, second, total = text.splitlines()
     assert first.startswith("exit 1 after block 1 takes 1.00 ms on 60 tokens: open")
     assert second.startswith("exit 2 after block 2 takes 1000.00 ms on 60 tokens: closed")
     assert total.endswith("with none 180.0")
     assert "has 3 numbers" in wrong(capsys, "gate", tmp_path / "model", "--image-size", 1, 2, 3)
+    assert wrong(capsys, "gate", tmp_path / "model") == (
+        "dense has no exits to close, and this model is not calibrated: calibrate it, or name --method."
+    )
 
 
 def test_gated_by_size__closes_what_gate_closes_at_every_size(

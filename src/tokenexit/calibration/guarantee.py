@@ -19,6 +19,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from tokenexit.evaluation.intervals import class_counts, resampled_miou, weighted_miou
+
 Array = npt.NDArray[np.float64]
 
 
@@ -105,23 +107,10 @@ def bootstrap_drop(
     dense, dynamic: `(n, K, K)` counts per image, truth by row. The upper end is exceeded by a share `1 - confidence`
     of the draws, and so is the lower end undercut. An estimate: it has no guarantee at any number of images.
     """
-    n = len(dense)
-    generator = torch.Generator().manual_seed(seed)
-    times = torch.zeros(draws, n, dtype=torch.float64)
-    picks = torch.randint(n, (draws, n), generator=generator)
-    times.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
-
-    def drop(weights: Tensor) -> Tensor:
-        return _mean_iou(weights, dense) - _mean_iou(weights, dynamic)
-
-    values = drop(times).nan_to_num()
+    counts = [class_counts(confusion) for confusion in (dense, dynamic)]
+    before, after = (resampled_miou(own, draws, seed) for own in counts)
+    values = (before - after).nan_to_num()
     low, high = torch.quantile(values, torch.tensor([1 - confidence, confidence], dtype=torch.float64)).tolist()
-    return drop(torch.ones(1, n, dtype=torch.float64)).nan_to_num().item(), low, high
-
-
-def _mean_iou(weights: Tensor, confusion: Tensor) -> Tensor:
-    """mIoU in percent of weighted sums of confusion matrices: `(D, n)` and `(n, K, K)` to `(D,)`."""
-    counts = (weights @ confusion.flatten(1).double()).unflatten(1, confusion.shape[1:])
-    right = counts.diagonal(dim1=1, dim2=2)
-    iou: Tensor = 100 * right / (counts.sum(1) + counts.sum(2) - right)
-    return iou.nanmean(dim=1)
+    once = torch.ones(1, len(dense), dtype=torch.float64)
+    before, after = (weighted_miou(once, own) for own in counts)
+    return (before - after).nan_to_num().item(), low, high

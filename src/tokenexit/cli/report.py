@@ -9,12 +9,12 @@ from tokenexit.cli.options import (
     add_machine_options,
     add_method_options,
     add_window_options,
-    calibrated_methods,
+    asked_methods,
+    chosen_methods,
     command_parser,
     dataset_of,
     device_of,
     in_windows,
-    methods_of,
     positive,
     progress_bar,
     set_windows,
@@ -50,14 +50,14 @@ def report(arguments: list[str]) -> int:
     from tokenexit.reporting import report_model
     from tokenexit.segmenter import ExitSegmenter
 
-    named = None if options.method is None else methods_of(options.method, options)
+    asked = asked_methods(options.method, options)
     model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
     set_windows(model, options)
     name, data = dataset_of(options)
     path = report_model(
         model,
         data,
-        named or calibrated_methods(model, options) or methods_of(["dtop"], options),
+        chosen_methods(model, asked, "a report compares a method with dense"),
         options.out,
         scales=options.input_scale,
         limit=options.limit,
