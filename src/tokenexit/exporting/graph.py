@@ -113,11 +113,6 @@ def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
         )
     if isinstance(method, DoViT) and method.batch_mode == "mean":
         raise ConfigError("batch_mode='mean' means nothing for one image: export with batch_mode='exact'.")
-    if model.preprocessing.window is not None:
-        raise ConfigError(
-            "the model takes pictures in windows, and a graph is of one image: save a copy without windows, export "
-            "that, and cut windows where the graph is run."
-        )
 
 
 def threshold_table(model: ExitSegmenter, method: Method[Any]) -> Tensor:
