@@ -107,8 +107,8 @@ def draw_calibrations(
     chosen = []
     for _ in range(draws):
         picked = losses[:, rng.integers(losses.shape[1], size=images)].mean(axis=1)
-        p_values = guarantee.hoeffding_bentkus(picked, images, bound)
-        chosen.append(guarantee.fixed_sequence(p_values, 1 - confidence))
+        passed = guarantee.hoeffding_bentkus(picked, images, bound) <= 1 - confidence
+        chosen.append(guarantee.fixed_sequence(len(passed), passed.__getitem__))
     violations = int((risk[chosen] > bound).sum())
     delta = 1 - confidence
     return {

@@ -262,12 +262,14 @@ def test_evaluate_prints_a_row_per_method_and_threshold_and_writes_json(
         *("--method", "dense", "dtop", "--threshold", "0.9", "0.4/0.3", "--references", "--device", "cpu"),
     )
     labels = ["dense", "dtop 0.9", "dtop 0.4/0.3", "random, counts of dtop 0.9", "random, counts of dtop 0.4/0.3"]
-    for label in (*labels, "agreement oracle"):
+    labels += ["agreement oracle", "truncated after=1 (block 1)", "truncated after=2 (block 2)"]
+    for label in labels:
         assert f"│ {label} " in text
     assert "3 images of folder (test), fp32 on cpu" in text
     assert "bright" in text  # a class
     content = json.loads((tmp_path / "figures.json").read_text())
-    assert [row["label"] for row in content["results"]] == [*labels, "agreement oracle"]
+    assert [row["label"] for row in content["results"]] == labels
+    assert [row["latency_ms_median"] is None for row in content["results"]] == [False] * 6 + [True] * 2
     assert content["about"]["split"] == "test"
 
 
@@ -401,6 +403,8 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
         (["--method", "fixed_ratio"], "ratios has 3 values for 2 exits"),
         (["--method", "fixed_ratio", "--ratios", "0.9/2"], "ratios=(0.9, 2.0) is no share in [0, 1]"),
         (["--method", "dense", "--threshold", "0.9"], "--threshold is no option of dense"),
+        (["--threshold", "0.9"], "options of a method need --method: name it, such as dtop."),
+        (["--method", "dense", "calibrated"], "--method calibrated: this model is not"),
         (["--method", "dovit", "--keep-per-class", "3"], "--keep-per-class is no option of dovit"),
         (["--method", "dtop", "--keep-per-class", "-1"], "keep_per_class=-1 is negative"),
         (
@@ -502,9 +506,38 @@ def test_weights_that_are_no_numbers_end_in_one_sentence(model: Path, tmp_path: 
 # -------------------------------------------------------------------------------------------------------- predict
 
 
+def test_an_uncalibrated_model_runs_dense_in_every_command_and_says_so(
+    model: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    """Whatever a command does, it has the same default; those that are of no use with dense alone say that."""
+    picture = data / "images" / "test" / "p0.png"
+    said = "tokenexit: the model is not calibrated: running dense; run `tokenexit calibrate`, or name --method.\n"
+    assert main(["evaluate", str(model), "--limit", "1", "--json", str(tmp_path / "e.json")]) == 0
+    assert capsys.readouterr().err == said
+    (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert row["method"] == {"name": "dense"}
+    assert main(["predict", str(model), str(picture), "--out", str(tmp_path / "p")]) == 0
+    assert capsys.readouterr().err == said
+    assert json.loads((tmp_path / "p" / "predictions.json").read_text())["method"] == {"name": "dense"}
+    assert main(["predict", str(model), str(picture), "--out", str(tmp_path / "q"), "--method", "dense"]) == 0
+    assert capsys.readouterr().err == ""
+    assert (
+        main(["export", str(model), "--format", "torch", "--images", str(picture), "--out", str(tmp_path / "x")]) == 0
+    )
+    assert capsys.readouterr().err == said
+    facts = {"tokenexit.json": ""}
+    torch.export.load(tmp_path / "x" / "model.pt2", extra_files=facts)
+    assert json.loads(facts["tokenexit.json"])["method"] == {"name": "dense"}
+    for command in ("report", "gate"):
+        refused = wrong(capsys, command, model, *(["--limit", "1"] if command == "report" else []))
+        assert refused.endswith("and this model is not calibrated: calibrate it, or name --method.")
+
+
 def test_predict_writes_masks_and_says_where(model: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
     out = tmp_path / "out"
-    text = fine(capsys, "predict", model, data / "images" / "test", "--out", out, "--threshold", "0.4")
+    text = fine(
+        capsys, "predict", model, data / "images" / "test", "--out", out, "--method", "dtop", "--threshold", "0.4"
+    )
     assert text == f"masks, overlays and exit maps: {out}\n"
     assert len(list(out.iterdir())) == 9 + 1  # and what they were made with
     assert Image.open(out / "p0.png").mode == "P"
@@ -530,7 +563,10 @@ def test_predict_reports_bad_pictures_writes_the_others_and_ends_with_1(
     ("arguments", "words"),
     [
         (["nope.png"], "image 'nope.png' does not exist: check the path."),
-        (["nope.png", "--threshold", "2"], "threshold=2.0 is outside [0, 1]"),
+        (["nope.png", "--method", "dtop", "--threshold", "2"], "threshold=2.0 is outside [0, 1]"),
+        (["nope.png", "--threshold", "0.9"], "options of a method need --method: name it, such as dtop."),
+        (["nope.png", "--method", "calibrated"], "--method calibrated: this model is not, run `tokenexit calibrate`"),
+        (["nope.png", "--method", "calibrated", "--threshold", "0.9"], "do not go with --method calibrated"),
         (["nope.png", "--method", "nope"], "--method nope is unknown"),
         (["nope.png", "--max-pixels", "0"], "--max-pixels 0 must be at least 1."),
         (["nope.png", "--max-tokens", "0"], "--max-tokens 0 must be at least 1."),

@@ -147,16 +147,16 @@ def test_latency_on_this_machine__are_measured_once_for_a_model_method_and_preci
         "null",
     ],
 )
-def test_costs_on_this_machine__what_is_no_measurement_is_measured_again(
+def test_latency_on_this_machine__what_is_no_measurement_is_measured_again(
     poison: str, model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    costs = Costs(Curve(1, 2, 3), (Curve(0, 0, 1), Curve(0, 1, 0)))
-    monkeypatch.setattr(gating, "measure_costs", lambda *_: costs)
-    assert costs_on_this_machine(model, DToP()) == costs
-    (kept,) = (tmp_path / "tokenexit" / "gating").iterdir()
+    costs = Latency(Curve(1, 2, 3), (Curve(0, 0, 1), Curve(0, 1, 0)))
+    monkeypatch.setattr(latency, "measure_latency", lambda *_: costs)
+    assert latency_on_this_machine(model, DToP()) == costs
+    (kept,) = (tmp_path / "tokenexit" / "latency").iterdir()
     kept.write_text(poison)
-    assert costs_on_this_machine(model, DToP()) == costs
+    assert latency_on_this_machine(model, DToP()) == costs
     assert '"block": [1, 2, 3]' in kept.read_text()
 
 
@@ -189,12 +189,15 @@ def test_gate__is_a_command_that_says_why(
         latency, "measure_latency", lambda *_: Latency(Curve(0, 1, 0), (Curve(1, 0, 0), Curve(1e3, 0, 0)))
     )
     model.save_pretrained(tmp_path / "model")
-    text = fine(capsys, "gate", tmp_path / "model", "--image-size", 96, 160)
+    text = fine(capsys, "gate", tmp_path / "model", "--image-size", 96, 160, "--method", "dtop")
     first, second, total = text.splitlines()
     assert first.startswith("exit 1 after block 1 takes 1.00 ms on 60 tokens: open")
     assert second.startswith("exit 2 after block 2 takes 1000.00 ms on 60 tokens: closed")
     assert total.endswith("with none 180.0")
     assert "has 3 numbers" in wrong(capsys, "gate", tmp_path / "model", "--image-size", 1, 2, 3)
+    assert wrong(capsys, "gate", tmp_path / "model") == (
+        "dense has no exits to close, and this model is not calibrated: calibrate it, or name --method."
+    )
 
 
 def test_gated_by_size__closes_what_gate_closes_at_every_size(

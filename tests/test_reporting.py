@@ -15,6 +15,7 @@ from tests.test_cli import fine, wrong
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.methods import Dense, DToP
+from tokenexit.report.evaluations import late_blocks_note
 from tokenexit.reporting import report_model
 from tokenexit.segmenter import ExitSegmenter
 
@@ -56,6 +57,38 @@ def test_report_model__says_what_evaluation_finds(tmp_path: Path) -> None:
     assert f"takes {chosen.share_of_dense:.0%} of dense" in page
 
 
+def test_report_model__shows_references_and_intervals_unless_they_are_left_out(tmp_path: Path) -> None:
+    model, data = tiny_segmenter(), Squares()
+    page = report_model(model, data, [METHOD], tmp_path / "r.html").read_text()
+    dense, chosen, at_random, first, second = evaluate(model, data, [Dense(), METHOD], references=["random", "depths"])
+    for result in (at_random, first, second):
+        assert cells(page, result.label)[:2] == [f"{result.scores.miou:.2f}", f"{result.scores.aacc:.2f}"]
+    low, high = chosen.miou_interval() or (0.0, 0.0)
+    assert f"{low:.1f} to {high:.1f}" in cells(page, chosen.label)
+    low, high = chosen.miou_interval(dense) or (0.0, 0.0)
+    assert f"{low:+.2f} to {high:+.2f}" in cells(page, chosen.label)
+    assert f"the difference is {low:+.2f} to {high:+.2f} (95 % over images)" in page
+    assert "–" in cells(page, "dense")  # is not compared with itself
+    assert 'class="tx-whisker"' in page
+    assert "random exits" in page
+    assert "stopped after an exit" in page
+    bare = report_model(model, data, [METHOD], tmp_path / "bare.html", references=False).read_text()
+    assert "random" not in bare
+    assert "truncated" not in bare
+
+
+def test_report_model__says_where_late_blocks_do_not_help(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = tiny_segmenter(), Squares()
+    results = evaluate(model, data, [Dense()], references=["depths"])
+    expected = late_blocks_note(model, results)
+    page = report_model(model, data, [METHOD], tmp_path / "r.html").read_text()
+    assert expected is not None  # weights drawn at random know no depth
+    assert expected.split(":")[0] in page
+    assert "truncated --after 2" in page
+    monkeypatch.setattr("tokenexit.reporting.late_blocks_note", lambda *_: None)
+    assert "not help this model" not in report_model(model, data, [METHOD], tmp_path / "r.html").read_text()
+
+
 def test_report_model__names_the_largest_confusion(tmp_path: Path) -> None:
     model, data = tiny_segmenter(), Squares()
     page = report_model(model, data, [METHOD], tmp_path / "r.html").read_text()
@@ -90,8 +123,14 @@ def test_report_model__refuses_to_compare_dense_with_itself(tmp_path: Path) -> N
 def test_report__is_a_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels_of_scenes = ExitSegmenter("vit_tiny_patch16", 9, [1], embed_dim=32, num_heads=2, depth=2)
     labels_of_scenes.save_pretrained(tmp_path / "model")
-    data = ("--data", "scenes", "--limit", 2, "--input-scale", "--examples", 1)
+    data = ("--data", "scenes", "--limit", 2, "--input-scale", "--examples", 1, "--method", "dtop")
     out = tmp_path / "deep" / "report.html"
     assert f"report: {out}" in fine(capsys, "report", tmp_path / "model", *data, "--out", out)
     assert "tokenexit report" in out.read_text()
+    assert "truncated after=1 (block 1)" in out.read_text()
+    fine(capsys, "report", tmp_path / "model", *data, "--references", "no", "--out", out)
+    assert "truncated after=1" not in out.read_text()
+    assert wrong(capsys, "report", tmp_path / "model", "--data", "scenes").startswith(
+        "a report compares a method with dense, and this model is not calibrated: calibrate it, or name --method."
+    )
     assert "must be at least 1" in wrong(capsys, "report", tmp_path / "model", *data, "--limit", 0)

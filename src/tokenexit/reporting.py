@@ -11,11 +11,11 @@ import numpy as np
 
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation, Scaled, evaluate
+from tokenexit.evaluation.evaluate import Evaluation, ReferenceLine, Scaled, evaluate
 from tokenexit.inference import Precision, inference
 from tokenexit.methods import Dense, Method
-from tokenexit.report.chart import Point, Series, histogram_svg, line_chart_svg
-from tokenexit.report.evaluations import main_table
+from tokenexit.report.chart import Point, Series, collapse_floor, histogram_svg, line_chart_svg
+from tokenexit.report.evaluations import late_blocks_note, main_table
 from tokenexit.report.examples import example
 from tokenexit.report.html import Block, Chart, Code, Facts, FigureRow, Legend, Section, write_report
 from tokenexit.report.pictures import exit_legend
@@ -28,10 +28,11 @@ CONFUSIONS = 12
 def report_model(
     model: ExitSegmenter,
     data: SegmentationDataset,
-    methods: Sequence[Method[Any]],
+    methods: Sequence[Method[Any] | Scaled],
     out: Path,
     *,
     scales: Sequence[float] = (),
+    references: bool = True,
     limit: int | None = None,
     examples: int = 3,
     precision: Precision = "fp32",
@@ -42,19 +43,25 @@ def report_model(
     """Evaluate dense and `methods` on a dataset and write the report to `out`.
 
     methods: the first one is looked at closely, class by class and picture by picture; all are in the table and the
-    curve. scales: of the pictures' sides, for dense on smaller pictures. examples: how many of the cheapest and of the
-    dearest pictures are shown. what: the data in words. Raises `ConfigError` as `evaluate` does, and for no method.
+    curve; `Scaled` gives one a note. scales: of the pictures' sides, for dense on smaller pictures. references: with
+    lines of random exits at the counts of every DToP method (a run more for each) and of a stop after each exit (one
+    dense pass more for all). examples: how many of the cheapest and of the dearest pictures are shown. what: the data
+    in words. Raises `ConfigError` as `evaluate` does, and for no method.
     """
-    own = [method for method in methods if method != Dense()]
+    named = [method if isinstance(method, Scaled) else Scaled(method) for method in methods]
+    own = [row for row in named if row != Scaled(Dense())]
     if not own:
         raise ConfigError("a report compares a method with dense: name one with --method, such as dtop.")
-    rows = [Scaled(Dense()), *map(Scaled, own), *(Scaled(Dense(), scale) for scale in scales)]
-    results = evaluate(model, data, rows, limit=limit, precision=precision, progress=progress)
+    rows = [Scaled(Dense()), *own, *(Scaled(Dense(), scale) for scale in scales)]
+    lines: tuple[ReferenceLine, ...] = ("random", "depths") if references else ()
+    results = evaluate(model, data, rows, limit=limit, precision=precision, references=lines, progress=progress)
     dense, chosen = results[0], results[1]
     with inference(model.device, precision):
         shown = _examples(model, data, chosen, examples)
+    late = late_blocks_note(model, results)
+    table = main_table(results, spread=True, intervals=True)
     sections = [
-        Section("Result", [_facts(dense, chosen), main_table(results, spread=True), _curve(results)]),
+        Section("Result", [_facts(dense, chosen), *([late] if late else []), table, _curve(results)]),
         Section(
             "Classes", [_classes(dense, chosen, data.labels.names), *_confusions(dense, chosen, data.labels.names)]
         ),
@@ -73,22 +80,43 @@ def _facts(dense: Evaluation, chosen: Evaluation) -> Facts:
     return Facts(
         [
             (f"{chosen.share_of_dense:.0%}", f"of dense multiply-adds, {chosen.label}"),
-            (f"{chosen.scores.miou:.2f}", f"mIoU, dense {dense.scores.miou:.2f}"),
+            (f"{chosen.scores.miou:.2f}", f"mIoU, dense {dense.scores.miou:.2f}{_difference(dense, chosen)}"),
             (f"{boundary:+.2f}", "boundary IoU to dense"),
             (f"{_speedups(dense, chosen)[0]:.2f}x", "as fast as dense, median over pictures"),
         ]
     )
 
 
+def _difference(dense: Evaluation, chosen: Evaluation) -> str:
+    """The interval of the difference in mIoU, in brackets."""
+    ends = chosen.miou_interval(dense)
+    return "" if ends is None else f"; the difference is {ends[0]:+.2f} to {ends[1]:+.2f} (95 % over images)"
+
+
+TITLES = {"imposed": "random exits", "truncated": "stopped after an exit"}
+
+
 def _curve(results: Sequence[Evaluation]) -> Chart:
     """mIoU against GMACs: thresholds of one method are joined, and dense with its smaller pictures."""
+    dense = results[0]
     ordered = sorted(results, key=lambda r: r.method.name)
     series = []
     for name, group in groupby(ordered, key=lambda r: r.method.name):
         members = sorted(group, key=lambda r: r.gmacs_mean)
-        title = "dense, and on smaller pictures" if name == "dense" and len(members) > 1 else name
-        series.append(Series(title, [Point(r.gmacs_mean, r.scores.miou) for r in members]))
-    return Chart(line_chart_svg(series, "GMACs per picture", "mIoU, percent"))
+        smaller = name == "dense" and len(members) > 1
+        title = "dense, and on smaller pictures" if smaller else TITLES.get(name, name)
+        series.append(Series(title, [_point(result, dense) for result in members]))
+    floor = collapse_floor([result.scores.miou for result in results], dense.scores.miou)
+    chart = line_chart_svg(series, "GMACs per picture", "mIoU, percent", floor=floor)
+    caption = "Whiskers: 95 % interval over images of the difference to dense, around dense mIoU."
+    return Chart(chart, caption + (" Arrows stand for points below the chart." if floor is not None else ""))
+
+
+def _point(result: Evaluation, dense: Evaluation) -> Point:
+    """Its whisker is that of the difference to dense: easy and hard images are shared by all, and move all alike."""
+    ends = None if result is dense else result.miou_interval(dense)
+    low, high = (None, None) if ends is None else (dense.scores.miou + end for end in ends)
+    return Point(result.gmacs_mean, result.scores.miou, low=low, high=high)
 
 
 def _classes(dense: Evaluation, chosen: Evaluation, names: Sequence[str]) -> Table:

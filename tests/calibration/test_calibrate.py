@@ -316,7 +316,7 @@ def test_trial__accepts_the_last_place_before_the_first_failure() -> None:
         return type("Run", (), {"confusion": confusion})()
 
     trial.run = scripted  # type: ignore[method-assign]
-    assert module.guarantee.walk(4, lambda j: trial.passes(DToP())) == 2
+    assert module.guarantee.fixed_sequence(4, lambda j: trial.passes(DToP())) == 2
     assert trial.figures["mean_loss"] == pytest.approx(0.02)
     assert next(shares) == 0.0
 

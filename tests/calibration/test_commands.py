@@ -18,6 +18,8 @@ from tests.test_cli import fine, wrong
 from tokenexit.calibration import calibrate as calibration
 from tokenexit.calibration import sweep as sweeping
 from tokenexit.cli import main
+from tokenexit.evaluation.evaluate import label_of
+from tokenexit.methods import build_method
 from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
 
@@ -168,9 +170,53 @@ def test_evaluate_and_predict__use_the_calibration_unless_a_method_is_named(
     (row,) = json.loads((tmp_path / "figures.json").read_text())["results"]
     assert row["method"]["threshold"] == 0.9
     refused = wrong(capsys, "evaluate", model, *data, "--threshold", "0.9")
-    assert "options of a method need --method, as this model has a calibration" in refused
+    assert "options of a method need --method: name it" in refused
     assert main(["predict", str(model), str(pictures / "plain"), "--out", str(tmp_path / "out")]) == 0
     assert capsys.readouterr().err == ""  # the calibration's own pictures are nothing unusual
+
+
+def rows_of(capsys: Captured, model: Path, pictures: Path, out: Path, *more: object) -> list[Any]:
+    data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 1, "--json", out)
+    fine(capsys, "evaluate", model, *data, "--method", *more)
+    rows: list[Any] = json.loads(out.read_text())["results"]
+    return rows
+
+
+def test_evaluate__takes_a_calibrations_thresholds_for_its_method_beside_dense_and_others(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    calibrated(capsys, model, pictures)
+    method = json.loads((model / "calibration.json").read_text())["method"]
+    own = label_of(build_method(method)) + " (calibrated)"
+    out = tmp_path / "figures.json"
+    rows = rows_of(capsys, model, pictures, out, "dense", "dtop", "dovit")
+    assert [row["label"] for row in rows] == ["dense", own, "dovit 0.985"]
+    assert rows[1]["method"]["threshold"] == method["threshold"]
+    rows = rows_of(capsys, model, pictures, out, "dense", "calibrated", "dtop", "--threshold", 0.9, 0.95)
+    assert [row["label"] for row in rows] == ["dense", own, "dtop 0.9", "dtop 0.95"]
+    same = "/".join(map(str, method["threshold"]))
+    (row,) = rows_of(capsys, model, pictures, out, "dtop", "--threshold", same, "--keep-per-class", 1)
+    assert row["label"] == own
+    (row,) = rows_of(capsys, model, pictures, out, "dtop", "--keep-per-class", 1)  # as it was calibrated
+    assert row["label"] == own
+
+
+def test_evaluate__does_not_mix_a_calibrations_thresholds_with_other_options_or_weights(
+    model: Path, pictures: Path, capsys: Captured
+) -> None:
+    calibrated(capsys, model, pictures)
+    data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 1)
+    mixed = ("--method", "dtop", "--score", "margin")
+    assert wrong(capsys, "evaluate", model, *data, *mixed) == (
+        "dtop was calibrated with another --score: give --threshold, too, or leave --score out."
+    )
+    fine(capsys, "evaluate", model, *data, *mixed, "--threshold", 0.9)
+    content = json.loads((model / "calibration.json").read_text())
+    (model / "calibration.json").write_text(json.dumps(content | {"model": "another"}))
+    stale = wrong(capsys, "evaluate", model, *data, "--method", "dtop")
+    assert stale.startswith("--method dtop takes the calibration's thresholds, which are of other weights or damaged")
+    assert "dtop 0.9 " in fine(capsys, "evaluate", model, *data, "--method", "dtop", "--threshold", 0.9)
+    assert "dovit 0.985 " in fine(capsys, "evaluate", model, *data, "--method", "dovit")
 
 
 def test_predict__warns_once_of_pictures_unlike_the_calibrations(
@@ -188,7 +234,9 @@ def test_predict__warns_once_of_pictures_unlike_the_calibrations(
     warning = capsys.readouterr().err
     assert "6 of 6 pictures have scores unlike the calibration's" in warning
     assert warning.count("\n") == 1
-    assert main([*arguments, "--method", "dtop", "--overwrite"]) == 0
+    assert main([*arguments, "--method", "dtop", "--overwrite"]) == 0  # the calibrated one by its name
+    assert capsys.readouterr().err == warning
+    assert main([*arguments, "--method", "dtop", "--threshold", "0.95", "--overwrite"]) == 0
     assert capsys.readouterr().err == ""
 
 
@@ -288,6 +336,35 @@ def test_draw_calibrations__are_judged_by_the_risk_of_the_pool() -> None:
     assert set(result["risks"]) <= {0.0, *true}
     assert result["violations"] == sum(risk > 0.05 for risk in result["risks"])
     assert result["share_of_violations"] <= result["allowed_with_noise"]
+
+
+def test_draw_calibrations__walk_the_path_with_the_function_that_calibrate_walks_it_with(
+    model: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numpy as np
+
+    class Walked(Exception):
+        pass
+
+    def seen(count: int, passes: Any) -> int:
+        raise Walked
+
+    monkeypatch.setattr("tokenexit.calibration.guarantee.fixed_sequence", seen)
+    with pytest.raises(Walked):
+        experiment.draw_calibrations(np.zeros((2, 50)), np.ones((2, 50)), 0.05, 0.9, 1, 60, seed=1)
+    with pytest.raises(Walked):
+        main(
+            [
+                "calibrate",
+                str(model),
+                "--images",
+                str(pictures / "plain"),
+                "--max-disagreement",
+                "0.4",
+                "--confidence",
+                "0.7",
+            ]
+        )
 
 
 def test_shift_study__measures_every_shift(model: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:

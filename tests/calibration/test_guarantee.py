@@ -66,15 +66,15 @@ def test_binomial__is_valid_and_nearly_exact(share: float) -> None:
 def test_fixed_sequence__stops_at_the_first_failure_and_looks_no_further() -> None:
     looked = []
 
-    def p_values():
-        for p in (0.01, 0.1, 0.2, 0.0):
-            looked.append(p)
-            yield p
+    def passes(j: int) -> bool:
+        looked.append(j)
+        return (0.01, 0.1, 0.2, 0.0)[j] <= 0.1
 
-    assert g.fixed_sequence(p_values(), 0.1) == 2
-    assert looked == [0.01, 0.1, 0.2]
-    assert g.walk(4, lambda j: j != 1) == 1
-    assert g.walk(3, lambda j: True) == 3
+    assert g.fixed_sequence(4, passes) == 2
+    assert looked == [0, 1, 2]
+    assert g.fixed_sequence(4, lambda j: j != 1) == 1
+    assert g.fixed_sequence(3, lambda j: True) == 3
+    assert g.fixed_sequence(0, lambda j: False) == 0
 
 
 @pytest.mark.parametrize("shape", ["straight", "steps", "not monotone"])
@@ -88,7 +88,8 @@ def test_fixed_sequence__violates_the_bound_no_more_often_than_promised(shape: s
     }[shape]
     rng = np.random.default_rng(2)
     means = np.stack([losses_of_mean("bernoulli", risk, (DRAWS, n), rng).mean(1) for risk in risks], 1)
-    passed = [g.fixed_sequence(p, delta) for p in g.hoeffding_bentkus(means, n, alpha)]
+    p_values = g.hoeffding_bentkus(means, n, alpha)
+    passed = [g.fixed_sequence(len(p), lambda j, p=p: p[j] <= delta) for p in p_values]  # type: ignore[misc]
     chosen = np.array([0.0, *risks])[passed]
     assert (chosen > alpha).mean() <= delta + noise(delta)
     assert np.mean(np.array(passed) > 0) > 0.5  # it does choose

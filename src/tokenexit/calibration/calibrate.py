@@ -396,7 +396,7 @@ def _for_bound(
     say(f"path fixed on {len(scouts)} images, testing up to {len(places)} places on {len(test)} others")
 
     trial = Trial.on(test, wish)
-    count = guarantee.walk(len(places), lambda j: trial.passes(planner.at(places[j])))
+    count = guarantee.fixed_sequence(len(places), lambda j: trial.passes(planner.at(places[j])))
     if count == 0:
         raise ConfigError(trial.out_of_reach())
     place, run, figures = places[count - 1], trial.accepted, trial.figures

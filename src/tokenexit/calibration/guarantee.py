@@ -11,13 +11,15 @@ Legend: n images, L a loss per image in [0, 1], risk = E[L], delta = 1 - confide
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from tokenexit.evaluation.intervals import class_counts, resampled_miou, weighted_miou
 
 Array = npt.NDArray[np.float64]
 
@@ -55,14 +57,13 @@ def binomial(exceeding: npt.ArrayLike, n: int, share: float) -> Array:
     return p
 
 
-def fixed_sequence(p_values: Iterable[float], delta: float) -> int:
-    """How many settings of the path pass, from its beginning to the first that does not; lazy."""
-    passed = 0
-    for p in p_values:
-        if p > delta:
-            break
-        passed += 1
-    return passed
+def fixed_sequence(count: int, passes: Callable[[int], bool]) -> int:
+    """How many of the settings 0..count - 1 of a path pass before the first that does not; lazy.
+
+    passes: tests one setting at the full level, such as "its p-value is at most delta". Settings behind a failure are
+    never looked at, which is what lets every test have the whole level.
+    """
+    return next((j for j in range(count) if not passes(j)), count)
 
 
 def needed_images(alpha: float, confidence: float) -> int:
@@ -106,28 +107,10 @@ def bootstrap_drop(
     dense, dynamic: `(n, K, K)` counts per image, truth by row. The upper end is exceeded by a share `1 - confidence`
     of the draws, and so is the lower end undercut. An estimate: it has no guarantee at any number of images.
     """
-    n = len(dense)
-    generator = torch.Generator().manual_seed(seed)
-    times = torch.zeros(draws, n, dtype=torch.float64)
-    picks = torch.randint(n, (draws, n), generator=generator)
-    times.scatter_add_(1, picks, torch.ones_like(picks, dtype=torch.float64))
-
-    def drop(weights: Tensor) -> Tensor:
-        return _mean_iou(weights, dense) - _mean_iou(weights, dynamic)
-
-    values = drop(times).nan_to_num()
+    counts = [class_counts(confusion) for confusion in (dense, dynamic)]
+    before, after = (resampled_miou(own, draws, seed) for own in counts)
+    values = (before - after).nan_to_num()
     low, high = torch.quantile(values, torch.tensor([1 - confidence, confidence], dtype=torch.float64)).tolist()
-    return drop(torch.ones(1, n, dtype=torch.float64)).nan_to_num().item(), low, high
-
-
-def _mean_iou(weights: Tensor, confusion: Tensor) -> Tensor:
-    """mIoU in percent of weighted sums of confusion matrices: `(D, n)` and `(n, K, K)` to `(D,)`."""
-    counts = (weights @ confusion.flatten(1).double()).unflatten(1, confusion.shape[1:])
-    right = counts.diagonal(dim1=1, dim2=2)
-    iou: Tensor = 100 * right / (counts.sum(1) + counts.sum(2) - right)
-    return iou.nanmean(dim=1)
-
-
-def walk(count: int, passes: Callable[[int], bool]) -> int:
-    """How many of the settings 0..count - 1 pass before the first that does not; later ones are never looked at."""
-    return next((j for j in range(count) if not passes(j)), count)
+    once = torch.ones(1, len(dense), dtype=torch.float64)
+    before, after = (weighted_miou(once, own) for own in counts)
+    return (before - after).nan_to_num().item(), low, high

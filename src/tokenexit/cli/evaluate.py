@@ -8,18 +8,21 @@ from pathlib import Path
 
 from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
+    CALIBRATED,
     add_machine_options,
     add_window_options,
-    calibrated_methods,
+    asked_methods,
+    chosen_methods,
     command_parser,
     dataset_of,
     device_of,
     existing_folder,
     in_windows,
-    methods_of,
+    is_calibrated,
     one_voice,
     positive,
     progress_bar,
+    say_if_uncalibrated,
     set_windows,
 )
 from tokenexit.errors import ConfigError
@@ -38,7 +41,7 @@ def evaluate(arguments: list[str]) -> int:
         nargs="+",
         choices=method_names(),
         help="dense, dtop, dovit, paumer, fixed_ratio, truncated; one or several; the calibrated one if not given, "
-        "else dense",
+        "else dense; calibrated names it beside others",
     )
     add_method_options(parser, several=True)
     parser.add_argument(
@@ -53,7 +56,9 @@ def evaluate(arguments: list[str]) -> int:
         help="multiply the pictures' sides, predict at their own size; of several, each is a row of every method",
     )
     add_window_options(parser)
-    parser.add_argument("--references", action="store_true", help="add random exits and the agreement oracle")
+    parser.add_argument(
+        "--references", action="store_true", help="add random exits, the agreement oracle and a stop after each exit"
+    )
     add_machine_options(parser)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     options = parser.parse_args(arguments)
@@ -66,27 +71,29 @@ def evaluate(arguments: list[str]) -> int:
     from tokenexit.evaluation.evaluate import evaluate as run
     from tokenexit.evaluation.processes import from_first, joined, place, together
     from tokenexit.gating import gated_by_size
-    from tokenexit.report.evaluations import class_table, main_table, write_json
+    from tokenexit.report.evaluations import class_table, late_blocks_note, main_table, write_json
     from tokenexit.segmenter import ExitSegmenter
 
-    named = None if options.method is None else methods_of(options.method, options)
+    asked = asked_methods(options.method, options)
     with joined():
         with together():
             model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
             set_windows(model, options)
             name, data = dataset_of(options)
-            methods = named or calibrated_methods(model, options) or methods_of(["dense"], options)
+            methods = chosen_methods(model, asked)
+            notes = [CALIBRATED if is_calibrated(model, method) else "" for method in methods]
             if options.gate and place()[0] == 0:
                 methods = [gated_by_size(model, method, options.precision) for method in methods]
         methods = from_first(methods)
-        rows = [Scaled(method, scale) for scale in dict.fromkeys(options.input_scale) for method in methods]
+        named = list(zip(methods, notes))
+        rows = [Scaled(method, scale, note) for scale in dict.fromkeys(options.input_scale) for method, note in named]
         results = run(
             model,
             data,
             rows,
             limit=options.limit,
             precision=options.precision,
-            references=options.references,
+            references=("random", "oracle", "depths") if options.references else (),
             progress=progress_bar("evaluating"),
         )
         if place()[0] != 0:
@@ -97,6 +104,9 @@ def evaluate(arguments: list[str]) -> int:
     images = f"{len(results[0].gmacs)} images of {name} ({options.split})"
     console.print(f"{images}{in_windows(model)}, {options.precision} on {model.device}")
     console.print(main_table(results).to_rich())
+    note = late_blocks_note(model, results)
+    if note is not None:
+        console.print(note, soft_wrap=True)
     own = results[: len(rows)]  # reference lines are read by their totals
     console.print(class_table(own, data.labels.names).to_rich())
     if options.json is not None:
@@ -111,4 +121,5 @@ def evaluate(arguments: list[str]) -> int:
         }
         write_json(options.json, results, data.labels.names, about)
         print(f"figures: {options.json}")
+    say_if_uncalibrated(model, asked)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from tokenexit.cli.method_options import add_method_options, method_names
-from tokenexit.cli.options import calibrated_methods, command_parser, methods_of
+from tokenexit.cli.options import asked_methods, chosen_methods, command_parser, say_if_uncalibrated
 from tokenexit.errors import ConfigError
 
 
@@ -14,9 +14,7 @@ def export(arguments: list[str]) -> int:
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="of the file")
     parser.add_argument("--out", type=Path, required=True, help="folder for model.onnx or model.pt2")
-    parser.add_argument(
-        "--method", choices=method_names(), help="dense, dtop, dovit, ...; the calibrated one if not given, else dtop"
-    )
+    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given, else dense")
     add_method_options(parser)
     parser.add_argument(
         "--images",
@@ -32,10 +30,11 @@ def export(arguments: list[str]) -> int:
     from tokenexit.exporting.pictures import compared_pictures
     from tokenexit.segmenter import ExitSegmenter
 
-    named = None if options.method is None else methods_of([options.method], options)
+    asked = asked_methods(options.method and [options.method], options)
     model = ExitSegmenter.from_pretrained(options.model)
-    (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
+    (method,) = chosen_methods(model, asked)
     made = export_model(model, method, compared_pictures(model, options.images), options.out, options.format)
+    say_if_uncalibrated(model, asked)
     print(
         f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\nin {made.runs} runs beside the model exits were the "
         f"same, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at least "

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tokenexit.cli.method_options import method_options
-from tokenexit.errors import ConfigError, TokenExitError
+from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 
 if TYPE_CHECKING:
     import torch
 
     from tokenexit.data.base import SegmentationDataset
-    from tokenexit.methods import Method
+    from tokenexit.methods import Method, MethodSpec
     from tokenexit.segmenter import ExitSegmenter
 
 
@@ -113,12 +114,111 @@ def method_specs(names: Sequence[str], options: Any) -> list[dict[str, Any]]:
     return list({json.dumps(spec): spec for spec in specs}.values())  # each once
 
 
-def calibrated_methods(model: ExitSegmenter, options: Any) -> list[Method[Any]] | None:
-    """The method that the model was calibrated to, alone; None if it was not."""
+CALIBRATED = "calibrated"
+"""The name of the method that a model was calibrated for, at the calibration's thresholds."""
+UNCALIBRATED = "tokenexit: the model is not calibrated: running dense; run `tokenexit calibrate`, or name --method."
+
+
+def asked_methods(names: Sequence[str] | None, options: Any) -> list[dict[str, Any]] | None:
+    """Specifications of the methods that were named, checked before a model is read; None if none was.
+
+    `calibrated` is a name, too. Raises `ConfigError` for what no model could run.
+    """
+    if names is None:
+        if given_method_options(options):
+            raise ConfigError("options of a method need --method: name it, such as dtop.")
+        return None
+    others = [name for name in names if name != CALIBRATED]
+    if not others and given_method_options(options):
+        raise ConfigError(f"options of a method do not go with --method {CALIBRATED}: name the method itself.")
+    methods_of(others, options)
+    specs = [
+        [{"name": name}] if name == CALIBRATED else method_specs([name], _own_options(name, options)) for name in names
+    ]
+    return [spec for own in specs for spec in own]
+
+
+def _own_options(name: str, options: Any) -> argparse.Namespace:
+    """The options without those of methods that this one does not have."""
+    from dataclasses import fields
+
+    from tokenexit.methods import METHODS
+
+    known = {f.name for f in fields(METHODS[name])}
+    foreign = set(method_options()) - known
+    return argparse.Namespace(**(vars(options) | dict.fromkeys(foreign)))
+
+
+def chosen_methods(
+    model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None, needs_exits: str = ""
+) -> list[Method[Any]]:
+    """The methods that a command runs: those that were asked for, else the calibrated one, else dense.
+
+    A name without options stands for the calibrated method where the model was calibrated for that one: a
+    calibration's thresholds are the model's default for its method. An uncalibrated model has no thresholds of its own,
+    so it runs dense if nothing is named, which `say_if_uncalibrated` says.
+    asked: of `asked_methods`. needs_exits: why dense alone is of no use to the command, if it is none: an uncalibrated
+    model is refused then. Raises `ConfigError`, and `CheckpointError` for a calibration of other weights.
+    """
+    if asked is not None:
+        return list(dict.fromkeys(_chosen(model, spec) for spec in asked))
     method = model.calibrated_method()
-    if method is not None and given_method_options(options):
-        raise ConfigError("options of a method need --method, as this model has a calibration of its own: name it.")
-    return None if method is None else [method]
+    if method is not None:
+        return [method]
+    if needs_exits:
+        raise ConfigError(f"{needs_exits}, and this model is not calibrated: calibrate it, or name --method.")
+    return [_build("dense")]
+
+
+def say_if_uncalibrated(model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None) -> None:
+    """Say on stderr, beside the results, that they are dense's because nothing else was asked for."""
+    if asked is None and model.calibration is None:
+        print(UNCALIBRATED, file=sys.stderr)
+
+
+def _build(spec: MethodSpec) -> Method[Any]:
+    from tokenexit.methods import build_method
+
+    return build_method(spec)
+
+
+def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
+    """What one specification stands for on this model."""
+    from dataclasses import replace
+
+    name, options = spec["name"], {key: value for key, value in spec.items() if key != "name"}
+    if name == CALIBRATED:
+        method = model.calibrated_method()
+        if method is None:
+            raise ConfigError(f"--method {CALIBRATED}: this model is not, run `tokenexit calibrate` or name another.")
+        return method
+    if "threshold" in options or name != calibrated_name(model):
+        return _build(spec)
+    try:
+        method = model.calibrated_method()
+    except CheckpointError:
+        raise ConfigError(
+            f"--method {name} takes the calibration's thresholds, which are of other weights or damaged: calibrate "
+            "again, or give --threshold, too."
+        ) from None
+    assert method is not None, "it has a name"
+    if replace(method, **options) != method:
+        given = " and ".join(f"--{key.replace('_', '-')}" for key in options)
+        raise ConfigError(f"{name} was calibrated with another {given}: give --threshold, too, or leave {given} out.")
+    return method
+
+
+def calibrated_name(model: ExitSegmenter) -> str | None:
+    """The name of the method that a model was calibrated for, whether or not the calibration can be used."""
+    spec = {} if model.calibration is None else model.calibration.get("method")
+    return spec.get("name") if isinstance(spec, dict) else None
+
+
+def is_calibrated(model: ExitSegmenter, method: Method[Any]) -> bool:
+    """Whether this is the method, thresholds and all, that the model was calibrated for."""
+    with suppress(CheckpointError):  # a calibration of other weights is none of this model
+        return method.name == calibrated_name(model) and method == model.calibrated_method()
+    return False
 
 
 def methods_of(names: Sequence[str], options: Any) -> list[Method[Any]]:

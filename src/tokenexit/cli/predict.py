@@ -11,13 +11,15 @@ from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
     add_window_options,
-    calibrated_methods,
+    asked_methods,
+    chosen_methods,
     command_parser,
     device_of,
-    methods_of,
+    is_calibrated,
     one_voice,
     positive,
     progress_bar,
+    say_if_uncalibrated,
     set_windows,
 )
 from tokenexit.errors import ConfigError
@@ -53,7 +55,7 @@ def predict(arguments: list[str]) -> int:
         "--save", nargs="+", choices=SAVE, metavar="WHAT", default=list(SAVE[:3]), help=f"of {', '.join(SAVE)}"
     )
     parser.add_argument("--overwrite", action="store_true", help="files that are there are made again")
-    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given, else dtop")
+    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given, else dense")
     add_method_options(parser)
     parser.add_argument(
         "--gate",
@@ -86,13 +88,13 @@ def predict(arguments: list[str]) -> int:
     from tokenexit.predicting import predict_files
     from tokenexit.segmenter import ExitSegmenter
 
-    named = None if options.method is None else methods_of([options.method], options)
+    asked = asked_methods(options.method and [options.method], options)
     with joined(PATIENCE):
         with together():
             model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
             set_windows(model, options)
-            (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
-            calibrated = named is None and model.calibration is not None
+            (method,) = chosen_methods(model, asked)
+            calibrated = is_calibrated(model, method)
             gate = method.may_gate and not calibrated if options.gate is None else options.gate
             monitor = Monitor(usual_of(model)) if calibrated and not gate else None
         done = predict_files(
@@ -125,6 +127,7 @@ def predict(arguments: list[str]) -> int:
         print(f"images segmented: {done.pictures}, failed: {len(done.failed)}")
     else:
         *others, last = [OUTPUTS[name].title if name in OUTPUTS else "videos" for name in dict.fromkeys(options.save)]
+        say_if_uncalibrated(model, asked)
         print(f"{', '.join(others)}{' and ' if others else ''}{last}: {_printable(options.out)}")
     return status
 

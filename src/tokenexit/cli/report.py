@@ -7,14 +7,16 @@ from pathlib import Path
 
 from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
+    CALIBRATED,
     add_machine_options,
     add_window_options,
-    calibrated_methods,
+    asked_methods,
+    chosen_methods,
     command_parser,
     dataset_of,
     device_of,
     in_windows,
-    methods_of,
+    is_calibrated,
     positive,
     progress_bar,
     set_windows,
@@ -43,6 +45,12 @@ def report(arguments: list[str]) -> int:
         metavar="SCALE",
         help="dense on smaller pictures",
     )
+    parser.add_argument(
+        "--references",
+        choices=("yes", "no"),
+        default="yes",
+        help="lines of random exits and of a stop after each exit: a run more for each DToP row, and one for all stops",
+    )
     parser.add_argument("--examples", type=int, default=3, help="of the cheapest and of the dearest pictures")
     add_window_options(parser)
     add_machine_options(parser)
@@ -50,19 +58,22 @@ def report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     positive("--limit", options.limit)
     positive("--examples", options.examples)
+    from tokenexit.evaluation.evaluate import Scaled
     from tokenexit.reporting import report_model
     from tokenexit.segmenter import ExitSegmenter
 
-    named = None if options.method is None else methods_of(options.method, options)
+    asked = asked_methods(options.method, options)
     model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
     set_windows(model, options)
     name, data = dataset_of(options)
+    methods = chosen_methods(model, asked, "a report compares a method with dense")
     path = report_model(
         model,
         data,
-        named or calibrated_methods(model, options) or methods_of(["dtop"], options),
+        [Scaled(method, note=CALIBRATED if is_calibrated(model, method) else "") for method in methods],
         options.out,
         scales=options.input_scale,
+        references=options.references == "yes",
         limit=options.limit,
         examples=options.examples,
         precision=options.precision,

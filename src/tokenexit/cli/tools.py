@@ -9,10 +9,10 @@ from typing import Any
 from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import (
     add_machine_options,
-    calibrated_methods,
+    asked_methods,
+    chosen_methods,
     command_parser,
     device_of,
-    methods_of,
     positive,
     progress_bar,
 )
@@ -50,9 +50,7 @@ def gate(arguments: list[str]) -> int:
     parser = command_parser("gate", "Which exits of a model pay on this machine at a size, and why; measured once.")
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("--image-size", type=int, nargs="+", default=[512], help="one side, or height and width")
-    parser.add_argument(
-        "--method", choices=method_names(), help="dtop, dovit or paumer; the calibrated one if not given, else dtop"
-    )
+    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given")
     add_method_options(parser)
     add_machine_options(parser)
     options = parser.parse_args(arguments)
@@ -60,9 +58,9 @@ def gate(arguments: list[str]) -> int:
     from tokenexit.gating import gate as run
     from tokenexit.segmenter import ExitSegmenter
 
-    named = None if options.method is None else methods_of([options.method], options)
+    asked = asked_methods(options.method and [options.method], options)
     model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
-    (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
+    (method,) = chosen_methods(model, asked, "dense has no exits to close")
     model.check(method)
     found = run(model, method, model.backbone.patch_embed.grid(*size), options.precision)
     for reason in found.reasons:

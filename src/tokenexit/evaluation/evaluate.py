@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,16 +19,20 @@ from tokenexit.cost import GIGA
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import mask_tensor
 from tokenexit.errors import ConfigError
+from tokenexit.evaluation.depths import stopped
+from tokenexit.evaluation.intervals import class_counts, miou_interval
 from tokenexit.evaluation.metrics import Scores, boundary_counts, boundary_iou, confusion_matrix, scores
 from tokenexit.evaluation.processes import gather, place, together
 from tokenexit.inference import Precision, inference
 from tokenexit.ledger import dense_ops
-from tokenexit.methods import Method, MethodLike, as_method, spec_of
+from tokenexit.methods import Dense, Method, MethodLike, Truncated, as_method, spec_of
 from tokenexit.methods.reference import Imposed, agreement_exits, random_counterpart, random_exits
 from tokenexit.output import SegmentationOutput
 from tokenexit.preprocessing import Labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.windows import Segmentation, WindowedOutput, window_boxes
+
+ReferenceLine = Literal["random", "oracle", "depths"]
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,8 @@ class Evaluation:
 
     gmacs, dense_gmacs, latency_ms: of every image; dense is the model without exits on pictures of full size. live:
     share of all patch tokens still computed after each exit, per image and exit. boundary_iou: percent. confusion:
-    `(K, K)` counts, truth by row. input_scale: what the sides of the pictures were multiplied by.
+    `(K, K)` counts, truth by row. input_scale: what the sides of the pictures were multiplied by. counts: `(n, 3, K)`
+    of every image, see `class_counts`; None where only totals are known.
     """
 
     method: Method[Any]
@@ -50,6 +55,13 @@ class Evaluation:
     latency_ms: tuple[float, ...]
     confusion: Tensor
     input_scale: float = 1.0
+    counts: Tensor | None = None
+
+    def miou_interval(self, minus: Evaluation | None = None) -> tuple[float, float] | None:
+        """Ends of the 95 % interval of mIoU over images, or of its difference to another row's on the same images."""
+        if self.counts is None or (minus is not None and minus.counts is None):
+            return None
+        return miou_interval(self.counts, None if minus is None else minus.counts)
 
     @property
     def gmacs_mean(self) -> float:
@@ -73,6 +85,7 @@ class Evaluation:
             "input_scale": self.input_scale,
             "images": len(self.gmacs),
             "mIoU": self.scores.miou,
+            "mIoU_interval": self.miou_interval(),
             "aAcc": self.scores.aacc,
             "mAcc": self.scores.macc,
             "boundary_IoU": self.boundary_iou,
@@ -91,11 +104,13 @@ class Evaluation:
 class Scaled:
     """A method on pictures whose sides are multiplied by `input_scale`; its maps come back at the full size.
 
-    Dense at a lower resolution is what early exits have to beat: it costs its user nothing.
+    Dense at a lower resolution is what early exits have to beat: it costs its user nothing. note: what the row's label
+    adds in brackets, such as where thresholds are from.
     """
 
     method: Method[Any]
     input_scale: float = 1.0
+    note: str = ""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.input_scale < math.inf:
@@ -103,17 +118,19 @@ class Scaled:
 
     @property
     def label(self) -> str:
-        return self.method.label + (f" @{self.input_scale:g}" if self.input_scale != 1.0 else "")
+        scale = f" @{self.input_scale:g}" if self.input_scale != 1.0 else ""
+        return self.method.label + scale + (f" ({self.note})" if self.note else "")
 
 
 @dataclass(frozen=True)
 class ImageFigures:
-    """What is kept of one image beside its counts: see `Evaluation`."""
+    """What is kept of one image beside its part of the totals: see `Evaluation`."""
 
     gmacs: float
     dense_gmacs: float
     live: tuple[float, ...]
     latency_ms: float
+    counts: Tensor
 
 
 class Tally:
@@ -136,11 +153,13 @@ class Tally:
         """Count one image."""
         (label,) = output.labels
         classes = len(self.confusion)
-        self.confusion += confusion_matrix(label.cpu(), picture.truth, classes, ignore_index)
+        confusion = confusion_matrix(label.cpu(), picture.truth, classes, ignore_index)
+        self.confusion += confusion
         self.boundary += torch.stack(boundary_counts(label.cpu(), picture.truth, classes, ignore_index))
         ledger = output.ledger
         live = tuple(ledger.live[0][n] / ledger.tokens[0] for n in exits)
-        self.images[picture.index] = ImageFigures(ledger.gmacs[0], picture.dense_macs / GIGA, live, ms)
+        dense = picture.dense_macs / GIGA
+        self.images[picture.index] = ImageFigures(ledger.gmacs[0], dense, live, ms, class_counts(confusion))
 
     def merge(self, other: Tally) -> None:
         """Take in the counts of other images."""
@@ -161,6 +180,7 @@ class Tally:
             tuple(image.latency_ms for image in images),
             self.confusion,
             self.input_scale,
+            torch.stack([image.counts for image in images]),
         )
 
 
@@ -171,15 +191,17 @@ def evaluate(
     *,
     limit: int | None = None,
     precision: Precision = "fp32",
-    references: bool = False,
+    references: bool | Collection[ReferenceLine] = False,
     progress: Callable[[Iterable[int]], Iterable[int]] = iter,
 ) -> list[Evaluation]:
     """Run every method on every image, one image at a time and the methods in turn, so that their times compare.
 
     methods: one for each row, or its name or specification; `Scaled` gives a method smaller pictures. limit: the first
     so many images only.
-    references: add reference lines behind the methods, namely random exits at the counts of every DToP method, and the
-    dense-pass agreement oracle at full size (neither for models with grid heads). progress: wraps the loop over images.
+    references: reference lines behind the methods. "random": random exits at the counts of every DToP method; "oracle":
+    the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop after each exit, and
+    dense if it is no row, all from one dense pass and without a time. True stands for the first two. progress: wraps
+    the loop over images.
 
     Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method. Raises
     `ConfigError` if the classes differ or a method cannot run on the model.
@@ -197,18 +219,26 @@ def evaluate(
     if count == 0 or not methods:
         raise ConfigError(f"{count} images and {len(methods)} methods are nothing to evaluate: give one of each.")
     classes = model.config.num_classes
-    rows = [_Row(row if isinstance(row, Scaled) else Scaled(as_method(row)), classes, references) for row in methods]
+    lines = (("random", "oracle") if references else ()) if isinstance(references, bool) else tuple(references)
+    rows = [
+        _Row(row if isinstance(row, Scaled) else Scaled(as_method(row)), classes, "random" in lines) for row in methods
+    ]
     scales = {row.tally.input_scale for row in rows}
-    oracle = Tally(Imposed(), "agreement oracle", classes) if references else None
+    oracle = Tally(Imposed(), "agreement oracle", classes) if "oracle" in lines else None
+    depths = _depths(model) if "depths" in lines else []
     rank, processes = place()
     with inference(model.device, precision):
         for first in (progress if rank == 0 else iter)(range(0, count, processes)):
             with together():
                 if first + rank < count:
                     picture = _Picture.of(data, first + rank, model, scales)
-                    _judge(model, picture, rows, oracle, precision, data.labels.ignore_index, warm_up=first == 0)
+                    _judge(
+                        model, picture, rows, oracle, depths, precision, data.labels.ignore_index, warm_up=first == 0
+                    )
     at_random = [row.at_random for row in rows if row.at_random is not None]
+    has_dense = any(row.tally.method == Dense() and row.tally.input_scale == 1.0 for row in rows)
     tallies = [*(row.tally for row in rows), *at_random, *([oracle] if oracle else [])]
+    tallies += depths[:-1] if has_dense else depths
     mine, *others = gather(tallies)
     for other in others:
         for tally, more in zip(mine, other):
@@ -221,6 +251,7 @@ def _judge(
     picture: _Picture,
     rows: Sequence[_Row],
     oracle: Tally | None,
+    depths: Sequence[Tally],
     precision: Precision,
     ignore_index: int,
     warm_up: bool,
@@ -242,10 +273,24 @@ def _judge(
             generator = torch.Generator().manual_seed(picture.index)
             stages = [random_exits(stage, generator).flatten() for stage in _seen(output).exit_stage]
             run(row.at_random, replace(row.counterpart, exit_stage=torch.cat(stages)))
+    if oracle is None and not depths:
+        return
+    with inference(model.device, precision):
+        dense = model.segment([picture.images[1.0].to(model.device)], targets=[picture.size], with_stages=True)
+        for tally, output in zip(depths, stopped(model, dense) if depths else []):
+            tally.add(output, picture, ignore_index, model.config.exits, math.nan)
     if oracle is not None:
-        with inference(model.device, precision):
-            dense = _seen(model.segment([picture.images[1.0].to(model.device)], with_stages=True))
-        run(oracle, Imposed(exit_stage=agreement_exits(dense.stages, dense.ledger.tokens)))
+        seen = _seen(dense)
+        run(oracle, Imposed(exit_stage=agreement_exits(seen.stages, seen.ledger.tokens)))
+
+
+def _depths(model: ExitSegmenter) -> list[Tally]:
+    """Counts of a stop after each exit, and of none."""
+    exits, classes = model.config.exits, model.config.num_classes
+    stops = [
+        Tally(Truncated(n), f"{Truncated.name} after={n} (block {block})", classes) for n, block in enumerate(exits, 1)
+    ]
+    return [*stops, Tally(Dense(), Dense.name, classes)]
 
 
 def _seen(output: Segmentation) -> SegmentationOutput:

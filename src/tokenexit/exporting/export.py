@@ -33,6 +33,27 @@ TOLERANCE, ROUNDING = 1e-5, 8.0
 model's own in fp32: after twelve blocks rounding alone is 1e-5, and runtimes have kernels of their own."""
 NUDGES = (0.0, 3e-4, -3e-4, 7e-4)
 """Where a score lies within rounding of a threshold, runtimes may decide differently: then another is tried."""
+INPUT_STEPS = {
+    "image": "(1, 3, H, W) float32 of one window, or of the whole image where preprocessing.window is null",
+    "colour": "RGB of 8 bits; 16-bit grey is (value + 128) // 257, float grey in [0, 1] is int(255 value + 0.5)",
+    "orientation": "upright: the EXIF orientation is applied",
+    "transparency": "composited on black",
+    "resize": "Pillow's BILINEAR, which antialiases where it shrinks; preprocessing.resize is none, [height, width], "
+    "or the shortest side, with the other int(side * factor + 0.5)",
+    "normalisation": "(pixels / 255 - mean) / std",
+    "windows": "of the resized image, from multiples of the stride; one that would cross the border is moved back "
+    "inside, and an image smaller than the window is taken whole along that axis",
+}
+"""How `Preprocessing` and `windows` make the graph's input, in words; the numbers are in the metadata's
+`preprocessing`."""
+OUTPUT_STEPS = {
+    "labels": "class of every pixel of the graph's input: of the image itself only where nothing is resized or cut",
+    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_stage), both "
+    "bilinear without aligned corners, cut to the window's size; windows are added up and divided by how many see a "
+    "pixel; then bilinear to the image's own size, and the largest class",
+    "exit_stage": "the exit at which each token left; the number of exits for those that stayed",
+}
+"""How a map of the image's own size follows from the graph's outputs; `patch_size` and `upscale` are beside it."""
 
 Answers = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 Runner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], Answers]
@@ -90,8 +111,7 @@ def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedPro
 
 
 def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
-    """What a program that runs the file must know."""
-
+    """What a program that runs the file must know to say what `ExitSegmenter.predict` says."""
     labels = model.preprocessing.labels or default_labels(model.config.num_classes)
     kinds = sorted({head.kind for head in (*model.for_methods().exit_heads, model.decode_head)})
     return {
@@ -104,7 +124,10 @@ def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
         "classes": list(labels.names),
         "palette": [list(colour) for colour in labels.palette],
         "preprocessing": model.preprocessing.to_dict(),
+        "input": INPUT_STEPS,
+        "output": OUTPUT_STEPS,
         "patch_size": model.config.backbone.patch_size,
+        "upscale": model.decode_head.upscale,
         "exits_after_blocks": list(model.config.exits),
         "calibrated": model.calibration is not None,
     }

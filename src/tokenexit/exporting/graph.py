@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tokenexit.errors import ConfigError
 from tokenexit.methods import Method
 from tokenexit.methods.thresholded import per_class, per_exit
 from tokenexit.output import resize_maps
@@ -82,11 +81,6 @@ def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
     """Raise `ConfigError`, in one sentence, for what a graph cannot hold."""
     model.check(method)
     method.for_export()
-    if model.preprocessing.window is not None:
-        raise ConfigError(
-            "the model takes pictures in windows, and a graph is of one image: save a copy without windows, export "
-            "that, and cut windows where the graph is run."
-        )
 
 
 def threshold_table(model: ExitSegmenter, method: Method[Any]) -> Tensor:

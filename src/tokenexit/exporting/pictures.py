@@ -17,9 +17,11 @@ SIZES = ((128, 192), (160, 120), (96, 96))
 
 
 def compared_pictures(model: ExitSegmenter, sources: Sequence[Path] | None = None) -> list[Tensor]:
-    """The first three pictures of `sources`, or three drawn scenes of different sizes, as the model takes them."""
+    """The first three pictures of `sources`, or three drawn scenes of different sizes, as the model takes them; of a
+    model that takes windows, the first window of each."""
     if sources is None:
         pictures = [Scenes(1, size, seed)[0].image for seed, size in enumerate(SIZES)]
     else:
         pictures = [load_image(path) for path in list(list_pictures(sources))[:COUNT]]
-    return [model.preprocessing.to_tensor(picture) for picture in pictures]
+    height, width = model.preprocessing.window or (None, None)
+    return [model.preprocessing.to_tensor(picture)[:, :height, :width] for picture in pictures]

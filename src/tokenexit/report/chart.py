@@ -19,15 +19,19 @@ _MARKERS = (
     "M0-6L5.8 4.4H-5.8Z",  # triangle
     "M0-6.4L6.4 0L0 6.4L-6.4 0Z",  # diamond
 )
+COLLAPSE = 0.75
+"""Share of the reference's mIoU below which a point is a collapse, and is drawn at the lower edge."""
 Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom in drawing units
 
 
 class Point(NamedTuple):
-    """One measurement; its label stands beside it."""
+    """One measurement; its label stands beside it. low, high: ends of a whisker, where its uncertainty is known."""
 
     x: float
     y: float
     label: str = ""
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -38,24 +42,42 @@ class Series:
     points: Sequence[Point]
 
 
+def collapse_floor(values: Sequence[float], reference: float) -> float | None:
+    """Where the axis of mIoU ends, so that a collapse does not flatten all else: three quarters of the reference; None
+    if no value lies below that."""
+    floor = COLLAPSE * reference
+    return floor if any(value < floor for value in values) and any(value >= floor for value in values) else None
+
+
 def line_chart_svg(
-    series: Sequence[Series], x_label: str, y_label: str, title: str = "", width: int = 480, height: int = 340
+    series: Sequence[Series],
+    x_label: str,
+    y_label: str,
+    title: str = "",
+    width: int = 480,
+    height: int = 340,
+    floor: float | None = None,
 ) -> str:
     """A line chart as SVG text, for a page or a file of its own. title: what it shows, for those who do not see it.
 
     Series differ by colour and by marker; colours change with the reader's light or dark scheme. Labels that
     would cover something else are left to the marker's tooltip. width, height: drawing units; the chart scales.
+    floor: points below it stand on the lower edge as an arrow with their value, and do not stretch the axis.
     """
     points = [point for one in series for point in one.points]
     if not points or not all(math.isfinite(point.x) and math.isfinite(point.y) for point in points):
         raise ConfigError("the chart's series hold no point, or one that is not finite: give finite x and y values.")
     legend, legend_height = _legend([one.name for one in series], width)
     left, top, right, bottom = 58.0, legend_height + 14.0, width - 16.0, height - 50.0
-    x_ticks, y_ticks = (nice_ticks(min(v), max(v)) for v in ([p.x for p in points], [p.y for p in points]))
+    above = [point for point in points if floor is None or point.y >= floor]
+    if not above:
+        raise ConfigError(f"floor={floor} is above every point of the chart: lower it.")
+    heights = [y for p in above for y in (p.y, p.low, p.high) if y is not None and (floor is None or y >= floor)]
+    x_ticks, y_ticks = (nice_ticks(min(v), max(v)) for v in ([p.x for p in points], heights))
 
     def place(point: Point) -> tuple[float, float]:
         across = (point.x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        up = (point.y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+        up = max(0.0, (point.y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
         return left + across * (right - left), bottom - up * (bottom - top)
 
     parts = [legend]
@@ -77,11 +99,16 @@ def line_chart_svg(
         parts.append(f'<g class="tx-{number % 4}"><polyline points="{line}"/>')
         for point, (x, y) in zip(one.points, spots):
             tip = f"{one.name} {point.label}: {x_label} {point.x:g}, {y_label} {point.y:g}"
-            parts.append(_marker(number, x, y, tip))
-            spot = _free_spot(x, y, point.label, taken, (left, legend_height, right, bottom)) if point.label else None
+            below = floor is not None and point.y < floor
+            label = f"{point.y:.1f} below" if below else point.label
+            if point.low is not None and point.high is not None and not below:
+                ends = [place(point._replace(y=end))[1] for end in (point.low, point.high)]
+                parts.append(f'<path class="tx-whisker" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
+            parts.append(_arrow(x, y, tip) if below else _marker(number, x, y, tip))
+            spot = _free_spot(x, y, label, taken, (left, legend_height, right, bottom)) if label else None
             if spot:
                 taken.append(spot)
-                parts.append(_text(spot[0], spot[3] - 4, point.label, "start", "tx-label"))
+                parts.append(_text(spot[0], spot[3] - 4, label, "start", "tx-label"))
         parts.append("</g>")
     name = escape(title or f"{y_label} against {x_label}", quote=True)
     drawing = "\n".join(parts)
@@ -166,6 +193,12 @@ def _marker(number: int, x: float, y: float, tip: str = "") -> str:
     return f'<path class="tx-marker" transform="translate({x:.1f} {y:.1f})" d="{shape}">{title}</path>'
 
 
+def _arrow(x: float, y: float, tip: str) -> str:
+    """Stands on the lower edge for a point below it."""
+    shape = f'd="M-6-8H6L0 2Z"><title>{escape(tip)}</title></path>'
+    return f'<path class="tx-marker tx-below" transform="translate({x:.1f} {y:.1f})" {shape}'
+
+
 def _text(x: float, y: float, text: str, anchor: str, style: str = "") -> str:
     style = f' class="{style}"' if style else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{escape(text)}</text>'
@@ -210,5 +243,6 @@ def _chart_style() -> str:
         f"text{{font:{_FONT}px system-ui,sans-serif;fill:var(--tx-ink);font-variant-numeric:tabular-nums}}"
         ".tx-soft{fill:var(--tx-soft)}.tx-label{font-size:12px;fill:var(--tx)}.tx-grid{stroke:var(--tx-grid)}"
         "polyline{fill:none;stroke:var(--tx);stroke-width:2;stroke-linejoin:round}.tx-marker{fill:var(--tx)}"
+        ".tx-whisker{stroke:var(--tx);stroke-width:1.5;opacity:.55}"
         "@media (prefers-color-scheme:dark){svg{--tx-ink:#e4e7ea;--tx-soft:#98a1ab;--tx-grid:#2c3238}" + dark + "}"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +14,26 @@ import torch
 
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Evaluation
+from tokenexit.methods import Dense, Truncated
 from tokenexit.report.tables import Column, Table
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 from tokenexit.writing import whole
 
+OVER_IMAGES = (
+    "Ends of the 95 % bootstrap interval over these images (1,000 resamples): what other images of the kind would "
+    "change. Another training is not in it."
+)
+TO_DENSE = "The same of mIoU minus dense mIoU on the same images, which is known better than either."
 
-def main_table(results: Sequence[Evaluation], latency: bool = True, spread: bool = False) -> Table:
+
+def main_table(
+    results: Sequence[Evaluation], latency: bool = True, spread: bool = False, intervals: bool = False
+) -> Table:
     """One row per method: accuracy, compute, tokens left, and time; 100 columns of a terminal hold it.
 
-    spread: with the 5th and 95th percentile of multiply-adds, for wider places.
+    spread: with the 5th and 95th percentile of multiply-adds, for wider places. intervals: with those of mIoU, and of
+    its difference to dense, over images.
     """
     columns = [
         Column("method"),
@@ -51,6 +62,14 @@ def main_table(results: Sequence[Evaluation], latency: bool = True, spread: bool
         help_text = "GMACs of the 5th and the 95th percentile of images."
         columns.append(Column("5 to 95 %", lambda ends: "{:.3f} to {:.3f}".format(*ends), "right", help_text))
         rows = [[*row, np.percentile(result.gmacs, (5, 95))] for row, result in zip(rows, results)]
+    if intervals:
+        dense = next((result for result in results if result.method == Dense() and result.input_scale == 1.0), None)
+        columns += [
+            Column("mIoU, 95 %", _ends("{:.1f}"), "right", OVER_IMAGES),
+            Column("to dense, 95 %", _ends("{:+.2f}"), "right", TO_DENSE),
+        ]
+        ends = [(r.miou_interval(), None if dense in (None, r) else r.miou_interval(dense)) for r in results]
+        rows = [[*row, *both] for row, both in zip(rows, ends)]
     if latency:
         columns.append(Column("ms", "{:.1f}", "right", "Median milliseconds of a forward pass, one image at a time."))
         rows = [[*row, float(np.median(result.latency_ms))] for row, result in zip(rows, results)]
@@ -62,6 +81,35 @@ def class_table(results: Sequence[Evaluation], names: Sequence[str]) -> Table:
     columns = [Column("class"), *(Column(result.label, "{:.1f}", "right") for result in results)]
     rows = [[name, *(result.scores.iou[i] for result in results)] for i, name in enumerate(names)]
     return Table(columns, rows, caption="IoU per class, percent")
+
+
+def late_blocks_note(model: ExitSegmenter, results: Sequence[Evaluation]) -> str | None:
+    """One sentence if stopping at an exit is at least as good as dense on these images; None if it is at none."""
+    found = {result.method: result for result in results if result.input_scale == 1.0}
+    exits, depth = model.config.exits, model.config.backbone.depth
+    stops = [(n, found[Truncated(n)].scores.miou) for n in range(1, len(exits) + 1) if Truncated(n) in found]
+    if Dense() not in found or not stops:
+        return None
+    dense = found[Dense()]
+    after, best = max(stops, key=lambda stop: (stop[1], -stop[0]))
+    if not best >= dense.scores.miou:
+        return None
+    block = exits[after - 1]
+    late = f"Blocks {block + 1} to {depth} do" if block + 1 < depth else f"Block {depth} does"
+    cure = f", or use `--method truncated --after {after}`" if _can_stop(model, after) else ""
+    return (
+        f"{late} not help this model yet (mIoU {best:.2f} after block {block}, {dense.scores.miou:.2f} after all "
+        f"{depth}, on {len(dense.gmacs)} images): train longer{cure}."
+    )
+
+
+def _can_stop(model: ExitSegmenter, after: int) -> bool:
+    """Whether `Truncated` runs on this model, of whose heads it wants one resolution."""
+    try:
+        model.check(Truncated(after))
+    except ConfigError:
+        return False
+    return True
 
 
 def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], about: Mapping[str, Any]) -> None:
@@ -80,6 +128,11 @@ def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], 
             unfinished.write_text(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another file.") from None
+
+
+def _ends(form: str) -> Callable[[tuple[float, float]], str]:
+    """Both ends of an interval in one form."""
+    return lambda ends: " to ".join(form.format(end) for end in ends)
 
 
 def _percents(shares: Sequence[float]) -> str:

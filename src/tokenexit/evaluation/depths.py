@@ -1,0 +1,62 @@
+"""Accuracy by depth: what a model would say if it stopped after each exit, all of it read off one dense pass.
+
+After a short training late blocks can be worse than early ones, and then exits look good for the wrong reason.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from tokenexit.heads import class_scores
+from tokenexit.ledger import write_ledger
+from tokenexit.methods import Stage
+from tokenexit.output import SegmentationOutput
+from tokenexit.segmenter import ExitSegmenter
+from tokenexit.tokens import Packing
+from tokenexit.windows import Segmentation, WindowedOutput
+
+
+def stopped(model: ExitSegmenter, dense: Segmentation) -> list[Segmentation]:
+    """What the model says, and what it costs, if everything stops at an exit: one output for each exit, and the end.
+
+    dense: a pass of `Dense()` with stages. The outputs are those of `Truncated`, at any resolution of the heads, and
+    the last one is dense without the exit heads, which only the recording ran.
+    """
+    if isinstance(dense, WindowedOutput):
+        return [replace(dense, windows=windows) for windows in _stopped(model, dense.windows)]
+    return list(_stopped(model, dense))
+
+
+def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[SegmentationOutput]:
+    exits, depth = model.config.exits, model.config.backbone.depth
+    prefix = model.config.backbone.num_prefix_tokens
+    grids = [dense.grid(i) for i in range(len(dense))]
+    tokens = dense.ledger.tokens
+    outputs = []
+    for n, stage in enumerate(dense.stages):
+        ran = [replace(Stage(), head_tokens=tokens) if m == n else Stage() for m in range(len(dense.stages))]
+        blocks = exits[n] if n < len(exits) else depth
+        lengths = [[count + prefix for count in tokens]] * blocks + [[prefix] * len(tokens)] * (depth - blocks)
+        heads = model.for_methods().exit_heads
+        out = replace(
+            dense,
+            exit_stage=tuple(torch.full_like(own, n) for own in dense.exit_stage),
+            ledger=write_ledger(model.backbone, heads, model.decode_head, grids, lengths, ran),
+            stages=(),
+        )
+        if n < len(exits):
+            assert stage.logits is not None, "a pass with stages has the maps of all exits"
+            cells = [count * stage.scale**2 for count in tokens]
+            softmax = stage.kind == "softmax"
+            image = Packing.of(cells, stage.logits.device).image_index()
+            scores = stage.logits if softmax else class_scores(stage.kind, stage.logits, stage.presence, image)
+            maps = [
+                own.view(h * stage.scale, w * stage.scale, -1).permute(2, 0, 1)
+                for own, (h, w) in zip(torch.split(scores, cells), grids)
+            ]
+            value = "logits" if softmax else "scores"
+            out = replace(out, grid_logits=tuple(maps), value=value, upscale=stage.upscale)
+        outputs.append(out)
+    return outputs
