@@ -21,6 +21,7 @@ ORDER = [
     ("checkpoints",),
     ("ledger",),
     ("output",),
+    ("outputs",),
     ("preprocessing",),
     ("windows",),
     ("card", "pipeline"),

@@ -14,7 +14,7 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from tokenexit.hub import push_folder
 from tokenexit.ledger import Size, write_ledger
 from tokenexit.methods import Dense, Method, Model, build_method
 from tokenexit.output import SegmentationOutput, joined
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.pipeline import ImageSegmentation, label_maps
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
 from tokenexit.vit import ViT, ViTConfig, vit_config
@@ -150,18 +151,21 @@ class ExitSegmenter(nn.Module):
         method: Method[Any] | None = None,
         targets: Sequence[Size] | None = None,
         with_stages: bool = False,
+        labels: Tensor | None = None,
     ) -> SegmentationOutput:
         """Segment a batch.
 
         images: `(B, 3, H, W)` or a list of `(3, H, W)`, sizes may differ. method: `Dense()` if not given.
         targets: height and width of the maps that the output's `labels` and `logits` return; image sizes if not given.
         with_stages: record the full map of every exit, as training always does for its losses.
+        labels: masks `(B, H, W)`, of which the output's `loss` is taken: `segmentation_loss` with its defaults and the
+            `ignore_index` of the preprocessing's labels.
         """
         images = _as_list(images)
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
         method = Dense() if method is None else method
-        model = self.for_methods(self.training or with_stages)
+        model = self.for_methods(self.training or with_stages or labels is not None)
         method.check(model)
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         targets = sizes if targets is None else tuple(targets)
@@ -169,7 +173,11 @@ class ExitSegmenter(nn.Module):
             self._run([images[i] for i in run], own, model, targets[run.start : run.stop])
             for run, own in self._runs(sizes, method)
         ]
-        return outputs[0] if len(outputs) == 1 else joined(outputs)
+        output = outputs[0] if len(outputs) == 1 else joined(outputs)
+        if labels is None:
+            return output
+        classes = self.preprocessing.labels or default_labels(self.config.num_classes)
+        return replace(output, loss=segmentation_loss(output, labels, classes.ignore_index))
 
     def _runs(self, sizes: Sequence[Size], method: Method[Any]) -> Iterator[tuple[range, Method[Any]]]:
         """Consecutive images that run together, and with what; for most methods, all of them with itself."""

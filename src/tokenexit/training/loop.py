@@ -37,7 +37,7 @@ from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_ch
 from tokenexit.training.config import TrainConfig, check_class_weights, check_parts
 from tokenexit.training.distill import distillation_loss, load_teacher
 from tokenexit.training.freeze import check_freeze, training_mode
-from tokenexit.training.losses import segmentation_loss
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.training.optim import build_optimizer, learning_rate
 
 Say = Callable[[str], None]
