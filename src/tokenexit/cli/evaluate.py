@@ -13,9 +13,9 @@ from tokenexit.cli.options import (
     calibrated_methods,
     command_parser,
     dataset_of,
-    device_of,
     existing_folder,
     in_windows,
+    machine_of,
     methods_of,
     one_voice,
     positive,
@@ -71,7 +71,7 @@ def evaluate(arguments: list[str]) -> int:
     named = None if options.method is None else methods_of(options.method, options)
     with joined():
         with together():
-            model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+            model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
             set_windows(model, options)
             name, data = dataset_of(options)
             methods = named or calibrated_methods(model, options) or methods_of(["dense"], options)

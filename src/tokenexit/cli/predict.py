@@ -13,7 +13,7 @@ from tokenexit.cli.options import (
     add_window_options,
     calibrated_methods,
     command_parser,
-    device_of,
+    machine_of,
     methods_of,
     one_voice,
     positive,
@@ -80,7 +80,7 @@ def predict(arguments: list[str]) -> int:
     named = None if options.method is None else methods_of([options.method], options)
     with joined(PATIENCE):
         with together():
-            model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+            model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
             set_windows(model, options)
             (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
             calibrated = named is None and model.calibration is not None

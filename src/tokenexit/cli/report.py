@@ -12,8 +12,8 @@ from tokenexit.cli.options import (
     calibrated_methods,
     command_parser,
     dataset_of,
-    device_of,
     in_windows,
+    machine_of,
     methods_of,
     positive,
     progress_bar,
@@ -51,7 +51,7 @@ def report(arguments: list[str]) -> int:
     from tokenexit.segmenter import ExitSegmenter
 
     named = None if options.method is None else methods_of(options.method, options)
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     set_windows(model, options)
     name, data = dataset_of(options)
     path = report_model(

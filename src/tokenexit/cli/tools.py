@@ -10,7 +10,7 @@ from tokenexit.cli.options import (
     add_method_options,
     calibrated_methods,
     command_parser,
-    device_of,
+    machine_of,
     methods_of,
     positive,
     progress_bar,
@@ -58,7 +58,7 @@ def gate(arguments: list[str]) -> int:
     from tokenexit.segmenter import ExitSegmenter
 
     named = None if options.method is None else methods_of([options.method], options)
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     (method,) = named or calibrated_methods(model, options) or methods_of(["dtop"], options)
     model.check(method)
     found = run(model, method, model.backbone.patch_embed.grid(*size), options.precision)

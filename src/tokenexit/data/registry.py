@@ -71,14 +71,17 @@ def dataset_labels(name: str) -> Labels | None:
     return labels if isinstance(labels, Labels) else None  # a class has them as a property of what it opens
 
 
-def dataset_splits(name: str, root: str | Path | None) -> tuple[str, ...]:
-    """The splits of a dataset that are there to open.
+def dataset_splits(name: str, root: str | Path | None, **options: Any) -> tuple[str, ...]:
+    """The splits of a dataset that are there to open. options: as for `open_dataset`.
 
     Raises `DataError` for an unknown name, and for a root that is missing or too much.
     """
     opener = _opener(name)
     home = _checked_root(name, opener, root)
-    splits: tuple[str, ...] = opener.splits(home) if hasattr(opener, "splits") else ("train", "val", "test")
+    splits: tuple[str, ...] = ("train", "val", "test")
+    if hasattr(opener, "splits"):
+        known = inspect.signature(opener.splits).parameters
+        splits = opener.splits(home, **{key: value for key, value in options.items() if key in known})
     if not splits:
         raise DataError(f"dataset {name!r} has no split in {str(home)!r}: check that images and masks are there.")
     return splits
