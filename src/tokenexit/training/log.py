@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,9 +75,10 @@ class CsvLog:
     def __call__(self, row: Row) -> None:
         try:
             if not self.begun:
-                kept = list(_rows_until(self.path, self.done))
-                with whole(self.path) as unfinished, unfinished.open("w", newline="") as file:
-                    csv.writer(file).writerows([COLUMNS, *kept])
+                rows = [COLUMNS, *_rows_until(self.path, self.done)]
+                target = whole(self.path) if len(rows) > 1 else nullcontext(self.path)
+                with target as path, path.open("w", newline="") as file:
+                    csv.writer(file).writerows(rows)
                 self.begun = True
             with self.path.open("a", newline="") as file:
                 csv.writer(file).writerow(_cells(row))
