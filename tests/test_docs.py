@@ -71,3 +71,24 @@ def test_pages__link_to_pages_that_exist(repo_root: Path) -> None:
         for target in re.findall(r"\]\(([^)#]+)[^)]*\)", page.read_text()):
             if "://" not in target:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_own_data_page__names_the_datasets_that_there_are(repo_root: Path) -> None:
+    from tokenexit.data.registry import DATASETS
+
+    text = (repo_root / "docs" / "your-own-data.md").read_text()
+    section = text.partition("## Known datasets")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == set(DATASETS)
+
+
+def test_pages__name_no_dataset_that_there_is_not(repo_root: Path) -> None:
+    from tokenexit.data.registry import DATASETS
+
+    for page in (
+        repo_root / "README.md",
+        *(repo_root / "docs").rglob("*.md"),
+        *(repo_root / "configs").rglob("*.yaml"),
+    ):
+        text = page.read_text()
+        named = re.findall(r"--data(?:\.name)? (\w+)|data check (\w+)|^  name: (\w+)$", text, re.MULTILINE)
+        assert {name for found in named for name in found if name and name.islower()} <= set(DATASETS), page

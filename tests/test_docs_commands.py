@@ -12,6 +12,8 @@ import pytest
 from tests.test_cli import fine
 from tokenexit.cli import COMMANDS, main
 from tokenexit.cli.options import CommandParser
+from tokenexit.methods import DToP
+from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.parsing import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -94,3 +96,18 @@ def test_python__of_other_pages_runs(page: str, tmp_path: Path, monkeypatch: pyt
     assert examples
     for example in examples:
         exec(compile(example, page, "exec"), {"__name__": "example"})
+
+
+def test_own_training_loop__learns_as_it_stands_and_leaves_a_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = ROOT / "docs" / "own-training-loop.md"
+    names: dict[str, Any] = {"__name__": "example"}
+    for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(example, page.name, "exec"), names)
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", capsys.readouterr().out)]
+    assert len(losses) == 64 // 8 + 1
+    assert losses[-2] < losses[0]
+    model = ExitSegmenter.from_pretrained("runs/own")
+    assert model.predict(names["data"][0].image, DToP(threshold=0.5)).labels.shape == (1, 64, 96)

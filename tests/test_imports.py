@@ -22,6 +22,7 @@ ORDER = [
     ("checkpoints",),
     ("ledger",),
     ("output",),
+    ("outputs",),
     ("preprocessing",),
     ("windows",),
     ("card", "pipeline"),

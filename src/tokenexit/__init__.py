@@ -17,6 +17,7 @@ from tokenexit.version import __version__
 _HOME = {
     "ExitSegmenter": "tokenexit.segmenter",
     "SegmentationOutput": "tokenexit.output",
+    "segmentation_loss": "tokenexit.outputs.losses",
     "calibrate": "tokenexit.calibration.calibrate",
     "Budget": "tokenexit.calibration.calibrate",
     "Bound": "tokenexit.calibration.calibrate",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from tokenexit.errors import TokenExitError
     from tokenexit.methods import Dense, DoViT, DToP
     from tokenexit.output import SegmentationOutput
+    from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.preprocessing import Labels, Preprocessing
     from tokenexit.segmenter import ExitSegmenter
     from tokenexit.vit import ViTConfig
@@ -55,6 +57,7 @@ __all__ = [
     "ViTConfig",
     "__version__",
     "calibrate",
+    "segmentation_loss",
 ]
 
 

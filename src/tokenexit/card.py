@@ -108,7 +108,9 @@ def _rows(training: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | No
         return rows
     method = _at(training, "config", "methods")
     name = method[0].get("name", "?") if isinstance(method, list) and method else "?"
-    return [[str(name), _text(history[-1].get("miou"), ".2f"), _text(history[-1].get("gmacs"), ".3f"), ""]]
+    kept = _at(training, "step")  # of the weights that were kept; the last ones where nothing is said
+    last = next((entry for entry in history if kept is not None and _at(entry, "step") == kept), history[-1])
+    return [[str(name), _text(_at(last, "miou"), ".2f"), _text(_at(last, "gmacs"), ".3f"), ""]]
 
 
 def _table(

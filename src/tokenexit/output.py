@@ -36,6 +36,7 @@ class SegmentationOutput:
     sizes: height and width of the images as the network saw them. targets: of the maps that `labels` and `logits`
         return. patch_size, upscale: how the grid lies on the image.
     stages: records of the exits and the decode head, from which losses are taken in training.
+    loss: of the batch, where the model was called with `labels`.
     """
 
     grid_logits: tuple[Tensor, ...]
@@ -48,6 +49,7 @@ class SegmentationOutput:
     patch_size: int
     upscale: int
     stages: tuple[Stage, ...] = ()
+    loss: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.grid_logits)

@@ -93,6 +93,7 @@ def scene_recipe(out: Path, steps: int, precision: Precision, seed: int) -> Trai
         loss_stride=2,
         seed=seed,
         precision=precision,
+        validate_every=0,
         checkpoint_every=0,
         resume=False,
     )

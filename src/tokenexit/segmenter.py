@@ -9,6 +9,7 @@ threads at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
 from tokenexit.ledger import Size, write_ledger
 from tokenexit.methods import Dense, Method, MethodLike, Model, Result, as_method
 from tokenexit.output import SegmentationOutput, joined
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.pipeline import ImageSegmentation, label_maps
 from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
 from tokenexit.pretrained import PretrainedMixin, SegmenterConfig
@@ -112,6 +114,7 @@ class ExitSegmenter(PretrainedMixin):
         method: MethodLike | None = None,
         targets: Sequence[Size] | None = None,
         with_stages: bool = False,
+        labels: Tensor | None = None,
     ) -> SegmentationOutput:
         """Segment a batch.
 
@@ -119,12 +122,14 @@ class ExitSegmenter(PretrainedMixin):
             specification; `Dense()` if not given.
         targets: height and width of the maps that the output's `labels` and `logits` return; image sizes if not given.
         with_stages: record the full map of every exit, as training always does for its losses.
+        labels: masks `(B, H, W)`, of which the output's `loss` is taken: `segmentation_loss` with its defaults and the
+            `ignore_index` of the preprocessing's labels.
         """
         images = _as_list(images)
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
         method = Dense() if method is None else as_method(method)
-        model = self.for_methods(self.training or with_stages)
+        model = self.for_methods(self.training or with_stages or labels is not None)
         method.check(model)
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         targets = sizes if targets is None else tuple(targets)
@@ -133,7 +138,11 @@ class ExitSegmenter(PretrainedMixin):
             self._run([images[i] for i in run], own, model, targets[run.start : run.stop])
             for run, own in method.runs(grids)
         ]
-        return outputs[0] if len(outputs) == 1 else joined(outputs)
+        output = outputs[0] if len(outputs) == 1 else joined(outputs)
+        if labels is None:
+            return output
+        classes = self.preprocessing.labels or default_labels(self.config.num_classes)
+        return replace(output, loss=segmentation_loss(output, labels, classes.ignore_index))
 
     def _run(
         self, images: Sequence[Tensor], method: Method[Any], model: Model, targets: tuple[Size, ...]

@@ -219,3 +219,21 @@ def test_run_data_check__says_what_was_found_writes_figures_and_returns_the_stat
     assert "error in train: images that cannot be read (1)" in said[0]
     with pytest.raises(ConfigError, match="cannot be written"):
         run_data_check("folder", root, json_path=tmp_path, say=said.append)
+
+
+def test_check__reads_other_layouts_and_says_how_images_were_split(tmp_path):
+    for k in range(40):
+        write_pair(tmp_path, "all", f"p{k}", np.array([[0, 1], [2, 255]], np.uint8))
+    (tmp_path / "images").rename(tmp_path / "img")
+    with pytest.raises(DataError, match=r"write to dataset\.yaml images: 'img'\.$"):
+        check_dataset("folder", tmp_path)
+    (tmp_path / "dataset.yaml").write_text("classes: [ground, leaf, fruit]\nimages: img\n")
+    report = check_dataset("folder", tmp_path)
+    assert [split.split for split in report.splits] == ["train", "val", "test"]
+    assert sum(split.pairs for split in report.splits) == 40
+    counts = ", ".join(f"{split.pairs} {split.split}" for split in report.splits)
+    note = f"no split is given, so images are split by file name, 80/10/10: {counts}"
+    assert report.to_text().splitlines()[0] == note
+    assert report.to_text().count(note) == 1
+    assert json.loads(json.dumps(report.to_dict()))["splits"][2]["note"] == note
+    assert report.status == "ok"

@@ -1,9 +1,13 @@
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.data.pictures import LABELS, write_pair
 from tokenexit.data.folder import FolderDataset, read_dataset_file
+from tokenexit.data.folder_layout import drawn_split
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.preprocessing import Labels
 
@@ -114,7 +118,212 @@ def test_folder__missing_folders_and_splits_are_named_with_what_exists(tmp_path)
     assert "there is train, val" in message
     assert "lacks 'annotations/val'" in message_of(lambda: FolderDataset(tmp_path, "val", LABELS))
     (tmp_path / "annotations/val").mkdir(parents=True)
-    assert "holds no pictures" in message_of(lambda: FolderDataset(tmp_path, "val", LABELS))
+    assert "holds no images" in message_of(lambda: FolderDataset(tmp_path, "val", LABELS))
+
+
+# ------------------------------------------------------------------------------------------------- other layouts
+
+
+def write_files(root: Path, *names: str) -> None:
+    """Pictures of 3x2 pixels, which serve as masks of class 0, too."""
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (3, 2)).save(root / name)
+
+
+def pairs(dataset: FolderDataset, root: Path) -> list[tuple[str, str]]:
+    """Images and masks by their paths within root."""
+    return [(pair.image.removeprefix(f"{root}/"), pair.mask.removeprefix(f"{root}/")) for pair in dataset.pairing.pairs]
+
+
+def test_folder__takes_folders_and_suffixes_of_any_name(tmp_path):
+    write_files(tmp_path, "img/train/a_image.jpg", "gt/train/a_annotation.png", "img/train/b/c_image.jpg")
+    write_files(tmp_path, "gt/train/b/c_annotation.png", "img/train/notes.png")
+    options = {"images": "img", "annotations": "gt", "image_suffix": "_image", "mask_suffix": "_annotation"}
+    dataset = FolderDataset(tmp_path, "train", LABELS, **options)
+    assert dataset.names == ("a", "b/c")
+    assert pairs(dataset, tmp_path)[0] == ("img/train/a_image.jpg", "gt/train/a_annotation.png")
+    assert dataset.note == ""
+    (tmp_path / "dataset.yaml").write_text("classes: [a]\n" + "".join(f"{k}: {v}\n" for k, v in options.items()))
+    assert FolderDataset(tmp_path, "train").names == ("a", "b/c")
+    assert FolderDataset.splits(tmp_path) == ("train",)
+
+
+def test_folder__takes_the_splits_as_outer_folders(tmp_path):
+    write_files(tmp_path, "data/train/img/a.jpg", "data/train/mask/a.png", "data/valid/img/b.jpg")
+    write_files(tmp_path, "data/valid/mask/b.png", "data/readme/x.png")
+    options = {"images": "data/{split}/img", "annotations": "data/{split}/mask"}
+    assert FolderDataset.splits(tmp_path, **options) == ("train", "valid")
+    assert FolderDataset(tmp_path, "valid", LABELS, **options).names == ("b",)
+    message = message_of(lambda: FolderDataset(tmp_path, "val", LABELS, **options))
+    assert "split 'val' is unknown" in message
+    assert "there is train, valid" in message
+    with pytest.raises(ConfigError, match="stands in one of images and annotations: write it in both"):
+        FolderDataset(tmp_path, "val", LABELS, images="{split}/img")
+
+
+@pytest.mark.parametrize(
+    ("names", "options"),
+    [
+        (("a.jpg", "a.png"), {"image_suffix": ".jpg", "mask_suffix": ".png"}),
+        (("a.png", "a_mask.png"), {"mask_suffix": "_mask"}),
+        (("a_rgb.png", "a.png"), {"image_suffix": "_rgb"}),
+    ],
+)
+def test_folder__images_and_masks_may_lie_side_by_side(names, options, tmp_path):
+    write_files(tmp_path, *(f"all/train/{name}" for name in names))
+    dataset = FolderDataset(tmp_path, "train", LABELS, images="all", annotations="all", **options)
+    assert dataset.names == ("a",)
+    assert pairs(dataset, tmp_path) == [tuple(f"all/train/{name}" for name in names)]
+    assert dataset.pairing.unpaired == ()
+
+
+def test_folder__masks_may_lie_within_the_folder_of_the_images(tmp_path):
+    write_files(tmp_path, *(f"{k}.png" for k in range(20)), *(f"gt/{k}.png" for k in range(20)))
+    names = [FolderDataset(tmp_path, s, LABELS, images=".", annotations="gt").names for s in ("train", "val", "test")]
+    assert sorted(name for split in names for name in split) == sorted(map(str, range(20)))
+
+
+def test_folder__asks_for_suffixes_where_nothing_tells_images_from_masks(tmp_path):
+    write_files(tmp_path, "all/a.png")
+    message = message_of(lambda: FolderDataset(tmp_path, "train", LABELS, images="all", annotations="all"))
+    assert "tell them apart with image_suffix and mask_suffix" in message
+
+
+# ---------------------------------------------------------------------------------------------------------- lists
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("site/a", "site/a.jpg", "images/site/a.jpg", "./images/site/a.jpg", "annotations/site/a.png", "a", "a.jpg"),
+        *("images/site/a.jpg annotations/site/a.png", "images/site/a.jpg,annotations/site/a.png"),
+        *("/images/site/a.jpg\t/annotations/site/a.png", "images\\site\\a.jpg", "{root}/images/site/a.jpg"),
+    ],
+)
+def test_folder__lists_hold_names_or_paths(line, tmp_path):
+    write_files(tmp_path, "images/site/a.jpg", "annotations/site/a.png", "images/b.jpg", "annotations/b.png")
+    (tmp_path / "train.txt").write_text(f"# mine\n{line.format(root=tmp_path)}\n\n")
+    (tmp_path / "val.txt").write_text("b\n")
+    (tmp_path / "classes.txt").write_text("ground\nleaf\n")
+    assert FolderDataset.splits(tmp_path) == ("train", "val")
+    dataset = FolderDataset(tmp_path, "train", LABELS)
+    assert pairs(dataset, tmp_path) == [("images/site/a.jpg", "annotations/site/a.png")]
+    assert FolderDataset(tmp_path, "val", LABELS).names == ("b",)
+
+
+def test_folder__lists_may_lie_elsewhere_and_then_win_over_folders(tmp_path):
+    write_files(
+        tmp_path, *(f"{kind}/{name}.png" for kind in ("images", "annotations") for name in ("train/a", "val/b"))
+    )
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits/fold1.txt").write_text("train/a\nval/b\n")
+    assert FolderDataset(tmp_path, "train", LABELS).names == ("a",)
+    assert FolderDataset(tmp_path, "fold1", LABELS, lists="splits").names == ("train/a", "val/b")
+
+
+def test_folder__lists_that_name_nothing_are_refused_with_the_first_names(tmp_path):
+    write_files(tmp_path, "images/a.jpg", "annotations/a.png")
+    (tmp_path / "train.txt").write_text("x\na\ny z\n")
+    message = message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    assert "train.txt' lists 2 of 3 names that are no image" in message
+    assert "(x, y z)" in message
+    (tmp_path / "train.txt").write_text("a\na.jpg\n")
+    assert "'a' is listed twice" in message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    (tmp_path / "train.txt").write_text("\n")
+    assert "lists no names" in message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    assert "train.txt" not in message_of(lambda: FolderDataset(tmp_path, "nope", LABELS))
+
+
+def test_folder__listed_images_without_mask_are_unpaired(tmp_path):
+    write_files(tmp_path, "images/a.jpg", "annotations/a.png", "images/b.jpg")
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    assert "1 of 2 images have no mask" in message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    assert FolderDataset(tmp_path, "train", LABELS, unpaired="skip").names == ("a",)
+
+
+# ------------------------------------------------------------------------------------------------- drawn by name
+
+
+def test_folder__draws_splits_by_name_where_none_is_given(tmp_path):
+    write_files(tmp_path, *(f"{kind}/{k // 50}/{k:03}.png" for kind in ("images", "annotations") for k in range(100)))
+    splits = {split: FolderDataset(tmp_path, split, LABELS) for split in ("train", "val", "test")}
+    assert FolderDataset.splits(tmp_path) == ("train", "val", "test")
+    names = {split: set(dataset.names) for split, dataset in splits.items()}
+    assert set.union(*names.values()) == {f"{k // 50}/{k:03}" for k in range(100)}
+    assert sum(map(len, names.values())) == 100
+    assert 70 <= len(names["train"]) <= 90
+    counts = ", ".join(f"{len(names[split])} {split}" for split in names)
+    assert splits["val"].note == f"no split is given, so images are split by file name, 80/10/10: {counts}"
+    write_files(tmp_path, "images/new.png", "annotations/new.png")
+    later = {split: set(FolderDataset(tmp_path, split, LABELS).names) for split in names}
+    assert all(names[split] <= later[split] for split in names)  # adding an image moves no other
+
+
+def test_drawn_split__is_the_same_for_ever():
+    drawn = [drawn_split(name) for name in ("a", "b", "leaf-12", "site/7", "2", "60")]
+    assert drawn == ["train", "train", "val", "val", "val", "train"]
+
+
+def test_folder__does_not_draw_where_folders_or_lists_look_like_splits(tmp_path):
+    write_files(
+        tmp_path, *(f"{kind}/{name}.png" for kind in ("images", "annotations") for name in ("training/a", "v/b"))
+    )
+    message = message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    assert "split 'train' is unknown" in message
+    assert "there is training, v" in message
+
+
+def test_folder__a_folder_of_any_name_is_a_split_if_it_is_asked_for(tmp_path):
+    write_files(
+        tmp_path, *(f"{kind}/{name}.png" for kind in ("images", "annotations") for name in ("north/a", "south/b"))
+    )
+    assert FolderDataset(tmp_path, "north", LABELS).names == ("a",)
+    assert "there is train, val, test, drawn by file name" in message_of(lambda: FolderDataset(tmp_path, "x", LABELS))
+
+
+def test_folder__says_so_where_drawing_leaves_nothing(tmp_path):
+    write_files(tmp_path, "images/a.jpg", "annotations/a.png")
+    message = message_of(lambda: FolderDataset(tmp_path, "test", LABELS))
+    assert "leaves none of 1 pairs for 'test': list its images in test.txt" in message
+
+
+# ---------------------------------------------------------------------------------------------------------- hints
+
+
+@pytest.mark.parametrize(
+    ("names", "suggested"),
+    [
+        (("img/{k}.jpg", "gt/{k}.png"), "images: 'img', annotations: 'gt'"),
+        (("img/{k}_image.jpg", "gt/{k}_annotation.png"), "mask_suffix: '_annotation'"),
+        (("img/train/{k}.png", "labels/train/{k}.png"), "images: 'img', annotations: 'labels'"),
+        (("train/img/{k}.jpg", "train/gt/{k}.png"), "images: '{split}/img', annotations: '{split}/gt'"),
+        (("all/{k}.jpg", "all/{k}_mask.png"), "images: 'all', annotations: 'all', mask_suffix: '_mask'"),
+        (("{k}.jpg", "{k}.png"), "images: '.', annotations: '.', image_suffix: '.jpg', mask_suffix: '.png'"),
+        (("images/site/{k}.jpg", "masks/site/{k}.png"), "annotations: 'masks'"),
+    ],
+)
+def test_folder__shows_what_is_expected_what_is_there_and_what_would_fit(names, suggested, tmp_path):
+    write_files(tmp_path, *(name.format(k=f"photo{k}", split="") for name in names for k in range(12)))
+    message = message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    assert "expected are images/NAME.jpg and annotations/NAME.png" in message
+    assert re.search(r"found \d+ images in '[\w.]+' such as '.*photo0", message)
+    assert message.endswith(f"{suggested}.")
+    written = message.rpartition("write to dataset.yaml ")[2].rstrip(".")
+    (tmp_path / "dataset.yaml").write_text("classes: [a]\n" + written.replace(", ", "\n"))
+    assert len(FolderDataset(tmp_path, "train")) > 5  # what is suggested works
+
+
+def test_folder__hints_at_suffixes_where_no_name_is_shared(tmp_path):
+    write_files(tmp_path, *(f"images/train/{k}.jpg" for k in "ab"), *(f"annotations/train/{k}_mask.png" for k in "ab"))
+    message = message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
+    assert message.startswith("none of 2 images in")
+    assert message.endswith("write to dataset.yaml mask_suffix: '_mask'.")
+
+
+def test_folder__says_that_there_is_no_image_at_all(tmp_path):
+    (tmp_path / "notes.txt").write_text("x")
+    assert message_of(lambda: FolderDataset(tmp_path, "train", LABELS)).endswith("found no image at all.")
 
 
 # ------------------------------------------------------------------------------------------------------ dataset.yaml
@@ -172,6 +381,12 @@ def test_dataset_file__nonsense_is_refused_with_the_file_and_the_value(text, wor
     path.write_text(text)
     with pytest.raises(DataError, match=f"dataset.yaml'.*{words}"):
         read_dataset_file(path)
+
+
+def test_dataset_file__nonsense_about_folders_is_refused_too(tmp_path):
+    write_pair(tmp_path, "train", "a", VALUES)
+    (tmp_path / "dataset.yaml").write_text("classes: [a]\nimages: 3")
+    assert "dataset.yaml': images must be a text, got 3" in message_of(lambda: FolderDataset(tmp_path, "train"))
 
 
 def test_dataset_file__its_absence_is_told_with_what_to_write(tmp_path):

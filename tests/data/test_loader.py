@@ -12,6 +12,7 @@ from tokenexit.data.loader import (
     Draw,
     EvaluationSet,
     ResumableSampler,
+    Spread,
     TrainingSet,
     augmentation_rng,
     collate_evaluation,
@@ -213,3 +214,11 @@ def test_cached__gives_the_same_training_pictures():
     kept = TrainingSet(Cached(TinyDataset()), training_transform((8, 10)), Preprocessing(), 3)
     for epoch in range(4):
         assert same(plain[Draw(epoch, 2)], kept[Draw(epoch, 2)])
+
+
+def test_spread__takes_samples_from_all_of_a_dataset() -> None:
+    names = [sample.name for sample in Spread(TinyDataset(10), 4)]
+    assert names == ["tiny0", "tiny2", "tiny5", "tiny7"]
+    assert len(Spread(TinyDataset(3), 100)) == 3
+    with pytest.raises(IndexError):
+        _ = Spread(TinyDataset(10), 4)[4]

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,10 +25,12 @@ from tests.training.tiny import (
     weights,
     write_dataset,
 )
+from tokenexit import inference
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import TrainConfig
+from tokenexit.training.log import is_row
 from tokenexit.training.loop import draw_method, train
 
 Weights = dict[str, torch.Tensor]
@@ -338,6 +343,235 @@ def test_a_model_of_unknown_origin_is_not_overwritten(data: Path, tmp_path: Path
         run(tiny_run(data, tmp_path / "b"))
 
 
+# ---------------------------------------------------------------------------------------------- validation and best
+
+
+def validated(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let validations find these figures, by step."""
+    found = dict(enumerate(values, 1))
+
+    def validate(self: loop.Run, *rest: Any) -> dict[str, float]:
+        return {"miou": found[self.step], "gmacs": 1.0}
+
+    original = loop.Run.validate
+
+    def at_step(self: loop.Run, *rest: Any) -> float:
+        monkeypatch.setattr(loop, "validate", lambda *args: validate(self))
+        return original(self, *rest)
+
+    monkeypatch.setattr(loop.Run, "validate", at_step)
+
+
+def weights_by_step(data: Path, out: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
+    """Weights after each step of a run, the first at 1."""
+    seen: list[Weights] = [{}]
+    original = loop.train_step
+
+    def watched(*args: Any) -> float:
+        loss = original(*args)
+        seen.append(weights(args[-1].model))
+        return loss
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "train_step", watched)
+        run(tiny_run(data, out, steps=steps))
+    return seen
+
+
+def test_validation__runs_four_times_by_default_on_a_spread_of_images(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes: list[int] = []
+    monkeypatch.setattr(loop, "validate", lambda *args: sizes.append(len(args[-1])) or {"miou": 1.0})
+    monkeypatch.setattr("tokenexit.training.build.AUTO_VAL_IMAGES", 1)
+    lines: list[str] = []
+    train(tiny_run(data, tmp_path, steps=7, validate_every="auto"), say=lines.append, progress=False)
+    assert sizes == [1, 1, 1, 1]
+    assert [line[:7] for line in lines if "validation mIoU 1.00" in line] == [
+        "step 2:",
+        "step 4:",
+        "step 6:",
+        "step 7:",
+    ]
+
+
+def test_validation__is_on_by_default_and_says_how_to_go_without(data: Path, tmp_path: Path) -> None:
+    assert (TrainConfig().validate_every, TrainConfig().keep) == ("auto", "best")
+    root = write_dataset(tmp_path / "set", {"train": 2})
+    with pytest.raises(DataError, match=r"'val' is unknown.*data\.val_split names.*validate_every=0 trains without\.$"):
+        run(tiny_run(root, tmp_path / "out", validate_every="auto"))
+
+
+@pytest.mark.parametrize("kill", [None, 4, 5])
+def test_best__weights_are_the_model_and_the_last_ones_stay_in_the_checkpoint(
+    kill: int | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = weights_by_step(data, tmp_path / "plain", 6, monkeypatch)
+    validated([10.0, 40.0, 20.0, 30.0, 40.0, 5.0], monkeypatch)
+    config = tiny_run(data, tmp_path / "best", validate_every=1, keep="best")
+    if kill is not None:
+        run_until(kill, config, monkeypatch)
+    lines: list[str] = []
+    assert same_weights(run(config, say=lines.append), seen[2])
+    assert same_weights(weights(ExitSegmenter.from_pretrained(config.out)), seen[2])
+    assert lines[-1].startswith("the model is that of step 2, the best validation with mIoU 40.00; the same command")
+    record = json.loads((tmp_path / "best" / "training.json").read_text())
+    assert (record["step"], [entry["miou"] for entry in record["history"]]) == (2, [10.0, 40.0, 20.0, 30.0, 40.0, 5.0])
+    assert same_weights(run(replace(config, keep="last")), seen[6])  # the same command, without a step
+    assert same_weights(weights(ExitSegmenter.from_pretrained(config.out)), seen[6])
+    assert same_weights(run(config), seen[2])
+
+
+def test_best__is_the_first_of_equals_and_never_no_number(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = weights_by_step(data, tmp_path / "plain", 4, monkeypatch)
+    validated([float("nan"), 7.0, float("nan"), 7.0], monkeypatch)
+    assert same_weights(run(tiny_run(data, tmp_path / "best", steps=4, validate_every=1, keep="best")), seen[2])
+
+
+def test_best__is_that_of_the_average_where_there_is_one(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tiny_run(data, tmp_path / "short", ema_decay=0.8, steps=6, validate_every=0))
+    validated([1.0] * 5 + [2.0], monkeypatch)
+    assert same_weights(run(tiny_run(data, tmp_path / "best", ema_decay=0.8, validate_every=1, keep="best")), first)
+
+
+@pytest.mark.parametrize(("begun_with", "validations"), [(0, 0), (3, 2)])
+def test_a_run_begun_before_runs_validated_by_themselves_goes_on_as_it_was(
+    begun_with: int, validations: int, data: Path, tmp_path: Path, whole: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its checkpoint knows neither `keep` nor `log` nor a best; now all is left to the defaults."""
+    run_until(4, tiny_run(data, tmp_path, validate_every=begun_with), monkeypatch)
+    path = tmp_path / "checkpoints" / "step-0000002" / "run.json"
+    saved = json.loads(path.read_text())
+    del saved["config"]["keep"], saved["config"]["log"]
+    path.write_text(json.dumps(saved))
+    validated([0.0, 0.0, 9.0, 0.0, 0.0, 1.0], monkeypatch)
+    monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx512_bf16", "bf16"}))
+    config = tiny_run(data, tmp_path, validate_every="auto", keep="best", precision="auto")
+    lines: list[str] = []
+    assert same_weights(run(config, say=lines.append), whole)  # the last weights, in the fp32 it was begun in
+    assert sum("mIoU" in line for line in lines) == validations
+
+
+# ------------------------------------------------------------------------------------------------------- precision
+
+
+def test_auto__takes_what_the_processor_is_fast_in_and_keeps_it_on_another(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def on_a_cpu_with(*instructions: str) -> None:
+        monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset(instructions))
+
+    on_a_cpu_with("avx512_bf16", "bf16")
+    never = run(tiny_run(data, tmp_path / "never", precision="bf16"))
+    config = tiny_run(data, tmp_path / "killed", precision="auto")
+    run_until(4, config, monkeypatch)
+    on_a_cpu_with("avx2")
+    lines: list[str] = []
+    assert same_weights(run(config, say=lines.append), never)
+    assert lines[1].startswith("warning: precision bf16 is slow on this cpu")
+    lines.clear()
+    train(tiny_run(data, tmp_path / "new", precision="auto", steps=1), say=lines.append, progress=False)
+    assert "on cpu in fp32" in lines[0]
+    assert not any("warning" in line for line in lines)
+
+
+# ------------------------------------------------------------------------------------------------------------- log
+
+
+def logged(out: Path) -> list[list[str]]:
+    return [line.split(",") for line in (out / "log.csv").read_text().splitlines()]
+
+
+def test_log__has_a_row_for_every_step_of_a_short_run_and_mious_where_it_was_validated(
+    data: Path, tmp_path: Path
+) -> None:
+    run(tiny_run(data, tmp_path, validate_every=3, steps=6))
+    header, *rows = logged(tmp_path)
+    assert header == ["step", "loss", "lr", "mIoU"]
+    assert [row[0] for row in rows] == list("123456")
+    assert all(float(loss) > 0 and 0 <= float(lr) <= 5e-3 for _, loss, lr, _ in rows)
+    assert [bool(row[3]) for row in rows] == [False, False, True, False, False, True]
+
+
+def test_log__of_a_killed_and_resumed_run_reads_as_if_nobody_had_stopped(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny_run(data, tmp_path / "never", validate_every=2))
+    config = tiny_run(data, tmp_path / "killed", validate_every=2, checkpoint_every=3)
+    run_until(6, config, monkeypatch)
+    assert len(logged(tmp_path / "killed")) == 1 + 5  # two more than the checkpoint has
+    with (tmp_path / "killed" / "log.csv").open("a") as file:
+        file.write("6,0.3")  # cut short
+    run(config)
+    assert logged(tmp_path / "killed") == logged(tmp_path / "never")
+    run(config)  # finished
+    assert logged(tmp_path / "killed") == logged(tmp_path / "never")
+
+
+def test_log__has_about_a_thousand_rows_at_most() -> None:
+    assert sum(is_row(step, 160_000) for step in range(1, 160_001)) == 1000
+    assert sum(is_row(step, 1001) for step in range(1, 1002)) == 501
+    assert all(is_row(step, 700) for step in range(1, 701))
+
+
+def test_log__that_cannot_be_written_ends_in_one_sentence(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "log.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free the place"):
+        run(tiny_run(data, tmp_path))
+
+
+def test_log__for_tensorboard_needs_its_package(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tokenexit.training.config.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"^log=tensorboard needs the package tensorboard: pip install"):
+        run(tiny_run(data, tmp_path, log="tensorboard"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_log__for_tensorboard_has_what_the_csv_has(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[str, float, int]] = []
+    begun: list[tuple[str, int]] = []
+
+    class Writer:
+        def __init__(self, folder: str, purge_step: int) -> None:
+            begun.append((folder, purge_step))
+
+        def __enter__(self) -> Writer:
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+        def flush(self) -> None: ...
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, value, step))
+
+    monkeypatch.setattr("tokenexit.training.config.find_spec", lambda name: object())
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=Writer))
+    run(tiny_run(data, tmp_path, log="tensorboard", validate_every=3, steps=3))
+    assert begun == [(str(tmp_path / "events"), 1)]
+    assert [(name, step) for name, _, step in written] == [
+        *((name, step) for step in (1, 2) for name in ("loss", "lr")),
+        *((name, 3) for name in ("loss", "lr", "mIoU")),
+    ]
+    values = [f"{value:.6g}" for _, value, _ in written]
+    assert values == [cell for row in logged(tmp_path)[1:] for cell in row[1:] if cell]
+
+
+def test_log__events_can_be_read_by_tensorboard(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = tiny_run(data, tmp_path, log="tensorboard", validate_every=3)
+    run_until(4, config, monkeypatch)
+    run(config)
+    events = accumulator.EventAccumulator(str(tmp_path / "events"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("mIoU")] == [3, 6]
+
+
 # ------------------------------------------------------------------------------------------------------- failures
 
 
@@ -401,10 +635,11 @@ def test_a_damaged_picture_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
 
 
 def test_a_run_leaves_a_model_its_configuration_and_no_unfinished_files(data: Path, tmp_path: Path) -> None:
-    run(tiny_run(data, tmp_path, validate_every=3))
+    run(tiny_run(data, tmp_path, validate_every=3, precision="auto"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "checkpoints",
         "config.json",
+        "log.csv",
         "model.safetensors",
         "training.json",
     ]
@@ -426,6 +661,30 @@ def test_where_there_is_no_terminal_progress_is_a_few_lines(data: Path, tmp_path
     assert lines[0].startswith("training 0.0 M parameters on 6 pictures of folder, 45 steps of 2, on cpu in fp32")
     assert 10 <= len(shown) <= 20
     assert shown[-1].startswith("step 45 of 45: loss ")
+
+
+def test_where_there_is_no_terminal_the_first_step_has_a_line_and_no_silence_is_long(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    train(tiny_run(data, tmp_path / "a", steps=45, checkpoint_every=0), say=lines.append)
+    assert lines[1].startswith("step 1 of 45: loss ")
+    lines.clear()
+    monkeypatch.setattr(loop, "LONGEST_SILENCE", 0.0)
+    train(tiny_run(data, tmp_path / "b", steps=45, checkpoint_every=0), say=lines.append)
+    assert sum(line.startswith("step ") for line in lines) == 45
+
+
+def test_lines_of_a_run_reach_a_pipe_at_once(data: Path, tmp_path: Path) -> None:
+    code = (
+        "import os; from pathlib import Path\n"
+        "from tests.training.tiny import tiny_run; import tokenexit.training.loop as l\n"
+        "l.train_step = lambda *args: os._exit(7)  # nothing is flushed at the end\n"
+        f"l.train(tiny_run(Path({str(data)!r}), Path({str(tmp_path)!r})))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 7, ended.stderr
+    assert ended.stdout.startswith("training 0.0 M parameters on 6 pictures")
 
 
 def test_damaged_checkpoints_end_in_one_sentence(data: Path, tmp_path: Path) -> None:

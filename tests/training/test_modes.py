@@ -28,11 +28,11 @@ from tests.training.tiny import (
 )
 from tokenexit.errors import ConfigError
 from tokenexit.methods import DToP, build_method
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import TrainConfig
 from tokenexit.training.freeze import FROZEN, training_mode
 from tokenexit.training.loop import train
-from tokenexit.training.losses import segmentation_loss
 
 Weights = dict[str, torch.Tensor]
 

@@ -79,6 +79,9 @@ def test_options_may_be_written_with_hyphens() -> None:
         (("--qqq", "3"), "qqq is no key of a run: see tokenexit train --help."),
         (("camvid",), "camvid stands alone: write options as --KEY VALUE, see tokenexit train --help."),
         (("--steps", "0"), "steps=0 must be at least 1."),
+        (("--validate-every", "-1"), "validate_every=-1 must be at least 0."),
+        (("--validate-every", "often"), "validate_every: often does not fit, give auto or a whole number."),
+        (("--keep", "first"), "keep: first does not fit, give one of best, last."),
     ],
 )
 def test_wrong_options_end_in_one_sentence_with_name_value_and_cure(arguments: tuple[str, ...], words: str) -> None:
@@ -179,3 +182,31 @@ def test_further_options_are_returned_beside_the_run() -> None:
 
     _, options = parse_train(["--method", "dtop"], add)
     assert options.method == "dtop"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--stepz", "3"], "stepz is no key of a run: did you mean steps?"),
+        (["--steps", "0"], "steps=0 must be at least 1."),
+        (["--threshold", "0.9"], "options of a method need --method"),
+        (["--config", "nope.yaml"], "--config nope.yaml cannot be read"),
+        (["--batch-size", "3", "--accumulate", "2"], "batch_size=3 is no multiple of 1 processes x accumulate=2"),
+        (["--model.weights", "a", "--model.init_from", "b"], "model.weights and model.init_from exclude each other"),
+        (["--model.new_exits", "true"], "model.new_exits puts exits on a saved model"),
+        (["--freeze", "backbone"], "freeze=backbone would keep random weights"),
+        (["--data.name", "camvod"], "dataset 'camvod' is unknown: choose one of ade20k, camvid"),
+    ],
+)
+def test_wrong_options_are_refused_before_torch_is_loaded(
+    arguments: list[str], words: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    code = f"""
+import sys
+from tokenexit.cli import main
+status = main(["train", *{arguments!r}])
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode in (1, 2)
+    assert capfd.readouterr().err.startswith(f"tokenexit train: {words}")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from tests.training.tiny import tiny_run, write_dataset
+from tokenexit import inference
 from tokenexit.cli import main
 from tokenexit.data.registry import dataset_labels
 from tokenexit.errors import TokenExitError
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_model
 from tokenexit.training.config import DataConfig, DistillConfig, ModelConfig, TrainConfig
+from tokenexit.training.loop import train
 from tokenexit.training.parsing import shipped_recipes
 from tokenexit.training.plan import plan, skeleton
 
@@ -43,6 +47,7 @@ def test_dry_run__says_what_would_be_done_and_does_nothing(tmp_path: Path, capsy
         "steps:    123 of 16 pictures, adamw at 2e-05, heads 10 times that, warm-up over 1500, decay to 0 at step "
         "160000, validated on val after every 4000",
         "predicts: pictures with a shortest side of 512, windows of 512x512 every 341x341",
+        f"machine:  {'cuda' if torch.cuda.is_available() else 'cpu'} in fp32",
         "writes:   here, its model and checkpoints",
     ]
     assert list(tmp_path.iterdir()) == []
@@ -155,3 +160,53 @@ def test_plan__says_where_a_run_would_go_on(tmp_path: Path) -> None:
     config = TrainConfig(out="out")
     assert said(config)["writes"] == "out, its model and checkpoints, going on from step-0000200"
     assert said(replace(config, resume=False))["writes"] == "out, its model and checkpoints"
+
+
+# ------------------------------------------------------------------------------------------- what is there already
+
+
+def test_plan__says_how_many_images_there_are_and_how_they_were_split(tmp_path: Path) -> None:
+    config = replace(tiny_run(write_dataset(tmp_path / "set"), tmp_path / "out"), validate_every="auto")
+    assert said(config)["splits"] == "train with 6 images, val with 2 to validate on"
+    assert said(replace(config, validate_every=0))["splits"] == "train with 6 images"
+    assert "validated on val after every 2" in said(config)["steps"]
+    drawn = tmp_path / "drawn"
+    for kind in ("images", "annotations"):
+        (drawn / kind).mkdir(parents=True)
+        for k in range(40):
+            shutil.copy(tmp_path / "set" / kind / "train" / f"p{k % 6}.png", drawn / kind / f"{k}.png")
+    (drawn / "dataset.yaml").write_text((tmp_path / "set" / "dataset.yaml").read_text())
+    config.data = replace(config.data, root=str(drawn))
+    assert "no split is given, so images are split by file name, 80/10/10: " in said(config)["splits"]
+
+
+@pytest.mark.parametrize("validate_every", ["auto", 3])
+def test_plan__refuses_a_validation_split_that_is_not_there(validate_every: Any, tmp_path: Path) -> None:
+    config = tiny_run(write_dataset(tmp_path / "set"), tmp_path / "out", validate_every=validate_every)
+    config.data = replace(config.data, val_split="vla")
+    message = refused(config)
+    assert message.startswith("split 'vla' is unknown in")
+    assert "there is test, train, val" in message
+    assert ("validate_every=0 trains without" in message) == (validate_every == "auto")
+    assert said(replace(config, validate_every=0))["data"]  # which nobody would look at
+
+
+def test_plan__says_that_a_run_is_finished_and_refuses_another_one_in_its_folder(tmp_path: Path) -> None:
+    config = tiny_run(write_dataset(tmp_path / "set"), tmp_path / "out", steps=2, methods=["dense"])
+    train(config, say=lambda line: None, progress=False)
+    assert said(config)["writes"].endswith(", finished: all 2 steps are done, nothing is left to train")
+    assert "finished" not in said(replace(config, resume=False))["writes"]
+    assert "holds a run with seed=4, not 5: choose another out" in refused(replace(config, seed=5))
+    (tmp_path / "out" / "checkpoints" / "step-0000002" / "run.json").write_text("{")
+    assert "is damaged or foreign" in refused(config)
+
+
+def test_plan__says_the_precision_and_warns_of_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx2"}))
+    assert said(TrainConfig())["machine"] == "cpu in fp32"
+    assert "warning" not in said(TrainConfig())
+    assert said(TrainConfig(precision="bf16"))["warning"].startswith("precision bf16 is slow on this cpu")
+    monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx512_bf16"}))
+    assert said(TrainConfig())["machine"] == "cpu in bf16"
+    assert "warning" not in said(TrainConfig(precision="bf16"))

@@ -86,6 +86,12 @@ def test_recipes__predict_at_the_size_that_they_train_at(name: str) -> None:
     assert data.resize == (None if data.name == "cityscapes" else min(data.resize_base))
     assert data.window == data.crop
     assert recipe(name).validate_every == recipe(name).checkpoint_every
+    assert recipe(name).keep == "last"  # as published
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes__ask_no_processor_for_what_it_may_not_have(name: str) -> None:
+    assert recipe(name).precision in ("auto", "fp32")
 
 
 def test_recipes_page__names_every_recipe_and_none_that_is_not_there() -> None:

@@ -10,11 +10,11 @@ from tokenexit.cli.options import (
     add_window_options,
     command_parser,
     dataset_of,
-    device_of,
     in_windows,
+    machine_of,
     methods_of,
     positive,
-    progress_bar,
+    progress_bars,
     set_windows,
     share,
 )
@@ -80,7 +80,7 @@ def calibrate(arguments: list[str]) -> int:
     if options.fit_temperature and options.temperature is not None:
         raise ConfigError("--temperature is given and --fit-temperature finds one: give one of the two.")
     (method,) = methods_of([options.method], options)
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     set_windows(model, options)
     if options.images is None:
         name, data = dataset_of(options)
@@ -91,7 +91,7 @@ def calibrate(arguments: list[str]) -> int:
         about = {"data": ", ".join(map(str, options.images))}
     check_classes(model, data)
     indices = drawn(len(data), options.limit, options.seed)
-    bench = Bench(model, data, indices, options.precision, progress_bar)
+    bench = Bench(model, data, indices, options.precision, progress_bars())
     with inference(model.device, options.precision):
         if asked is None:
             result = calibrate_by_class(bench, method, options.cbt[0], options.cbt[1], about)
@@ -148,17 +148,18 @@ def sweep(arguments: list[str]) -> int:
     by_hand = [m for m in methods_of(options.method, options) if hasattr(m, "threshold")] if options.threshold else []
     options.threshold = None
     methods = methods_of(options.method, options)
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     set_windows(model, options)
     name, data = dataset_of(options)
     options.split, split = options.tune_split, options.split
     _, tune = dataset_of(options)
     check_classes(model, data)
     count = len(data) if options.limit is None else min(options.limit, len(data))
+    progress = progress_bars()
     with inference(model.device, options.precision):
         rows = run(
-            Bench(model, data, tuple(range(count)), options.precision, progress_bar),
-            Bench(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress_bar),
+            Bench(model, data, tuple(range(count)), options.precision, progress),
+            Bench(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress),
             methods,
             by_hand,
             options.input_scale,

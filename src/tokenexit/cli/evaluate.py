@@ -15,10 +15,10 @@ from tokenexit.cli.options import (
     chosen_methods,
     command_parser,
     dataset_of,
-    device_of,
     existing_folder,
     in_windows,
     is_calibrated,
+    machine_of,
     one_voice,
     positive,
     progress_bar,
@@ -77,7 +77,7 @@ def evaluate(arguments: list[str]) -> int:
     asked = asked_methods(options.method, options)
     with joined():
         with together():
-            model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+            model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
             set_windows(model, options)
             name, data = dataset_of(options)
             methods = chosen_methods(model, asked)

@@ -6,10 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from tokenexit.cli.method_options import method_options
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
@@ -20,6 +22,11 @@ if TYPE_CHECKING:
     from tokenexit.data.base import SegmentationDataset
     from tokenexit.methods import Method, MethodSpec
     from tokenexit.segmenter import ExitSegmenter
+
+T = TypeVar("T")
+
+FIRST_LINE, LINES_APART = 2.0, 30.0
+"""Seconds to the first line of progress where there is no terminal, and from each to the next."""
 
 
 LARGEST = {"input_scale": 8.0}
@@ -74,7 +81,12 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the forward pass")
+    parser.add_argument(
+        "--precision",
+        choices=("auto", "fp32", "bf16", "fp16"),
+        default="auto",
+        help="of the forward pass; auto: bf16 on CUDA cards that have it, fp32 on CPUs",
+    )
     parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
 
 
@@ -303,13 +315,56 @@ def positive(name: str, value: int | None) -> None:
         raise ConfigError(f"{name} {value} must be at least 1.")
 
 
-def progress_bar(title: str) -> Callable[[Iterable[Any]], Iterable[Any]]:
-    """A bar on stderr, if that is a terminal."""
+def progress_bar(title: str) -> Callable[[Iterable[T]], Iterable[T]]:
+    """Progress of one loop on stderr: a bar on a terminal, elsewhere a line now and then."""
+    return progress_bars()(title)
+
+
+def progress_bars() -> Callable[[str], Callable[[Iterable[T]], Iterable[T]]]:
+    """The same for a command of many loops, by their titles: their lines keep one pace."""
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)
-    return lambda items: track(items, description=title, console=console, disable=not console.is_terminal)
+    if console.is_terminal:
+        return lambda title: lambda items: track(items, description=title, console=console)
+    due = pace(time.monotonic)
+    return lambda title: lambda items: progress_lines(title, items, due)
+
+
+def progress_lines(title: str, items: Iterable[T], due: Callable[[], bool]) -> Iterator[T]:
+    """Hands on `items` and says on stderr how many are done whenever a line is due."""
+    total = len(items) if isinstance(items, Sized) else None
+    start = time.monotonic()
+    for done, item in enumerate(items):
+        yield item
+        if due():
+            print(progress_line(title, done + 1, total, time.monotonic() - start), file=sys.stderr, flush=True)
+
+
+def progress_line(title: str, done: int, total: int | None, seconds: float) -> str:
+    """`evaluating: 12 of 100, 0:00:05 so far, 0:00:37 left`."""
+    so_far = timedelta(seconds=round(seconds))
+    if total is None:
+        return f"{title}: {done} done, {so_far} so far"
+    left = timedelta(seconds=round(seconds / done * (total - done)))
+    return f"{title}: {done} of {total}, {so_far} so far, {left} left"
+
+
+def pace(clock: Callable[[], float]) -> Callable[[], bool]:
+    """Tells, each time it is asked, whether a line is due: the first after `FIRST_LINE` seconds, the next ones
+    `LINES_APART`."""
+    due_at = clock() + FIRST_LINE
+
+    def due() -> bool:
+        nonlocal due_at
+        now = clock()
+        if now < due_at:
+            return False
+        due_at = now + LINES_APART
+        return True
+
+    return due
 
 
 def existing_folder(path: Path) -> Path:
@@ -329,6 +384,20 @@ def device_of(name: str) -> torch.device:
         torch.zeros(1, device=device).item()  # meta, which makes tensors and holds nothing, is none either
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ConfigError(f"--device {name} is not there: choose cpu, or auto.") from None
+    return device
+
+
+def machine_of(options: Any) -> torch.device:
+    """The device that was asked for; `options.precision` then says what `auto` comes to there.
+
+    Warns of a precision that the device multiplies slowly."""
+    from tokenexit.inference import inference_precision, slow_precision
+
+    device = device_of(options.device)
+    options.precision = inference_precision(options.precision, device)
+    warning = slow_precision(options.precision, device)
+    if warning is not None and os.environ.get("RANK", "0") == "0":
+        print(f"warning: {warning}", file=sys.stderr)
     return device
 
 

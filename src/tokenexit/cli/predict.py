@@ -14,8 +14,8 @@ from tokenexit.cli.options import (
     asked_methods,
     chosen_methods,
     command_parser,
-    device_of,
     is_calibrated,
+    machine_of,
     one_voice,
     positive,
     progress_bar,
@@ -91,7 +91,7 @@ def predict(arguments: list[str]) -> int:
     asked = asked_methods(options.method and [options.method], options)
     with joined(PATIENCE):
         with together():
-            model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+            model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
             set_windows(model, options)
             (method,) = chosen_methods(model, asked)
             calibrated = is_calibrated(model, method)

@@ -14,9 +14,9 @@ from tokenexit.cli.options import (
     chosen_methods,
     command_parser,
     dataset_of,
-    device_of,
     in_windows,
     is_calibrated,
+    machine_of,
     positive,
     progress_bar,
     set_windows,
@@ -63,7 +63,7 @@ def report(arguments: list[str]) -> int:
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method, options)
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     set_windows(model, options)
     name, data = dataset_of(options)
     methods = chosen_methods(model, asked, "a report compares a method with dense")

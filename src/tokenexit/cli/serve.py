@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from tokenexit.cli.options import add_machine_options, add_window_options, command_parser, device_of, set_windows
+from tokenexit.cli.options import add_machine_options, add_window_options, command_parser, machine_of, set_windows
 from tokenexit.errors import ConfigError
 
 
@@ -43,7 +43,7 @@ def serve(arguments: list[str]) -> int:
         raise ConfigError(f"serve needs the package {error.name}: pip install 'tokenexit[serve]'.") from None
     from tokenexit.segmenter import ExitSegmenter
 
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     set_windows(model, options)
     run(
         model,

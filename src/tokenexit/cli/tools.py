@@ -12,7 +12,7 @@ from tokenexit.cli.options import (
     asked_methods,
     chosen_methods,
     command_parser,
-    device_of,
+    machine_of,
     positive,
     progress_bar,
 )
@@ -59,7 +59,7 @@ def gate(arguments: list[str]) -> int:
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method and [options.method], options)
-    model = ExitSegmenter.from_pretrained(options.model, device_of(options.device))
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
     (method,) = chosen_methods(model, asked, "dense has no exits to close")
     model.check(method)
     found = run(model, method, model.backbone.patch_embed.grid(*size), options.precision)

@@ -30,6 +30,8 @@ def quickstart(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
+    from tokenexit.data.registry import check_name
+    from tokenexit.training.config import check_run
     from tokenexit.training.parsing import parse_train
 
     def add_options(parser: Any) -> None:
@@ -42,10 +44,12 @@ def train(arguments: list[str]) -> int:
             complete_values(parser)
 
     config, options = parse_train(arguments, add_options)
+    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))  # what shows before torch is loaded
+    check_name(config.data.name)
+    if options.method is None and given_method_options(options):
+        raise ConfigError("options of a method need --method: name it, or write them to methods in the YAML.")
     if options.method is not None:
         config.methods = method_specs([options.method], options)
-    elif given_method_options(options):
-        raise ConfigError("options of a method need --method: name it, or write them to methods in the YAML.")
     if options.dry_run:
         from tokenexit.training.plan import plan
 

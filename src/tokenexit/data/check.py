@@ -79,6 +79,7 @@ class SplitReport:
 
     class_pixels, class_images: per class, over readable masks: its pixels, and the masks that hold it.
     void_pixels: pixels that are to be ignored. unknown_pixels: pixels of values that stand for nothing.
+    note: what was decided without being asked, such as how images were split.
     """
 
     split: str
@@ -92,6 +93,7 @@ class SplitReport:
     void_pixels: int = 0
     unknown_pixels: int = 0
     problems: tuple[Problem, ...] = ()
+    note: str = ""
 
     @property
     def status(self) -> Status:
@@ -169,7 +171,8 @@ class CheckReport:
 
     def to_text(self, shown: int = 5) -> str:
         """Two tables, the problems with the first few files of each kind, and the status in the last line."""
-        parts = [_table(SUMMARY_COLUMNS, self.summary())]
+        parts = [*dict.fromkeys(split.note for split in self.splits if split.note)]
+        parts.append(_table(SUMMARY_COLUMNS, self.summary()))
         if self.classes():
             parts.append(_table(self.class_columns(), self.classes()))
         for (split, kind), problems in self.problems().items():
@@ -230,8 +233,8 @@ def check_dataset(
     threads = (os.cpu_count() or 1) if workers is None else workers
     if threads < 1:
         raise ConfigError(f"workers={workers} cannot read: give at least 1.")
-    chosen = tuple(dict.fromkeys(splits)) if splits else dataset_splits(name, root)
     given = dict(options or {})
+    chosen = tuple(dict.fromkeys(splits)) if splits else dataset_splits(name, root, **given)
     if "unpaired" in dataset_options(name):
         given["unpaired"] = "skip"  # which keeps a list of them
     labels: Labels | None = None
@@ -290,11 +293,11 @@ def _check_split(dataset: SegmentationDataset, split: str, threads: int, progres
     for name, count in zip(dataset.labels.names, pixels):
         if not count:
             problems.append(Problem("class", name, f"class {name!r} has no pixel in split {split!r}."))
-    paired = dataset.pairing if isinstance(dataset, FileDataset) else None
+    paired = dataset if isinstance(dataset, FileDataset) else None
     return SplitReport(
         split,
-        images=paired.num_images if paired else len(dataset),
-        masks=paired.num_masks if paired else len(dataset),
+        images=len(dataset) if paired is None else paired.pairing.num_images,
+        masks=len(dataset) if paired is None else paired.pairing.num_masks,
         pairs=len(dataset),
         sound=sound,
         sizes=_sizes(sizes),
@@ -303,6 +306,7 @@ def _check_split(dataset: SegmentationDataset, split: str, threads: int, progres
         void_pixels=void,
         unknown_pixels=unknown,
         problems=tuple(problems),
+        note="" if paired is None else paired.note,
     )
 
 

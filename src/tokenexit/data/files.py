@@ -59,19 +59,23 @@ class Pairing:
 class FileDataset:
     """Pairs of files; pictures and masks are decoded when asked for.
 
-    unpaired: "refuse" files without partner, or "skip" them; `pairing.unpaired` lists them.
+    unpaired: "refuse" files without partner, or "skip" them; `pairing.unpaired` lists them. note: a sentence on what
+    was decided without being asked, such as how images were split.
 
     Raises `DataError` for files without partner, and, when a sample is read, where files are damaged or do not fit
     together.
     """
 
-    def __init__(self, mask_format: MaskFormat, pairing: Pairing, unpaired: OnUnpaired = "refuse") -> None:
+    def __init__(
+        self, mask_format: MaskFormat, pairing: Pairing, unpaired: OnUnpaired = "refuse", note: str = ""
+    ) -> None:
         if unpaired not in get_args(OnUnpaired):
             raise ConfigError(f"unpaired={unpaired!r} is unknown: choose 'refuse' or 'skip'.")
         if unpaired == "refuse":
             pairing.require_partners()
         self.mask_format = mask_format
         self.pairing = pairing
+        self.note = note
 
     @property
     def labels(self) -> Labels:
@@ -142,8 +146,8 @@ def pair_listed(
 
     Raises `DataError` where the lists hold no name, or one twice.
     """
-    image_files = _files_below(images)
-    mask_folders = [(folder, _files_below(folder)) for folder in masks]
+    image_files = files_below(images)
+    mask_folders = [(folder, files_below(folder)) for folder in masks]
     pairs: list[Pair] = []
     lonely: list[Unpaired] = []
     names = _read_names(lists)
@@ -174,7 +178,7 @@ def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
     Raises `DataError` where two files share a name.
     """
     files: dict[str, str] = {}
-    for relative in sorted(_files_below(folder)):
+    for relative in sorted(files_below(folder)):
         suffix = next((s for s in suffixes if relative.lower().endswith(s.lower())), None)
         if suffix is None:
             continue
@@ -197,7 +201,7 @@ def first(paths: Sequence[str]) -> str:
     return ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
 
 
-def _files_below(folder: Path) -> set[str]:
+def files_below(folder: Path) -> set[str]:
     """Paths relative to folder, with forward slashes. os.walk asks the disk once per folder, not once per file."""
     found: set[str] = set()
     for path, _, names in os.walk(folder):

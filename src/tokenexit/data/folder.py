@@ -1,8 +1,9 @@
-"""Pictures and masks of your own: `images/SPLIT/NAME.jpg` beside `annotations/SPLIT/NAME.png`.
+"""Images and masks of your own: `images/SPLIT/NAME.jpg` beside `annotations/SPLIT/NAME.png`, or any other names.
 
-NAME may contain sub-folders. A mask holds one class index per pixel (a palette PNG is read as its indices), or, with
-`masks: colour`, the colour of its class. What they mean is given as `Labels` and options, or stands in `dataset.yaml`
-beside the two folders:
+NAME may contain sub-folders. Where images have no folders for splits, `train.txt`, `val.txt` and others list the names
+or paths of each; without such lists images are split by file name. A mask holds one class index per pixel (a palette
+PNG is read as its indices), or, with `masks: colour`, the colour of its class. What they mean is given as `Labels` and
+options, or stands in `dataset.yaml` beside the two folders:
 
     classes: [background, leaf, fruit]
     palette: [[0, 0, 0], [0, 160, 60], [200, 30, 30]]   # optional with index masks
@@ -10,22 +11,32 @@ beside the two folders:
     reduce_zero_label: false                            # optional: 0 in files is void, 1 the first class
     ignore_values: []                                   # optional: further values in files that are void
 
-and for masks painted in colours:
+for masks painted in colours:
 
     masks: colour                                       # RGB, RGBA, or a palette PNG read as its colours
     ignore_colours: [[255, 255, 255]]                   # optional: colours that are void
     unknown_colours: refuse                             # optional: or ignore, then every other colour is void
+
+and where files have other names:
+
+    images: img                                         # folder of the images; or {split}/img
+    annotations: gt                                     # folder of the masks, which may be that of the images
+    image_suffix: _image                                # what follows the name that both share, before .jpg
+    mask_suffix: _annotation                            # or with its extension, as in _annotation.png
+    lists: splits                                       # folder of train.txt, val.txt, ...
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import yaml
 
-from tokenexit.data.files import FileDataset, OnUnpaired, folders_in, pair_folders
+from tokenexit.data.files import FileDataset, OnUnpaired
+from tokenexit.data.folder_layout import FolderLayout
 from tokenexit.data.masks import ColourMasks, IndexMasks, MaskFormat, UnknownColours
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.preprocessing import Colour, Labels, default_palette
@@ -36,15 +47,17 @@ MaskKind: TypeAlias = Literal["index", "colour"]
 
 _INDEX_KEYS = ("reduce_zero_label", "ignore_values")
 _COLOUR_KEYS = ("ignore_colours", "unknown_colours")
-_KEYS = ("classes", "palette", "ignore_index", "masks", *_INDEX_KEYS, *_COLOUR_KEYS)
+_LAYOUT_KEYS = tuple(key.name for key in fields(FolderLayout))
+_KEYS = ("classes", "palette", "ignore_index", "masks", *_INDEX_KEYS, *_COLOUR_KEYS, *_LAYOUT_KEYS)
 
 
 class FolderDataset(FileDataset):
-    """A split of a folder; pictures and masks are decoded when asked for.
+    """A split of a folder; images and masks are decoded when asked for.
 
-    root: holds `images` and `annotations`. split: a folder within both. labels and the options up to
-    `unknown_colours`: what the mask values mean, as in `IndexMasks` and `ColourMasks`; with `labels=None` all of it is
-    read from `dataset.yaml` in root. unpaired: "refuse" files without partner, or "skip" them.
+    root: holds the images and masks. split: a folder within both, a list, or train, val and test drawn by file name.
+    labels and the options up to `unknown_colours`: what the mask values mean, as in `IndexMasks` and `ColourMasks`;
+    with `labels=None` all of it is read from `dataset.yaml` in root. unpaired: "refuse" files without partner, or
+    "skip" them. images to lists: as in `FolderLayout`; what is not given stands in `dataset.yaml`.
 
     Raises `DataError` where folders or partners are missing, and, when a sample is read, where files are
     damaged or do not fit together.
@@ -61,42 +74,52 @@ class FolderDataset(FileDataset):
         ignore_colours: Iterable[Colour] = (),
         unknown_colours: UnknownColours = "refuse",
         unpaired: OnUnpaired = "refuse",
+        images: str | None = None,
+        annotations: str | None = None,
+        image_suffix: str | None = None,
+        mask_suffix: str | None = None,
+        lists: str | None = None,
     ) -> None:
         root = Path(root)
-        self.split = checked_split(root, split)
+        self.split = split
+        layout = read_layout(root, images, annotations, image_suffix, mask_suffix, lists)
+        pairing, note = layout.open(root, split)
         if labels is None:
             mask_format = read_dataset_file(root / DATASET_FILE)
         else:
             given = {"reduce_zero_label": reduce_zero_label, "ignore_values": tuple(ignore_values)}
             given |= {"ignore_colours": tuple(ignore_colours), "unknown_colours": unknown_colours}
             mask_format = build_mask_format(labels, masks, given)
-        super().__init__(mask_format, pair_folders(root / "images" / split, root / "annotations" / split), unpaired)
+        super().__init__(mask_format, pairing, unpaired, note)
 
     @staticmethod
-    def splits(root: str | Path) -> tuple[str, ...]:
-        """The splits that have pictures. Raises `DataError` where root has no folder for any."""
-        return tuple(_splits(Path(root)))
+    def splits(
+        root: str | Path,
+        images: str | None = None,
+        annotations: str | None = None,
+        image_suffix: str | None = None,
+        mask_suffix: str | None = None,
+        lists: str | None = None,
+    ) -> tuple[str, ...]:
+        """The splits that have images. Raises `DataError` where root has no folder for any."""
+        root = Path(root)
+        return read_layout(root, images, annotations, image_suffix, mask_suffix, lists).splits(root)
 
 
-def checked_split(root: Path, split: str) -> str:
-    """`split`, if root holds it; otherwise a `DataError` that says what root holds instead."""
-    splits = _splits(root)
-    if split not in splits:
-        raise DataError(f"split {split!r} is unknown in {str(root)!r}: there is {_listed(splits)}.")
-    if not (root / "annotations" / split).is_dir():
-        raise DataError(f"dataset folder {str(root)!r} lacks 'annotations/{split}': put the masks there.")
-    return split
+def read_layout(root: Path, *given: str | None) -> FolderLayout:
+    """Where files lie: as given, in the order of the fields of `FolderLayout`, else as `dataset.yaml` says, if at all.
 
-
-def _splits(root: Path) -> list[str]:
-    if not root.is_dir():
-        raise DataError(f"dataset folder {str(root)!r} does not exist: give the one that holds 'images'.")
-    if not (root / "images").is_dir():
-        raise DataError(
-            f"dataset folder {str(root)!r} holds {_listed(folders_in(root))} but no folder 'images': "
-            "give the folder that does."
-        )
-    return folders_in(root / "images")
+    Raises `DataError` where the file cannot be read, `ConfigError` for impossible names."""
+    path = root / DATASET_FILE
+    written: dict[str, Any] = {}
+    if path.is_file():
+        values = _values(path)
+        written = {key: values[key] for key in _LAYOUT_KEYS if key in values}
+    try:
+        layout = FolderLayout(**written)
+    except ConfigError as error:
+        raise DataError(f"file {str(path)!r}: {error}") from None
+    return replace(layout, **{key: value for key, value in zip(_LAYOUT_KEYS, given) if value is not None})
 
 
 def build_mask_format(labels: Labels, masks: str, options: Mapping[str, Any]) -> MaskFormat:
@@ -117,18 +140,24 @@ def read_dataset_file(path: Path) -> MaskFormat:
         raise DataError(
             f"file {str(path)!r} does not exist: write the class names there, as in 'classes: [road, tree]'."
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"file {str(path)!r} is no valid YAML ({' '.join(str(error).split())}): correct it.") from None
+    values = _values(path)
     try:
         return _format_from(values)
     except ConfigError as error:
         raise DataError(f"file {str(path)!r}: {error}") from None
 
 
-def _format_from(values: object) -> MaskFormat:
-    if not isinstance(values, Mapping) or "classes" not in values:
+def _values(path: Path) -> Mapping[str, Any]:
+    """What stands in the file; nothing if it is no mapping."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise DataError(f"file {str(path)!r} is no valid YAML ({' '.join(str(error).split())}): correct it.") from None
+    return values if isinstance(values, Mapping) else {}
+
+
+def _format_from(values: Mapping[str, Any]) -> MaskFormat:
+    if "classes" not in values:
         raise ConfigError("it lists no classes: add a line such as 'classes: [road, tree]'.")
     unknown = [str(key) for key in values if key not in _KEYS]
     if unknown:
@@ -147,7 +176,3 @@ def _format_from(values: object) -> MaskFormat:
     palette = values.get("palette") or default_palette(len(classes))
     labels = Labels(tuple(classes), palette, values.get("ignore_index", 255))
     return build_mask_format(labels, masks, options)
-
-
-def _listed(names: list[str]) -> str:
-    return ", ".join(names) or "nothing"

@@ -21,6 +21,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from tokenexit.data.base import Mask, Sample, SegmentationDataset
+from tokenexit.data.files import FileDataset
 from tokenexit.data.transforms import Transform
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.preprocessing import Labels, Preprocessing
@@ -207,6 +208,24 @@ class Cached:
         return self
 
 
+class Spread:
+    """At most `count` samples of a dataset, evenly spread over it: neighbours in a folder are often alike."""
+
+    def __init__(self, dataset: SegmentationDataset, count: int) -> None:
+        self.dataset = dataset
+        self.count = min(_checked("count", count, least=1), len(dataset))
+
+    @property
+    def labels(self) -> Labels:
+        return self.dataset.labels
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[range(self.count)[index] * len(self.dataset) // self.count]
+
+
 # --------------------------------------------------------------------------------------------- pure functions
 
 
@@ -254,6 +273,13 @@ def collate_evaluation(items: Sequence[Item]) -> EvaluationBatch:
         mask=[item["mask"] for item in items],
         name=[item["name"] for item in items],
     )
+
+
+def note_of(dataset: SegmentationDataset) -> str:
+    """What was decided about a dataset without being asked, in one sentence; nothing for most."""
+    if isinstance(dataset, Cached | Spread):
+        return note_of(dataset.dataset)
+    return dataset.note if isinstance(dataset, FileDataset) else ""
 
 
 def mask_tensor(mask: Mask) -> torch.Tensor:

@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from tokenexit.data.base import SegmentationDataset
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Labels
+
+if TYPE_CHECKING:  # so that names are known before torch is loaded
+    from tokenexit.data.base import SegmentationDataset
+    from tokenexit.preprocessing import Labels
 
 # name: "module:opener". The module is imported when the dataset is opened; the opener is called with root, split and
 # options. One without the parameter `root` makes its pictures itself. One with an attribute `splits(root)` says
@@ -67,28 +69,38 @@ def dataset_labels(name: str) -> Labels | None:
     opener = _opener(name)
     if "root" not in inspect.signature(opener).parameters:  # drawn, so it is always there
         return opener(split="train").labels
+    from tokenexit.preprocessing import Labels
+
     labels = getattr(opener, "labels", None)
     return labels if isinstance(labels, Labels) else None  # a class has them as a property of what it opens
 
 
-def dataset_splits(name: str, root: str | Path | None) -> tuple[str, ...]:
-    """The splits of a dataset that are there to open.
+def dataset_splits(name: str, root: str | Path | None, **options: Any) -> tuple[str, ...]:
+    """The splits of a dataset that are there to open. options: as for `open_dataset`.
 
     Raises `DataError` for an unknown name, and for a root that is missing or too much.
     """
     opener = _opener(name)
     home = _checked_root(name, opener, root)
-    splits: tuple[str, ...] = opener.splits(home) if hasattr(opener, "splits") else ("train", "val", "test")
+    splits: tuple[str, ...] = ("train", "val", "test")
+    if hasattr(opener, "splits"):
+        known = inspect.signature(opener.splits).parameters
+        splits = opener.splits(home, **{key: value for key, value in options.items() if key in known})
     if not splits:
         raise DataError(f"dataset {name!r} has no split in {str(home)!r}: check that images and masks are there.")
     return splits
 
 
-def _opener(name: str) -> Callable[..., SegmentationDataset]:
+def check_name(name: str) -> None:
+    """Raises `DataError` for an unknown name; loads nothing."""
     if name not in DATASETS:
         raise DataError(f"dataset {name!r} is unknown: choose one of {', '.join(sorted(DATASETS))}.")
+
+
+def _opener(name: str) -> Callable[..., SegmentationDataset]:
+    check_name(name)
     module, _, attribute = DATASETS[name].partition(":")
-    return cast(Callable[..., SegmentationDataset], getattr(import_module(module), attribute))
+    return cast("Callable[..., SegmentationDataset]", getattr(import_module(module), attribute))
 
 
 def _check_options(name: str, options: Mapping[str, Any]) -> None:

@@ -6,19 +6,33 @@ from typing import Any
 
 from tokenexit.checkpoints.load import LoadReport
 from tokenexit.data.base import SegmentationDataset
-from tokenexit.data.loader import Cached
+from tokenexit.data.loader import Cached, Spread
 from tokenexit.data.registry import open_dataset
 from tokenexit.data.transforms import Compose, training_transform
-from tokenexit.errors import ConfigError
+from tokenexit.errors import ConfigError, DataError
 from tokenexit.preprocessing import Labels, Preprocessing
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.config import DataConfig, ModelConfig
+from tokenexit.training.config import AUTO_VAL_IMAGES, DataConfig, ModelConfig, TrainConfig, check_start
 from tokenexit.vit import vit_config
 
 
 def build_dataset(config: DataConfig, split: str) -> SegmentationDataset:
     dataset = open_dataset(config.name, config.root, split, **config.options)
     return Cached(dataset) if config.cache else dataset
+
+
+def open_validation(config: TrainConfig) -> SegmentationDataset:
+    """What a run is validated on. Raises `DataError`, with a way out, where there is no such split."""
+    try:
+        data = build_dataset(config.data, config.data.val_split)
+    except DataError as error:
+        if config.validate_every != "auto":
+            raise
+        raise DataError(
+            f"{str(error).rstrip('.')}; data.val_split names the split to validate on, validate_every=0 trains without."
+        ) from None
+    few = config.validate_every == "auto" and config.val_limit is None
+    return Spread(data, AUTO_VAL_IMAGES) if few and len(data) else data
 
 
 def build_transform(config: DataConfig, ignore_index: int = 255) -> Compose:
@@ -42,14 +56,6 @@ def build_preprocessing(config: DataConfig, labels: Labels | None) -> Preprocess
         window=config.window,
         stride=config.stride,
     )
-
-
-def check_start(config: ModelConfig) -> None:
-    """Reject two starts at once, and new exits for no model."""
-    if config.init_from is not None and config.weights is not None:
-        raise ConfigError("model.weights and model.init_from exclude each other: leave one out.")
-    if config.init_from is None and config.new_exits:
-        raise ConfigError("model.new_exits puts exits on a saved model: give its folder as model.init_from.")
 
 
 def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[ExitSegmenter, LoadReport | None]:

@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.training.config import TrainConfig, differing_key, flat, saved_config
+from tokenexit.inference import training_precision
+from tokenexit.training.config import TrainConfig, as_begun, differing_key, flat, saved_config
 
-LATEST = "latest"
+CHECKPOINTS, LATEST = "checkpoints", "latest"
 STATE, RUN = "state.pt", "run.json"
 
 Parts = Mapping[str, nn.Module | torch.optim.Optimizer]
@@ -29,12 +31,24 @@ Parts = Mapping[str, nn.Module | torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
+class Best:
+    """The weights that validated best so far: after `step` steps, with this mIoU in percent."""
+
+    step: int
+    miou: float
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
 class Stand:
-    """Where a run stands: `step` steps are done by `processes` processes; `history` holds what was logged so far."""
+    """Where a run stands: `step` steps are done by `processes` processes; `history` holds what was logged so far.
+
+    best: None before the first validation."""
 
     step: int
     history: list[dict[str, Any]]
     processes: int
+    best: Best | None = None
 
 
 def save_checkpoint(folder: Path, stand: Stand, parts: Parts, config: TrainConfig) -> None:
@@ -44,7 +58,10 @@ def save_checkpoint(folder: Path, stand: Stand, parts: Parts, config: TrainConfi
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        torch.save({"step": step} | {name: part.state_dict() for name, part in parts.items()}, unfinished / STATE)
+        state: dict[str, Any] = {"step": step} | {name: part.state_dict() for name, part in parts.items()}
+        if stand.best is not None:
+            state["best"] = vars(stand.best)
+        torch.save(state, unfinished / STATE)
         run = {"config": flat(config), "history": stand.history, "processes": stand.processes}
         (unfinished / RUN).write_text(json.dumps(run))
         final = _free_name(folder / f"step-{step:07d}")
@@ -71,29 +88,66 @@ def load_checkpoint(folder: Path, parts: Parts, config: TrainConfig) -> Stand | 
     if not (folder / LATEST).is_file():
         return None
     path, run = _read_run(folder)
-    key = differing_key(run["config"], config)
-    if key is not None:
-        raise ConfigError(
-            f"{folder.parent} holds a run with {key}={run['config'].get(key)}, not {flat(config)[key]}: choose another "
-            "out, or overwrite that run with resume=false."
-        )
+    check_same_run(folder, run["config"], config)
     try:
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         for name, part in parts.items():
             part.load_state_dict(state[name])
-        return Stand(int(state["step"]), run["history"], run["processes"])
+        best = Best(**state["best"]) if "best" in state else None
+        return Stand(int(state["step"]), run["history"], run["processes"], best)
     except Exception as error:  # a cut or foreign file ends in any of a dozen types
         raise _damaged(path, error) from None
 
 
+def begun_with(folder: Path) -> dict[str, Any] | None:
+    """The configuration, as `flat`, of the run that has checkpoints in a folder; None if there is none.
+
+    It holds the keys that were written, and those alone. Raises `CheckpointError` if the checkpoint is damaged."""
+    return _read_run(folder)[1]["config"] if (folder / LATEST).is_file() else None
+
+
+def run_is_whole(folder: Path) -> bool:
+    """Whether there is a checkpoint whose configuration can be read."""
+    try:
+        return (folder / (folder / LATEST).read_text().strip() / RUN).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def settled(config: TrainConfig, begun: dict[str, Any] | None, device: torch.device) -> TrainConfig:
+    """The configuration with which a run begins or goes on: as it was begun, in the precision that suits the device."""
+    config = config if begun is None else as_begun(config, begun)
+    return replace(config, precision=training_precision(config.precision, device))
+
+
+def steps_done(folder: Path) -> int | None:
+    """How many steps the run has done that has checkpoints in a folder, by their names; None if there is none."""
+    try:
+        found = re.match(r"step-(\d+)", (folder / LATEST).read_text())
+    except (OSError, ValueError):
+        return None
+    return int(found[1]) if found else None
+
+
+def check_same_run(folder: Path, begun: dict[str, Any], config: TrainConfig) -> None:
+    """Raise `ConfigError` if the run in a folder, begun with these values, is not one of `config`."""
+    saved = saved_config(begun)
+    key = differing_key(saved, config)
+    if key is not None:
+        raise ConfigError(
+            f"{folder.parent} holds a run with {key}={saved.get(key)}, not {flat(config)[key]}: choose another out, or "
+            "overwrite that run with resume=false."
+        )
+
+
 def _read_run(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder that `latest` names, and its configuration, history and number of processes."""
+    """The folder that `latest` names, and its configuration, as written, history and number of processes."""
     path = folder
     try:
         path = folder / (folder / LATEST).read_text().strip()
         run = json.loads((path / RUN).read_text())
         return path, {
-            "config": saved_config(run["config"]),
+            "config": dict(run["config"]),
             "history": list(run["history"]),
             "processes": int(run.get("processes", 1)),
         }

@@ -7,7 +7,9 @@ This module imports no torch, so that the command line can build its parser quic
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from tokenexit.errors import ConfigError
@@ -198,19 +200,26 @@ class TrainConfig:
     seed: int = 0
     """Of weights, order, augmentation and everything else that is random."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 on CUDA and fp32 elsewhere."""
-    validate_every: int = 0
-    """Validate after so many steps and at the end; 0 for never."""
+    """auto takes bf16 where the processor multiplies it fast and fp32 elsewhere; a run keeps what it began with."""
+    validate_every: Literal["auto"] | int = "auto"
+    """Validate after so many steps and at the end; auto: four times in a run; 0 for never."""
     val_limit: int | None = None
-    """Pictures to validate on; all if not given."""
+    """Images to validate on; if not given all of them, and with validate_every=auto at most 100, evenly spread."""
     checkpoint_every: int = 200
     """Save a checkpoint after so many steps; 0 for none but the last."""
     resume: bool = True
     """Continue from the last checkpoint in `out`; false starts anew and overwrites it."""
+    keep: Literal["best", "last"] = "best"
+    """Weights that are saved as the model: those of the best validation, or the last. The checkpoint holds both, so
+    the same command with the other word saves the others."""
+    log: Literal["csv", "tensorboard"] = "csv"
+    """Where losses, rates and mIoU are written, beside the terminal: log.csv, or events for TensorBoard, too."""
 
     def __post_init__(self) -> None:
         _at_least("", self, steps=1, batch_size=1, accumulate=1, loss_stride=1, seed=0, aux_weight=0)
-        _at_least("", self, validate_every=0, checkpoint_every=0)
+        _at_least("", self, checkpoint_every=0)
+        if self.validate_every != "auto":
+            _at_least("", self, validate_every=0)
         if self.val_limit is not None:
             _at_least("", self, val_limit=1)
         if self.class_weights is not None and not all(weight >= 0 for weight in self.class_weights):
@@ -233,6 +242,31 @@ def check_class_weights(config: TrainConfig, num_classes: int) -> None:
         )
 
 
+def check_run(config: TrainConfig, processes: int) -> None:
+    """Refuse what cannot work together, as far as it shows without data and weights: before torch is imported."""
+    check_parts(config, processes)
+    check_start(config.model)
+    check_freeze(config.freeze, config.model)
+    if config.log == "tensorboard" and find_spec("tensorboard") is None:
+        raise ConfigError("log=tensorboard needs the package tensorboard: pip install tensorboard.")
+
+
+def check_start(config: ModelConfig) -> None:
+    """Refuse two starts at once, and exits for no model."""
+    if config.init_from is not None and config.weights is not None:
+        raise ConfigError("model.weights and model.init_from exclude each other: leave one out.")
+    if config.init_from is None and config.new_exits:
+        raise ConfigError("model.new_exits puts exits on a saved model: give its folder as model.init_from.")
+
+
+def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
+    """Refuse to freeze what nobody has trained."""
+    if freeze == "backbone" and model.weights is None and model.init_from is None:
+        raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")
+    if freeze == "all_but_exit_heads" and model.init_from is None:
+        raise ConfigError("freeze=all_but_exit_heads would keep a random decode head: give model.init_from.")
+
+
 def check_parts(config: TrainConfig, processes: int) -> None:
     """Every process must get as many pictures of a step, in as many equal parts."""
     if config.batch_size % (processes * config.accumulate):
@@ -243,7 +277,7 @@ def check_parts(config: TrainConfig, processes: int) -> None:
 
 
 FREE_KEYS = {
-    *("out", "resume", "validate_every", "val_limit", "checkpoint_every", "checkpoint_blocks"),
+    *("out", "resume", "validate_every", "val_limit", "checkpoint_every", "checkpoint_blocks", "keep", "log"),
     *("data.root", "data.val_split", "data.workers", "data.cache"),
 }
 """What may differ when a run continues: where things lie, and what is done beside the training.
@@ -267,6 +301,29 @@ def differing_key(saved: dict[str, Any], config: TrainConfig) -> str | None:
     """The first key that parts a run, saved as `flat`, from this configuration."""
     now = flat(config)
     return next((key for key in now if key not in FREE_KEYS and saved.get(key) != now[key]), None)
+
+
+AUTO_VALIDATIONS, AUTO_VAL_IMAGES = 4, 100
+"""What validate_every=auto comes to: so many validations in a run, on so many images at most."""
+
+
+def validation_steps(config: TrainConfig) -> int:
+    """Steps from one validation to the next, 0 for none at all."""
+    every = config.validate_every
+    return math.ceil(config.steps / AUTO_VALIDATIONS) if every == "auto" else every
+
+
+def as_begun(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
+    """The configuration with which a run goes on that was begun with the values `saved`, read as they were written.
+
+    What is left to this version to choose stays as it was: the precision, and for runs of versions that did not
+    validate or choose by themselves, no validation and the last weights.
+    """
+    if config.precision == "auto" and saved.get("precision") in ("fp32", "bf16"):
+        config = replace(config, precision=saved["precision"])
+    if config.validate_every == "auto" and "validate_every" in saved:
+        config = replace(config, validate_every=saved["validate_every"])
+    return config if "keep" in saved else replace(config, keep="last")
 
 
 def saved_config(values: dict[str, Any]) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from tokenexit.errors import ConfigError
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.config import Freeze, ModelConfig
+from tokenexit.training.config import Freeze
 
 FROZEN: dict[Freeze, tuple[str, ...]] = {
     "none": (),
@@ -12,14 +12,6 @@ FROZEN: dict[Freeze, tuple[str, ...]] = {
     "all_but_exit_heads": ("backbone", "decode_head"),
 }
 """Parts of an `ExitSegmenter`; its final norm belongs to the backbone."""
-
-
-def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
-    """Reject freezing what nobody has trained."""
-    if freeze == "backbone" and model.weights is None and model.init_from is None:
-        raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")
-    if freeze == "all_but_exit_heads" and model.init_from is None:
-        raise ConfigError("freeze=all_but_exit_heads would keep a random decode head: give model.init_from.")
 
 
 def training_mode(model: ExitSegmenter, freeze: Freeze) -> None:

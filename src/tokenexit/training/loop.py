@@ -12,10 +12,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -26,50 +26,73 @@ from torch.utils.data import DataLoader
 
 from tokenexit.checkpoints.load import LoadReport
 from tokenexit.data.base import SegmentationDataset
-from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training
+from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training, note_of
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.processes import gather, together
+from tokenexit.inference import slow_precision, training_precision
 from tokenexit.methods import Method, build_method
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.pretrained import TRAINING_FILE, WEIGHTS_FILE
 from tokenexit.runtime.folder import current
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
-from tokenexit.training.build import build_dataset, build_model, build_transform
-from tokenexit.training.checkpoint import Parts, Stand, load_checkpoint, save_checkpoint
-from tokenexit.training.config import TrainConfig, check_class_weights, check_parts
+from tokenexit.training.build import build_dataset, build_model, build_transform, open_validation
+from tokenexit.training.checkpoint import (
+    CHECKPOINTS,
+    Best,
+    Parts,
+    Stand,
+    begun_with,
+    load_checkpoint,
+    save_checkpoint,
+    settled,
+)
+from tokenexit.training.config import TrainConfig, check_class_weights, check_run, validation_steps
 from tokenexit.training.distill import distillation_loss, load_teacher
-from tokenexit.training.freeze import check_freeze, training_mode
-from tokenexit.training.losses import segmentation_loss
+from tokenexit.training.freeze import training_mode
+from tokenexit.training.log import Row, is_row, open_log
 from tokenexit.training.optim import build_optimizer, learning_rate
 
 Say = Callable[[str], None]
 
-LOGGED_LINES = 20
-"""Lines of progress in a whole run where the output is no terminal."""
+LOGGED_LINES, LONGEST_SILENCE = 20, 60.0
+"""Where the output is no terminal: lines of progress in a whole run at least, and most seconds from one to the next."""
 
 
-def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitSegmenter:
+def speak(line: str) -> None:
+    """Print a line at once, into a file or a pipe, too."""
+    print(line, flush=True)
+
+
+def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitSegmenter:
     """Train a model as configured; returns it in evaluation mode and leaves it, saved, in `config.out`.
+
+    The model is validated meanwhile, and the weights of the best validation are kept, see `validate_every` and `keep`.
 
     A second call with the same configuration continues from the last checkpoint; with another configuration it is
     refused with a `ConfigError`, except for the keys in `FREE_KEYS`. say: receives one line per event.
     """
-    config = replace(config, precision=_precision(config))
     # On a CPU several processes find each other only if it is asked for. Autocast is ours, as accelerate would fix the
     # precision of the whole process.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
     with together():
+        begun = begun_with(Path(config.out) / CHECKPOINTS) if config.resume else None
+        config = settled(config, begun, accelerator.device)
         run, report = _set_up(config, accelerator, say if accelerator.is_main_process else _silent)
         resumed = load_checkpoint(run.checkpoints, run.parts, config) if config.resume else None
     _check_same_step(run, resumed)
     if resumed is None:
-        run.say("\n".join([*([report.summary()] if report else []), run.headline()]))
+        note = note_of(run.data)
+        run.say("\n".join([*([report.summary()] if report else []), run.headline(), *([note] if note else [])]))
     else:
-        run.step, run.saved, run.history = resumed.step, resumed.step, resumed.history
+        run.step, run.saved, run.history, run.best = resumed.step, resumed.step, resumed.history, resumed.best
         if resumed.step == config.steps:
             run.say(f"{run.out} is finished: all {config.steps} steps are done, its model is there")
         else:
             run.say(f"resuming {run.out} after step {run.step} of {config.steps}" + _other_processes(run, resumed))
+    warning = slow_precision(training_precision(config.precision, accelerator.device), accelerator.device)
+    if warning is not None and run.step < config.steps:
+        run.say(f"warning: {warning}")
     try:
         _run_steps(run, progress)
         run.share_buffers()
@@ -84,10 +107,16 @@ def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitS
                 "last checkpoint."
             ) from None
         raise
+    if accelerator.is_main_process and run.saved < run.step:
+        run.save()
+    kept = run.restore_kept()
     if accelerator.is_main_process:
-        if run.saved < run.step:
-            run.save()
-        run.result.records = {TRAINING_FILE: {"config": asdict(config), "history": run.history}}
+        if run.best is not None and kept != run.step:
+            run.say(
+                f"the model is that of step {kept}, the best validation with mIoU {run.best.miou:.2f}; the same "
+                "command with --keep last saves the last weights instead"
+            )
+        run.result.records = {TRAINING_FILE: {"config": asdict(config), "history": run.history, "step": kept}}
         run.result.save_pretrained(run.out)
     accelerator.wait_for_everyone()
     return run.result.eval()
@@ -95,8 +124,7 @@ def train(config: TrainConfig, say: Say = print, progress: bool = True) -> ExitS
 
 def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Run, LoadReport | None]:
     """Everything that a run is made of, before its first step; and what was loaded to start from."""
-    check_parts(config, accelerator.num_processes)
-    check_freeze(config.freeze, config.model)
+    check_run(config, accelerator.num_processes)
     methods = [build_method(spec) for spec in config.methods]
     torch.manual_seed(config.seed)
     data = build_dataset(config.data, config.data.train_split)
@@ -138,10 +166,11 @@ class Run:
     step: int = 0
     saved: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
+    best: Best | None = None
 
     @property
     def checkpoints(self) -> Path:
-        return self.out / "checkpoints"
+        return self.out / CHECKPOINTS
 
     @property
     def parts(self) -> Parts:
@@ -184,18 +213,41 @@ class Run:
                 torch.distributed.broadcast(buffer, 0)
 
     def save(self) -> None:
-        stand = Stand(self.step, self.history, self.accelerator.num_processes)
+        stand = Stand(self.step, self.history, self.accelerator.num_processes, self.best)
         save_checkpoint(self.checkpoints, stand, self.parts, self.config)
         self.saved = self.step
+
+    def validate(self, data: SegmentationDataset, loss: float, seconds: float) -> float:
+        """Validate the weights as they stand, note what was found and keep them if they are the best; their mIoU."""
+        self.share_buffers()
+        found = validate(self.result, self.config, self.methods[0], data)
+        self.history.append({"step": self.step, "loss": loss, "seconds": seconds} | found)
+        miou = found["miou"]
+        if not math.isnan(miou) and (self.best is None or miou > self.best.miou):
+            weights = {name: value.detach().to("cpu", copy=True) for name, value in self.result.state_dict().items()}
+            self.best = Best(self.step, miou, weights)
+        self.say(f"step {self.step}: loss {loss:.3f}, validation mIoU {miou:.2f}")
+        return miou
+
+    def restore_kept(self) -> int:
+        """Give `result` the weights that are to be its; returns the step that they are of."""
+        if self.config.keep == "last" or self.best is None:
+            return self.step
+        self.result.load_state_dict(self.best.weights)
+        return self.best.step
 
 
 def _run_steps(run: Run, progress: bool) -> None:
     """The steps that are left."""
     config, accelerator = run.config, run.accelerator
-    validation = _validation_set(run)
+    validation, every = _validation_set(run), validation_steps(config)
     wrapped, prepared = accelerator.prepare(run.model, run.optimizer)
     log = TrainingLog(config.steps, run.step)
-    with _progress_bar(log, run.say, progress and accelerator.is_main_process) as advance:
+    with (
+        _progress_bar(log, run.say, progress and accelerator.is_main_process) as advance,
+        open_log(config, run.out, run.step) if accelerator.is_main_process else nullcontext(_no_row) as write,
+    ):
+        logged = run.step
         for batch in _loader(run):
             for group in prepared.param_groups:
                 group["lr"] = learning_rate(group["initial_lr"], run.step, config.steps, config.optim)
@@ -209,12 +261,13 @@ def _run_steps(run: Run, progress: bool) -> None:
             run.step += 1
             log.add(loss)
             advance()
-            if validation is not None and (run.step % config.validate_every == 0 or run.step == config.steps):
-                run.share_buffers()
-                entry = {"step": run.step, "loss": log.mean(), "seconds": log.seconds()}
-                entry |= validate(run.result, config, run.methods[0], validation)
-                run.history.append(entry)
-                run.say(f"step {run.step}: loss {entry['loss']:.3f}, validation mIoU {entry['miou']:.2f}")
+            miou = None
+            if validation is not None and (run.step % every == 0 or run.step == config.steps):
+                miou = run.validate(validation, log.mean(), log.seconds())
+            if miou is not None or is_row(run.step, config.steps):
+                rate = learning_rate(config.optim.lr, run.step - 1, config.steps, config.optim)
+                write(Row(run.step, log.mean(run.step - logged), rate, miou))
+                logged = run.step
             due = config.checkpoint_every and run.step % config.checkpoint_every == 0
             if due and run.step < config.steps and accelerator.is_main_process:
                 run.save()
@@ -274,18 +327,24 @@ def validate(
     """mIoU and compute of `method` on the validation split; leaves the model in training mode."""
     from tokenexit.evaluation.evaluate import evaluate
 
-    (result,) = evaluate(model.eval(), data, [method], limit=config.val_limit, precision=_precision(config))
+    (result,) = evaluate(
+        model.eval(),
+        data,
+        [method],
+        limit=config.val_limit,
+        precision=training_precision(config.precision, model.device),
+    )
     training_mode(model, config.freeze)
     return {"miou": result.scores.miou, "gmacs": result.gmacs_mean}
 
 
 def _validation_set(run: Run) -> SegmentationDataset | None:
     """Opened before the first step, so that what is wrong with it does not show hours later."""
-    if not run.config.validate_every:
+    if not validation_steps(run.config):
         return None
     from tokenexit.evaluation.evaluate import check_classes
 
-    data = build_dataset(run.config.data, run.config.data.val_split)
+    data = open_validation(run.config)
     check_classes(run.model, data)
     return data
 
@@ -320,7 +379,7 @@ def _checked_out(config: TrainConfig) -> Path:
         raise ConfigError(f"out={out} cannot be made ({error.strerror}): choose another folder.") from None
     if not os.access(out, os.W_OK | os.X_OK):
         raise ConfigError(f"out={out} cannot be written to: choose another folder.")
-    if config.resume and current(out, WEIGHTS_FILE).exists() and not (out / "checkpoints").exists():
+    if config.resume and current(out, WEIGHTS_FILE).exists() and not (out / CHECKPOINTS).exists():
         raise ConfigError(
             f"out={out} holds a model and no run to continue: choose another out, or overwrite it with resume=false."
         )
@@ -357,14 +416,12 @@ def _seed_of_part(seed: int, step: int, part: int) -> int:
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def _precision(config: TrainConfig) -> Literal["fp32", "bf16"]:
-    if config.precision != "auto":
-        return config.precision
-    return "bf16" if torch.cuda.is_available() else "fp32"
-
-
 def _silent(line: str) -> None:
     """What all processes but the first say."""
+
+
+def _no_row(row: Row) -> None:
+    """What all processes but the first write."""
 
 
 class TrainingLog:
@@ -406,8 +463,15 @@ def _progress_bar(log: TrainingLog, say: Say, shown: bool) -> Iterator[Callable[
     if not shown or log.done == log.total:
         yield lambda: None
     elif not sys.stderr.isatty():
-        every = math.ceil(log.total / LOGGED_LINES)
-        yield lambda: say(log.long_line()) if log.step % every == 0 or log.step == log.total else None
+        every, said = math.ceil(log.total / LOGGED_LINES), -math.inf  # the first step has a line, so that all is seen
+
+        def line_if_due() -> None:
+            nonlocal said
+            if log.step % every == 0 or log.step == log.total or log.seconds() - said > LONGEST_SILENCE:
+                say(log.long_line())
+                said = log.seconds()
+
+        yield line_if_due
     else:
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

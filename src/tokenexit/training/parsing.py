@@ -7,7 +7,8 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tokenexit.errors import ConfigError
 from tokenexit.training.config import TrainConfig, flat
@@ -122,14 +123,15 @@ def _expected(kind: Any, example: Any) -> str:
     if kind in simple:
         return simple[kind]
     origin, inner = get_origin(kind), get_args(kind)
-    if type(None) in inner:
-        return " or ".join([*(_expected(a, example) for a in inner if a is not type(None)), "null"])
+    if origin in (Union, UnionType):
+        null = ["null"] if type(None) in inner else []
+        return " or ".join([*(_expected(a, example) for a in inner if a is not type(None)), *null])
     if origin in (tuple, list):
         count = f" of {len(inner)} numbers" if origin is tuple else ""
         return f"a list{count}" + (f" such as [{', '.join(map(str, example))}]" if example else "")
     if origin is dict:
         return "a mapping such as {drop_path: 0.1}"
-    return f"one of {', '.join(map(str, inner))}"
+    return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else str(inner[0])
 
 
 def _with_underscores(argument: str, keys: dict[str, Any]) -> str:

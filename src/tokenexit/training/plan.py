@@ -10,18 +10,40 @@ from pathlib import Path
 import torch
 
 from tokenexit.cost import GIGA
+from tokenexit.data.base import SegmentationDataset
+from tokenexit.data.loader import note_of
 from tokenexit.data.registry import check_dataset, dataset_labels
+from tokenexit.inference import slow_precision, training_precision
 from tokenexit.ledger import dense_ops
 from tokenexit.methods import build_method
 from tokenexit.preprocessing import Labels, Preprocessing
 from tokenexit.pretrained import CONFIG_FILE
 from tokenexit.runtime.folder import current
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform, check_start
-from tokenexit.training.checkpoint import LATEST
-from tokenexit.training.config import DataConfig, TrainConfig, check_class_weights, check_parts
+from tokenexit.training.build import (
+    build_dataset,
+    build_model,
+    build_preprocessing,
+    build_transform,
+    open_validation,
+)
+from tokenexit.training.checkpoint import (
+    CHECKPOINTS,
+    LATEST,
+    begun_with,
+    check_same_run,
+    run_is_whole,
+    settled,
+    steps_done,
+)
+from tokenexit.training.config import (
+    DataConfig,
+    TrainConfig,
+    check_class_weights,
+    check_run,
+    validation_steps,
+)
 from tokenexit.training.distill import load_teacher
-from tokenexit.training.freeze import check_freeze
 
 NOT_THERE = "not there yet"
 
@@ -31,15 +53,22 @@ def plan(config: TrainConfig) -> str:
 
     Raises what the run itself would, a `TokenExitError`, for a configuration that cannot work.
     """
+    check_run(config, int(os.environ.get("WORLD_SIZE", "1")))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    checkpoints = Path(config.out) / CHECKPOINTS
+    begun = begun_with(checkpoints) if config.resume and run_is_whole(checkpoints) else None
+    config = settled(config, begun, device)
+    if begun is not None:
+        check_same_run(checkpoints, begun, config)
     data = config.data
-    check_parts(config, int(os.environ.get("WORLD_SIZE", "1")))
-    check_start(config.model)
-    check_freeze(config.freeze, config.model)
-    for split in (data.train_split, data.val_split) if config.validate_every else (data.train_split,):
+    validates = bool(validation_steps(config))
+    for split in (data.train_split, data.val_split) if validates else (data.train_split,):
         check_dataset(data.name, data.root, split, **data.options)
+    opened = build_dataset(data, data.train_split) if _is_there(data) else None
+    validation = open_validation(config) if opened is not None and validates else None
     build_transform(data)
     methods = [build_method(spec) for spec in config.methods]
-    labels = _labels(data)
+    labels = dataset_labels(data.name) if opened is None else opened.labels
     model = None
     if labels is not None:
         check_class_weights(config, labels.num_classes)
@@ -53,9 +82,12 @@ def plan(config: TrainConfig) -> str:
     lines = {
         "model": ", ".join([_start(config), *_figures(model, config)]),
         "data": ", ".join(_data(data, labels)),
+        "splits": ", ".join(_splits(data, opened, validation)),
         "methods": ", ".join(method.label for method in methods),
         "steps": ", ".join(_steps(config)),
         "predicts": ", ".join(_pictures(preprocessing)),
+        "machine": f"{device.type} in {config.precision}",
+        "warning": slow_precision(training_precision(config.precision, device), device) or "",
         "teacher": "" if config.distill.teacher is None else _model_place(config.distill.teacher),
         "writes": ", ".join(_written(config)),
     }
@@ -70,12 +102,8 @@ def skeleton(config: TrainConfig, labels: Labels) -> ExitSegmenter | None:
     return build_model(config.model, config.data, labels)[0] if _saved(config.model.init_from) else None
 
 
-def _labels(data: DataConfig) -> Labels | None:
-    """Classes of the dataset; None for one that brings its own and is not there."""
-    known = dataset_labels(data.name)
-    if known is None and data.root is not None and Path(data.root).is_dir():
-        return build_dataset(data, data.train_split).labels
-    return known
+def _is_there(data: DataConfig) -> bool:
+    return data.root is None or Path(data.root).is_dir()
 
 
 # ------------------------------------------------------------------------------------------------------- in words
@@ -111,6 +139,19 @@ def _data(data: DataConfig, labels: Labels | None) -> Iterator[str]:
     yield f"crops of {_size(data.crop)}"
 
 
+def _splits(
+    data: DataConfig, train: SegmentationDataset | None, validation: SegmentationDataset | None
+) -> Iterator[str]:
+    """How many images there are, of a dataset that is read and there."""
+    if train is None or data.root is None:
+        return
+    yield f"{data.train_split} with {len(train)} images"
+    if validation is not None:
+        yield f"{data.val_split} with {len(validation)} to validate on"
+    if note_of(train):
+        yield note_of(train)
+
+
 def _steps(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
     yield f"{config.steps} of {config.batch_size} pictures"
@@ -118,8 +159,8 @@ def _steps(config: TrainConfig) -> Iterator[str]:
     if optim.warmup_steps:
         yield f"warm-up over {optim.warmup_steps}"
     yield f"decay to {optim.min_lr:g} at step {optim.decay_end or config.steps}"
-    if config.validate_every:
-        yield f"validated on {config.data.val_split} after every {config.validate_every}"
+    if validation_steps(config):
+        yield f"validated on {config.data.val_split} after every {validation_steps(config)}"
 
 
 def _pictures(preprocessing: Preprocessing) -> Iterator[str]:
@@ -133,9 +174,12 @@ def _pictures(preprocessing: Preprocessing) -> Iterator[str]:
 
 
 def _written(config: TrainConfig) -> Iterator[str]:
-    checkpoints = Path(config.out) / "checkpoints"
     yield f"{config.out}, its model and checkpoints"
-    if config.resume and (checkpoints / LATEST).exists():
+    checkpoints = Path(config.out) / CHECKPOINTS
+    done = steps_done(checkpoints) if config.resume else None
+    if done == config.steps:
+        yield f"finished: all {done} steps are done, nothing is left to train"
+    elif done is not None:
         yield f"going on from {(checkpoints / LATEST).read_text()}"
 
 

@@ -9,12 +9,14 @@ Legend: B images, K classes, (H, W) labels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import Stage
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
@@ -28,22 +30,71 @@ ABSENT_WEIGHT = 0.1
 def segmentation_loss(
     output: SegmentationOutput,
     masks: Tensor,
-    ignore_index: int,
-    aux_weight: float,
+    ignore_index: int = 255,
+    aux_weight: float | None = None,
     stride: int = 1,
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Return the loss of the decode head plus `aux_weight` times that of every exit.
+    """Return the loss to train a model with: that of the decode head plus `aux_weight` times that of every exit.
 
-    masks: `(B, H, W)` int64. aux_weight: 0.4 for softmax heads (SETR, DoViT), 1.0 for ATM heads (DToP), as in the
-        releases' configurations. stride: judge every n-th pixel of both axes; 1 as published, 2 saves most of the
-        losses' time on a CPU. class_weights: factors on cross-entropy, which ATM heads do not have.
+    output: of a batch of images of one size, from a model in training mode, or called with `with_stages=True`.
+    masks: `(B, H, W)` whole numbers, classes from 0 and `ignore_index`, usually at the size of the images; maps are
+        resized to theirs.
+    ignore_index: value of pixels that take part in no loss.
+    aux_weight: 0.4 for softmax heads (SETR, DoViT) and 1.0 for ATM heads (DToP) if not given, as in the releases'
+        configurations.
+    stride: judge every n-th pixel of both axes; 1 as published, 2 saves most of the losses' time on a CPU.
+    class_weights: factor on the cross-entropy of each class, which ATM heads do not have.
     ignored: whether ignored pixels are left out or counted, see this module.
+
+    Warns where the exit heads get no gradient. Raises `ConfigError` for images of several sizes and for an output
+    without the decode head's map, `DataError` for masks that do not belong to the output.
     """
-    masks = masks[:, stride // 2 :: stride, stride // 2 :: stride]
-    losses = [stage_loss(output, stage, masks, ignore_index, class_weights, ignored) for stage in output.stages]
+    _check_masks(output, masks, ignore_index)
+    *exits, final = output.stages
+    if final.logits is None:
+        raise ConfigError("this output has no map of the decode head to take a loss of: run the model with Dense.")
+    if aux_weight is None:
+        aux_weight = 1.0 if any(stage.kind == "atm" for stage in exits) else 0.4
+    recorded = [stage for stage in exits if stage.logits is not None]
+    _warn_without_gradient(len(exits), len(recorded), aux_weight)
+    masks = masks[:, stride // 2 :: stride, stride // 2 :: stride].long()
+    losses = [stage_loss(output, stage, masks, ignore_index, class_weights, ignored) for stage in (*recorded, final)]
     return losses[-1] + aux_weight * torch.stack(losses[:-1]).sum() if len(losses) > 1 else losses[-1]
+
+
+def _check_masks(output: SegmentationOutput, masks: Tensor, ignore_index: int) -> None:
+    if len(set(output.sizes)) > 1:
+        raise ConfigError("images of several sizes have no loss in common: pass a batch of one size.")
+    if masks.ndim != 3 or len(masks) != len(output) or masks.is_floating_point() or 0 in masks.shape:
+        raise DataError(
+            f"masks of shape {tuple(masks.shape)} and type {masks.dtype} do not fit {len(output)} images: pass whole "
+            f"numbers of shape ({len(output)}, height, width)."
+        )
+    classes = len(output.grid_logits[0])
+    if masks.device.type != "cpu":  # a look at every value would make the host wait for the device
+        return
+    foreign = masks[(masks != ignore_index) & ((masks < 0) | (masks >= classes))]
+    if len(foreign):
+        raise DataError(
+            f"masks hold the value {foreign[0].item()}, but classes are 0..{classes - 1} and ignore_index is "
+            f"{ignore_index}: correct them, or name the value of void pixels as ignore_index."
+        )
+
+
+def _warn_without_gradient(exits: int, recorded: int, aux_weight: float) -> None:
+    """Say what is easily overlooked: a model that trains without its exits looks fine until tokens leave."""
+    if not torch.is_grad_enabled() or not exits:
+        return
+    if recorded < exits:
+        warnings.warn(
+            f"{exits - recorded} of {exits} exit heads get no gradient, as this output has no maps of them: call "
+            "model.train(), or the model with with_stages=True.",
+            stacklevel=3,
+        )
+    elif aux_weight == 0:
+        warnings.warn("this loss gives the exit heads no gradient, as aux_weight is 0: raise it.", stacklevel=3)
 
 
 def stage_loss(

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import tokenexit
 from tests.helpers import picture, tiny_segmenter
-from tokenexit.methods import Dense, DToP
-from tokenexit.training.losses import (
+from tokenexit.errors import ConfigError, DataError
+from tokenexit.methods import Dense, DToP, Truncated
+from tokenexit.output import SegmentationOutput
+from tokenexit.outputs.losses import (
     atm_loss,
     cross_entropy,
     dice_loss,
@@ -20,6 +23,7 @@ from tokenexit.training.losses import (
     segmentation_loss,
     stage_loss,
 )
+from tokenexit.preprocessing import Labels, Preprocessing, default_palette
 
 VOID = 255
 
@@ -266,3 +270,93 @@ def test_loss_of_a_later_stage_flows_into_the_exit_that_decided() -> None:
         stage_loss(output, output.stages[-1], torch.randint(0, 5, (1, 12, 16)), VOID).backward()
         gradient = model.exit_heads[0].classifier.weight.grad
         assert (gradient is not None and bool(gradient.abs().sum() > 0)) is flows
+
+
+# --------------------------------------------------------------------------------------- the function for own loops
+
+
+def judged_output(head: str = "fcn", training: bool = True, **options: object) -> tuple[SegmentationOutput, Tensor]:
+    """What a model says of two images, and masks for it."""
+    model = tiny_segmenter(head).train(training)
+    images = torch.stack([picture(12, 16), picture(12, 16, seed=1)])
+    return model(images, Dense(), **options), torch.randint(0, 5, (2, 12, 16))
+
+
+@pytest.mark.parametrize(("head", "weight"), [("fcn", 0.4), ("atm", 1.0)])
+def test_segmentation_loss__weighs_exits_as_published_for_their_kind(head: str, weight: float) -> None:
+    output, masks = judged_output(head)
+    assert tokenexit.segmentation_loss(output, masks) == segmentation_loss(output, masks, VOID, weight)
+
+
+def test_segmentation_loss__takes_masks_of_any_whole_number_and_size() -> None:
+    output, masks = judged_output()
+    assert segmentation_loss(output, masks.byte()) == segmentation_loss(output, masks)
+    assert segmentation_loss(output, masks.repeat_interleave(2, 1).repeat_interleave(2, 2)).isfinite()
+
+
+def test_segmentation_loss__warns_where_exit_heads_get_no_gradient() -> None:
+    output, masks = judged_output(training=False)
+    with pytest.warns(UserWarning, match="^2 of 2 exit heads get no gradient.*call model.train"):
+        loss = segmentation_loss(output, masks)
+    torch.testing.assert_close(loss, stage_loss(output, output.stages[-1], masks, VOID))
+    output, masks = judged_output()
+    with pytest.warns(UserWarning, match="no gradient, as aux_weight is 0: raise it"):
+        segmentation_loss(output, masks, aux_weight=0.0)
+
+
+@pytest.mark.filterwarnings("error")
+def test_segmentation_loss__does_not_warn_where_exits_learn_or_nothing_does() -> None:
+    segmentation_loss(*judged_output())
+    segmentation_loss(*judged_output(training=False, with_stages=True))
+    with torch.no_grad():
+        segmentation_loss(*judged_output(training=False))
+
+
+@pytest.mark.parametrize(
+    ("masks", "ignore_index", "words"),
+    [
+        (torch.zeros(2, 1, 12, 16, dtype=torch.long), VOID, r"masks of shape \(2, 1, 12, 16\) and type torch.int64 do"),
+        (torch.zeros(1, 12, 16, dtype=torch.long), VOID, r"do not fit 2 images: pass whole numbers of shape \(2, h"),
+        (torch.zeros(2, 12, 16), VOID, "type torch.float32"),
+        (torch.full((2, 12, 16), 7), VOID, r"masks hold the value 7, but classes are 0\.\.4 and ignore_index is 255"),
+        (torch.full((2, 12, 16), VOID), 0, "masks hold the value 255"),
+        (torch.full((2, 12, 16), -1), VOID, "masks hold the value -1"),
+    ],
+)
+def test_segmentation_loss__refuses_masks_that_do_not_belong_to_the_output(
+    masks: Tensor, ignore_index: int, words: str
+) -> None:
+    output, _ = judged_output()
+    with pytest.raises(DataError, match=words):
+        segmentation_loss(output, masks, ignore_index)
+
+
+def test_segmentation_loss__refuses_images_of_several_sizes_and_outputs_without_a_last_map() -> None:
+    model = tiny_segmenter("fcn")
+    output = model([picture(12, 16), picture(8, 8)], Dense(), with_stages=True)
+    with pytest.raises(ConfigError, match="images of several sizes have no loss in common"):
+        segmentation_loss(output, torch.zeros(2, 12, 16, dtype=torch.long))
+    with pytest.raises(ConfigError, match="no map of the decode head"):
+        segmentation_loss(model(picture(12, 16)[None], Truncated()), torch.zeros(1, 12, 16, dtype=torch.long))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_output_loss__is_the_loss_of_all_exits_where_labels_are_given(training: bool) -> None:
+    output, masks = judged_output(training=training)
+    assert output.loss is None
+    masks[:, :3] = VOID
+    labelled, _ = judged_output(training=training, labels=masks)
+    recorded, _ = judged_output(training=training, with_stages=True)
+    assert labelled.loss is not None
+    assert torch.equal(labelled.loss, segmentation_loss(recorded, masks))
+    labelled.loss.backward()
+    assert labelled[0].loss is None
+
+
+def test_output_loss__leaves_out_the_void_of_the_models_labels() -> None:
+    model = tiny_segmenter("fcn").train()
+    model.preprocessing = Preprocessing(labels=Labels(tuple("abcde"), default_palette(5), ignore_index=-1))
+    masks = torch.full((1, 12, 16), -1)
+    output = model(picture(12, 16)[None], labels=masks)
+    assert output.loss is not None
+    assert output.loss.item() == 0.0
