@@ -14,9 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import tokenexit
-
-FOLDER = Path(tokenexit.__file__).parent / "methods"
+FOLDER = Path(__file__).parents[1] / "methods"
 TYPES: dict[str, type] = {"int": int, "float": float, "float | None": float}
 """Annotations that are one number on the command line; others are text such as `0.98/0.9/0.8`."""
 

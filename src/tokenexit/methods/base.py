@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,9 +20,6 @@ from torch import Tensor
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadKind, HeadOutput, class_scores
 from tokenexit.tokens import Grid, Tokens
-
-if TYPE_CHECKING:
-    from tokenexit.methods.thresholded import Thresholds
 
 Value = Literal["logits", "scores"]
 """What a result holds: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
@@ -83,6 +80,16 @@ class Result:
     stages: tuple[Stage, ...]
     exit_stage: Tensor
 
+
+Threshold = float | Sequence[float] | Tensor
+"""The threshold of an exit: one for all classes, or one for each. A tensor, `()` or `(K,)`, is an exported graph's
+input, whose values nobody can check."""
+
+Thresholds = float | Sequence[Threshold]
+"""One threshold for all exits, or for each exit a number or one for each class."""
+
+PerExit = float | Sequence[float]
+"""A number for all exits, or one for each."""
 
 State = TypeVar("State")
 

@@ -20,21 +20,11 @@ from torch import Tensor
 from tokenexit.errors import ConfigError
 from tokenexit.exits import Score, exceeds, keep_at_most, on_boundary, retain_top_k
 from tokenexit.heads import Head, HeadOutput
-from tokenexit.methods.base import Method, Model, Stage, State, option
+from tokenexit.methods.base import Method, Model, PerExit, Stage, State, Threshold, Thresholds, option
 from tokenexit.tokens import Grid, Packing
 
 NEVER = 1.0
 """The threshold at which no token leaves: scores are at most 1 and the comparison is strict."""
-
-Threshold = float | Sequence[float] | Tensor
-"""The threshold of an exit: one for all classes, or one for each. A tensor, `()` or `(K,)`, is an exported graph's
-input, whose values nobody can check."""
-
-Thresholds = float | Sequence[Threshold]
-"""One threshold for all exits, or for each exit a number or one for each class."""
-
-PerExit = float | Sequence[float]
-"""A number for all exits, or one for each."""
 
 T = TypeVar("T", bound=Threshold)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,9 @@ from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import Stage
 from tokenexit.output import SegmentationOutput, resize_maps
 from tokenexit.tokens import unpack_grids
-from tokenexit.training.config import IgnoredPixels
+
+IgnoredPixels = Literal["left_out", "counted"]
+"""What losses do with ignored pixels; `TrainConfig.ignored_pixels` says which is which."""
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
