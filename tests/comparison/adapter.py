@@ -20,7 +20,7 @@ from tokenexit.ledger import dense_gmacs
 from tokenexit.methods import METHODS, build_method, reference
 from tokenexit.preprocessing import Preprocessing, default_labels
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.losses import segmentation_loss
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.vit import ViTConfig
 
 __all__ = ["Sample", "build_method", "default_labels", "dense_gmacs", "segmentation_loss"]

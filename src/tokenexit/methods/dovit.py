@@ -28,8 +28,8 @@ from torch import Tensor
 from tokenexit.errors import ConfigError
 from tokenexit.exits import pooled_label, pooled_score
 from tokenexit.heads import Head, HeadOutput
-from tokenexit.methods.base import Method, Model, Result, Stage, all_stay, decode_grid, option, stage_of
-from tokenexit.methods.thresholded import Graded, ThresholdMethod, Thresholds, check_share, of_exit, per_class
+from tokenexit.methods.base import Method, Model, Result, Stage, Thresholds, all_stay, decode_grid, option, stage_of
+from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_class
 from tokenexit.tokens import Grid, Packing, Tokens, cell_packing, scatter
 
 

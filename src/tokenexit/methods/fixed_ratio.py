@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 
 from tokenexit.errors import ConfigError
 from tokenexit.exits import Score
-from tokenexit.methods.base import Method, Model, Result, option
+from tokenexit.methods.base import Method, Model, PerExit, Result, option
 from tokenexit.methods.dtop import DToP, DToPState, Finish
-from tokenexit.methods.thresholded import NEVER, PerExit, per_exit
+from tokenexit.methods.thresholded import NEVER, per_exit
 from tokenexit.tokens import Tokens
 
 

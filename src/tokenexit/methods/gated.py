@@ -11,8 +11,7 @@ from itertools import groupby
 from typing import Any, ClassVar, NoReturn, Self
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods.base import Method, Model, Result, Stage
-from tokenexit.methods.thresholded import Thresholds
+from tokenexit.methods.base import Method, Model, Result, Stage, Thresholds
 from tokenexit.tokens import Grid, Tokens
 
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenexit.exits import Score
+from tokenexit.methods.base import Thresholds
 from tokenexit.methods.dovit import DoViT
-from tokenexit.methods.thresholded import Thresholds
 
 
 @dataclass(frozen=True)

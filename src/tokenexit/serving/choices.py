@@ -14,7 +14,8 @@ from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.methods import METHODS, Dense, DoViT, DToP, Method, build_method
-from tokenexit.methods.thresholded import NEVER, Threshold, per_exit
+from tokenexit.methods.base import Threshold
+from tokenexit.methods.thresholded import NEVER, per_exit
 from tokenexit.segmenter import ExitSegmenter
 
 OCTAVES = 10.0
