@@ -17,9 +17,11 @@ from tests.helpers import tiny_segmenter
 from tests.test_cli import fine, wrong
 from tokenexit.calibration import calibrate as calibration
 from tokenexit.calibration import sweep as sweeping
+from tokenexit.calibration.agreement import fall_off_note
+from tokenexit.calibration.runs import Bench, dense_reference, true_run
 from tokenexit.cli import main
 from tokenexit.evaluation.evaluate import label_of
-from tokenexit.methods import build_method
+from tokenexit.methods import DToP, build_method
 from tokenexit.preprocessing import default_labels
 from tokenexit.segmenter import ExitSegmenter
 
@@ -81,6 +83,26 @@ def test_calibrate__writes_to_the_model_and_says_what_it_reached(
     assert content["images"] == {"data": str(pictures / "plain"), "count": 12}
     calibrated(capsys, model, pictures, "--out", str(tmp_path / "copy"))
     assert ExitSegmenter.from_pretrained(tmp_path / "copy").calibrated_method() is not None
+
+
+def test_calibrate__says_where_agreement_with_dense_has_fallen_off(
+    model: Path, pictures: Path, capsys: Captured
+) -> None:
+    text = calibrated(capsys, model, pictures)
+    content = json.loads((model / "calibration.json").read_text())
+    unlike = content["reached"]["pixels_unlike_dense"]
+    assert unlike > 0.05  # weights drawn at random agree nowhere
+    note = f"Agreement with dense has fallen off: {unlike:.1%} of the pixels of these 12 images are unlike"
+    assert note in text
+    assert note in content["promise"]
+    by_class = ("--data", "folder", "--data-root", pictures / "set", "--cbt", 0.3, 0.6)
+    assert "Agreement with dense has fallen off" in fine(capsys, "calibrate", model, *by_class)
+    agreeing = ("--images", pictures / "plain", "--max-disagreement", 0.4, "--confidence", 0.7)
+    text = fine(capsys, "calibrate", model, *agreeing)
+    assert ("fallen off" in text) == (
+        json.loads((model / "calibration.json").read_text())["reached"]["mean_loss"] > 0.05
+    )
+    assert fall_off_note(0.05, 12) == fall_off_note(float("nan"), 12) == ""
 
 
 def test_calibrate__takes_a_bound_on_a_labelled_dataset(model: Path, pictures: Path, capsys: Captured) -> None:
@@ -246,6 +268,7 @@ def test_predict__warns_once_of_pictures_unlike_the_calibrations(
 def sweep(capsys: Captured, model: Path, pictures: Path, out: Path, *more: Any) -> str:
     data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 3, "--tune-limit", 4)
     lines = ("--method", "dtop", "dovit", "fixed_ratio", "truncated", "--points", 3, "--input-scale", 0.5, "--out", out)
+    lines += ("--full-range",)  # weights drawn at random agree with dense nowhere
     return fine(capsys, "sweep", model, *data, *lines, *more)
 
 
@@ -289,6 +312,58 @@ def test_sweep__writes_curves_and_goes_on_where_it_was(
     assert (out / "sweep.png").read_bytes().startswith(b"\x89PNG")
     refused = wrong(capsys, "sweep", model, "--data", "folder", "--data-root", pictures / "set", "--out", out)
     assert "sweep.json was made with" in refused
+
+
+def test_sweep__spends_no_point_on_the_trivial_ends(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    pytest.importorskip("matplotlib")
+    sweep(capsys, model, pictures, tmp_path / "out")
+    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    for name in ("dtop, thresholds chosen", "dovit, thresholds chosen", "fixed_ratio"):
+        live = [row["live_after_exit"] for row in rows if row["series"] == name]
+        assert live
+        assert all(0.0 < own[-1] < 1.0 for own in live), name
+    ratios = [row["method"]["ratios"] for row in rows if row["series"] == "fixed_ratio"]
+    assert [own[0] for own in ratios] == [0.75, 0.5, 0.25]
+
+
+def test_plan_method__ends_where_true_runs_stop_agreeing_with_dense_and_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bench = Bench(tiny_segmenter(), Noise(8, ((16, 20),)), tuple(range(8)))
+    said: list[str] = []
+    shares: list[float] = []
+    reference = dense_reference(bench)
+    for limit in (0.05, 0.2, 1.0):
+        monkeypatch.setattr(sweeping, "FALL_OFF", limit)
+        jobs = sweeping.plan_method(bench, DToP(), 4, "classes", say=said.append)
+        run = true_run(bench, build_method(jobs[-1].method), reference)
+        shares.append(run.share)
+        assert calibration.error(run.confusion, "pixels").mean().item() <= limit
+    assert shares[0] > shares[1] + 0.05 > shares[2] + 0.1
+    assert len(said) == 2  # all agrees to within 100 %
+    assert said[1].startswith("dtop: agreement with dense falls off, points end at ")
+    assert said[1].endswith("of the pixels of 8 tuning images unlike dense (--full-range goes on)")
+    monkeypatch.setattr(sweeping, "FALL_OFF", 0.0)
+    assert sweeping.plan_method(bench, DToP(), 4, "classes")  # where nothing agrees there is a point all the same
+
+
+def test_figure_of_a_sweep__is_not_flattened_by_a_collapse() -> None:
+    plt = sweeping._pyplot() if pytest.importorskip("matplotlib") else None
+    rows = [
+        {"series": name, "gmacs_mean": cost, "mIoU": miou}
+        for name, cost, miou in (("dense", 9.0, 40.0), ("dovit", 8.0, 39.5), ("dovit", 7.0, 38.0), ("dovit", 5.0, 10.3))
+    ]
+    figure = sweeping.figure_of(plt, [*rows, {"series": "dovit", "gmacs_mean": 6.0, "mIoU": None}])
+    (axes,) = figure.axes
+    assert axes.get_ylim()[0] > 37.0
+    assert "10.3" in [text.get_text() for text in axes.texts]
+    (arrow,) = [line for line in axes.lines if line.get_marker() == "v"]
+    assert arrow.get_ydata() == [axes.get_ylim()[0]]
+    (flat,) = sweeping.figure_of(plt, rows[:3]).axes
+    assert flat.texts == [] or not len(flat.texts)
+    plt.close("all")
 
 
 def test_sweep__refuses_what_is_no_sweep(model: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -18,9 +18,9 @@ from tokenexit.data.base import Sample
 from tokenexit.exporting.graph import ExitGraph, threshold_table
 from tokenexit.ledger import dense_gmacs
 from tokenexit.methods import METHODS, build_method, reference
+from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.preprocessing import Preprocessing, default_labels
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.vit import ViTConfig
 
 __all__ = ["Sample", "build_method", "default_labels", "dense_gmacs", "segmentation_loss"]

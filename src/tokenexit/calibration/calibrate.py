@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from tokenexit.calibration import guarantee
+from tokenexit.calibration.agreement import fall_off_note
 from tokenexit.calibration.budget import Met, cap_shares, meet_budget
 from tokenexit.calibration.dense_pass import (
     Costs,
@@ -358,7 +359,8 @@ def _for_budget(
         "as the dense model has them. A figure of these images: others like them differ by sampling, here by a "
         f"standard error of {reached['share_of_dense_standard_error']:.2g} of dense."
     )
-    return _Chosen(chosen, run, reached, {"count": len(bench)}, promise + _cap_words(cap))
+    promise += _cap_words(cap) + fall_off_note(reached["pixels_unlike_dense"], len(bench))
+    return _Chosen(chosen, run, reached, {"count": len(bench)}, promise)
 
 
 def _out_of_reach(wish: Budget, least: float, unit: str, exits: Sequence[int]) -> str:
@@ -403,7 +405,10 @@ def _for_bound(
     assert run is not None, "some place was accepted"
     reached = {**_figures(run, planner, place), **figures, "places_tested": min(count + 1, len(places))}
     images = {"count": len(bench), "path": len(scouts), "test": len(test), "seed": seed}
-    return _Chosen(planner.at(place), run, reached, images, promise_of(wish, len(test), figures) + _cap_words(cap))
+    promise = promise_of(wish, len(test), figures) + _cap_words(cap)
+    if not wish.needs_labels:  # else runs are compared with the truth, and the bound is on what that says
+        promise += fall_off_note(error(run.confusion, "pixels").mean().item(), len(test))
+    return _Chosen(planner.at(place), run, reached, images, promise)
 
 
 def split(count: int, wish: Bound, seed: int) -> tuple[list[int], list[int]]:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.calibration.agreement import fall_off_note
 from tokenexit.calibration.calibrate import costs_of
 from tokenexit.calibration.drift import Usual
 from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
@@ -64,7 +65,7 @@ def calibrate_by_class(
         asked={"cbt": [alpha, beta], "precision": bench.precision},
         promise=f"Class-based thresholds from {alpha:g} to {beta:g} (CBT): no budget and no bound was asked for. The "
         f"mean over these {len(bench)} images is {run.share:.3f} of dense multiply-adds, with {1 - unlike:.2%} of "
-        "pixels as the dense model has them.",
+        "pixels as the dense model has them." + fall_off_note(unlike, len(bench)),
         method=spec_of(method),
         reached={**costs_of(run), "pixels_unlike_dense": unlike},
         images={**(about or {}), "count": len(bench)},

@@ -8,18 +8,23 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenexit.calibration.calibrate import Average, Planner
+import torch
+
+from tokenexit.calibration.agreement import FALL_OFF
+from tokenexit.calibration.calibrate import COMPARED_IMAGES, Average, Planner
 from tokenexit.calibration.path import place_where
-from tokenexit.calibration.runs import Bench, dense_reference
+from tokenexit.calibration.runs import Bench, Reference, dense_reference, error, true_run
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Scaled, evaluate
 from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.methods.thresholded import calibratable
+from tokenexit.report.chart import collapse_floor
 from tokenexit.report.evaluations import without_nan
 from tokenexit.writing import whole
 
@@ -42,6 +47,8 @@ FIELDS = (
 CHOSEN = "{}, thresholds chosen"
 BY_HAND = "{}, one threshold"
 SMALLER = "dense, smaller pictures"
+HALVINGS = 5
+"""True runs that find where agreement falls off, to a 32nd of the path's range of compute."""
 STYLES = (("#1f6fb4", "o"), ("#c8501e", "s"), ("#0f7f6b", "^"), ("#7a4fb5", "D"), ("#8a6d00", "v"), ("#b03060", "P"))
 
 
@@ -60,16 +67,63 @@ def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[Job] | N
     return [Job(method.name, spec_of(one)) for one in chosen] or None
 
 
-def plan_method(bench: Bench, method: Method[Any], points: int, average: Average) -> list[Job]:
-    """Points of one method from "nobody leaves" to "everybody leaves at once", evenly spaced in predicted compute."""
+def plan_method(
+    bench: Bench,
+    method: Method[Any],
+    points: int,
+    average: Average,
+    full_range: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Job]:
+    """Points of one method, evenly spaced in predicted compute, from behind "nobody leaves", which is dense with heads
+    that cost, to where agreement with dense falls off.
+
+    full_range: on to before "everybody leaves at once", which is a truncation at the first exit.
+    """
     planner = Planner(bench, calibratable(method), average)
+    reference = dense_reference(bench)
     middle = (planner.share(0.0) + planner.share(planner.path.end)) / 2
-    planner.compare(bench, dense_reference(bench), middle, average)
+    planner.compare(bench, reference, middle, average)
     end = planner.path.end
     first, last = planner.share(0.0), planner.share(end)
-    wanted = [first + (last - first) * i / max(1, points - 1) for i in range(points)]
+    steps = points + 1  # without the ends
+    if not full_range:
+        reach, unlike, images = agreeing(planner, bench, reference)
+        if reach < 1.0:
+            last, steps = first + (last - first) * reach, points
+            say(
+                f"{method.name}: agreement with dense falls off, points end at {last:.0%} of dense compute, with "
+                f"{unlike:.1%} of the pixels of {images} tuning images unlike dense (--full-range goes on)"
+            )
+    wanted = [first + (last - first) * i / steps for i in range(1, points + 1)]
     places = dict.fromkeys(place_where(planner.share, share, end) for share in wanted)
     return [Job(CHOSEN.format(method.name), spec_of(planner.at(place))) for place in places]
+
+
+def agreeing(planner: Planner, bench: Bench, reference: Reference) -> tuple[float, float, int]:
+    """How far down in compute, as a share of the path's range, true runs on a few images keep to dense labels: at most
+    `FALL_OFF` of the pixels unlike them. With the pixels unlike dense there, and how many images that are.
+
+    A dense pass alone cannot say: what the loss of context does to the tokens that stay is not in it. At least
+    `1 / 2^HALVINGS`, so that a method which never keeps to them has its points, too.
+    """
+    places = torch.linspace(0, len(bench) - 1, min(len(bench), COMPARED_IMAGES)).round().long().tolist()
+    few, said, end = bench.part(places), reference.part(places), planner.path.end
+    first, last = planner.share(0.0), planner.share(end)
+
+    def unlike(reach: float) -> float:
+        place = place_where(planner.share, first + (last - first) * reach, end)
+        run = true_run(few, planner.at(place), said, "looking where agreement falls off")
+        return error(run.confusion, "pixels").mean().item()
+
+    seen = {1.0: unlike(1.0)}
+    low, high = (1.0, 1.0) if seen[1.0] <= FALL_OFF else (0.0, 1.0)
+    for _ in range(HALVINGS if low < high else 0):
+        middle = (low + high) / 2
+        seen[middle] = unlike(middle)
+        low, high = (middle, high) if seen[middle] <= FALL_OFF else (low, middle)
+    reach = low if low > 0.0 else high
+    return reach, seen[reach], len(places)
 
 
 def sweep(
@@ -83,13 +137,15 @@ def sweep(
     *,
     points: int = 8,
     average: Average = "classes",
+    full_range: bool = False,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[dict[str, Any]]:
     """Run all points and write `sweep.json`, `sweep.csv` and `sweep.png` to the folder `out`.
 
     bench: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without labels.
     methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one line for
-    each name. scales: of the pictures' sides, for the line of dense models on smaller pictures. settings: what else
+    each name. scales: of the pictures' sides, for the line of dense models on smaller pictures. full_range: see
+    `plan_method`. settings: what else
     decides the figures, such as model and data. Returns the rows. Raises `ConfigError` if `out` holds a sweep of other
     settings.
     """
@@ -103,6 +159,7 @@ def sweep(
         "scales": list(scales),
         "points": points,
         "average": average,
+        "full_range": full_range,
         "images": len(bench),
         "tuned_on": len(tune),
         "precision": bench.precision,
@@ -116,7 +173,7 @@ def sweep(
             planned = plan_rule(method, points, len(bench.model.config.exits))
             if planned is None:
                 say(f"choosing thresholds of {method.name} on {len(tune)} images")
-                planned = plan_method(tune, method, points, average)
+                planned = plan_method(tune, method, points, average, full_range, say)
             jobs += planned
         kept["jobs"] = [asdict(job) for job in jobs]
         _write(path, kept)
@@ -206,16 +263,36 @@ def _pyplot() -> Any:
 
 
 def _draw(plt: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """mIoU against GMACs, a line for each series; dense is a point, and begins the line of smaller pictures."""
+    figure = figure_of(plt, rows)
+    with _writable(path), whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
+    plt.close(figure)
+
+
+def figure_of(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    """mIoU against GMACs, a line for each series; dense is a point, and begins the line of smaller pictures.
+
+    Points of a collapse stand on the lower edge as an arrow with their value, and do not flatten the rest.
+    """
     figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
     dense = [row for row in rows if row["series"] == "dense"]
     names = [name for name in dict.fromkeys(row["series"] for row in rows) if name != "dense"]
+    floor = collapse_floor(list(map(_miou, rows)), max(map(_miou, dense), default=math.nan))
+    if floor is not None:
+        above = [miou for miou in map(_miou, rows) if miou >= floor]
+        margin = 0.05 * (max(above) - min(above) + 1)
+        axes.set_ylim(min(above) - margin, max(above) + margin)
     for name, (colour, marker) in zip(names, STYLES * len(names)):
         line = [row for row in rows if row["series"] == name] + (dense if name == SMALLER else [])
         line.sort(key=lambda row: row["gmacs_mean"])
         style = ":" if name.endswith("one threshold") else "-"
         spots = [row["gmacs_mean"] for row in line], [row["mIoU"] for row in line]
         axes.plot(*spots, style, color=colour, marker=marker, markersize=5, label=name)
+        for row in line:
+            if floor is not None and _miou(row) < floor:
+                spot = row["gmacs_mean"], axes.get_ylim()[0]
+                axes.plot(*spot, "v", color=colour, markersize=9, clip_on=False, zorder=5)
+                axes.annotate(f"{row['mIoU']:.1f}", spot, (0, 8), textcoords="offset points", ha="center", fontsize=8)
     for row in dense:
         axes.plot([row["gmacs_mean"]], [row["mIoU"]], "*", color="#222222", markersize=12, label="dense")
     axes.set_xlabel("GMACs per image, mean")
@@ -223,6 +300,9 @@ def _draw(plt: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(fontsize=9, frameon=False, loc="lower right")
-    with _writable(path), whole(path) as unfinished:
-        figure.savefig(unfinished, dpi=130)
-    plt.close(figure)
+    return figure
+
+
+def _miou(row: dict[str, Any]) -> float:
+    """NaN where JSON has none."""
+    return math.nan if row["mIoU"] is None else float(row["mIoU"])

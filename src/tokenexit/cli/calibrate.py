@@ -131,6 +131,7 @@ def sweep(arguments: list[str]) -> int:
     )
     add_method_options(parser, several=True)
     parser.add_argument("--points", type=int, default=8, help="of every method's curve")
+    parser.add_argument("--full-range", action="store_true", help="go on where agreement with dense has fallen off")
     parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
     parser.add_argument("--input-scale", type=float, nargs="*", default=[0.5, 0.625, 0.75, 0.875], help="rivals: dense")
     parser.add_argument("--out", type=Path, default=Path("sweep"), help="folder for sweep.json, .csv and .png")
@@ -167,6 +168,7 @@ def sweep(arguments: list[str]) -> int:
             {"data": name, "split": split, "tune_split": options.tune_split, "windows": in_windows(model)},
             points=options.points,
             average=options.keep,
+            full_range=options.full_range,
             say=print,
         )
     print(f"{len(rows)} points: {options.out / 'sweep.png'}, sweep.csv and sweep.json")

@@ -52,8 +52,8 @@ class FixedRatio(Method[DToPState]):
         return self._dtop(per_exit(self.ratios, model.num_exits, "ratios"))
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
-        """Shares that fall alike from exit to exit."""
-        shares = [1 - i / points for i in range(points)]
+        """Shares between all tokens and none, falling alike from exit to exit."""
+        shares = [1 - i / (points + 1) for i in range(1, points + 1)]
         ratios = [tuple(round(share ** (n + 1), 4) for n in range(num_exits)) for share in shares]
         return [replace(self, ratios=each) for each in ratios]
 
