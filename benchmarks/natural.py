@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.conversion import median_interval, processor
 from tokenexit.data.registry import open_dataset
-from tokenexit.inference import inference
+from tokenexit.inference import inference, training_precision
 from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense, Method, build_method
 from tokenexit.segmenter import ExitSegmenter
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="images, evenly spread over the split")
     parser.add_argument("--method", choices=("dtop", "dovit"), default="dtop")
     parser.add_argument("--threshold", default="0.98/0.8/0.65")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -63,6 +63,7 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     device = torch.device(options.device)
+    options.precision = training_precision(options.precision, device)  # the fastest
     model = ExitSegmenter.from_pretrained(options.model, device)
     data = open_dataset(options.data, options.data_root, options.split)
     thresholds = tuple(map(float, options.threshold.split("/")))

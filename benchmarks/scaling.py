@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.conversion import imposed, processor
-from tokenexit.inference import inference
+from tokenexit.inference import inference, training_precision
 from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense
 from tokenexit.segmenter import ExitSegmenter
@@ -112,7 +112,7 @@ def draw(curves: dict[str, list[dict[str, float]]], path: Path, title: str) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default="vit_small_patch16")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
+    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
         "--json", type=Path, required=True, help="kept point by point; goes on where it was interrupted"
@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--point", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    options.precision = training_precision(options.precision, torch.device("cpu"))  # the fastest
     if options.point is not None:
         print(json.dumps(point(options.backbone, options.precision, json.loads(options.point), options.rounds)))
         return

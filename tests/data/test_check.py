@@ -225,7 +225,7 @@ def test_check__reads_other_layouts_and_says_how_images_were_split(tmp_path):
     for k in range(40):
         write_pair(tmp_path, "all", f"p{k}", np.array([[0, 1], [2, 255]], np.uint8))
     (tmp_path / "images").rename(tmp_path / "img")
-    with pytest.raises(DataError, match=r"write to dataset\.yaml images: 'img'\.$"):
+    with pytest.raises(DataError, match=r"write to dataset\.yaml, one a line: images: 'img'\.$"):
         check_dataset("folder", tmp_path)
     (tmp_path / "dataset.yaml").write_text("classes: [ground, leaf, fruit]\nimages: img\n")
     report = check_dataset("folder", tmp_path)

@@ -309,7 +309,7 @@ def test_folder__shows_what_is_expected_what_is_there_and_what_would_fit(names, 
     assert "expected are images/NAME.jpg and annotations/NAME.png" in message
     assert re.search(r"found \d+ images in '[\w.]+' such as '.*photo0", message)
     assert message.endswith(f"{suggested}.")
-    written = message.rpartition("write to dataset.yaml ")[2].rstrip(".")
+    written = message.rpartition("write to dataset.yaml, one a line: ")[2].rstrip(".")
     (tmp_path / "dataset.yaml").write_text("classes: [a]\n" + written.replace(", ", "\n"))
     assert len(FolderDataset(tmp_path, "train")) > 5  # what is suggested works
 
@@ -318,7 +318,7 @@ def test_folder__hints_at_suffixes_where_no_name_is_shared(tmp_path):
     write_files(tmp_path, *(f"images/train/{k}.jpg" for k in "ab"), *(f"annotations/train/{k}_mask.png" for k in "ab"))
     message = message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
     assert message.startswith("none of 2 images in")
-    assert message.endswith("write to dataset.yaml mask_suffix: '_mask'.")
+    assert message.endswith("write to dataset.yaml, one a line: mask_suffix: '_mask'.")
 
 
 def test_folder__says_that_there_is_no_image_at_all(tmp_path):

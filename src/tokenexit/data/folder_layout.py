@@ -248,10 +248,12 @@ class FolderLayout:
         found = scan(root)
         fitting = suggestion(found)
         said = f"{EXPECTED}; found {seen(found) or 'no image at all'}"
-        return said if fitting is None or fitting == self else f"{said}; write to dataset.yaml {fitting.changes()}"
+        if fitting is None or fitting == self:
+            return said
+        return f"{said}; write to dataset.yaml, one a line: {fitting.changes()}"
 
     def changes(self) -> str:
-        """The lines of `dataset.yaml` that make this layout, on one line."""
+        """The lines of `dataset.yaml` that make this layout, for a sentence."""
         default = FolderLayout()
         return ", ".join(f"{key}: {value!r}" for key, value in vars(self).items() if value != getattr(default, key))
 
