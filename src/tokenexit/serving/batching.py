@@ -4,7 +4,8 @@ The engine is exact: a picture's result does not depend on its companions, so wh
 for the same method shares a call of the model. A queue that is full refuses at once; waiting longer would help nobody.
 
 A dear job, of more than a second, runs alone and does not take the model from the others: before each of its blocks the
-cheap ones that wait get as much time as its last block took. A call that nobody waits for ends before its next block.
+cheap ones that wait get three times as long as its last block took, so that they lose a quarter of the model to it. A
+call that nobody waits for ends before its next block.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any], Sequence[Size]], S
 
 DEAR = 1.0
 """Expected seconds from which on a job is dear, and up to which jobs share a call."""
+
+GIVEN = 3.0
+"""Time that cheap jobs get between the blocks of a dear one, as a multiple of what a block takes."""
 
 
 class Overloaded(Exception):
@@ -103,7 +107,7 @@ class Batcher:
 
     forward: the model. max_tokens: patch tokens of a batch; a larger picture runs alone. max_places: pictures that may
     be under way at once. max_wait: seconds the first picture of a batch waits for companions. observe: told of each
-    batch its number of pictures and its seconds. around: held by the thread for as long as it lives.
+    batch its output and its seconds. around: held by the thread for as long as it lives.
     """
 
     def __init__(
@@ -113,7 +117,7 @@ class Batcher:
         max_tokens: int = PACK_TOKENS,
         max_places: int = 64,
         max_wait: float = 0.004,
-        observe: Callable[[int, float], None] = lambda pictures, seconds: None,
+        observe: Callable[[Segmentation, float], None] = lambda output, seconds: None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._forward, self._observe, self._around = forward, observe, around
@@ -146,6 +150,7 @@ class Batcher:
         finally:
             with self._changed:
                 self._taken -= count
+                self._changed.notify_all()
 
     def submit(self, job: Job) -> Future[Answer]:
         """Queue a picture. Its future raises what the model raised, or `Expired`."""
@@ -167,7 +172,7 @@ class Batcher:
             return sum(waiting) + sum(running)
         cheap = sum(job.seconds for job in queue if not job.dear and job.wanted)
         cheap += sum(rest for call, rest in zip(calls, running) if not call.jobs[0].dear)
-        return cheap * (2 if dear else 1)  # a dear one has every second turn
+        return cheap * (1 + 1 / GIVEN if dear else 1)
 
     @property
     def running_seconds(self) -> float:
@@ -195,8 +200,8 @@ class Batcher:
         if not call.jobs[0].dear:
             return
         start = time.monotonic()
-        until = start + (start - call.since)
-        while time.monotonic() < until and (jobs := self._cheap()):
+        until = start + GIVEN * (start - call.since)
+        while (left := until - time.monotonic()) > 0 and (jobs := self._cheap(left)) is not None:
             self._run(jobs)
         call.since = time.monotonic()
         call.given += call.since - start
@@ -218,11 +223,20 @@ class Batcher:
                 self._changed.wait(left)
             return self._taken_out(self._pack(self._queue)[0])
 
-    def _cheap(self) -> list[Job]:
-        """The oldest job that is not dear and those that go with it, as they are there; empty if there is none."""
+    def _cheap(self, seconds: float) -> list[Job] | None:
+        """The oldest job that is not dear and those that go with it.
+
+        Empty if none came in so many seconds, in which pictures are being read or encoded, which takes the same
+        processor; None if there are no such pictures.
+        """
         with self._changed:
             waiting = [job for job in self._queue if not job.dear]
-            return self._taken_out(self._pack(waiting)[0]) if waiting else []
+            if waiting:
+                return self._taken_out(self._pack(waiting)[0])
+            if self._taken <= len(self._queue) + 1:  # all that is under way is dear: this call, and what is queued
+                return None
+            self._changed.wait(seconds)
+            return []
 
     def _taken_out(self, jobs: list[Job]) -> list[Job]:
         self._queue = deque(job for job in self._queue if job not in jobs)
@@ -258,7 +272,7 @@ class Batcher:
             self._failed(jobs, error)
             return
         self._calls.pop()
-        self._observe(len(jobs), seconds)
+        self._observe(output, seconds)
         for job, own in zip(jobs, outputs):
             job.answer.set_result(Answer(own, 1e3 * seconds, len(jobs)))
 

@@ -17,11 +17,12 @@ from tokenexit.windows import window_boxes
 
 PROBE_SIDE = 32
 """Patches along the noise that is timed: enough that the work counts, and not the calls."""
-REPEATS = 3
+REPEATS, SECONDS = 3, 0.5
+"""It is timed so often at least, and for so long: another program may have the machine at first."""
 
 
 class Pace:
-    """Seconds per multiply-add of a model on this machine: the best that was seen.
+    """Seconds per multiply-add of a model on this machine: the best that was seen, at the start and since.
 
     A slow call, of a busy moment or of an image that is too small to fill the machine, therefore refuses nobody later.
     """
@@ -31,14 +32,15 @@ class Pace:
 
     @classmethod
     def measured(cls, model: ExitSegmenter, precision: Precision) -> Pace:
-        """Time one block of the backbone, which takes well below a second."""
+        """Time one block of the backbone, for half a second."""
         backbone, device = model.backbone, model.device
         pace = cls(float("inf"))
         side = PROBE_SIDE * model.config.backbone.patch_size
         with inference(device, precision):
             tokens = backbone.embed([torch.randn(3, side, side, device=device)])
-            for _ in range(REPEATS):
-                start = time.perf_counter()
+            until, times = time.perf_counter() + SECONDS, 0
+            while times < REPEATS or time.perf_counter() < until:
+                start, times = time.perf_counter(), times + 1
                 backbone.run(tokens, 0, 1)
                 if device.type == "cuda":
                     torch.cuda.synchronize(device)

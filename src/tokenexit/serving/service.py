@@ -384,8 +384,6 @@ class Service:
 
     def _count(self, method: Method[Any], answer: Answer) -> None:
         ledger, add = answer.output.ledger, self.metrics.add
-        if answer.batch == 1:
-            self.pace.observe(ledger.macs[0], answer.milliseconds / 1e3)
         add("tokenexit_pictures_total", method=method.name)
         add("tokenexit_macs_total", ledger.macs[0], method=method.name)
         add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)
@@ -394,8 +392,9 @@ class Service:
         for place, before, after in zip(places, live, live[1:]):
             add("tokenexit_tokens_total", before - after, method=method.name, exit=place)
 
-    def _observe_batch(self, pictures: int, seconds: float) -> None:
-        self.metrics.observe("tokenexit_batch_pictures", pictures)
+    def _observe_batch(self, output: Segmentation, seconds: float) -> None:
+        self.pace.observe(sum(output.ledger.macs), seconds)
+        self.metrics.observe("tokenexit_batch_pictures", len(output))
         self.metrics.observe("tokenexit_batch_seconds", seconds)
 
 
