@@ -102,7 +102,7 @@ def test_own_training_loop__learns_as_it_stands_and_leaves_a_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    page = ROOT / "docs" / "own-training-loop.md"
+    page = ROOT / "docs" / "guide" / "own-training-loop.md"
     names: dict[str, Any] = {"__name__": "example"}
     for example in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
         exec(compile(example, page.name, "exec"), names)
