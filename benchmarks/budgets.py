@@ -20,15 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenexit.calibration.calibrate import Budget, calibrate
-from tokenexit.calibration.runs import Bench, Progress, true_run, truth_reference
+from tokenexit.calibration.calibrate import calibrate
+from tokenexit.calibration.calibration_set import Bench, Progress, true_run, truth_reference
+from tokenexit.calibration.targets import Budget
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import scores
 from tokenexit.methods import Dense, DoViT, DToP, Method, build_method
 from tokenexit.report.tables import Column, Table
+from tokenexit.runtime.atomic import whole
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.writing import whole
 
 HAND = (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4)
 

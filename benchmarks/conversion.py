@@ -25,13 +25,13 @@ import torch
 from torch import Tensor
 
 from benchmarks.rivals import agrees, plain
-from tokenexit.inference import Precision, inference
-from tokenexit.memory import keep_buffers
+from tokenexit.engine.tokens import Tokens
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.methods.base import Model, Stage
 from tokenexit.methods.thresholded import Graded
+from tokenexit.runtime.memory import keep_buffers
+from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Tokens
 
 Contender = Callable[[], Any]
 

@@ -24,9 +24,9 @@ import torch
 from benchmarks.conversion import median_interval, processor
 from tokenexit.exporting.export import FILES, export_model
 from tokenexit.heads import class_scores
-from tokenexit.inference import inference
-from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.runtime.memory import keep_buffers
+from tokenexit.runtime.precision import inference
 from tokenexit.segmenter import ExitSegmenter
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 0.9)

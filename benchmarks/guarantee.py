@@ -25,17 +25,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from tokenexit.calibration import guarantee
-from tokenexit.calibration.calibrate import Bound, Planner, Trial, places_to_test
-from tokenexit.calibration.runs import Bench, Progress, dense_reference, error, true_run
+from tokenexit.calibration import risk_control
+from tokenexit.calibration.calibration_set import Bench, Progress, dense_reference, error, true_run
+from tokenexit.calibration.for_bound import Trial, places_to_test
+from tokenexit.calibration.planner import Planner
+from tokenexit.calibration.targets import Bound
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.data.scenes import Scenes
 from tokenexit.methods import DToP, build_method, spec_of
-from tokenexit.quickstart import scene_recipe
+from tokenexit.runtime.atomic import whole
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DataConfig
 from tokenexit.training.loop import train
-from tokenexit.writing import whole
+from tokenexit.training.recipes import scene_recipe
 
 POOL_SEED, PATH_SEED = 71, 72
 PLACES = 16
@@ -107,8 +109,8 @@ def draw_calibrations(
     chosen = []
     for _ in range(draws):
         picked = losses[:, rng.integers(losses.shape[1], size=images)].mean(axis=1)
-        passed = guarantee.hoeffding_bentkus(picked, images, bound) <= 1 - confidence
-        chosen.append(guarantee.fixed_sequence(len(passed), passed.__getitem__))
+        passed = risk_control.hoeffding_bentkus(picked, images, bound) <= 1 - confidence
+        chosen.append(risk_control.fixed_sequence(len(passed), passed.__getitem__))
     violations = int((risk[chosen] > bound).sum())
     delta = 1 - confidence
     return {

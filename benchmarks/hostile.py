@@ -40,7 +40,7 @@ from PIL import Image
 from benchmarks.serving import MARK, body
 from tokenexit.data.scenes import render_scene
 from tokenexit.errors import DataError
-from tokenexit.preprocessing import load_image
+from tokenexit.inputs.images import load_image
 
 KINDS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000", "EPS", "TGA", "PCX", "ICNS")
 MAGICS = (

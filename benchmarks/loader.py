@@ -28,7 +28,7 @@ from tokenexit.data.loader import Cached, ResumableSampler, TrainingSet, collate
 from tokenexit.data.registry import open_dataset
 from tokenexit.data.transforms import training_transform
 from tokenexit.errors import ConfigError, TokenExitError
-from tokenexit.preprocessing import Preprocessing
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.report.tables import Column, Table
 
 

@@ -22,9 +22,9 @@ from torch import Tensor
 
 from benchmarks.conversion import median_interval, processor
 from tokenexit.data.registry import open_dataset
-from tokenexit.inference import inference, training_precision
-from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense, Method, build_method
+from tokenexit.runtime.memory import keep_buffers
+from tokenexit.runtime.precision import inference, training_precision
 from tokenexit.segmenter import ExitSegmenter
 
 

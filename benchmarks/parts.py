@@ -23,14 +23,14 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+import tokenexit.engine.vit
 import tokenexit.methods.base
 import tokenexit.methods.dtop
 import tokenexit.segmenter
-import tokenexit.vit
+from tokenexit.engine.tokens import Tokens
 from tokenexit.heads import class_scores
 from tokenexit.methods import Dense, DToP, Method
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Tokens
 
 PARTS = ("embed", "blocks", "attention", "exit head", "rule", "compaction", "canvas", "decode head", "ledger", "finish")
 
@@ -63,7 +63,7 @@ def watched(model: ExitSegmenter, watch: Stopwatch) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (model.backbone, "embed", "embed"),
         (model.backbone, "run", "blocks"),
-        (tokenexit.vit, "packed_attention", "attention"),
+        (tokenexit.engine.vit, "packed_attention", "attention"),
         (DToP, "decide", "rule"),
         (Tokens, "keep", "compaction"),
         (tokenexit.methods.dtop, "scatter", "canvas"),

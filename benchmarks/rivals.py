@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenexit.inference import LOWERED, Precision
+from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.methods import Dense
+from tokenexit.runtime.precision import LOWERED, Precision
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Packing, Tokens
 
 
 class PlainViT(nn.Module):

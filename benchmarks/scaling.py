@@ -23,9 +23,9 @@ from typing import Any
 import torch
 
 from benchmarks.conversion import imposed, processor
-from tokenexit.inference import inference, training_precision
-from tokenexit.memory import keep_buffers
 from tokenexit.methods import Dense
+from tokenexit.runtime.memory import keep_buffers
+from tokenexit.runtime.precision import inference, training_precision
 from tokenexit.segmenter import ExitSegmenter
 
 START: dict[str, float] = {"leave": 0.5, "side": 512, "batch": 1, "classes": 19, "threads": 1}

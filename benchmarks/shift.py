@@ -21,16 +21,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
+from tokenexit.calibration.calibration_set import Bench, dense_reference, drawn, error, true_run, truth_reference
 from tokenexit.calibration.drift import Monitor
-from tokenexit.calibration.runs import Bench, dense_reference, drawn, error, true_run, truth_reference
-from tokenexit.calibration.saved import usual_of
+from tokenexit.calibration.store import usual_of
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.data.registry import open_dataset
 from tokenexit.evaluation.metrics import scores
 from tokenexit.methods import Dense
 from tokenexit.report.tables import Column, Table
+from tokenexit.runtime.atomic import whole
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.writing import whole
 
 Shift = Callable[[Image.Image, int], Image.Image]
 

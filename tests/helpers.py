@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from tests.oracles.methods import Answer
-from tokenexit.cost import Ops
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods import Model
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Grid, Tokens
-from tokenexit.vit import ViTConfig
 
 PATCH = 4
 MARGIN = 1e-5

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.test_cli import fine
+from tests.cli.test_cli import fine
 from tokenexit.cli import COMMANDS, main
 from tokenexit.cli.options import CommandParser
 from tokenexit.methods import DToP
@@ -71,8 +71,8 @@ def test_getting_started__works_as_it_stands(
 ) -> None:
     """On a model that trained for a few steps instead of minutes, and with fewer pictures."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("tokenexit.quickstart.pace", lambda seconds, seed: (3, "fp32"))
-    monkeypatch.setattr("tokenexit.quickstart.TEST_IMAGES", 4)
+    monkeypatch.setattr("tokenexit.cli.quickstart.pace", lambda seconds, seed: (3, "fp32"))
+    monkeypatch.setattr("tokenexit.cli.quickstart.TEST_IMAGES", 4)
     page = ROOT / "docs" / "guide" / "getting-started.md"
     for command in commands(page):
         _, name, *rest = shlex.split(command)

@@ -16,7 +16,7 @@ from tests.helpers import tiny_segmenter
 from tests.test_docs_commands import ROOT, commands
 from tokenexit.cli import main
 from tokenexit.data.scenes import scene_split
-from tokenexit.formats import video
+from tokenexit.prediction import video
 
 PAGE = ROOT / "docs" / "guide" / "predicting.md"
 

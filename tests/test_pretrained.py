@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from tests.calibration.test_calibrate import bench
 from tests.helpers import enliven, tiny_segmenter
 from tests.saving_driver import versions
-from tokenexit.calibration.calibrate import Budget, calibrate
-from tokenexit.calibration.saved import usual_of
+from tokenexit.calibration.calibrate import calibrate
+from tokenexit.calibration.store import usual_of
+from tokenexit.calibration.targets import Budget
 from tokenexit.errors import CheckpointError, TokenExitError
 from tokenexit.methods import DToP
 from tokenexit.pretrained import read_record

@@ -9,8 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.helpers import SMALL_HEADS, assert_close, enliven, picture, tiny_config, tiny_segmenter
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
+from tokenexit.inputs.labels import default_labels
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Dense, DoViT, DToP, build_method
-from tokenexit.preprocessing import Preprocessing, default_labels
 from tokenexit.segmenter import ExitSegmenter
 
 MIXED = [(16, 20), (9, 33), (4, 4)]

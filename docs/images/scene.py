@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tokenexit.calibration.calibrate import Budget, calibrate
-from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.calibrate import calibrate
+from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.targets import Budget
 from tokenexit.data.registry import open_dataset
 from tokenexit.methods import Dense, DToP, build_method
 from tokenexit.report.examples import example

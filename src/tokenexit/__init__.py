@@ -16,31 +16,33 @@ from tokenexit.version import __version__
 
 _HOME = {
     "ExitSegmenter": "tokenexit.segmenter",
-    "SegmentationOutput": "tokenexit.output",
+    "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
     "calibrate": "tokenexit.calibration.calibrate",
-    "Budget": "tokenexit.calibration.calibrate",
-    "Bound": "tokenexit.calibration.calibrate",
-    "Bench": "tokenexit.calibration.runs",
+    "Budget": "tokenexit.calibration.targets",
+    "Bound": "tokenexit.calibration.targets",
+    "Bench": "tokenexit.calibration.calibration_set",
     "Dense": "tokenexit.methods",
     "DToP": "tokenexit.methods",
     "DoViT": "tokenexit.methods",
-    "Preprocessing": "tokenexit.preprocessing",
-    "Labels": "tokenexit.preprocessing",
-    "ViTConfig": "tokenexit.vit",
+    "Preprocessing": "tokenexit.inputs.preprocessing",
+    "Labels": "tokenexit.inputs.labels",
+    "ViTConfig": "tokenexit.engine.vit",
     "TokenExitError": "tokenexit.errors",
 }
 
 if TYPE_CHECKING:
-    from tokenexit.calibration.calibrate import Bound, Budget, calibrate
-    from tokenexit.calibration.runs import Bench
+    from tokenexit.calibration.calibrate import calibrate
+    from tokenexit.calibration.calibration_set import Bench
+    from tokenexit.calibration.targets import Bound, Budget
+    from tokenexit.engine.vit import ViTConfig
     from tokenexit.errors import TokenExitError
+    from tokenexit.inputs.labels import Labels
+    from tokenexit.inputs.preprocessing import Preprocessing
     from tokenexit.methods import Dense, DoViT, DToP
-    from tokenexit.output import SegmentationOutput
     from tokenexit.outputs.losses import segmentation_loss
-    from tokenexit.preprocessing import Labels, Preprocessing
+    from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.segmenter import ExitSegmenter
-    from tokenexit.vit import ViTConfig
 
 __all__ = [
     "Bench",

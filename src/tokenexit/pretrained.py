@@ -16,18 +16,18 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from tokenexit.card import CARD_FILE, may_write, model_card
 from tokenexit.checkpoints.files import read_tensors, tensor_shapes
-from tokenexit.checkpoints.hub import resolve_folder
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import normalize_head
-from tokenexit.hub import push_folder
+from tokenexit.hub.card import CARD_FILE, may_write, model_card
+from tokenexit.hub.fetch import resolve_folder
+from tokenexit.hub.push import push_folder
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Method, build_method
-from tokenexit.preprocessing import Preprocessing
+from tokenexit.runtime.atomic import whole
 from tokenexit.runtime.folder import current, replaced_together
 from tokenexit.runtime.schema import Between, Share, check, check_fields, check_keys, damaged, misfit, read_json, shown
-from tokenexit.vit import ViTConfig
-from tokenexit.writing import whole
 
 CONFIG_FILE = "config.json"
 CALIBRATION_FILE = "calibration.json"
@@ -217,7 +217,7 @@ class PretrainedMixin(nn.Module):
     def push_to_hub(self, repo_id: str, license: str | None = None, **options: Any) -> str:
         """Save the model with its card in the repository OWNER/NAME of the Hugging Face hub; returns its address.
 
-        options: of `tokenexit.hub.push_folder`, which raises what can go wrong."""
+        options: of `tokenexit.hub.push.push_folder`, which raises what can go wrong."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / repo_id.rpartition("/")[2]
             self.save_pretrained(path, card=True, license=license)

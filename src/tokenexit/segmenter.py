@@ -18,20 +18,22 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit.checkpoints.files import read_state_dict
-from tokenexit.checkpoints.hub import resolve_weights
 from tokenexit.checkpoints.load import LoadReport, load_backbone
+from tokenexit.engine.tokens import Tokens
+from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
-from tokenexit.ledger import Size, write_ledger
+from tokenexit.hub.fetch import resolve_weights
+from tokenexit.inputs.images import ImageSource, load_image
+from tokenexit.inputs.labels import default_labels
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Dense, Method, MethodLike, Model, Result, as_method
-from tokenexit.output import SegmentationOutput, joined
+from tokenexit.outputs.huggingface import ImageSegmentation, label_maps
+from tokenexit.outputs.ledger import Size, write_ledger
 from tokenexit.outputs.losses import segmentation_loss
-from tokenexit.pipeline import ImageSegmentation, label_maps
-from tokenexit.preprocessing import ImageSource, Preprocessing, default_labels, load_image
+from tokenexit.outputs.segmentation import SegmentationOutput, joined
+from tokenexit.outputs.windows import Segmentation, segment_windows
 from tokenexit.pretrained import PretrainedMixin, SegmenterConfig
-from tokenexit.tokens import Tokens
-from tokenexit.vit import ViT, ViTConfig, vit_config
-from tokenexit.windows import Segmentation, segment_windows
 
 
 def run_tokens(
@@ -55,8 +57,8 @@ def run_tokens(
 class ExitSegmenter(PretrainedMixin):
     """A plain ViT segmenter whose tokens may leave early.
 
-    backbone: a preset's name (`tokenexit.vit.PRESETS`) or a `ViTConfig`; `backbone_options` change its fields, for
-        example `class_token=False`.
+    backbone: a preset's name (`tokenexit.engine.vit.PRESETS`) or a `ViTConfig`; `backbone_options` change its fields,
+        for example `class_token=False`.
     exits: after how many blocks each exit stands. exit_head: a head for all exits, or a list with one for each.
     decode_head: the head at the end. preprocessing: how pictures become inputs; saved with the model.
     weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`; what was
@@ -236,7 +238,7 @@ class ExitSegmenter(PretrainedMixin):
     def post_process_semantic_segmentation(
         self, outputs: Segmentation, target_sizes: Sequence[Size] | None = None
     ) -> list[Tensor]:
-        """Class of every pixel, one `(H, W)` map per picture. See `tokenexit.pipeline.label_maps`."""
+        """Class of every pixel, one `(H, W)` map per picture. See `tokenexit.outputs.huggingface.label_maps`."""
         return label_maps(outputs, target_sizes)
 
     def pipeline(self, method: MethodLike | None = None) -> ImageSegmentation:

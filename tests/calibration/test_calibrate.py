@@ -14,16 +14,18 @@ import torch
 
 from tests.calibration.test_dense_pass import CLASSES, Noise, bench, random_pass
 from tests.helpers import tiny_segmenter
-from tokenexit.calibration import calibrate as module
-from tokenexit.calibration.budget import cap_shares, meet_budget
-from tokenexit.calibration.calibrate import Bound, Budget, Trial, calibrate, split, wish_of
-from tokenexit.calibration.dense_pass import Costs, compose, live_counts
+from tokenexit.calibration import for_bound, planner, risk_control
+from tokenexit.calibration.calibrate import calibrate
+from tokenexit.calibration.calibration_set import Bench, UnlabelledPictures, dense_reference, drawn, error, true_run
+from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts
 from tokenexit.calibration.drift import ALARM, LEAST_PICTURES, Histograms, Monitor, Usual, distances, watch
+from tokenexit.calibration.for_bound import Trial, split
 from tokenexit.calibration.latency import Curve, Latency, latency_on_this_machine
-from tokenexit.calibration.path import Path as ThresholdPath
-from tokenexit.calibration.path import build_path, even_path, place_where
-from tokenexit.calibration.runs import Bench, UnlabelledPictures, dense_reference, drawn, true_run
-from tokenexit.calibration.saved import usual_of, write_calibration
+from tokenexit.calibration.search import cap_shares, meet_budget
+from tokenexit.calibration.store import usual_of, write_calibration
+from tokenexit.calibration.targets import Bound, Budget, wish_of
+from tokenexit.calibration.threshold_path import Path as ThresholdPath
+from tokenexit.calibration.threshold_path import build_path, even_path, place_where
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, build_method
 from tokenexit.segmenter import ExitSegmenter
@@ -33,9 +35,9 @@ SMALL = ((16, 20),)
 
 @pytest.fixture(autouse=True)
 def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PRICES", (0.0,))
-    monkeypatch.setattr(module, "SCOUTS", 3)
-    monkeypatch.setattr("tokenexit.calibration.path.LEVELS", 12)
+    monkeypatch.setattr(planner, "PRICES", (0.0,))
+    monkeypatch.setattr(for_bound, "SCOUTS", 3)
+    monkeypatch.setattr("tokenexit.calibration.threshold_path.LEVELS", 12)
 
 
 # ------------------------------------------------------------------------------------------------------------- path
@@ -43,7 +45,7 @@ def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_path__never_falls_and_goes_from_nobody_to_everybody() -> None:
     images, method = bench(4), DToP(keep_per_class=0)
-    dense = module.DensePass.of(images, method)
+    dense = DensePass.of(images, method)
     path = build_path(dense, method, lambda d: Costs(images.model, method, d.grids), "pixels", torch.zeros(3))
     assert path.limits[0].tolist() == [0.0, 0.0]
     assert path.limits[-1].tolist() == [1.0, 1.0]
@@ -56,7 +58,7 @@ def test_path__never_falls_and_goes_from_nobody_to_everybody() -> None:
 def test_path__loses_no_more_than_one_threshold_for_all_exits() -> None:
     """At equal predicted compute, on the images it was built on."""
     images, method = bench(6), DToP(keep_per_class=0)
-    dense = module.DensePass.of(images, method)
+    dense = DensePass.of(images, method)
     costs, losses = Costs(images.model, method, dense.grids), dense.losses("pixels")
     greedy = build_path(dense, method, lambda d: Costs(images.model, method, d.grids), "pixels", torch.zeros(3))
 
@@ -246,9 +248,9 @@ def test_calibrate__bounds_the_disagreement_on_images_that_had_no_part_in_the_pa
     path, test = split(40, wish, 0)
     assert result.images == {"count": 40, "path": len(path), "test": len(test), "seed": 0}
     run = true_run(images.part(test), build_method(result.method), dense_reference(images.part(test)))
-    loss = module.error(run.confusion, "pixels").mean().item()
+    loss = error(run.confusion, "pixels").mean().item()
     assert loss == pytest.approx(result.reached["mean_loss"])
-    assert module.guarantee.hoeffding_bentkus(loss, len(test), 0.3) <= 0.2
+    assert risk_control.hoeffding_bentkus(loss, len(test), 0.3) <= 0.2
     assert result.reached["p_value"] <= 0.2
     assert run.share == pytest.approx(result.reached["share_of_dense"])
     assert "With confidence 0.8" in result.promise
@@ -316,7 +318,7 @@ def test_trial__accepts_the_last_place_before_the_first_failure() -> None:
         return type("Run", (), {"confusion": confusion})()
 
     trial.run = scripted  # type: ignore[method-assign]
-    assert module.guarantee.fixed_sequence(4, lambda j: trial.passes(DToP())) == 2
+    assert risk_control.fixed_sequence(4, lambda j: trial.passes(DToP())) == 2
     assert trial.figures["mean_loss"] == pytest.approx(0.02)
     assert next(shares) == 0.0
 
@@ -474,7 +476,7 @@ def test_write_calibration__interrupted_leaves_what_was_there(
     def interrupted(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("tokenexit.writing.os.replace", interrupted)
+    monkeypatch.setattr("tokenexit.runtime.atomic.os.replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_calibration(result, folder, folder)
     assert path.read_text() == before

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_segmenter
+from tokenexit.calibration.calibration_set import Bench
 from tokenexit.calibration.cbt import cbt_thresholds, class_means, thresholds_by_gap
-from tokenexit.calibration.runs import Bench
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.methods import Dense, DToP
-from tokenexit.preprocessing import Labels, default_labels
 
 
 class Squares:

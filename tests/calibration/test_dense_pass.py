@@ -12,14 +12,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import SOFTMAX_TOKEN_HEADS, tiny_segmenter
+from tokenexit.calibration.calibration_set import Bench, dense_reference, error, true_run
 from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts, with_limits
-from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
+from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.methods import Dense, DoViT, DToP
 from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.reference import Imposed
-from tokenexit.preprocessing import Labels, default_labels
 
 CLASSES = 5
 
@@ -200,7 +200,7 @@ def test_true_run__does_not_depend_on_how_images_are_batched(monkeypatch: pytest
     images, method = bench(5), DToP(threshold=0.6, keep_per_class=1)
     reference = dense_reference(images)
     together = true_run(images, method, reference)
-    monkeypatch.setattr("tokenexit.calibration.runs.BATCH_PIXELS", 1)
+    monkeypatch.setattr("tokenexit.calibration.calibration_set.BATCH_PIXELS", 1)
     singly = true_run(images, method, reference)
     assert torch.equal(together.macs, singly.macs)
     assert torch.equal(together.confusion, singly.confusion)

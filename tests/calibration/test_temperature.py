@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.calibration.test_cbt import Squares
 from tests.helpers import tiny_segmenter
-from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.calibration_set import Bench
 from tokenexit.calibration.temperature import fit_temperature, likeliest_temperature
 from tokenexit.errors import ConfigError, DataError
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tokenexit.checkpoints import load_backbone, read_state_dict
+from tokenexit.engine.vit import ViT, ViTConfig, resize_pos_embed, vit_config
 from tokenexit.errors import CheckpointError
-from tokenexit.vit import ViT, ViTConfig, resize_pos_embed, vit_config
 
 SMALL = ViTConfig(embed_dim=8, depth=2, num_heads=2, patch_size=4, pos_embed_grid=(3, 3))
 RICH = replace(SMALL, layer_scale=0.5, num_registers=2, pos_embed_prefix=False)

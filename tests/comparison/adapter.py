@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tokenexit.calibration.calibration_set import Bench, dense_reference, true_run
 from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts
-from tokenexit.calibration.runs import Bench, dense_reference, true_run
 from tokenexit.data.base import Sample
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.exporting.graph import ExitGraph, threshold_table
-from tokenexit.ledger import dense_gmacs
+from tokenexit.inputs.labels import default_labels
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import METHODS, build_method, reference
+from tokenexit.outputs.ledger import dense_gmacs
 from tokenexit.outputs.losses import segmentation_loss
-from tokenexit.preprocessing import Preprocessing, default_labels
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.vit import ViTConfig
 
 __all__ = ["Sample", "build_method", "default_labels", "dense_gmacs", "segmentation_loss"]
 

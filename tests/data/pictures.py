@@ -6,7 +6,7 @@ import numpy as np
 from PIL import Image
 
 from tokenexit.data.base import Sample
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 
 LABELS = Labels(("ground", "leaf", "fruit"), ((0, 0, 0), (0, 200, 0), (200, 0, 0)))
 

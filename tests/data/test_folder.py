@@ -9,7 +9,7 @@ from tests.data.pictures import LABELS, write_pair
 from tokenexit.data.folder import FolderDataset, read_dataset_file
 from tokenexit.data.folder_layout import drawn_split
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 
 PAINTED = "classes: [a]\npalette: [[9, 0, 0]]\nmasks: colour\n"
 VALUES = np.array([[0, 1, 2], [255, 1, 0]], np.uint8)

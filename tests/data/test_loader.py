@@ -22,7 +22,7 @@ from tokenexit.data.loader import (
 )
 from tokenexit.data.transforms import Compose, training_transform
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Preprocessing
+from tokenexit.inputs.preprocessing import Preprocessing
 
 lengths = st.integers(1, 50)
 seeds = st.integers(0, 2**40)

@@ -7,7 +7,7 @@ from PIL import Image
 from tests.data.pictures import LABELS
 from tokenexit.data.masks import ColourMasks, IndexMasks, decode, read_index_image
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Labels, default_labels
+from tokenexit.inputs.labels import Labels, default_labels
 
 VALUES = np.array([[0, 1, 2], [255, 1, 0]], np.uint8)
 RED, BLUE, WHITE, ODD = (200, 0, 0), (0, 0, 9), (255, 255, 255), (1, 2, 3)

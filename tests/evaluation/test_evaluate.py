@@ -13,15 +13,16 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_segmenter
-from tokenexit.cost import GIGA
 from tokenexit.data.base import Sample
+from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation, Scaled, evaluate
+from tokenexit.evaluation.evaluate import evaluate
+from tokenexit.evaluation.results import Evaluation, Scaled
+from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.methods import Dense, DoViT, DToP, Gated, Method
 from tokenexit.methods.reference import Imposed
-from tokenexit.preprocessing import Labels, default_labels
+from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.windows import window_boxes
 
 CLASSES = 5
 VOID = 255

@@ -16,15 +16,16 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.cli.test_cli import fine, wrong
 from tests.helpers import assert_close, picture, tiny_segmenter
-from tests.test_cli import fine, wrong
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting import export as exporting
 from tokenexit.exporting.export import export_model, trace
 from tokenexit.exporting.graph import threshold_table
 from tokenexit.exporting.pictures import compared_pictures
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, GatedBySize, Method, Truncated
-from tokenexit.preprocessing import Preprocessing, load_image
 from tokenexit.segmenter import ExitSegmenter
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 
 from tests.helpers import SMALL_HEADS, TOKEN_HEADS, assert_close, enliven
 from tests.oracles.heads import run_head
+from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import HEADS, build_head, class_scores, normalize_head, presence_probability
-from tokenexit.tokens import Packing, Tokens
 
 DIM, CLASSES = 32, 5
 CPU = torch.device("cpu")

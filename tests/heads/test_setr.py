@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from tests.heads.test_heads import complete
 from tests.helpers import assert_close, enliven
 from tests.oracles.heads import setr_naive_fine, setr_up_fine
+from tokenexit.engine.tokens import unpack_grids
 from tokenexit.heads import build_head
-from tokenexit.tokens import unpack_grids
 
 grids = st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3)
 

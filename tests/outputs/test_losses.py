@@ -12,8 +12,9 @@ from torch import Tensor
 import tokenexit
 from tests.helpers import picture, tiny_segmenter
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.inputs.labels import Labels, default_palette
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Dense, DToP, Truncated
-from tokenexit.output import SegmentationOutput
 from tokenexit.outputs.losses import (
     atm_loss,
     cross_entropy,
@@ -23,7 +24,7 @@ from tokenexit.outputs.losses import (
     segmentation_loss,
     stage_loss,
 )
-from tokenexit.preprocessing import Labels, Preprocessing, default_palette
+from tokenexit.outputs.segmentation import SegmentationOutput
 
 VOID = 255
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import distance, picture
-from tokenexit.vit import ViT
+from tokenexit.engine.vit import ViT
 
 TOLERANCE = 1e-5
 

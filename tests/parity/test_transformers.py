@@ -10,8 +10,8 @@ from torch import Tensor
 
 from tests.parity.compare import TOLERANCE, Reference, largest_distance, randomise
 from tokenexit.checkpoints import load_backbone, read_state_dict
-from tokenexit.converting import ConversionReport, convert
-from tokenexit.vit import ViT
+from tokenexit.conversion.convert import ConversionReport, convert
+from tokenexit.engine.vit import ViT
 
 pytestmark = pytest.mark.library("transformers")
 

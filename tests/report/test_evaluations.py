@@ -11,13 +11,13 @@ import pytest
 import torch
 from rich.console import Console
 
-from tokenexit import __version__
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation
 from tokenexit.evaluation.metrics import scores
+from tokenexit.evaluation.results import Evaluation
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.report.evaluations import class_table, main_table, write_json
 from tokenexit.report.tables import Table
+from tokenexit.version import __version__
 
 NAMES = ("sky", "road", "car")
 

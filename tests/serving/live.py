@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from tests.helpers import tiny_segmenter
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 from tokenexit.segmenter import ExitSegmenter
 
 File = tuple[str, bytes]

@@ -19,7 +19,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[ser
 
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live import LABELS, Client, drawing, png, running, small_model
-from tokenexit.preprocessing import default_labels
+from tokenexit.inputs.labels import default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits
 

@@ -14,7 +14,7 @@ from tests.training.tiny import HEADS, tiny_run, write_dataset
 from tokenexit.data.base import Sample
 from tokenexit.data.loader import Cached
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.preprocessing import default_labels
+from tokenexit.inputs.labels import default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform
 from tokenexit.training.config import DataConfig, ModelConfig

@@ -15,12 +15,13 @@ from torch import Tensor
 from tests.helpers import picture, tiny_segmenter
 from tests.training.test_loop import run, run_until
 from tests.training.tiny import same_weights, silent, tiny_run, weights, write_dataset
+from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.inputs.labels import default_labels
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Dense, DoViT, DToP, Stage, build_method
-from tokenexit.output import SegmentationOutput
-from tokenexit.preprocessing import Preprocessing, default_labels
+from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Packing, Tokens
 from tokenexit.training.config import DistillConfig, TrainConfig
 from tokenexit.training.distill import distillation_loss, divergence, feature_loss, load_teacher
 from tokenexit.training.loop import train

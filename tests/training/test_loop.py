@@ -25,9 +25,9 @@ from tests.training.tiny import (
     weights,
     write_dataset,
 )
-from tokenexit import inference
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, Method
+from tokenexit.runtime import precision as inference
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import TrainConfig
 from tokenexit.training.log import is_row

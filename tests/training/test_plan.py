@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from tests.training.tiny import tiny_run, write_dataset
-from tokenexit import inference
 from tokenexit.cli import main
 from tokenexit.data.registry import dataset_labels
 from tokenexit.errors import TokenExitError
+from tokenexit.runtime import precision
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_model
 from tokenexit.training.config import DataConfig, DistillConfig, ModelConfig, TrainConfig
@@ -203,10 +203,10 @@ def test_plan__says_that_a_run_is_finished_and_refuses_another_one_in_its_folder
 
 def test_plan__says_the_precision_and_warns_of_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx2"}))
+    monkeypatch.setattr(precision, "cpu_instructions", lambda: frozenset({"avx2"}))
     assert said(TrainConfig())["machine"] == "cpu in fp32"
     assert "warning" not in said(TrainConfig())
     assert said(TrainConfig(precision="bf16"))["warning"].startswith("precision bf16 is slow on this cpu")
-    monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx512_bf16"}))
+    monkeypatch.setattr(precision, "cpu_instructions", lambda: frozenset({"avx512_bf16"}))
     assert said(TrainConfig())["machine"] == "cpu in bf16"
     assert "warning" not in said(TrainConfig(precision="bf16"))

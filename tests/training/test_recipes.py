@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from tokenexit.data.registry import dataset_labels
-from tokenexit.ledger import dtop_convention_gmacs
 from tokenexit.methods import DoViT, DToP, build_method
+from tokenexit.outputs.ledger import dtop_convention_gmacs
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import TrainConfig, flat
 from tokenexit.training.optim import learning_rate

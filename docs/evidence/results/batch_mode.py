@@ -13,8 +13,8 @@ import torch
 
 from tokenexit.data.registry import open_dataset
 from tokenexit.evaluation.metrics import confusion_matrix, scores
-from tokenexit.inference import inference
 from tokenexit.methods import DoViT
+from tokenexit.runtime.precision import inference
 from tokenexit.segmenter import ExitSegmenter
 
 BATCH = 8

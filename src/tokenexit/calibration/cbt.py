@@ -22,19 +22,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.agreement import fall_off_note
-from tokenexit.calibration.calibrate import costs_of
+from tokenexit.calibration.calibration_set import Bench, dense_reference, error, true_run
 from tokenexit.calibration.drift import Usual
-from tokenexit.calibration.runs import Bench, dense_reference, error, true_run
-from tokenexit.calibration.saved import Calibration
+from tokenexit.calibration.planner import costs_of
+from tokenexit.calibration.store import Calibration
+from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
-from tokenexit.inference import inference
 from tokenexit.methods import Dense, Method, Stage, spec_of
 from tokenexit.methods.thresholded import calibratable
-from tokenexit.output import SegmentationOutput, resize_maps
-from tokenexit.tokens import unpack_grids
-from tokenexit.windows import window_boxes
+from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
+from tokenexit.outputs.windows import window_boxes
+from tokenexit.runtime.precision import inference
 
 
 def cbt_thresholds(bench: Bench, alpha: float = 0.9, beta: float = 0.998) -> tuple[tuple[float, ...], ...]:

@@ -22,15 +22,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.calibration_set import Bench
+from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.heads import Head, HeadOutput, class_scores
-from tokenexit.ledger import dense_ops
 from tokenexit.methods import Dense, Method, Model, Stage, ThresholdMethod
 from tokenexit.methods.base import stage_of
 from tokenexit.methods.thresholded import Graded, calibratable
+from tokenexit.outputs.ledger import dense_ops
+from tokenexit.outputs.windows import WindowedOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
-from tokenexit.windows import WindowedOutput
 
 SAMPLES = 4
 """Places per side of a token at which maps are compared."""

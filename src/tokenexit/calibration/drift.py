@@ -206,7 +206,7 @@ class Monitor:
     @property
     def p_value(self) -> float:
         """Probability of so many unusual pictures or more among pictures like the calibration's."""
-        from tokenexit.calibration.guarantee import binomial_cdf
+        from tokenexit.calibration.risk_control import binomial_cdf
 
         if self.unusual == 0:
             return 1.0

@@ -25,15 +25,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tokenexit.cache import cached_path, keep, read_cached
-from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.calibration_set import Bench
+from tokenexit.engine.tokens import Tokens
 from tokenexit.evaluation.evaluate import timed_forward
-from tokenexit.inference import Precision, inference
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import Model
+from tokenexit.runtime.cache import cached_path, keep, read_cached
+from tokenexit.runtime.precision import Precision, inference
 from tokenexit.runtime.schema import Between
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Tokens
 
 Array = npt.NDArray[np.float64]
 T = TypeVar("T", float, Tensor)

@@ -12,14 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.runs import Bench
+from tokenexit.calibration.calibration_set import Bench
+from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
-from tokenexit.inference import inference
 from tokenexit.methods import Dense
-from tokenexit.output import resize_maps
-from tokenexit.tokens import unpack_grids
-from tokenexit.windows import window_boxes
+from tokenexit.outputs.segmentation import resize_maps
+from tokenexit.outputs.windows import window_boxes
+from tokenexit.runtime.precision import inference
 
 PIXELS_PER_IMAGE = 2000
 HOTTEST = 20.0

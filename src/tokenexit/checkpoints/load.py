@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tokenexit.engine.tokens import Grid
+from tokenexit.engine.vit import ViT, resize_pos_embed
 from tokenexit.errors import CheckpointError
-from tokenexit.tokens import Grid
-from tokenexit.vit import ViT, resize_pos_embed
 
 Shape = tuple[int, ...]
 

@@ -9,18 +9,27 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from tokenexit.cli.calibrate import calibrate, sweep
-from tokenexit.cli.completion import answer_shell, completion
-from tokenexit.cli.evaluate import evaluate
-from tokenexit.cli.export import export
+from tokenexit.cli import (
+    calibrate,
+    completion,
+    convert,
+    cost,
+    data,
+    doctor,
+    evaluate,
+    export,
+    gate,
+    predict,
+    quickstart,
+    report,
+    serve,
+    sweep,
+    train,
+)
+from tokenexit.cli.completion import answer_shell
 from tokenexit.cli.options import exit_status
-from tokenexit.cli.predict import predict
-from tokenexit.cli.report import report
-from tokenexit.cli.serve import serve
-from tokenexit.cli.tools import convert, cost, data, doctor, gate
-from tokenexit.cli.train import quickstart, train
 from tokenexit.errors import TokenExitError
-from tokenexit.memory import keep_buffers
+from tokenexit.runtime.memory import keep_buffers
 from tokenexit.version import __version__
 
 HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision Transformers
@@ -88,19 +97,19 @@ def _status(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
-    "quickstart": quickstart,
-    "train": train,
-    "evaluate": evaluate,
-    "calibrate": calibrate,
-    "sweep": sweep,
-    "predict": predict,
-    "report": report,
-    "serve": serve,
-    "export": export,
-    "cost": cost,
-    "gate": gate,
-    "convert": convert,
-    "data": data,
-    "doctor": doctor,
-    "completion": completion,
+    "quickstart": quickstart.quickstart,
+    "train": train.train,
+    "evaluate": evaluate.evaluate,
+    "calibrate": calibrate.calibrate,
+    "sweep": sweep.sweep,
+    "predict": predict.predict,
+    "report": report.report,
+    "serve": serve.serve,
+    "export": export.export,
+    "cost": cost.cost,
+    "gate": gate.gate,
+    "convert": convert.convert,
+    "data": data.data,
+    "doctor": doctor.doctor,
+    "completion": completion.completion,
 }

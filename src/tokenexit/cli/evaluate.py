@@ -67,11 +67,11 @@ def evaluate(arguments: list[str]) -> int:
         options.json.is_dir() or not os.access(existing_folder(options.json.parent), os.W_OK)
     ):
         raise ConfigError(f"--json {options.json} cannot be written: name a file in a folder of yours.")
-    from tokenexit.evaluation.evaluate import Scaled
+    from tokenexit.calibration.gating import gated_by_size
     from tokenexit.evaluation.evaluate import evaluate as run
-    from tokenexit.evaluation.processes import from_first, joined, place, together
-    from tokenexit.gating import gated_by_size
+    from tokenexit.evaluation.results import Scaled
     from tokenexit.report.evaluations import class_table, late_blocks_note, main_table, write_json
+    from tokenexit.runtime.distributed import from_first, joined, place, together
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method, options)

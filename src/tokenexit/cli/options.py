@@ -259,7 +259,7 @@ def set_windows(model: ExitSegmenter, options: Any) -> None:
     """Replace the windows that the model was saved with by those that were asked for."""
     from dataclasses import replace
 
-    from tokenexit.preprocessing import checked_window
+    from tokenexit.inputs.preprocessing import checked_window
 
     if options.window is None and options.stride is None:
         return
@@ -391,7 +391,7 @@ def machine_of(options: Any) -> torch.device:
     """The device that was asked for; `options.precision` then says what `auto` comes to there.
 
     Warns of a precision that the device multiplies slowly."""
-    from tokenexit.inference import inference_precision, slow_precision
+    from tokenexit.runtime.precision import inference_precision, slow_precision
 
     device = device_of(options.device)
     options.precision = inference_precision(options.precision, device)

@@ -27,7 +27,7 @@ from tokenexit.errors import ConfigError
 MAX_PIXELS = 7680 * 4320
 """Largest image that `predict` opens."""
 MAX_TOKENS = 32_768
-"""As in `tokenexit.bulk`, which would import torch."""
+"""As in `tokenexit.prediction.pipeline`, which would import torch."""
 
 SAVE = ("masks", "overlays", "exits", "scores", "coco", "labelstudio", "video")
 PATIENCE = timedelta(days=30)
@@ -82,10 +82,10 @@ def predict(arguments: list[str]) -> int:
     if not 0.1 <= options.fps <= 1000.0:
         raise ConfigError(f"--fps {options.fps:g} is no rate of frames: give one from 0.1 to 1000.")
     from tokenexit.calibration.drift import Monitor
-    from tokenexit.calibration.saved import usual_of
-    from tokenexit.evaluation.processes import joined, place, together
-    from tokenexit.formats.outputs import OUTPUTS
-    from tokenexit.predicting import predict_files
+    from tokenexit.calibration.store import usual_of
+    from tokenexit.prediction.outputs import OUTPUTS
+    from tokenexit.prediction.predict_files import predict_files
+    from tokenexit.runtime.distributed import joined, place, together
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method and [options.method], options)

@@ -58,8 +58,8 @@ def report(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     positive("--limit", options.limit)
     positive("--examples", options.examples)
-    from tokenexit.evaluation.evaluate import Scaled
-    from tokenexit.reporting import report_model
+    from tokenexit.evaluation.results import Scaled
+    from tokenexit.report.model_report import report_model
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method, options)

@@ -1,32 +1,14 @@
-"""Commands that train: quickstart and train."""
+"""The command `train`: trains or fine-tunes a model as a YAML says."""
 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 from tokenexit.cli.completion import complete_values
 from tokenexit.cli.method_options import add_method_options, method_names
-from tokenexit.cli.options import (
-    asked_by_shell,
-    command_parser,
-    given_method_options,
-    method_specs,
-)
+from tokenexit.cli.options import asked_by_shell, given_method_options, method_specs
 from tokenexit.errors import ConfigError
-
-
-def quickstart(arguments: list[str]) -> int:
-    parser = command_parser("quickstart", "Train on drawn street scenes and compare Dense, DToP and DoViT in a report.")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the model and report")
-    parser.add_argument("--minutes", type=float, default=2.5, help="how long to train, about")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
-    options = parser.parse_args(arguments)
-    from tokenexit.quickstart import run_quickstart
-
-    run_quickstart(options.out, minutes=options.minutes, seed=options.seed)
-    return 0
 
 
 def train(arguments: list[str]) -> int:

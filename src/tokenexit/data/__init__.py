@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tokenexit.data.base import Sample, SegmentationDataset
     from tokenexit.data.registry import open_dataset
-    from tokenexit.preprocessing import Labels
+    from tokenexit.inputs.labels import Labels
 
 __all__ = ["Labels", "Sample", "SegmentationDataset", "open_dataset"]
 
 _HOME = {
-    "Labels": "tokenexit.preprocessing",
+    "Labels": "tokenexit.inputs.labels",
     "Sample": "tokenexit.data.base",
     "SegmentationDataset": "tokenexit.data.base",
     "open_dataset": "tokenexit.data.registry",

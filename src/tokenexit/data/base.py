@@ -10,7 +10,7 @@ import numpy.typing as npt
 from PIL import Image
 
 from tokenexit.errors import DataError
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 
 Mask: TypeAlias = npt.NDArray[np.integer[Any]]
 

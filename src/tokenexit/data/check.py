@@ -25,7 +25,8 @@ from tokenexit.data.files import FileDataset, check_sizes
 from tokenexit.data.masks import number
 from tokenexit.data.registry import dataset_options, dataset_splits, open_dataset
 from tokenexit.errors import ConfigError, DataError, TokenExitError
-from tokenexit.preprocessing import Labels, load_image
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.labels import Labels
 
 Status: TypeAlias = Literal["ok", "warning", "error"]
 Size: TypeAlias = tuple[int, int]

@@ -11,7 +11,8 @@ from typing import Literal, NamedTuple, TypeAlias, get_args
 from tokenexit.data.base import Sample
 from tokenexit.data.masks import MaskFormat, decode
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Labels, load_image
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.labels import Labels
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 MASK_SUFFIXES = (".png", ".bmp", ".tif", ".tiff")

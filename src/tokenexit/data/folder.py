@@ -39,7 +39,7 @@ from tokenexit.data.files import FileDataset, OnUnpaired
 from tokenexit.data.folder_layout import FolderLayout
 from tokenexit.data.masks import ColourMasks, IndexMasks, MaskFormat, UnknownColours
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Colour, Labels, default_palette
+from tokenexit.inputs.labels import Colour, Labels, default_palette
 
 DATASET_FILE = "dataset.yaml"
 

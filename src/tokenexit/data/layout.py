@@ -13,7 +13,7 @@ from pathlib import Path
 from tokenexit.data.files import FileDataset, OnUnpaired, Pairing, pair_folders, pair_listed
 from tokenexit.data.masks import IndexMasks
 from tokenexit.errors import DataError
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 
 
 @dataclass(frozen=True)

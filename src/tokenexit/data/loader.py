@@ -24,7 +24,8 @@ from tokenexit.data.base import Mask, Sample, SegmentationDataset
 from tokenexit.data.files import FileDataset
 from tokenexit.data.transforms import Transform
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Labels, Preprocessing
+from tokenexit.inputs.labels import Labels
+from tokenexit.inputs.preprocessing import Preprocessing
 
 # Two lines of random numbers grow from one seed: the order of pictures, and what happens to each picture.
 _ORDER, _AUGMENTATION = 0, 1

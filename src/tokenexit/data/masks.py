@@ -15,7 +15,8 @@ import numpy.typing as npt
 
 from tokenexit.data.base import Mask
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Colour, Labels, decoder_reason, open_image
+from tokenexit.inputs.images import decoder_reason, open_image
+from tokenexit.inputs.labels import Colour, Labels
 
 Codes: TypeAlias = npt.NDArray[np.integer[Any]]
 Unknown: TypeAlias = dict[str, int]

@@ -6,7 +6,7 @@ files is the background: void with 59 classes, the first class with 60.
 
 from tokenexit.data.ade20k import ADE20K
 from tokenexit.data.layout import Layout, Listed, read_names
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 
 _NAMES = read_names("""
 background aeroplane bag bed bedclothes bench bicycle bird boat book bottle building bus cabinet car cat

@@ -12,7 +12,7 @@ from tokenexit.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # so that names are known before torch is loaded
     from tokenexit.data.base import SegmentationDataset
-    from tokenexit.preprocessing import Labels
+    from tokenexit.inputs.labels import Labels
 
 # name: "module:opener". The module is imported when the dataset is opened; the opener is called with root, split and
 # options. One without the parameter `root` makes its pictures itself. One with an attribute `splits(root)` says
@@ -69,7 +69,7 @@ def dataset_labels(name: str) -> Labels | None:
     opener = _opener(name)
     if "root" not in inspect.signature(opener).parameters:  # drawn, so it is always there
         return opener(split="train").labels
-    from tokenexit.preprocessing import Labels
+    from tokenexit.inputs.labels import Labels
 
     labels = getattr(opener, "labels", None)
     return labels if isinstance(labels, Labels) else None  # a class has them as a property of what it opens

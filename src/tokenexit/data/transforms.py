@@ -17,7 +17,8 @@ from PIL import Image
 
 from tokenexit.data.base import Mask, Sample
 from tokenexit.errors import ConfigError
-from tokenexit.preprocessing import Colour, checked_resize, resized_size
+from tokenexit.inputs.labels import Colour
+from tokenexit.inputs.preprocessing import checked_resize, resized_size
 
 _CROP_TRIES = 10
 

@@ -5,7 +5,7 @@ al.: Semantic contours from inverse detectors (2011), 10,582 pictures in all; VO
 """
 
 from tokenexit.data.layout import Layout, Listed, read_names
-from tokenexit.preprocessing import Labels, default_palette
+from tokenexit.inputs.labels import Labels, default_palette
 
 _NAMES = read_names("""
 background aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person

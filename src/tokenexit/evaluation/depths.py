@@ -9,14 +9,14 @@ from dataclasses import replace
 
 import torch
 
+from tokenexit.engine.tokens import Packing
 from tokenexit.heads import class_scores
-from tokenexit.ledger import write_ledger
 from tokenexit.methods import Stage
 from tokenexit.methods.base import Value
-from tokenexit.output import SegmentationOutput
+from tokenexit.outputs.ledger import write_ledger
+from tokenexit.outputs.segmentation import SegmentationOutput
+from tokenexit.outputs.windows import Segmentation, WindowedOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Packing
-from tokenexit.windows import Segmentation, WindowedOutput
 
 
 def stopped(model: ExitSegmenter, dense: Segmentation) -> list[Segmentation]:

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
+from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import Method, MethodLike, as_method, spec_of
-from tokenexit.preprocessing import default_labels
+from tokenexit.runtime.atomic import whole
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
-from tokenexit.writing import whole
 
 Format = Literal["onnx", "torch"]
 FILES: dict[Format, str] = {"onnx": "model.onnx", "torch": "model.pt2"}

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.methods import Method
 from tokenexit.methods.thresholded import per_class, per_exit
-from tokenexit.output import resize_maps
+from tokenexit.outputs.segmentation import resize_maps
 from tokenexit.segmenter import ExitSegmenter, run_tokens
-from tokenexit.tokens import Packing, Tokens
 
 OUTPUTS = ("labels", "grid_logits", "exit_stage")
 

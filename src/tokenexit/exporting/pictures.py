@@ -8,9 +8,9 @@ from pathlib import Path
 from torch import Tensor
 
 from tokenexit.data.scenes import Scenes
-from tokenexit.preprocessing import load_image
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.sources import list_pictures
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.sources import list_pictures
 
 COUNT = 3
 SIZES = ((128, 192), (160, 120), (96, 96))

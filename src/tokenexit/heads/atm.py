@@ -10,9 +10,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenexit import cost
-from tokenexit.attention import packed_attention, segment_matmul
-from tokenexit.cost import Ops
+from tokenexit.engine import ops
+from tokenexit.engine.attention import packed_attention, segment_matmul
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.heads.base import (
     Head,
     HeadKind,
@@ -22,7 +23,6 @@ from tokenexit.heads.base import (
     check_head_rate,
     init_linear,
 )
-from tokenexit.tokens import Grid, Packing, Tokens
 
 
 class ATMHead(Head):
@@ -69,14 +69,14 @@ class ATMHead(Head):
         classes, d = self.queries.weight.shape
         layer = self.layers[0]
         assert isinstance(layer, ATMLayer)
-        mask = cost.linear(tokens, d, classes)
+        mask = ops.linear(tokens, d, classes)
         return (
-            cost.linear(tokens, self.input_proj.in_features, d)
-            + cost.layer_norm(tokens, d)
+            ops.linear(tokens, self.input_proj.in_features, d)
+            + ops.layer_norm(tokens, d)
             + layer.ops(classes, tokens, d) * len(self.layers)
             # The fused kernel does not hand out its scores, so the last q k^T is taken a second time.
             + Ops(macs=mask.macs, repeated=mask.macs)
-            + cost.linear(classes, d, 2)
+            + ops.linear(classes, d, 2)
         )
 
 
@@ -134,13 +134,13 @@ class ATMLayer(nn.Module):
 
     def ops(self, classes: int, tokens: int, d: int) -> Ops:
         return (
-            cost.linear(classes, d, 3 * d)
-            + cost.attention(classes, classes, d)
-            + cost.linear(classes, d, d)
-            + cost.linear(classes, d, d)
-            + 2 * cost.linear(tokens, d, d)
-            + cost.attention(classes, tokens, d)
-            + cost.linear(classes, d, d)
-            + 2 * cost.linear(classes, d, 4 * d)
-            + 3 * cost.layer_norm(classes, d)
+            ops.linear(classes, d, 3 * d)
+            + ops.attention(classes, classes, d)
+            + ops.linear(classes, d, d)
+            + ops.linear(classes, d, d)
+            + 2 * ops.linear(tokens, d, d)
+            + ops.attention(classes, tokens, d)
+            + ops.linear(classes, d, d)
+            + 2 * ops.linear(classes, d, 4 * d)
+            + 3 * ops.layer_norm(classes, d)
         )

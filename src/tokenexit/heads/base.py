@@ -16,10 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenexit.cost import Ops
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, check
-from tokenexit.tokens import Grid, Packing, Tokens
 
 HeadKind = Literal["softmax", "atm"]
 

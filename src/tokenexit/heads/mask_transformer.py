@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tokenexit import cost
-from tokenexit.attention import segment_matmul
-from tokenexit.cost import Ops
+from tokenexit.engine import ops
+from tokenexit.engine.attention import segment_matmul
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Packing, Tokens
+from tokenexit.engine.vit import Block
 from tokenexit.heads.base import Head, HeadOutput, attention_heads, check_head_options, check_head_rate, init_linear
-from tokenexit.tokens import Grid, Packing, Tokens
-from tokenexit.vit import Block
 
 
 class MaskTransformerHead(Head):
@@ -81,10 +81,10 @@ class MaskTransformerHead(Head):
         block = self.blocks[0]
         assert isinstance(block, Block)
         return (
-            cost.linear(tokens, self.proj.in_features, d)
+            ops.linear(tokens, self.proj.in_features, d)
             + block.ops(tokens + classes) * len(self.blocks)
-            + cost.layer_norm(tokens + classes, d)
-            + cost.linear(tokens + classes, d, d)
-            + cost.linear(tokens, d, classes)
-            + cost.layer_norm(tokens, classes)
+            + ops.layer_norm(tokens + classes, d)
+            + ops.linear(tokens + classes, d, d)
+            + ops.linear(tokens, d, classes)
+            + ops.layer_norm(tokens, classes)
         )

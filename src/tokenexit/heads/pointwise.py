@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import nn
 
-from tokenexit import cost
-from tokenexit.cost import Ops
+from tokenexit.engine import ops
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.heads.base import Head, HeadOutput, TokenBatchNorm, check_head_options, init_linear
-from tokenexit.tokens import Grid, Tokens
 
 
 class LinearHead(Head):
@@ -25,7 +25,7 @@ class LinearHead(Head):
         return HeadOutput(self.classifier(tokens.x), tokens.packing)
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
-        return cost.linear(tokens, self.classifier.in_features, self.classifier.out_features)
+        return ops.linear(tokens, self.classifier.in_features, self.classifier.out_features)
 
 
 class DINOv2LinearHead(LinearHead):
@@ -66,7 +66,7 @@ class FCNHead(Head):
             self.proj.out_features,
             self.classifier.out_features,
         )
-        return cost.linear(tokens, dim, channels) + cost.linear(tokens, channels, classes)
+        return ops.linear(tokens, dim, channels) + ops.linear(tokens, channels, classes)
 
 
 class SETRNaiveHead(FCNHead):
@@ -85,4 +85,4 @@ class SETRNaiveHead(FCNHead):
         self.input_norm = nn.LayerNorm(embed_dim, eps=1e-6)
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
-        return cost.layer_norm(tokens, self.proj.in_features) + super().ops(tokens, grid)
+        return ops.layer_norm(tokens, self.proj.in_features) + super().ops(tokens, grid)

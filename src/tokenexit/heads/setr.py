@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenexit import cost
-from tokenexit.cost import Ops
+from tokenexit.engine import ops
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.errors import ConfigError
 from tokenexit.heads.base import GridBatchNorm, Head, HeadOutput, check_head_options, init_linear
-from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 
 MOST_UP = 64
 """Cells per side of a patch; a map has its square."""
@@ -66,12 +66,12 @@ class SETRUpHead(Head):
         return self.classifier(x)  # type: ignore[no-any-return]
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
-        total = cost.layer_norm(tokens, self.input_norm.normalized_shape[0])
+        total = ops.layer_norm(tokens, self.input_norm.normalized_shape[0])
         for i, conv in enumerate(self.convs):
             assert isinstance(conv, nn.Conv2d)
             side = self.up**i
-            total += cost.conv2d(
+            total += ops.conv2d(
                 grid[0] * side, grid[1] * side, conv.in_channels, conv.out_channels, conv.kernel_size[0]
             )
         h, w = grid[0] * self.scale, grid[1] * self.scale
-        return total + cost.conv2d(h, w, self.classifier.in_channels, self.classifier.out_channels, 1)
+        return total + ops.conv2d(h, w, self.classifier.in_channels, self.classifier.out_channels, 1)

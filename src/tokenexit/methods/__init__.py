@@ -6,15 +6,14 @@ from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, Model, Result, Stage
+from tokenexit.methods.baselines import FixedRatio, Truncated
 from tokenexit.methods.dense import Dense
 from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
-from tokenexit.methods.fixed_ratio import FixedRatio
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.reference import Imposed
 from tokenexit.methods.thresholded import ThresholdMethod
-from tokenexit.methods.truncated import Truncated
 from tokenexit.runtime.schema import check, hints
 
 METHODS: dict[str, type[Method[Any]]] = {

@@ -17,9 +17,9 @@ from typing import Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
 import torch
 from torch import Tensor
 
+from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadKind, HeadOutput, class_scores
-from tokenexit.tokens import Grid, Tokens
 
 Value = Literal["logits", "scores"]
 """What a result holds: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""

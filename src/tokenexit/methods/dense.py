@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from tokenexit.engine.tokens import Tokens
 from tokenexit.methods.base import Method, Model, Result, Stage, all_stay, decode_grid, stage_of
-from tokenexit.tokens import Tokens
 
 
 @dataclass(frozen=True)

@@ -25,12 +25,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
-from tokenexit.exits import pooled_label, pooled_score
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods.base import Method, Model, Result, Stage, Thresholds, all_stay, decode_grid, option, stage_of
+from tokenexit.methods.selection import pooled_label, pooled_score
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_class
-from tokenexit.tokens import Grid, Packing, Tokens, cell_packing, scatter
 
 
 @dataclass(frozen=True)

@@ -23,12 +23,12 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
+from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
-from tokenexit.exits import confidence, scale_logits
 from tokenexit.heads import Head, HeadOutput, class_scores
 from tokenexit.methods.base import Method, Model, Result, Stage, Value, all_stay, option, stage_of
+from tokenexit.methods.selection import confidence, scale_logits
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, of_exit, per_exit
-from tokenexit.tokens import Grid, Tokens, cell_packing, scatter
 
 Finish = Literal["auto", "presence_last", "frozen"]
 

@@ -1,6 +1,6 @@
 """A method some of whose exits are passed over: their heads do not run and nobody leaves there.
 
-Which exits to close is for `tokenexit.gating` to say.
+Which exits to close is for `tokenexit.calibration.gating` to say.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, ClassVar, NoReturn, Self
 
+from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, Model, Result, Stage, Thresholds
-from tokenexit.tokens import Grid, Tokens
 
 
 @dataclass(frozen=True)

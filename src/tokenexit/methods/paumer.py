@@ -16,9 +16,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from tokenexit.exits import Score
 from tokenexit.methods.base import Thresholds
 from tokenexit.methods.dovit import DoViT
+from tokenexit.methods.selection import Score
 
 
 @dataclass(frozen=True)

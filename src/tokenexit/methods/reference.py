@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from tokenexit.engine.tokens import Grid, Packing
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
 from tokenexit.methods.base import Method, Stage
 from tokenexit.methods.dtop import DToP
 from tokenexit.methods.thresholded import Graded
-from tokenexit.tokens import Grid, Packing
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,11 +17,11 @@ from typing import Any, ClassVar, Self, TypeVar, get_args
 import torch
 from torch import Tensor
 
+from tokenexit.engine.tokens import Grid, Packing
 from tokenexit.errors import ConfigError
-from tokenexit.exits import Score, exceeds, keep_at_most, on_boundary, retain_top_k
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods.base import Method, Model, PerExit, Stage, State, Threshold, Thresholds, option
-from tokenexit.tokens import Grid, Packing
+from tokenexit.methods.selection import Score, exceeds, keep_at_most, on_boundary, retain_top_k
 
 NEVER = 1.0
 """The threshold at which no token leaves: scores are at most 1 and the comparison is strict."""

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import Stage
-from tokenexit.output import SegmentationOutput, resize_maps
-from tokenexit.tokens import unpack_grids
+from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
 
 IgnoredPixels = Literal["left_out", "counted"]
 """What losses do with ignored pixels; `TrainConfig.ignored_pixels` says which is which."""

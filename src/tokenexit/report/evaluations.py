@@ -13,12 +13,12 @@ import numpy as np
 import torch
 
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import Evaluation
+from tokenexit.evaluation.results import Evaluation
 from tokenexit.methods import Dense, Truncated
 from tokenexit.report.tables import Column, Table
+from tokenexit.runtime.atomic import whole
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
-from tokenexit.writing import whole
 
 OVER_IMAGES = (
     "Ends of the 95 % bootstrap interval over these images (1,000 resamples): what other images of the kind would "

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from tokenexit.data.base import Sample
+from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Method
-from tokenexit.preprocessing import Labels
 from tokenexit.report.html import Figure
 from tokenexit.report.pictures import colorize, exit_map
 from tokenexit.segmenter import ExitSegmenter

@@ -18,7 +18,7 @@ from PIL import Image
 from tokenexit.errors import ConfigError
 from tokenexit.report.pictures import data_uri
 from tokenexit.report.tables import Swatch, swatch_html
-from tokenexit.writing import whole
+from tokenexit.runtime.atomic import whole
 
 
 class Renders(Protocol):

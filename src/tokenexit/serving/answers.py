@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenexit.ledger import Size
+from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Method
-from tokenexit.preprocessing import Labels
+from tokenexit.outputs.ledger import Size
 from tokenexit.report.html import Block, Facts, Figure, FigureRow, Legend, Section, report_html
 from tokenexit.report.pictures import colorize, exit_legend, exit_map, overlay, palette_png
 from tokenexit.report.tables import Swatch

@@ -17,8 +17,8 @@ from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.inference import Precision
 from tokenexit.report.html import report_html
+from tokenexit.runtime.precision import Precision
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving import answers
 from tokenexit.serving.batching import Expired, Overloaded

@@ -21,9 +21,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from tokenexit.ledger import Size
 from tokenexit.methods import Method
-from tokenexit.windows import PACK_TOKENS, Segmentation
+from tokenexit.outputs.ledger import Size
+from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
 
 Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any], Sequence[Size]], Segmentation]
 

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from tokenexit.formats.coco import masks
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
+from tokenexit.prediction.coco import masks
 
 
 def coco(pictures: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from collections import Counter
 
 import torch
 
-from tokenexit.inference import Precision, inference
-from tokenexit.ledger import Size, dense_ops
+from tokenexit.outputs.ledger import Size, dense_ops
+from tokenexit.outputs.windows import window_boxes
+from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.windows import window_boxes
 
 PROBE_SIDE = 32
 """Patches along the noise that is timed: enough that the work counts, and not the calls."""

@@ -13,7 +13,7 @@ from typing import Any
 from PIL import Image
 
 from tokenexit.data.scenes import SCENE_LABELS, render_scene
-from tokenexit.ledger import Size
+from tokenexit.outputs.ledger import Size
 from tokenexit.report.html import Block, Section, report_html
 from tokenexit.report.tables import Column, Table
 from tokenexit.segmenter import ExitSegmenter

@@ -26,11 +26,12 @@ from PIL import Image
 from torch import Tensor
 
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.inference import Precision, inference
-from tokenexit.ledger import Size
+from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import Method
-from tokenexit.preprocessing import default_labels
+from tokenexit.outputs.ledger import Size
+from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
 from tokenexit.report.pictures import exit_colours
+from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving import answers
 from tokenexit.serving.batching import Answer, Batcher, Expired, Forward, Job
@@ -42,7 +43,6 @@ from tokenexit.serving.pace import Pace
 from tokenexit.serving.page import SAMPLES, asset, knows_scenes, page_html, sample_png, sample_size
 from tokenexit.serving.uploads import Picture, distinct, file_name, read_picture
 from tokenexit.version import __version__
-from tokenexit.windows import PACK_TOKENS, Segmentation
 
 T = TypeVar("T")
 

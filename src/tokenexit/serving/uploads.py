@@ -13,8 +13,9 @@ from starlette.formparsers import MultiPartParser
 from torch import Tensor
 
 from tokenexit.errors import DataError
-from tokenexit.ledger import Size
-from tokenexit.preprocessing import load_image, resized_size
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.preprocessing import resized_size
+from tokenexit.outputs.ledger import Size
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.pace import dense_macs
 

@@ -9,11 +9,12 @@ from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import Cached, Spread
 from tokenexit.data.registry import open_dataset
 from tokenexit.data.transforms import Compose, training_transform
+from tokenexit.engine.vit import vit_config
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.preprocessing import Labels, Preprocessing
+from tokenexit.inputs.labels import Labels
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import AUTO_VAL_IMAGES, DataConfig, ModelConfig, TrainConfig, check_start
-from tokenexit.vit import vit_config
 
 
 def build_dataset(config: DataConfig, split: str) -> SegmentationDataset:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.inference import training_precision
+from tokenexit.runtime.precision import training_precision
 from tokenexit.training.config import TrainConfig, as_begun, differing_key, flat, saved_config
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"

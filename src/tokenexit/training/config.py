@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
 from tokenexit.errors import ConfigError
+from tokenexit.inputs.labels import IgnoredPixels
 
 
 @dataclass
@@ -20,7 +21,7 @@ class ModelConfig:
     """The model."""
 
     backbone: str = "vit_tiny_patch16"
-    """A preset of `tokenexit.vit.PRESETS`."""
+    """A preset of `tokenexit.engine.vit.PRESETS`."""
     exits: list[int] = field(default_factory=lambda: [3, 6, 9])
     """After how many blocks each exit stands."""
     exit_head: Any = "fcn"
@@ -154,7 +155,6 @@ class DistillConfig:
             raise ConfigError("distill.teacher has nothing to teach: make one of features, logits and exits positive.")
 
 
-IgnoredPixels = Literal["left_out", "counted"]
 Freeze = Literal["none", "backbone", "all_but_exit_heads"]
 
 

@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head
 from tokenexit.methods import Stage
-from tokenexit.output import SegmentationOutput
+from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.training.config import DistillConfig
 
 SURE = -1e-6

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenexit.errors import ConfigError
+from tokenexit.runtime.atomic import whole
 from tokenexit.training.config import TrainConfig
-from tokenexit.writing import whole
 
 LOG_FILE, EVENTS = "log.csv", "events"
 LOG_ROWS = 1000

@@ -28,12 +28,12 @@ from tokenexit.checkpoints.load import LoadReport
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import ResumableSampler, TrainingBatch, TrainingSet, collate_training, note_of
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.processes import gather, together
-from tokenexit.inference import slow_precision, training_precision
 from tokenexit.methods import Method, build_method
 from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.pretrained import TRAINING_FILE, WEIGHTS_FILE
+from tokenexit.runtime.distributed import gather, together
 from tokenexit.runtime.folder import current
+from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
 from tokenexit.training.build import build_dataset, build_model, build_transform, open_validation

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import torch
 
-from tokenexit.cost import GIGA
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import note_of
 from tokenexit.data.registry import check_dataset, dataset_labels
-from tokenexit.inference import slow_precision, training_precision
-from tokenexit.ledger import dense_ops
+from tokenexit.engine.ops import GIGA
+from tokenexit.inputs.labels import Labels
+from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import build_method
-from tokenexit.preprocessing import Labels, Preprocessing
+from tokenexit.outputs.ledger import dense_ops
 from tokenexit.pretrained import CONFIG_FILE
 from tokenexit.runtime.folder import current
+from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import (
     build_dataset,

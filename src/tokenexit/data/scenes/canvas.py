@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw
 
-from tokenexit.preprocessing import Labels
+from tokenexit.inputs.labels import Labels
 
 Colour: TypeAlias = tuple[float, float, float]
 Point: TypeAlias = tuple[float, float]

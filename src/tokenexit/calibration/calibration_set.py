@@ -1,0 +1,237 @@
+"""True runs of a method on calibration images: what they cost, and how far labels are from a reference.
+
+Legend: n images, E exits, K classes, H x W pixels of a picture.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenexit.calibration.drift import Histograms, watch
+from tokenexit.data.base import Sample, SegmentationDataset
+from tokenexit.errors import DataError
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.labels import Labels
+from tokenexit.inputs.sources import list_pictures
+from tokenexit.methods import Method
+from tokenexit.outputs.windows import Segmentation, WindowedOutput
+from tokenexit.runtime.precision import Precision, inference
+from tokenexit.segmenter import ExitSegmenter
+
+BATCH_PIXELS = 1 << 18
+"""Small pictures are run together, up to so many pixels; what a picture gives does not depend on it."""
+
+Progress = Callable[[Iterable[Any]], Iterable[Any]]
+
+
+def drawn(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
+    """All of `count` images, or `limit` of them at random, in order: neighbours in a drive say little of each other."""
+    if limit is None or limit >= count:
+        return tuple(range(count))
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    return tuple(sorted(order[:limit].tolist()))
+
+
+class UnlabelledPictures:
+    """Pictures from disk as a dataset whose masks say nothing."""
+
+    def __init__(self, sources: Sequence[Path], labels: Labels) -> None:
+        self.paths = list(list_pictures(sources))
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int, /) -> Sample:
+        picture = load_image(self.paths[index])
+        mask = np.full((picture.height, picture.width), self.labels.ignore_index)
+        return Sample(picture, mask, str(self.paths[index]))
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A model and the images it is run on.
+
+    indices: which images of the dataset. precision: of the forward pass.
+    """
+
+    model: ExitSegmenter
+    data: SegmentationDataset
+    indices: Sequence[int]
+    precision: Precision = "fp32"
+    progress: Callable[[str], Progress] = lambda title: iter
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def part(self, indices: Sequence[int]) -> Bench:
+        """The same on some of the images; `indices` count within this bench."""
+        return Bench(self.model, self.data, tuple(self.indices[i] for i in indices), self.precision, self.progress)
+
+    def batches(self) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+        """Places within this bench, images and masks `(H, W)`, several at once where pictures are small."""
+        places: list[int] = []
+        images: list[Tensor] = []
+        masks: list[Tensor] = []
+        for place, index in enumerate(self.indices):
+            sample = self.data[index]
+            image = self.model.preprocessing.to_tensor(sample.image).to(self.model.device)
+            if images and sum(i[0].numel() for i in (*images, image)) > BATCH_PIXELS:
+                yield places, images, masks
+                places, images, masks = [], [], []
+            places.append(place)
+            images.append(image)
+            masks.append(torch.from_numpy(sample.mask.astype(np.int64)))
+        if images:
+            yield places, images, masks
+
+    def forward(self, method: Method[Any], title: str) -> Iterator[tuple[list[int], list[Tensor], Segmentation]]:
+        """Run a method on all images, batch by batch: places, masks and the output at the masks' sizes."""
+        for places, images, masks in self.progress(title)(self.batches()):
+            with inference(self.model.device, self.precision):
+                output = self.model.segment(images, method, targets=[(m.shape[0], m.shape[1]) for m in masks])
+            yield places, masks, output
+
+
+class Reference:
+    """Label maps that predictions are compared with, kept compressed: dense predictions, or the truth."""
+
+    def __init__(self, maps: Iterable[Tensor], ignore_index: int | None = None) -> None:
+        self._maps: list[tuple[bytes, tuple[int, ...]]] = []
+        for labels in maps:
+            values = labels.to("cpu").numpy().astype(np.int16)
+            self._maps.append((zlib.compress(values.tobytes(), 1), values.shape))
+        self.ignore_index = ignore_index
+
+    def __len__(self) -> int:
+        return len(self._maps)
+
+    def part(self, places: Sequence[int]) -> Reference:
+        """The maps of some of the images, in their order."""
+        some = Reference((), self.ignore_index)
+        some._maps = [self._maps[place] for place in places]
+        return some
+
+    def __getitem__(self, place: int) -> Tensor:
+        packed, shape = self._maps[place]
+        return torch.from_numpy(np.frombuffer(zlib.decompress(packed), np.int16).reshape(shape).astype(np.int64))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One method on n images.
+
+    macs, dense_macs: `(n,)` int64 multiply-adds. tokens: `(n,)` patches, live: `(n, E)` of them after each exit.
+    confusion: `(n, K, K)` int32 pixels, reference by row, prediction by column. histograms: scores at the exits.
+    """
+
+    macs: Tensor
+    dense_macs: Tensor
+    tokens: Tensor
+    live: Tensor
+    confusion: Tensor
+    histograms: Histograms
+
+    @property
+    def share(self) -> float:
+        """Multiply-adds over dense ones, both summed over all images."""
+        return self.macs.sum().item() / self.dense_macs.sum().item()
+
+    @property
+    def share_error(self) -> float:
+        """Standard error of `share` over images, by the delta method for a ratio of sums."""
+        n, share = len(self.macs), self.share
+        if n < 2:
+            return float("nan")
+        rest = self.macs.double() - share * self.dense_macs.double()
+        return float(rest.std() / self.dense_macs.double().mean() / n**0.5)
+
+
+def true_run(bench: Bench, method: Method[Any], reference: Reference, title: str = "running") -> Run:
+    """Run a method on every image and compare its labels with the reference's."""
+    classes = bench.model.config.num_classes
+    exits = bench.model.config.exits
+    macs: list[int] = []
+    dense: list[int] = []
+    tokens: list[int] = []
+    live, confusion, windows = [], [], []
+    with watch(bench.model) as seen:
+        for places, _, output in bench.forward(method, title):
+            ledger = output.ledger
+            windows += [len(own) for own in output.boxes] if isinstance(output, WindowedOutput) else [1] * len(output)
+            macs += ledger.macs
+            dense += ledger.dense_macs
+            tokens += ledger.tokens
+            live += [[image[n] for n in exits] for image in ledger.live]
+            for place, labels in zip(places, output.labels):
+                confusion.append(_confusion(reference[place], labels.cpu(), classes, reference.ignore_index))
+    histograms = seen.histograms(windows)
+    return Run(
+        torch.tensor(macs),
+        torch.tensor(dense),
+        torch.tensor(tokens),
+        torch.tensor(live),
+        torch.stack(confusion),
+        histograms,
+    )
+
+
+def dense_reference(bench: Bench) -> Reference:
+    """What the dense model says of every pixel."""
+    from tokenexit.methods import Dense
+
+    return Reference(labels for _, _, output in bench.forward(Dense(), "dense") for labels in output.labels)
+
+
+def truth_reference(bench: Bench) -> Reference:
+    """The truth of every pixel."""
+    return Reference((mask for _, _, masks in bench.batches() for mask in masks), bench.data.labels.ignore_index)
+
+
+def labelled(bench: Bench) -> Bench:
+    """The images of which some pixel has a label: others would count as images on which nothing is lost.
+
+    Raises `DataError` if there is none.
+    """
+    ignore = bench.data.labels.ignore_index
+    places = [p for some, _, masks in bench.batches() for p, mask in zip(some, masks) if bool((mask != ignore).any())]
+    if not places:
+        raise DataError("these images have no labels: ask for --max-disagreement or a budget, which need none.")
+    return bench.part(places)
+
+
+def _confusion(reference: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:
+    """`(K, K)` int32 counts of one image, reference by row."""
+    if reference.shape != labels.shape:
+        raise DataError(f"maps of {tuple(reference.shape)} and {tuple(labels.shape)} pixels cannot be compared.")
+    if ignore_index is not None:
+        counted = reference != ignore_index
+        reference, labels = reference[counted], labels[counted]
+    pairs = torch.bincount((reference * classes + labels).flatten(), minlength=classes * classes)
+    return pairs.view(classes, classes).int()
+
+
+def error(confusion: Tensor, average: str) -> Tensor:
+    """Share of pixels unlike the reference, per image: `(n, K, K)` to `(n,)` fp64; 0 for images without pixels.
+
+    average: "pixels" pools them; "classes" takes the mean over the classes that the reference has in the image, so
+    that small ones count as much as large ones.
+    """
+    counts = confusion.double()
+    right, total = counts.diagonal(dim1=1, dim2=2), counts.sum(dim=2)
+    if average == "pixels":
+        return 1.0 - _ratio(right.sum(1), total.sum(1))
+    wrong = torch.where(total > 0, (total - right) / total.clamp(min=1), 0.0)
+    return wrong.sum(1) / (total > 0).sum(1).clamp(min=1)
+
+
+def _ratio(part: Tensor, whole: Tensor) -> Tensor:
+    return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)

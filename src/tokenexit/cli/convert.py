@@ -1,0 +1,58 @@
+"""The command `convert`: weights of other libraries to a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenexit.cli.options import command_parser
+from tokenexit.errors import ConfigError
+
+
+def convert(arguments: list[str]) -> int:
+    parser = command_parser(
+        "convert", "Weights of another library to a model folder, or a backbone to a .safetensors file."
+    )
+    parser.add_argument("source", help="weight file, folder with one, or hf-hub:OWNER/NAME")
+    parser.add_argument("destination", type=Path, help="model folder, or .safetensors file where there are no heads")
+    parser.add_argument("--kind", default="auto", help="where the weights come from; auto tells by their names")
+    parser.add_argument("--backbone", help="backbone weights, for DINOv2's released linear heads")
+    parser.add_argument("--backbone-only", action="store_true", help="leave the heads out")
+    parser.add_argument("--exits", type=int, nargs="*", help="after how many blocks auxiliary heads stand")
+    parser.add_argument(
+        "--head-options",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="options of the heads that the weights do not say, such as num_heads=16 for DToP on Pascal Context",
+    )
+    options = parser.parse_args(arguments)
+    head_options = _named_values("--head-options", options.head_options or [])
+    from tokenexit.conversion.convert import convert as run
+
+    report = run(
+        options.source,
+        options.destination,
+        kind=options.kind,
+        backbone=options.backbone,
+        backbone_only=options.backbone_only,
+        exits=options.exits,
+        head_options=head_options,
+    )
+    print(report.summary())
+    return 0
+
+
+def _named_values(option: str, given: list[str]) -> dict[str, Any]:
+    """`["num_heads=16"]` to `{"num_heads": 16}`, values as in YAML."""
+    import yaml
+
+    values = {}
+    for text in given:
+        name, equals, value = text.partition("=")
+        try:
+            values[name.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
+        if not (name.strip() and equals and value.strip()):
+            raise ConfigError(f"{option} {text} does not fit: write NAME=VALUE, such as num_heads=16.")
+    return values

@@ -1,0 +1,1 @@
+"""Weights of other libraries to models of this one."""

@@ -1,0 +1,467 @@
+"""Convert weights from elsewhere to a model of ours or a backbone file, with a report of the rest."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenexit.checkpoints.files import read_checkpoint
+from tokenexit.checkpoints.framework_config import attention_heads_in
+from tokenexit.checkpoints.load import load_backbone
+from tokenexit.conversion.families import SOURCES, Source, detect, source_named
+from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
+from tokenexit.conversion.rename import State, under
+from tokenexit.conversion.sidecar import Beside, read_beside
+from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
+from tokenexit.heads import HEADS
+from tokenexit.hub.fetch import DEFAULT_FILES, HUB_PREFIX, resolve_weights
+from tokenexit.inputs.labels import Labels, default_labels
+from tokenexit.inputs.preprocessing import Preprocessing
+from tokenexit.runtime.atomic import whole
+from tokenexit.segmenter import ExitSegmenter
+
+SHOWN = 5
+HEADS_IN_STATE = ("decode_head.", "exit_heads.")
+FOLDER_FILES = (*DEFAULT_FILES, "checkpoint.pth")
+
+_CLASSIFIER = "an image classifier or projection head"
+_UNUSED = (
+    (
+        r"(?:.*\.)?(?:head|head_dist|fc|fc_norm|pre_logits|cls_classifier|distillation_classifier|classifier)\..+",
+        _CLASSIFIER,
+    ),
+    (r"(?:.*\.)?(?:dino_head|ibot_head)\..+", _CLASSIFIER),
+    (r"(?:.*\.)?pooler\..+", "pools for an image classifier"),
+    (r"(?:.*\.)?mask_token", "used in pre-training alone"),
+    (r"decoder(?:_\w+)?(?:\..+)?", "the decoder of masked pre-training"),
+    (r"decode_head\.conv_seg\..+", "made by the framework, never used by this head"),
+    (r"(?:decode_head|exit_heads\.\d+)\.loss_decode\..+", "a constant of the loss, used in training alone"),
+    (r"blocks\.\d+\..+", "a block beyond the depth that was asked for"),
+    (r"(?:backbone\.)?(?:cls_token|pos_embed\[:, :1\])", "this model runs without class token"),
+)
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """The report says what a conversion made, and what became of every entry of the weights.
+
+    kind: the source, a name of `SOURCES`. destination: the model folder or backbone file.
+    backbone: its configuration; `preset` is its name, if it has one.
+    exits, exit_heads, decode_head, num_classes: None, or empty, where the source has a backbone alone.
+    loaded: entries of the result that took a value. beside: files beside the weights that were read.
+    assumed: what neither names nor shapes nor these files say.
+    unused: entries that found no place, with the reason.
+    """
+
+    kind: str
+    destination: Path
+    backbone: ViTConfig
+    loaded: int
+    preset: str | None = None
+    exits: tuple[int, ...] = ()
+    exit_heads: tuple[dict[str, Any], ...] = ()
+    decode_head: dict[str, Any] | None = None
+    num_classes: int | None = None
+    beside: tuple[str, ...] = ()
+    assumed: dict[str, Any] = field(default_factory=dict)
+    unused: tuple[tuple[str, str], ...] = ()
+
+    def summary(self) -> str:
+        """Return one line for each thing worth knowing; unused entries are counted, the first are named."""
+        config = self.backbone
+        size = f"{config.embed_dim} channels, {config.depth} blocks, patch {config.patch_size}"
+        lines = [
+            f"source: {SOURCES[self.kind].title}" + (f", with {', '.join(self.beside)}" if self.beside else ""),
+            f"backbone: {self.preset or 'no preset'} ({size})",
+        ]
+        if self.decode_head is not None:
+            lines.append(f"decode head: {_in_words(self.decode_head)}, {self.num_classes} classes")
+            lines += [f"exit after block {n}: {_in_words(head)}" for n, head in zip(self.exits, self.exit_heads)]
+            if not self.exits:
+                lines.append("no exit heads in the source: train them on the frozen backbone")
+        if self.assumed:
+            values = ", ".join(f"{name}={value}" for name, value in self.assumed.items())
+            lines.append(f"assumed, not in the weights: {values}")
+        reasons: dict[str, list[str]] = {}
+        for name, reason in self.unused:
+            reasons.setdefault(reason, []).append(name)
+        lines += [f"not used ({reason}): {_some(names)}" for reason, names in reasons.items()]
+        lines.append(f"wrote {self.loaded} tensors to {self.destination}")
+        lines += [f"WARNING: {warning}" for warning in self.warnings]
+        return "\n".join(lines)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """Return what was assumed and would, without a sign, make every score wrong if it is not so."""
+        heads = {f"exit_heads.{n}": head for n, head in enumerate(self.exit_heads)}
+        heads |= {"decode_head": self.decode_head} if self.decode_head is not None else {}
+        atm = [f"{name}.num_heads" for name, head in heads.items() if head["kind"] == "atm"]
+        numbers = sorted({self.assumed[name] for name in atm if name in self.assumed})
+        if not numbers:
+            return ()
+        assumed = " and ".join(map(str, numbers))
+        return (
+            f"nothing in these weights says how many attention heads ATM decoders have: {assumed} assumed. DToP has "
+            "6 (ViT-B), 8 (ViT-L on ADE20K) or 16 (ViT-L on Pascal Context and COCO-Stuff-10K); with a wrong number "
+            "every score is off. Say it with head_options (--head-options num_heads=16).",
+        )
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The renamed weights of one file, with what is known of them."""
+
+    kind: str
+    source: Source
+    what: str
+    state: State
+    meta: Mapping[str, Any]
+    beside: Beside
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    kind: str = "auto",
+    backbone: str | Path | None = None,
+    backbone_only: bool = False,
+    exits: Sequence[int] | None = None,
+    options: Mapping[str, Any] | None = None,
+    head_options: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> ConversionReport:
+    """Convert weights of another library to a model folder, or to a backbone file where there are no heads.
+
+    source: a weight file, a folder with one, or `hf-hub:OWNER/NAME`. Configuration files beside it are read.
+    destination: a folder for `ExitSegmenter.from_pretrained` where the source has heads; else a `.safetensors` file
+        with timm's names, for `weights=`.
+    kind: where the weights are from, a name of `SOURCES`; "auto" tells it by their names.
+    backbone: weights of the backbone, where `source` holds a head alone (DINOv2's linear heads).
+    backbone_only: leave the heads out.
+    exits: after how many blocks each auxiliary head stands, where it is not as in the published configurations; an
+        empty list leaves the auxiliary heads out.
+    options, head_options: fields of `ViTConfig`, and options of the heads, such as num_heads of ATM heads, that are
+        known; they win over what is inferred or assumed.
+    preprocessing: mean, std and labels, if other than the source's.
+
+    Raises `CheckpointError` or `ConfigError` in one sentence, with nothing written, for weights of an unknown source,
+    and for parts of the computation that our models lack.
+    """
+    main = _read(source, kind)
+    body = main if backbone is None else _read(backbone, "auto")
+    state = main.state if body is main else _joined(main, body)
+    # The heads tell some sources apart, so their settings are read before any head is left out.
+    said = attention_heads_in(main.meta)
+    depends = {"num_heads": said["backbone"]} if "backbone" in said and body is main else {}
+    known = {**body.source.settings(state), **depends, **body.beside.settings, **(options or {})}
+    left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
+    if backbone_only or (exits is not None and not exits):
+        fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
+        left_out += [key for key in state if key.startswith(fronts)]
+        state = {key: value for key, value in state.items() if key not in set(left_out)}
+    if not any(key.startswith("backbone.") for key in state):
+        raise CheckpointError(f"{main.what} hold a head alone: give the weights of its backbone, too.")
+    with _readable(body.what):
+        config, assumed = backbone_config(under(state, "backbone."), known, body.what)
+    heads, num_exits = heads_of(state, main.what)
+    target = Path(destination)
+    _check_destination(target, bool(heads), main.what, Path(source))
+    if not heads:
+        if head_options:
+            raise ConfigError(f"head_options are given and {main.what} give no head: leave them out.")
+        loaded, unused = _write_backbone(state, config, body.what, target)
+        return ConversionReport(
+            main.kind,
+            target,
+            config,
+            loaded,
+            preset=preset_of(config),
+            beside=body.beside.files,
+            assumed=assumed,
+            unused=_with_reasons(unused) + _all_left_out(left_out),
+        )
+    with _readable(main.what):
+        specs, num_classes, more = _head_specs(heads, config.embed_dim, dict(head_options or {}), main)
+    positions, assumed_exits = _exit_positions(main, config.depth, num_exits, exits)
+    preprocessing, normalisation = _preprocessing(main, body, state, num_classes, preprocessing)
+    model = ExitSegmenter(config, num_classes, positions, specs[:num_exits], specs[-1], preprocessing)
+    loaded, unused = _load(model, state, body.what)
+    with _writable(target):
+        model.save_pretrained(target)
+    return ConversionReport(
+        main.kind,
+        target,
+        config,
+        loaded,
+        preset=preset_of(config),
+        exits=positions,
+        exit_heads=tuple(specs[:num_exits]),
+        decode_head=specs[-1],
+        num_classes=num_classes,
+        beside=body.beside.files,
+        assumed=assumed | more | assumed_exits | normalisation,
+        unused=_with_reasons(unused) + _all_left_out(left_out),
+    )
+
+
+# ------------------------------------------------------------------------------------------------- what comes in
+
+
+def _read(source: str | Path, kind: str) -> _Weights:
+    path = _weight_file(source)
+    what = f"weights '{path}'"
+    state, meta = read_checkpoint(path)
+    found = detect(state) if kind == "auto" else kind
+    if found is None:
+        raise CheckpointError(
+            f"{what} have names of no source that is known (theirs begin with {_some(list(state)[:2])}): "
+            f"if they belong to one of {', '.join(SOURCES)}, name it as kind."
+        )
+    origin = source_named(found)
+    if found == "timm" and any(key.startswith(HEADS_IN_STATE) for key in state):
+        raise CheckpointError(f"{what} are those of a tokenexit model: load its folder as it is.")
+    beside = read_beside(found, lambda name: _find_beside(source, path, name))
+    with _readable(what):
+        renamed = origin.rename(state)
+    return _Weights(found, origin, what, renamed, meta, beside)
+
+
+@contextmanager
+def _readable(what: str) -> Iterator[None]:
+    """Turn the errors of code that trusts shapes into one sentence, for files in which they cannot be right."""
+    try:
+        yield
+    except TokenExitError:
+        raise
+    except (RuntimeError, IndexError, KeyError, ValueError) as error:
+        raise CheckpointError(
+            f"{what} hold parts of impossible shapes ({str(error).splitlines()[0]}): "
+            "name their kind if it is another, or save them again."
+        ) from None
+
+
+def _weight_file(source: str | Path) -> Path:
+    if not (isinstance(source, str) and source.startswith(HUB_PREFIX)):
+        folder = Path(source).expanduser()
+        if folder.is_dir():
+            for name in FOLDER_FILES:
+                if (folder / name).is_file():
+                    return folder / name
+            raise CheckpointError(f"folder '{source}' holds none of {', '.join(FOLDER_FILES)}: name the weight file.")
+    return resolve_weights(source)
+
+
+def _find_beside(source: str | Path, path: Path, name: str) -> Path | None:
+    """Find a file of this name beside the weights; of a hub model it is fetched if the hub has it."""
+    if (path.parent / name).is_file():
+        return path.parent / name
+    if isinstance(source, str) and source.startswith(HUB_PREFIX) and name.endswith(".json"):
+        model = "/".join(source.split("/")[:2])
+        try:
+            return resolve_weights(f"{model}/{name}")
+        except CheckpointError:
+            return None
+    return None
+
+
+def _joined(main: _Weights, body: _Weights) -> State:
+    """Put the heads of one file on the backbone of another; a backbone beside the heads is refused."""
+    if any(key.startswith("backbone.") for key in main.state):
+        raise ConfigError(f"{main.what} hold a backbone of their own: leave out backbone.")
+    return {**{k: v for k, v in body.state.items() if not k.startswith(HEADS_IN_STATE)}, **main.state}
+
+
+# ---------------------------------------------------------------------------------------- what shapes do not say
+
+
+def _head_specs(
+    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], main: _Weights
+) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
+    """Return a specification for each head, the number of classes, and what was assumed."""
+    what, said = main.what, attention_heads_in(main.meta)
+    specs: list[dict[str, Any]] = []
+    classes: dict[str, int] = {}
+    assumed: dict[str, Any] = {}
+    for name, head in heads.items():
+        known = ({"num_heads": said[name]} if name in said else {}) | given
+        spec, classes[name], more = head_spec(head, embed_dim, known, f"the {name} of {what}")
+        if spec["kind"] == "atm" and "num_heads" in more:
+            published = main.source.atm_heads.get((spec["channels"], classes[name]), more["num_heads"])
+            spec["num_heads"] = more["num_heads"] = published
+        specs.append(spec)
+        assumed |= {f"{name}.{option}": value for option, value in more.items()}
+    taken = {option for spec in specs for option in inspect.signature(HEADS[spec["kind"]]).parameters}
+    if unknown := set(given) - taken:
+        kinds = ", ".join(dict.fromkeys(spec["kind"] for spec in specs))
+        raise ConfigError(f"head_options names '{min(unknown)}', which is no option of {kinds}: leave it out.")
+    if len(set(classes.values())) > 1:
+        raise CheckpointError(f"the heads of {what} predict {classes} classes: tokenexit needs one number for all.")
+    return specs, classes["decode_head"], assumed
+
+
+def _exit_positions(
+    main: _Weights, depth: int, count: int, given: Sequence[int] | None
+) -> tuple[tuple[int, ...], dict[str, Any]]:
+    if given is not None:
+        if len(given) != count:
+            raise ConfigError(f"exits={tuple(given)} for {count} auxiliary heads in {main.what}: give one for each.")
+        return tuple(given), {}
+    if count == 0:
+        return (), {}
+    if (depth, count) not in main.source.exits:
+        raise CheckpointError(
+            f"{main.what} hold {count} auxiliary heads and do not say after which of their {depth} blocks they stand: "
+            "give exits."
+        )
+    positions = main.source.exits[depth, count]
+    return positions, {"exits": positions}
+
+
+def _preprocessing(
+    main: _Weights, body: _Weights, state: State, num_classes: int, given: Preprocessing | None
+) -> tuple[Preprocessing, dict[str, Any]]:
+    """Return the preprocessing as given, else as the files beside the weights say, else as the source trains."""
+    if given is not None:
+        labels = given.labels or _labels(main.meta, num_classes)
+        return replace(given, labels=labels), {}
+    labels = _labels(main.meta, num_classes)
+    if body.beside.normalisation is not None:
+        mean, std = body.beside.normalisation
+        return Preprocessing.from_dict({"mean": mean, "std": std, "labels": labels}), {}
+    mean, std = main.source.normalisation(state)
+    return Preprocessing(mean=mean, std=std, labels=labels), {"mean": mean, "std": std}
+
+
+def _labels(meta: Mapping[str, Any], num_classes: int) -> Labels:
+    """Read class names and colours as mmsegmentation keeps them; numbered classes where they do not fit."""
+    data = meta.get("dataset_meta")
+    data = data if isinstance(data, Mapping) else meta
+    names = data.get("classes", data.get("CLASSES"))
+    palette = data.get("palette", data.get("PALETTE"))
+    try:
+        labels = Labels(tuple(names), tuple(palette), default_labels(num_classes).ignore_index)
+    except (ConfigError, TypeError):
+        return default_labels(num_classes)
+    return labels if labels.num_classes == num_classes else default_labels(num_classes)
+
+
+# ----------------------------------------------------------------------------------------------- what comes out
+
+
+def _check_destination(target: Path, has_heads: bool, what: str, source: Path) -> None:
+    """Check before anything is built that the name says what is written."""
+    if has_heads and (target.suffix == ".safetensors" or target.is_file()):
+        raise ConfigError(
+            f"{what} have heads, and destination '{target}' is a file: name a folder, or set backbone_only."
+        )
+    if not has_heads and (target.suffix != ".safetensors" or target.is_dir()):
+        raise ConfigError(
+            f"{what} give a backbone alone, and destination '{target}' is no .safetensors file: name one."
+        )
+    folder = source if source.is_dir() else source.parent
+    if has_heads and source.exists() and target.exists() and target.resolve() == folder.resolve():
+        raise ConfigError(f"destination '{target}' is where the source lies: name another folder.")
+    if not has_heads and source.exists() and target.exists() and target.samefile(source):
+        raise ConfigError(f"destination '{target}' is the source: name another file.")
+
+
+def _write_backbone(state: State, config: ViTConfig, what: str, target: Path) -> tuple[int, list[str]]:
+    """Write the backbone; returns how many entries were written, and those without a place."""
+    from safetensors.torch import save_file
+
+    model = ViT(config)
+    report = load_backbone(model, under(state, "backbone."), source=what, pos_embed_grid=config.pos_embed_grid)
+    _refuse_missing(report.missing, what)
+    _put_file(target, partial(save_file, model.state_dict(), metadata={"format": "pt"}))
+    return report.loaded, [*report.unexpected, *(key for key in state if not key.startswith("backbone."))]
+
+
+def _put_file(target: Path, write: Callable[[Path], None]) -> None:
+    """Write beside the target and rename, so that no half file ever has its name."""
+    with _writable(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole(target) as unfinished:
+            write(unfinished)
+
+
+@contextmanager
+def _writable(target: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"destination '{target}' cannot be written ({error.strerror}): choose another.") from None
+
+
+def _load(model: ExitSegmenter, state: State, what: str) -> tuple[int, list[str]]:
+    """Load backbone and heads, all of them; returns how many entries, and those without a place."""
+    grid = model.config.backbone.pos_embed_grid
+    report = load_backbone(model.backbone, under(state, "backbone."), source=what, pos_embed_grid=grid)
+    _refuse_missing(report.missing, what)
+    loaded, leftover = report.loaded, list(report.unexpected)
+    named = {"decode_head": model.decode_head} | {f"exit_heads.{n}": head for n, head in enumerate(model.exit_heads)}
+    for name, head in named.items():
+        count, rest = _load_head(head, under(state, f"{name}."), f"the {name} of {what}")
+        loaded += count
+        leftover += [f"{name}.{key}" for key in rest]
+    leftover += [key for key in state if not key.startswith(("backbone.", *HEADS_IN_STATE))]
+    return loaded, leftover
+
+
+def _load_head(head: nn.Module, state: State, what: str) -> tuple[int, list[str]]:
+    """Load a head, every entry of which takes a value of its own shape; counters of BatchNorm may be missing."""
+    target = head.state_dict()
+    unused = [key for key in state if key not in target and key.startswith(("conv_seg.", "loss_decode."))]
+    foreign = [key for key in state if key not in target and key not in unused]
+    missing = [key for key in target if key not in state and not key.endswith("num_batches_tracked")]
+    wrong = [
+        f"{key} {tuple(state[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in target.items()
+        if key in state and state[key].shape != value.shape
+    ]
+    for problem, names in (("has parts that tokenexit lacks", foreign), ("lacks", missing), ("does not fit", wrong)):
+        if names:
+            raise CheckpointError(f"{what} {problem} ({_some(names)}): convert the backbone alone.")
+    with torch.no_grad():
+        for key, value in target.items():
+            if key in state:
+                value.copy_(state[key])
+    return len(target) - sum(key not in state for key in target), unused
+
+
+def _refuse_missing(missing: Sequence[str], what: str) -> None:
+    """Reject missing entries: an inferred norm is there, a forced one may be missing."""
+    if missing:
+        raise CheckpointError(f"{what} lack {_some(missing)}: leave final_norm to be inferred.")
+
+
+def _with_reasons(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, _reason(name)) for name in names)
+
+
+def _all_left_out(names: Sequence[str]) -> tuple[tuple[str, str], ...]:
+    return tuple((name, "a head, left out as asked") for name in names)
+
+
+def _reason(name: str) -> str:
+    return next((reason for pattern, reason in _UNUSED if re.fullmatch(pattern, name)), "unknown to tokenexit")
+
+
+def _in_words(head: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{name} {value}" for name, value in head.items() if name != "kind")
+    return f"{head['kind']} ({options})" if options else str(head["kind"])
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

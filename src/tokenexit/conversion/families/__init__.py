@@ -1,0 +1,196 @@
+"""Sources of weights: how each is recognised and renamed, and what its names and shapes do not say.
+
+A source's rename function is pure. It gives timm's names under `backbone.`, ours under `decode_head.` and
+`exit_heads.N.`; what it does not know keeps its name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from tokenexit.conversion.families.dinov2 import from_dinov2
+from tokenexit.conversion.families.huggingface import from_huggingface
+from tokenexit.conversion.families.mmseg import from_mmseg
+from tokenexit.conversion.families.segmenter import from_segmenter
+from tokenexit.conversion.families.timm import from_timm
+from tokenexit.conversion.rename import State
+from tokenexit.errors import ConfigError
+
+Colour = tuple[float, float, float]
+Normalisation = tuple[Colour, Colour]
+IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A source is a family of checkpoints.
+
+    rename: names of the file to ours. signatures: patterns of names, each of which some entry matches whole.
+    settings: fields of `ViTConfig` that the source fixes in its code, given the renamed weights.
+    normalisation: mean and std it was trained with, given the renamed weights.
+    exits: after how many blocks the auxiliary heads stand, by (depth, number of heads), as the published configurations
+        have them. atm_heads: attention heads of ATM decoders, by (width, classes), likewise.
+    """
+
+    title: str
+    rename: Callable[[Mapping[str, Tensor]], State]
+    signatures: tuple[str, ...]
+    settings: Callable[[State], dict[str, Any]]
+    normalisation: Callable[[State], Normalisation] = lambda _: IMAGENET
+    exits: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
+    atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
+
+    def matches(self, names: Iterable[str]) -> bool:
+        names = list(names)
+        return all(any(re.fullmatch(pattern, name) for name in names) for pattern in self.signatures)
+
+
+def _timm(state: State) -> dict[str, Any]:
+    return {"norm_eps": 1e-6, "pos_embed_antialias": True}
+
+
+def _dinov2(state: State) -> dict[str, Any]:
+    registers = "backbone.reg_token" in state
+    return {"norm_eps": 1e-6, "pos_embed_antialias": registers, "pos_embed_offset": 0.0 if registers else 0.1}
+
+
+def _huggingface(state: State) -> dict[str, Any]:
+    # DINOv2 is the one with LayerScale.
+    eps = 1e-6 if "backbone.blocks.0.ls1.gamma" in state else 1e-12
+    return {
+        "norm_eps": eps,
+        "pos_embed_antialias": "backbone.reg_token" in state and "backbone.blocks.0.ls1.gamma" in state,
+    }
+
+
+def _mmseg(state: State) -> dict[str, Any]:
+    setr = "decode_head.input_norm.weight" in state and "decode_head.queries.weight" not in state
+    mode = "bilinear" if setr else "bicubic"
+    return {"norm_eps": 1e-6, "pos_embed_mode": mode, "pos_embed_antialias": False}
+
+
+def _dtop(state: State) -> dict[str, Any]:
+    return {"class_token": False, "norm_eps": 1e-6, "pos_embed_mode": "bicubic", "pos_embed_antialias": False}
+
+
+def _segmenter(state: State) -> dict[str, Any]:
+    return {"norm_eps": 1e-5, "pos_embed_mode": "bilinear", "pos_embed_antialias": False}
+
+
+def _classes(state: State) -> int:
+    """Count the queries of a mask transformer or ATM head, 0 for other heads."""
+    queries = state.get("decode_head.queries.weight")
+    return 0 if queries is None else queries.shape[0]
+
+
+def _mmseg_normalisation(state: State) -> Normalisation:
+    return HALF if _classes(state) else IMAGENET
+
+
+def _dovit_normalisation(state: State) -> Normalisation:
+    return HALF if _classes(state) == 150 else IMAGENET  # Segmenter on ADE20K
+
+
+def _dtop_normalisation(state: State) -> Normalisation:
+    return HALF if state["backbone.pos_embed"].shape[2] == 1024 else IMAGENET  # ViT-L
+
+
+def _segmenter_normalisation(state: State) -> Normalisation:
+    return IMAGENET if "backbone.reg_token" in state else HALF  # DeiT has the distillation token
+
+
+_MMSEG_LAYER = r"(?:backbone\.)?layers\.0\.attn\.attn\.in_proj_weight"
+
+SOURCES: dict[str, Source] = {
+    "huggingface": Source(
+        "Hugging Face transformers",
+        from_huggingface,
+        (r".*embeddings\.patch_embeddings\.projection\.weight",),
+        _huggingface,
+    ),
+    "dovit": Source(
+        "DoViT",
+        from_mmseg,
+        (r"(?:backbone\.)?layers\.0\.attn\.qkv\.weight",),
+        _mmseg,
+        _dovit_normalisation,
+        {(12, 3): (2, 5, 8), (24, 3): (6, 12, 18)},
+    ),
+    "dtop": Source(
+        "DToP",
+        from_mmseg,
+        (_MMSEG_LAYER, r"decode_head\.input_proj\.weight", r"decode_head\.class_embed\.weight"),
+        _dtop,
+        _dtop_normalisation,
+        {(12, 2): (6, 8), (24, 2): (8, 16)},
+        # config/prune/*.py: ViT-B and ViT-L on ADE20K, ViT-L on Pascal Context 59 and on COCO-Stuff-10K
+        {(384, 150): 6, (512, 150): 8, (512, 59): 16, (512, 171): 16},
+    ),
+    "segvit": Source(
+        "SegViT",
+        from_mmseg,
+        (_MMSEG_LAYER, r"decode_head\.input_proj_1\.weight"),
+        _dtop,
+        _dtop_normalisation,
+    ),
+    "mmseg": Source(
+        "mmsegmentation",
+        from_mmseg,
+        (_MMSEG_LAYER,),
+        _mmseg,
+        _mmseg_normalisation,
+        # SETR of mmsegmentation; the ViT-B and ViT-S baselines of DoViT's release.
+        {(24, 3): (10, 15, 20), (12, 3): (3, 6, 9)},
+    ),
+    "segmenter": Source(
+        "Segmenter",
+        from_segmenter,
+        (r"encoder\.patch_embed\.proj\.weight",),
+        _segmenter,
+        _segmenter_normalisation,
+    ),
+    "dinov2_head": Source(
+        "DINOv2's linear heads",
+        from_dinov2,
+        (r"decode_head\.bn\.weight",),
+        _dinov2,
+    ),
+    "dinov2": Source(
+        "DINOv2",
+        from_dinov2,
+        (
+            r"(?:backbone\.)?patch_embed\.proj\.weight",
+            r"(?:backbone\.)?(?:mask_token|register_tokens|blocks\..*mlp\.w12\.weight)",
+            r".*blocks\.0\..*ls1\.gamma",
+        ),
+        _dinov2,
+    ),
+    "timm": Source(
+        "timm",
+        from_timm,
+        (r"(?:backbone\.|model\.)?patch_embed\.proj\.weight", r"(?:backbone\.|model\.)?blocks\.0\..+"),
+        _timm,
+    ),
+}
+"""By name, in the order in which they are tried: where several match, the more particular one comes first."""
+
+
+def detect(names: Iterable[str]) -> str | None:
+    """Return the name of the source whose names these are, or None."""
+    names = list(names)
+    return next((kind for kind, source in SOURCES.items() if source.matches(names)), None)
+
+
+def source_named(kind: str) -> Source:
+    if kind not in SOURCES:
+        raise ConfigError(f"kind '{kind}' is unknown: choose auto or one of {', '.join(SOURCES)}.")
+    return SOURCES[kind]
+
+
+__all__ = ["HALF", "IMAGENET", "SOURCES", "Normalisation", "Source", "detect", "source_named"]

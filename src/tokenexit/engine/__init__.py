@@ -1,0 +1,1 @@
+"""The plain ViT over packed tokens: tokens, attention, blocks, operation counts."""

@@ -1,0 +1,135 @@
+"""Blocks as CUDA graphs: a span of blocks in one launch, for whatever number of live tokens.
+
+A block is some twenty launches, and few tokens leave a GPU waiting for them. A graph replays a whole span in one, but
+for fixed shapes: lengths are padded to the next bucket, and padding is masked out of attention.
+
+Legend: B images, L tokens of each with padding, T packed tokens, C channels, N heads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from tokenexit.engine.attention import padded_rows
+from tokenexit.engine.tokens import Packing
+
+STEP = 64
+"""Tokens between two buckets."""
+WASTE = 0.25
+"""Share of padding beyond which packed blocks are faster than padded ones."""
+MOST = 64
+"""Graphs that are kept; the one that was not used for longest makes room."""
+
+Record: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
+"""Runs a function of fixed tensors; gives its result, and what computes that anew in the same place."""
+
+
+class PaddedBlock(Protocol):
+    """A block of the backbone, as far as it is asked here."""
+
+    def padded(self, x: Tensor, visible: Tensor) -> Tensor: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+
+def cuda_graphs(device: torch.device) -> Record:
+    """Record what a function launches on `device`, current or not. Graphs that never overlap can share their memory."""
+    pool = torch.cuda.graph_pool_handle()
+    first, recorded = torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+    def record(function: Callable[[], Tensor]) -> tuple[Tensor, Callable[[], object]]:
+        with torch.cuda.device(device):
+            first.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(first):  # libraries choose kernels and allocate before, not while, it is recorded
+                for _ in range(2):
+                    function()
+            torch.cuda.current_stream().wait_stream(first)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, pool=pool, stream=recorded):
+                out = function()
+        return out, graph.replay
+
+    return record
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """x: `(B, L, C)` and visible: `(B, 1, 1, L)` are written before, out: `(B, L, C)` is read after `replay`."""
+
+    x: Tensor
+    visible: Tensor
+    out: Tensor
+    replay: Callable[[], object]
+
+
+class CapturedBlocks:
+    """Spans of blocks, recorded at the first use of a bucket and replayed from then on.
+
+    Under autocast, weights of linear layers are lowered once, when the first graph of a precision is recorded: weights
+    must not change afterwards. Calls must not overlap, since graphs write to fixed places.
+    """
+
+    def __init__(self, blocks: Sequence[PaddedBlock], record: Record, step: int = STEP) -> None:
+        self.blocks, self.record, self.step = list(blocks), record, step
+        self._lowered: dict[torch.dtype, list[PaddedBlock]] = {}
+        self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
+
+    def bucket(self, longest: int) -> int:
+        return -(-longest // self.step) * self.step
+
+    def fits(self, packing: Packing) -> bool:
+        """Whether padding to the bucket is worth a graph; for an image alone it always is."""
+        padded = len(packing.lengths) * self.bucket(packing.longest)
+        alone = len(packing.lengths) == 1
+        return packing.total > 0 and (alone or padded <= (1 + WASTE) * packing.total)
+
+    def run(self, x: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+        """Blocks `start` (inclusive) to `stop` (exclusive): `(T, C)` to `(T, C)`. Without gradients."""
+        graph = self._graph(x, packing, start, stop)
+        length = graph.x.shape[1]
+        rows = padded_rows(packing, length)
+        graph.x.zero_()  # the mask multiplies what stood in the padding by 0, which leaves NaN and infinity as they are
+        graph.x.flatten(0, 1).index_copy_(0, rows, x)
+        ends = packing.offsets.diff()[:, None, None, None]
+        graph.visible.copy_(torch.arange(length, device=x.device) < ends)
+        graph.replay()
+        return graph.out.flatten(0, 1).index_select(0, rows)
+
+    def _graph(self, x: Tensor, packing: Packing, start: int, stop: int) -> _Graph:
+        images, length = len(packing.lengths), self.bucket(packing.longest)
+        lowered = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
+        key = (start, stop, images, length, x.dtype, x.device, lowered)
+        if key in self._graphs:
+            self._graphs.move_to_end(key)
+            return self._graphs[key]
+        blocks = (self.blocks if lowered is None else self._lowered_to(lowered))[start:stop]
+        padded = x.new_zeros(images, length, x.shape[1])
+        visible = torch.ones(images, 1, 1, length, dtype=torch.bool, device=x.device)
+        out, replay = self.record(lambda: _span(blocks, padded, visible))
+        self._graphs[key] = _Graph(padded, visible, out, replay)
+        if len(self._graphs) > MOST:
+            self._graphs.popitem(last=False)
+        return self._graphs[key]
+
+    def _lowered_to(self, dtype: torch.dtype) -> list[PaddedBlock]:
+        """Copies that autocast finds nothing to lower in: it would do so in every replay."""
+        if dtype not in self._lowered:
+            copies = copy.deepcopy(self.blocks)
+            for module in (module for block in copies for module in block.modules()):
+                if isinstance(module, nn.Linear):
+                    module.to(dtype)
+            self._lowered[dtype] = copies
+        return self._lowered[dtype]
+
+
+def _span(blocks: Sequence[PaddedBlock], x: Tensor, visible: Tensor) -> Tensor:
+    for block in blocks:
+        x = block.padded(x, visible)
+    return x

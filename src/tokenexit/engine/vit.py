@@ -1,0 +1,483 @@
+"""The plain Vision Transformer over packed tokens.
+
+Parameters carry timm's names, so that timm weights load as they are. The backbone knows no heads and no methods: it
+embeds images, and runs a span of blocks over whatever tokens are live.
+
+Legend: T live tokens of the batch, B images, C channels, N heads, H channels per head, h x w patches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from types import MethodType
+from typing import Annotated, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from tokenexit.engine import ops
+from tokenexit.engine.attention import packed_attention
+from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Packing, Tokens, alike
+from tokenexit.errors import ConfigError
+from tokenexit.runtime.schema import Between, Share, check_fields
+
+Side = Annotated[int, Between(1, 1024)]
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """A plain ViT. Defaults are timm's `vit_*_patch16_224`.
+
+    Every field is held to its type and bounds, which leave room beyond any published ViT. Raises `ConfigError`.
+
+    layer_scale: start value of LayerScale, None without it (DeiT-3, DINOv2 have it).
+    mlp: "gelu", or "swiglu" (DINOv2 giant; `mlp_ratio` then counts both gates).
+    class_token: DoViT needs one, DToP runs without.
+    final_norm: LayerNorm after the last block, before the decode head.
+    pos_embed_grid: rows and columns of the position table.
+    pos_embed_prefix: the table's first row belongs to the class token (timm's `no_embed_class=False`).
+    pos_embed_mode, pos_embed_antialias, pos_embed_offset: how the table is resized to another grid. timm
+        antialiases; SETR is bilinear; DINOv2 without registers adds 0.1 to the target size.
+    drop_path: probability to drop a residual branch at the last block, linear over the depth from 0.
+    drop_path_attention: drop attention branches too; the releases of DToP and DoViT drop MLP branches alone, as
+        mmsegmentation does.
+    """
+
+    embed_dim: Annotated[int, Between(1, 8192)] = 192
+    depth: Annotated[int, Between(1, 128)] = 12
+    num_heads: Annotated[int, Between(1, 512)] = 3
+    patch_size: Annotated[int, Between(1, 256)] = 16
+    mlp_ratio: Annotated[float, Between(0, 64)] = 4.0
+    mlp: Literal["gelu", "swiglu"] = "gelu"
+    qkv_bias: bool = True
+    layer_scale: float | None = None
+    class_token: bool = True
+    num_registers: Annotated[int, Between(0, 1024)] = 0
+    final_norm: bool = True
+    norm_eps: Annotated[float, Between(0, 1)] = 1e-6
+    pos_embed_grid: tuple[Side, Side] = (14, 14)
+    pos_embed_prefix: bool = True
+    pos_embed_mode: Literal["bicubic", "bilinear"] = "bicubic"
+    pos_embed_antialias: bool = True
+    pos_embed_offset: Share = 0.0
+    drop_path: Share = 0.0
+    drop_path_attention: bool = True
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        object.__setattr__(self, "pos_embed_grid", tuple(self.pos_embed_grid))
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(
+                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}: change one of the two."
+            )
+        for name in ("mlp_ratio", "norm_eps"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
+        if self.mlp_hidden < 2:
+            raise ConfigError(
+                f"mlp_ratio={self.mlp_ratio} leaves an MLP of {self.mlp_hidden} channels beside embed_dim="
+                f"{self.embed_dim}: raise it."
+            )
+        if self.drop_path == 1.0:
+            raise ConfigError(f"drop_path={self.drop_path} is outside [0, 1): choose a value such as 0.1.")
+
+    @property
+    def num_prefix_tokens(self) -> int:
+        return int(self.class_token) + self.num_registers
+
+    @property
+    def mlp_hidden(self) -> int:
+        return int(self.embed_dim * self.mlp_ratio)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+_TINY = ViTConfig()
+_SMALL = ViTConfig(embed_dim=384, num_heads=6)
+_BASE = ViTConfig(embed_dim=768, num_heads=12)
+_LARGE = ViTConfig(embed_dim=1024, num_heads=16, depth=24)
+
+
+def _deit3(size: ViTConfig) -> ViTConfig:
+    return replace(size, layer_scale=1e-6, pos_embed_prefix=False)
+
+
+def _dinov2(size: ViTConfig) -> ViTConfig:
+    return replace(
+        size,
+        patch_size=14,
+        layer_scale=1e-5,
+        pos_embed_grid=(37, 37),
+        pos_embed_antialias=False,
+        pos_embed_offset=0.1,
+    )
+
+
+def _dinov2_reg(size: ViTConfig) -> ViTConfig:
+    return replace(
+        _dinov2(size),
+        num_registers=4,
+        pos_embed_prefix=False,
+        pos_embed_antialias=True,
+        pos_embed_offset=0.0,
+    )
+
+
+_GIANT = ViTConfig(embed_dim=1536, num_heads=24, depth=40, mlp="swiglu", mlp_ratio=2.66667 * 2)
+
+PRESETS: dict[str, ViTConfig] = {
+    "vit_tiny_patch16": _TINY,
+    "vit_small_patch16": _SMALL,
+    "vit_base_patch16": _BASE,
+    "vit_large_patch16": _LARGE,
+    "deit3_small_patch16": _deit3(_SMALL),
+    "deit3_base_patch16": _deit3(_BASE),
+    "deit3_large_patch16": _deit3(_LARGE),
+    "dinov2_small_patch14": _dinov2(_SMALL),
+    "dinov2_base_patch14": _dinov2(_BASE),
+    "dinov2_large_patch14": _dinov2(_LARGE),
+    "dinov2_giant_patch14": _dinov2(_GIANT),
+    "dinov2_small_patch14_reg4": _dinov2_reg(_SMALL),
+    "dinov2_base_patch14_reg4": _dinov2_reg(_BASE),
+    "dinov2_large_patch14_reg4": _dinov2_reg(_LARGE),
+    "dinov2_giant_patch14_reg4": _dinov2_reg(_GIANT),
+}
+
+
+def vit_config(backbone: str | ViTConfig, **changes: Any) -> ViTConfig:
+    """A preset by name, with some fields changed: `vit_config("vit_tiny_patch16", class_token=False)`."""
+    if isinstance(backbone, str):
+        if backbone not in PRESETS:
+            raise ConfigError(f"backbone '{backbone}' is unknown: choose one of {', '.join(PRESETS)}.")
+        backbone = PRESETS[backbone]
+    known = {f.name for f in fields(ViTConfig)}
+    for name in changes:
+        if name not in known:
+            raise ConfigError(f"a backbone has no option '{name}': see ViTConfig.")
+    return replace(backbone, **changes)
+
+
+def resize_pos_embed(
+    table: Tensor,
+    old: Grid,
+    new: Grid,
+    mode: str = "bicubic",
+    antialias: bool = True,
+    offset: float = 0.0,
+) -> Tensor:
+    """Resize the patch rows `(1, h w, C)` of a position table from grid `old` to grid `new`.
+
+    offset: DINOv2 scales by `(new + offset) / old` instead of `new / old`, against rounding in its own code.
+    """
+    if old == new:
+        return table
+    maps = table.reshape(1, *old, -1).permute(0, 3, 1, 2).float()
+    if offset:
+        scale = [(n + offset) / o for n, o in zip(new, old)]
+        maps = F.interpolate(maps, scale_factor=scale, mode=mode, antialias=antialias, align_corners=False)
+        if maps.shape[2:] != torch.Size(new):
+            raise ConfigError(
+                f"pos_embed_offset={offset} gives a {tuple(maps.shape[2:])} table for a {new} grid: "
+                "use an offset below 1."
+            )
+    else:
+        maps = F.interpolate(maps, size=new, mode=mode, antialias=antialias, align_corners=False)
+    return maps.permute(0, 2, 3, 1).reshape(1, new[0] * new[1], -1).to(table.dtype)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches to vectors; images that are no multiple of the patch are padded right and below with
+    zeros (the mean colour after normalisation)."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+
+    def grid(self, height: int, width: int) -> Grid:
+        p = self.patch_size
+        return (height + p - 1) // p, (width + p - 1) // p  # graphs divide towards zero: no negative numbers
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`(B, 3, H, W)` to `(B, C, h, w)`."""
+        height, width = images.shape[2:]
+        h, w = self.grid(height, width)
+        images = F.pad(images, (0, w * self.patch_size - width, 0, h * self.patch_size - height))
+        return self.proj(images)  # type: ignore[no-any-return]
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over packed tokens, fused qkv."""
+
+    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+
+    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
+        """`(T, 3 C)` to `(T, C)`, before the last projection."""
+        q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with GELU between."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+
+
+class SwiGlu(nn.Module):
+    """Gated MLP of DINOv2 giant: `fc2(silu(a) * b)` with `a, b = fc1(x)`."""
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden // 2, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)  # type: ignore[no-any-return]
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+def drop_path(probability: float, packing: Packing, dtype: torch.dtype) -> Tensor:
+    """Factors of stochastic depth on packed tokens, `(T, 1)`: drawn once per image, gathered per token (Huang et al.,
+    2016)."""
+    keep = torch.rand(len(packing.lengths), device=packing.offsets.device) >= probability
+    factor = keep.to(dtype) / (1.0 - probability)
+    return factor.index_select(0, packing.image_index())[:, None]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block over packed tokens.
+
+    `before` and `after` attention rows do not meet: both are free of the packing, and can be compiled for any number of
+    rows.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_hidden: int,
+        *,
+        mlp: Literal["gelu", "swiglu"] = "gelu",
+        qkv_bias: bool = True,
+        layer_scale: float | None = None,
+        norm_eps: float = 1e-6,
+        drop_path: float = 0.0,
+        drop_path_attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim, self.mlp_hidden = dim, mlp_hidden
+        self.drop_path, self.drop_path_attention = drop_path, drop_path_attention
+        self.norm1 = nn.LayerNorm(dim, norm_eps)
+        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+        self.norm2 = nn.LayerNorm(dim, norm_eps)
+        self.mlp = Mlp(dim, mlp_hidden) if mlp == "gelu" else SwiGlu(dim, mlp_hidden)
+        self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
+
+    def forward(self, x: Tensor, packing: Packing) -> Tensor:
+        """`(T, C)` to `(T, C)`."""
+        attended = self.attn.attend(self.before(x), packing)
+        if not (self.training and self.drop_path > 0.0):
+            return self.after(x, attended)
+        first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
+        return self.after(x, attended, first, drop_path(self.drop_path, packing, attended.dtype))
+
+    def padded(self, x: Tensor, visible: Tensor) -> Tensor:
+        """`(B, L, C)` to `(B, L, C)` in evaluation, where keys are seen if `visible (B, 1, 1, L)`."""
+        rows = x.flatten(0, 1)
+        qkv = self.before(rows).unflatten(0, x.shape[:2]).unflatten(2, (3, self.attn.num_heads, -1))
+        q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, N, L, H)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+        out = self.after(rows, attended.transpose(1, 2).flatten(2).flatten(0, 1))
+        return out.view_as(x)
+
+    def before(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: `(T, C)` to `(T, 3 C)`."""
+        return self.attn.qkv(self.norm1(x))  # type: ignore[no-any-return]
+
+    def after(self, x: Tensor, attended: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Tensor:
+        """The residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""
+        branch = self.ls1(self.attn.proj(attended))
+        x = x + (branch if first is None else branch * first)
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if second is None else branch * second)  # type: ignore[no-any-return]
+
+    def ops(self, tokens: int) -> Ops:
+        """Work on one image with this many tokens, prefix included."""
+        gated = isinstance(self.mlp, SwiGlu)
+        return (
+            2 * ops.layer_norm(tokens, self.dim)
+            + ops.linear(tokens, self.dim, 3 * self.dim)
+            + ops.attention(tokens, tokens, self.dim)
+            + ops.linear(tokens, self.dim, self.dim)
+            + ops.linear(tokens, self.dim, self.mlp_hidden)
+            + ops.linear(tokens, self.mlp_hidden // 2 if gated else self.mlp_hidden, self.dim)
+        )
+
+
+class ViT(nn.Module):
+    """The backbone: `embed` images into tokens, `run` a span of blocks, `norm` at the end if configured."""
+
+    def __init__(self, config: ViTConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, (rows, columns) = config.embed_dim, config.pos_embed_grid
+        self.patch_embed = PatchEmbed(config)
+        if config.class_token:
+            self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
+        if config.num_registers:
+            self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, rows * columns + self.pos_embed_prefix, dim))
+        self.blocks = nn.ModuleList(
+            Block(
+                dim,
+                config.num_heads,
+                config.mlp_hidden,
+                mlp=config.mlp,
+                qkv_bias=config.qkv_bias,
+                layer_scale=config.layer_scale,
+                norm_eps=config.norm_eps,
+                drop_path=config.drop_path * i / max(config.depth - 1, 1),
+                drop_path_attention=config.drop_path_attention,
+            )
+            for i in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
+        self.grad_checkpointing = False
+        """Compute each block a second time in the backward pass instead of keeping what it held."""
+        self.captured: CapturedBlocks | None = None
+        self.reset_parameters()
+
+    @property
+    def pos_embed_prefix(self) -> int:
+        """Rows of the position table in front of the patch rows: one if the class token has its own."""
+        return int(self.config.pos_embed_prefix and self.config.class_token)
+
+    def reset_parameters(self) -> None:
+        """Truncated normal 0.02 for weights and embeddings, zero bias, as in timm."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(("cls_token", "reg_token", "pos_embed")) or parameter.ndim > 1:
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def embed(self, images: Sequence[Tensor]) -> Tokens:
+        """Images `(3, H, W)` of any sizes to packed tokens: patches, positions, prefix tokens in front.
+
+        Images of one size are embedded together.
+        """
+        shapes = [(image.shape[1], image.shape[2]) for image in images]
+        grids = tuple(self.patch_embed.grid(*shape) for shape in shapes)
+        rows: list[Tensor] = [torch.empty(0)] * len(images)
+        for members in alike(shapes):
+            batch = self.patch_embed(torch.stack([images[i] for i in members]))  # (b, C, h, w)
+            embedded = self._embed_grid(batch)
+            for i, image in zip(members, embedded):
+                rows[i] = image
+        prefix = self.config.num_prefix_tokens
+        cells = [h * w for h, w in grids]
+        packing = Packing.of([prefix + n for n in cells], rows[0].device)
+        return Tokens(torch.cat(rows), _positions(cells, prefix, rows[0].device), packing, grids, prefix)
+
+    def _embed_grid(self, patches: Tensor) -> Tensor:
+        """`(b, C, h, w)` to `(b, prefix + h w, C)` with positions added."""
+        config, table, prefix_rows = self.config, self.pos_embed, self.pos_embed_prefix
+        position = resize_pos_embed(
+            table[:, prefix_rows:],
+            config.pos_embed_grid,
+            (patches.shape[2], patches.shape[3]),
+            config.pos_embed_mode,
+            config.pos_embed_antialias,
+            config.pos_embed_offset,
+        )
+        x = patches.flatten(2).transpose(1, 2) + position
+        prefix = []
+        if config.class_token:
+            prefix.append(self.cls_token + table[:, :prefix_rows] if prefix_rows else self.cls_token)
+        if config.num_registers:
+            prefix.append(self.reg_token)
+        return torch.cat([*(p.to(x.dtype).expand(x.shape[0], -1, -1) for p in prefix), x], dim=1)
+
+    def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
+        """Blocks `start` (inclusive) to `stop` (exclusive) over the live tokens."""
+        x = tokens.x
+        if self.captured is not None and not torch.is_grad_enabled() and self.captured.fits(tokens.packing):
+            return tokens.with_x(self.captured.run(x, tokens.packing, start, stop))
+        for block in self.blocks[start:stop]:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, tokens.packing, use_reentrant=False)
+            else:
+                x = block(x, tokens.packing)
+        return tokens.with_x(x)
+
+    def compile_blocks(self, **options: Any) -> None:
+        """Let torch.compile make what lies around attention in each block: two graphs for all blocks and any number of
+        live tokens. Takes its time at the first call, and a C++ compiler on CPU.
+
+        options: of torch.compile. On CUDA it fuses norms, activations and residuals and saves launches; on the CPUs
+        that were measured it is as fast as without (docs/evidence/performance.md).
+        """
+        before = torch.compile(Block.before, dynamic=True, **options)
+        after = torch.compile(Block.after, dynamic=True, **options)
+        for block in self.blocks:
+            for name, function in (("before", before), ("after", after)):
+                setattr(block, name, MethodType(function, block))
+
+    def capture_blocks(self, step: int = STEP, record: Record | None = None) -> None:
+        """Replay spans of blocks as CUDA graphs, which takes the launches out of small batches.
+
+        step: lengths are padded to a multiple of it; a graph is recorded at the first use of each. record: how, for
+        tests. Weights must not change afterwards, and calls must not overlap. Raises `ConfigError` without CUDA.
+        """
+        device = self.pos_embed.device
+        if record is None and device.type != "cuda":
+            raise ConfigError(f"capture_blocks needs CUDA and the model is on {device}: move it there.")
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        self.captured = CapturedBlocks(blocks, cuda_graphs(device) if record is None else record, step)
+
+    def embed_ops(self, grid: Grid) -> Ops:
+        patch = self.config.patch_size
+        return ops.conv2d(*grid, 3, self.config.embed_dim, patch)
+
+    def block_ops(self, tokens: int) -> Ops:
+        """Work of any one block (they are alike) on one image, prefix tokens included in the count."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.ops(tokens)
+
+    def norm_ops(self, tokens: int) -> Ops:
+        return ops.layer_norm(tokens, self.config.embed_dim) if self.config.final_norm else Ops()
+
+
+def _positions(cells: Sequence[int], prefix: int, device: torch.device) -> Tensor:
+    """Canvas row of every packed token, -1 for prefix tokens."""
+    parts, start = [], 0
+    for n in cells:
+        parts += [torch.full((prefix,), -1), torch.arange(start, start + n)]
+        start += n
+    return torch.cat(parts).to(device, non_blocking=True)

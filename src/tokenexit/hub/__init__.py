@@ -1,0 +1,1 @@
+"""Models on the Hugging Face hub: fetched, pushed, and their cards."""

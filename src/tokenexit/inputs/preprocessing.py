@@ -1,0 +1,170 @@
+"""From a picture to the tensor a model was trained on: size, mean and std, class names, colours.
+
+All of it is saved with the model, which gives wrong answers without a word under another preprocessing.
+
+Legend: H, W height and width in pixels; K classes. Sizes are always (height, width), except inside PIL calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from tokenexit.errors import ConfigError, DataError
+from tokenexit.inputs.images import load_image
+from tokenexit.inputs.labels import Labels, _is_int
+from tokenexit.runtime.schema import check_keys, fits, shown
+
+Resize: TypeAlias = Literal["none"] | int | tuple[int, int]
+
+MAX_SIDE = 8192
+"""The largest side in pixels that a model may resize pictures to, or cut them in."""
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From an RGB picture to the model's input: resize, scale to 0..1, subtract `mean`, divide by `std`.
+
+    mean, std: per channel (red, green, blue), in the pixel range 0..1.
+    resize: "none" keeps the picture's size; one number is the shortest side in pixels, aspect ratio kept;
+        (height, width) is exactly that size. Bilinear, with antialiasing where it shrinks.
+    labels: what the model's class indices mean, if known.
+    window, stride: height and width of the windows in which the resized picture is segmented, and their distance;
+        one number stands for both. Without a stride windows touch; without a window the picture is taken as a whole.
+
+    Raises `ConfigError` for values that cannot work.
+    """
+
+    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+    resize: Resize = "none"
+    labels: Labels | None = None
+    window: tuple[int, int] | None = None
+    stride: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "mean", _three_floats("mean", self.mean))
+        object.__setattr__(self, "std", _three_floats("std", self.std))
+        if min(self.std) <= 0:
+            raise ConfigError(f"preprocessing.std={self.std} would divide by zero or less: give positive numbers.")
+        object.__setattr__(self, "resize", checked_resize("preprocessing.resize", self.resize))
+        if self.labels is not None and not isinstance(self.labels, Labels):
+            raise ConfigError(f"preprocessing.labels is {shown(self.labels)}: give a Labels object or None.")
+        window, stride = checked_window("preprocessing.", self.window, self.stride)
+        object.__setattr__(self, "window", window)
+        object.__setattr__(self, "stride", stride)
+
+    def to_tensor(self, image: Image.Image, scale: float = 1.0) -> torch.Tensor:
+        """image -> (3, H, W) float32, resized as `resize` says, both sides times `scale`, then normalised."""
+        image = load_image(image)
+        size = resized_size((image.height, image.width), self.resize)
+        height, width = (max(1, int(side * scale + 0.5)) for side in size)
+        if (height, width) != (image.height, image.width):
+            image = image.resize((width, height), Image.Resampling.BILINEAR)
+        return self.normalise(image)
+
+    def normalise(self, image: Image.Image) -> torch.Tensor:
+        """RGB image -> (3, H, W) float32 of the same size.
+
+        For training crops: a resize here would part them from their masks.
+        """
+        if image.mode != "RGB":
+            raise DataError(f"an image of mode {image.mode!r} cannot be normalised: open it with load_image first.")
+        pixels = torch.from_numpy(np.array(image))  # (H, W, 3); a copy, as a view of PIL's memory is read-only
+        channels = pixels.permute(2, 0, 1).to(torch.float32, memory_format=torch.contiguous_format)
+        mean = torch.tensor(self.mean).view(3, 1, 1)
+        std = torch.tensor(self.std).view(3, 1, 1)
+        return channels.div_(255.0).sub_(mean).div_(std)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Lists, strings and numbers only: JSON and YAML hold it as it is."""
+        return {
+            "mean": list(self.mean),
+            "std": list(self.std),
+            "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
+            "labels": None if self.labels is None else self.labels.to_dict(),
+            "window": None if self.window is None else list(self.window),
+            "stride": None if self.stride is None else list(self.stride),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`; keys left out take their defaults.
+
+        Raises `ConfigError` for unknown keys and impossible values.
+        """
+        check_keys("preprocessing", values, known=("mean", "std", "resize", "labels", "window", "stride"))
+        labels = values.get("labels")
+        if labels is not None and not isinstance(labels, Labels):
+            labels = Labels.from_dict(labels)
+        return cls(**{**values, "labels": labels})
+
+
+def checked_resize(name: str, resize: object) -> Resize:
+    """`resize` in its one form ("none", int, tuple of two ints), or a `ConfigError` about the option `name`."""
+    if resize == "none":
+        return "none"
+    if isinstance(resize, int) and _is_side(resize):
+        return resize
+    if isinstance(resize, (list, tuple)) and len(resize) == 2 and all(map(_is_side, resize)):
+        return resize[0], resize[1]
+    raise ConfigError(
+        f'{name}={shown(resize)} is no size: give "none", the shortest side in pixels, or a (height, width) pair, of '
+        f"1 to {MAX_SIDE} each."
+    )
+
+
+def checked_window(
+    prefix: str, window: object, stride: object
+) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
+    """Window and stride as two (height, width) pairs, or None twice without a window.
+
+    A number is a square, and a stride of None the window itself. Raises `ConfigError` about the options
+    `{prefix}window` and `{prefix}stride` for what is no size, and for strides that leave pixels out.
+    """
+    if window is None:
+        if stride is not None:
+            raise ConfigError(f"{prefix}stride={stride!r} has no {prefix}window: give both, or neither.")
+        return None, None
+    window = _checked_pair(f"{prefix}window", window)
+    stride = window if stride is None else _checked_pair(f"{prefix}stride", stride)
+    if stride[0] > window[0] or stride[1] > window[1]:
+        raise ConfigError(
+            f"{prefix}stride={stride} is longer than {prefix}window={window} and would leave pixels out: shorten it."
+        )
+    return window, stride
+
+
+def _checked_pair(name: str, size: object) -> tuple[int, int]:
+    pair = (size, size) if isinstance(size, int) else size
+    if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_side, pair)):
+        return pair[0], pair[1]
+    raise ConfigError(
+        f"{name}={shown(size)} is no size: give one side in pixels, or a (height, width) pair, of 1 to {MAX_SIDE} each."
+    )
+
+
+def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
+    """(height, width) of a picture of `size` after `resize`; the long side is rounded, and at least one pixel."""
+    if isinstance(resize, str):
+        return size
+    if isinstance(resize, tuple):
+        return resize
+    height, width = size
+    factor = resize / min(height, width)
+    return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def _is_side(value: Any) -> bool:
+    return _is_int(value) and 1 <= value <= MAX_SIDE
+
+
+def _three_floats(name: str, value: Any) -> tuple[float, float, float]:
+    if isinstance(value, (list, tuple)) and len(value) == 3 and all(fits(v, float) for v in value):
+        return float(value[0]), float(value[1]), float(value[2])
+    raise ConfigError(f"preprocessing.{name}={shown(value)} is no colour: give three numbers (red, green, blue).")

@@ -1,0 +1,131 @@
+"""Free baselines: a fixed ratio of tokens at every exit, and the whole image leaving at one exit.
+
+FixedRatio is the baseline without a threshold: easy and hard images cost alike, and the number of tokens in every block
+follows from the image's size alone. All else is DToP's: what the exit heads score, the canvas, the finish.
+
+Truncated needs no rule: a shallower network with a trained head, which every model with exits contains. Prefix tokens,
+which never leave, run on alone; they are counted as they cost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+
+from tokenexit.engine.tokens import Tokens
+from tokenexit.errors import ConfigError
+from tokenexit.heads import class_scores
+from tokenexit.methods.base import Method, Model, PerExit, Result, Stage, option, stage_of
+from tokenexit.methods.dtop import DToP, DToPState, Finish
+from tokenexit.methods.selection import Score
+from tokenexit.methods.thresholded import NEVER, per_exit
+
+
+@dataclass(frozen=True)
+class FixedRatio(Method[DToPState]):
+    """DToP with a cap and no threshold.
+
+    ratios: for each exit the share of an image's tokens that may go on, of all and not of those still live, rounded
+        down; one number is for all exits. The least sure go on, ties by lowest position.
+    score, temperature, finish: as in DToP.
+    """
+
+    name: ClassVar[str] = "fixed_ratio"
+    title: ClassVar[str] = "Fixed ratio"
+
+    ratios: PerExit = option((0.7, 0.5, 0.3), "share of an image's tokens that go on after each exit, as 0.7/0.5/0.3")
+    score: Score = option(
+        "probability", "score by which the surest leave", choices=("probability", "margin", "entropy")
+    )
+    temperature: PerExit = option(1.0, "temperature of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")
+    finish: Finish = option(
+        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
+    )
+
+    def __post_init__(self) -> None:
+        values = (self.ratios,) if isinstance(self.ratios, int | float) else self.ratios
+        if isinstance(values, str) or not all(isinstance(v, int | float) and 0.0 <= v <= 1.0 for v in values):
+            raise ConfigError(f"ratios={self.ratios!r} is no share in [0, 1] for each exit: give those that go on.")
+        self._dtop(())
+
+    def _dtop(self, cap: tuple[float, ...]) -> DToP:
+        return DToP(NEVER, score=self.score, temperature=self.temperature, finish=self.finish, cap=cap)
+
+    def _for(self, model: Model) -> DToP:
+        return self._dtop(per_exit(self.ratios, model.num_exits, "ratios"))
+
+    def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
+        """Shares between all tokens and none, falling alike from exit to exit."""
+        shares = [1 - i / (points + 1) for i in range(1, points + 1)]
+        ratios = [tuple(round(share ** (n + 1), 4) for n in range(num_exits)) for share in shares]
+        return [replace(self, ratios=each) for each in ratios]
+
+    def for_export(self) -> Method[Any]:
+        self.refuse("a cap counts tokens on the host and cannot be exported: export dense, dtop or dovit.")
+
+    def check(self, model: Model) -> None:
+        self._for(model).check(model)
+
+    def start(self, tokens: Tokens, model: Model) -> DToPState:
+        return self._for(model).start(tokens, model)
+
+    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: Model) -> tuple[Tokens, DToPState]:
+        return self._for(model).at_exit(n, tokens, state, model)
+
+    def result(self, tokens: Tokens, state: DToPState, model: Model) -> Result:
+        return self._for(model).result(tokens, state, model)
+
+
+@dataclass(frozen=True)
+class Truncated(Method[Result | None]):
+    """All tokens leave at one exit with what its head says. The state is that map, once there is one.
+
+    after: which exit ends the network, 1 for the first.
+    """
+
+    name: ClassVar[str] = "truncated"
+    title: ClassVar[str] = "Truncated"
+
+    after: int = option(1, "exit that ends the network, 1 the first")
+
+    def __post_init__(self) -> None:
+        if self.after < 1:
+            raise ConfigError(f"after={self.after} must be at least 1: it counts exits, 1 is the first.")
+
+    def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
+        """Every exit as the end, the last one first."""
+        return [replace(self, after=n) for n in range(num_exits, 0, -1)]
+
+    def check(self, model: Model) -> None:
+        if self.after > model.num_exits:
+            raise ConfigError(f"after={self.after} names no exit: the model has {model.num_exits}.")
+        if model.with_stages:
+            raise ConfigError("Truncated leaves no map at later exits: train and record stages with dense instead.")
+        head, decode_head = model.exit_heads[self.after - 1], model.decode_head
+        if (head.scale, head.upscale) != (decode_head.scale, decode_head.upscale):
+            raise ConfigError(
+                f"Truncated needs exit {self.after} and the end to have heads of one resolution: use the same head."
+            )
+
+    def start(self, tokens: Tokens, model: Model) -> Result | None:
+        return None
+
+    def at_exit(self, n: int, tokens: Tokens, state: Result | None, model: Model) -> tuple[Tokens, Result | None]:
+        if n != self.after - 1:
+            return tokens, state
+        head, patches = model.exit_heads[n], tokens.patches()
+        out = head(patches)
+        softmax = head.kind == "softmax"
+        scores = out.logits if softmax else class_scores("atm", out.logits, out.presence, out.packing.image_index())
+        stages = [Stage()] * (model.num_exits + 1)
+        stages[n] = stage_of(head, patches, out, None)
+        exit_stage = torch.full((tokens.cells,), n, dtype=torch.int64, device=patches.x.device)
+        result = Result(scores, "logits" if softmax else "scores", tuple(stages), exit_stage)
+        return tokens.keep(torch.zeros_like(patches.position, dtype=torch.bool)), result
+
+    def result(self, tokens: Tokens, state: Result | None, model: Model) -> Result:
+        assert state is not None, "check() has seen that the exit exists"
+        return state

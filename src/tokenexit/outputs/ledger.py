@@ -1,0 +1,135 @@
+"""The ledger: what one call cost, image by image, from true counts of live tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tokenexit.engine.ops import GIGA, Ops
+from tokenexit.engine.tokens import Grid
+from tokenexit.engine.vit import ViT, vit_config
+from tokenexit.heads import Head, HeadSpec, build_head
+from tokenexit.methods.base import Stage
+
+Size = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Multiply-adds of one image by part of the network."""
+
+    embed: int
+    blocks: int
+    exit_heads: int
+    decode_head: int
+
+    @property
+    def total(self) -> int:
+        return self.embed + self.blocks + self.exit_heads + self.decode_head
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """Per image: live patch tokens in every block, and the multiply-adds that follow.
+
+    live: `[image][block]` patch tokens computed; prefix tokens are not counted here but are in the multiply-adds.
+    tokens: patches of each image. parts: multiply-adds of each image.
+    dense_macs: what the same image costs without exits (backbone and decode head).
+    """
+
+    live: tuple[tuple[int, ...], ...]
+    tokens: tuple[int, ...]
+    parts: tuple[Parts, ...]
+    dense_macs: tuple[int, ...]
+
+    @property
+    def macs(self) -> tuple[int, ...]:
+        return tuple(part.total for part in self.parts)
+
+    @property
+    def gmacs(self) -> tuple[float, ...]:
+        """Giga multiply-adds of each image."""
+        return tuple(macs / GIGA for macs in self.macs)
+
+    @property
+    def share_of_dense(self) -> tuple[float, ...]:
+        """Multiply-adds of each image over those of the dense model."""
+        return tuple(macs / dense for macs, dense in zip(self.macs, self.dense_macs))
+
+    def __getitem__(self, image: int) -> Ledger:
+        one = slice(image, image + 1)
+        return Ledger(self.live[one], self.tokens[one], self.parts[one], self.dense_macs[one])
+
+
+def write_ledger(
+    backbone: ViT,
+    exit_heads: Sequence[Head],
+    decode_head: Head,
+    grids: Sequence[Grid],
+    lengths: Sequence[Sequence[int]],
+    stages: Sequence[Stage],
+) -> Ledger:
+    """Add up one call.
+
+    lengths: `[block][image]` tokens in every block, prefix included. stages: one for each exit, then the decode head's.
+    """
+    prefix = backbone.config.num_prefix_tokens
+    live, parts, dense = [], [], []
+    for i, grid in enumerate(grids):
+        blocks = sum((backbone.block_ops(block[i]) for block in lengths), Ops())
+        heads = Ops()
+        for head, stage in zip(exit_heads, stages):
+            if stage.head_tokens:
+                heads += head.ops(stage.head_tokens[i], grid)
+        final = decode_head.ops(stages[-1].head_tokens[i], grid) if stages[-1].head_tokens else Ops()
+        embed = backbone.embed_ops(grid)
+        live.append(tuple(block[i] - prefix for block in lengths))
+        parts.append(Parts(embed.macs, blocks.macs, heads.macs, final.macs))
+        dense.append(dense_ops(backbone, decode_head, grid).macs)
+    return Ledger(tuple(live), tuple(h * w for h, w in grids), tuple(parts), tuple(dense))
+
+
+def dense_ops(backbone: ViT, decode_head: Head, grid: Grid) -> Ops:
+    """Backbone and decode head on all tokens: the denominator of every saving."""
+    cells = grid[0] * grid[1]
+    length = cells + backbone.config.num_prefix_tokens
+    blocks = backbone.block_ops(length) * backbone.config.depth
+    return backbone.embed_ops(grid) + blocks + backbone.norm_ops(cells) + decode_head.ops(cells, grid)
+
+
+def dtop_convention_gmacs(backbone: ViT, head: Head, image_size: Size) -> float:
+    """Dense GMACs of one crop as the DToP paper prints them ("GFLOPs").
+
+    One head, LayerNorm 5 per element, two bilinear upsamples of the class maps at 4 per output element; no exit head
+    (specification of DToP, section d). Build the backbone with `class_token=False, final_norm=False` as it does.
+    """
+    ops = dense_ops(backbone, head, backbone.patch_embed.grid(*image_size))
+    return ops.in_dtop_convention(2 * head.num_classes * image_size[0] * image_size[1]) / GIGA
+
+
+def dense_gmacs(
+    backbone: str, head: HeadSpec, num_classes: int, image_size: Size, convention: Literal["tokenexit", "dtop"]
+) -> dict[str, float | int | str]:
+    """Dense cost of a preset with a decode head on one image, in either convention; no weights are made."""
+    dtop = convention == "dtop"
+    options = {"class_token": False, "final_norm": False} if dtop else {}
+    config = vit_config(backbone, **options)
+    with torch.device("meta"):
+        vit, decode_head = ViT(config), build_head(head, config.embed_dim, num_classes)
+    grid = vit.patch_embed.grid(*image_size)
+    if dtop:
+        gmacs = dtop_convention_gmacs(vit, decode_head, image_size)
+    else:
+        gmacs = dense_ops(vit, decode_head, grid).macs / GIGA
+    parameters = sum(p.numel() for p in (*vit.parameters(), *decode_head.parameters()))
+    return {
+        "gmacs": round(gmacs, 2),
+        "backbone": backbone,
+        "head": head if isinstance(head, str) else head["kind"],
+        "convention": convention,
+        "tokens": grid[0] * grid[1],
+        "parameters": parameters,
+    }

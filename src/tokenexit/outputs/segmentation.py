@@ -1,0 +1,236 @@
+"""What a segmenter returns: grid logits, where tokens left, and what it cost. Full-size maps are made on access."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenexit.engine.tokens import Grid
+from tokenexit.errors import DataError
+from tokenexit.methods.base import Stage, Value
+from tokenexit.outputs.ledger import Ledger, Size
+from tokenexit.outputs.upsampling import can_skip, labels_of_grid
+
+T = TypeVar("T")
+
+LABEL_TILE_ELEMENTS = 1 << 22
+"""Full-size elements held at once while labels are made: 16 MiB in fp32, whatever the number of classes."""
+
+
+@dataclass(frozen=True)
+class SegmentationOutput:
+    """Result for a batch of B images; indexing and iterating give outputs of one image.
+
+    grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale).
+    value: "logits" before a softmax, or "scores" in [0, 1]: those of ATM heads (presence times sigmoid, not
+        normalised over classes) and of models that mix kinds of heads.
+    exit_stage: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first;
+        `num_exits` where it stayed to the end.
+    ledger: live tokens in every block and multiply-adds, per image.
+    sizes: height and width of the images as the network saw them. targets: of the maps that `labels` and `logits`
+        return. patch_size, upscale: how the grid lies on the image.
+    stages: records of the exits and the decode head, from which losses are taken in training.
+    loss: of the batch, where the model was called with `labels`.
+    """
+
+    grid_logits: tuple[Tensor, ...]
+    value: Value
+    exit_stage: tuple[Tensor, ...]
+    num_exits: int
+    ledger: Ledger
+    sizes: tuple[Size, ...]
+    targets: tuple[Size, ...]
+    patch_size: int
+    upscale: int
+    stages: tuple[Stage, ...] = ()
+    loss: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.grid_logits)
+
+    def __getitem__(self, image: int) -> SegmentationOutput:
+        if not -len(self) <= image < len(self):
+            raise IndexError(f"image {image} of an output of {len(self)} images")
+        image %= len(self)
+        one = slice(image, image + 1)
+        return SegmentationOutput(
+            self.grid_logits[one],
+            self.value,
+            self.exit_stage[one],
+            self.num_exits,
+            self.ledger[image],
+            self.sizes[one],
+            self.targets[one],
+            self.patch_size,
+            self.upscale,
+        )
+
+    def __iter__(self) -> Iterator[SegmentationOutput]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def logits(self) -> Tensor | list[Tensor]:
+        """Full-size logits (or scores, see `value`): `(B, K, H, W)`, or a list of `(K, H, W)` if sizes differ.
+
+        This is the largest tensor of all; use `labels` if the classes are all you need.
+        """
+        return stack_equal([self._resize(i, self.grid_logits[i]) for i in range(len(self))])
+
+    @property
+    def labels(self) -> Tensor | list[Tensor]:
+        """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ.
+
+        Raises `DataError` where grid logits are not finite.
+        """
+        return stack_equal([self._labels(i) for i in range(len(self))])
+
+    @property
+    def scores(self) -> Tensor | list[Tensor]:
+        """Score of that class, in [0, 1]: `(B, H, W)` fp32, or a list of `(H, W)` if sizes differ. Its probability
+        where `value` is "logits". Raises `DataError` where grid logits are not finite."""
+        return stack_equal([self._scores(i) for i in range(len(self))])
+
+    def _resize(self, image: int, maps: Tensor) -> Tensor:
+        """Grid maps `(k, h s, w s)` of one image to its target size, class by class alike."""
+        size = self.sizes[image]
+        resized = resize_maps(maps[None].float(), self.grid(image), self.patch_size, self.upscale, size)
+        if self.targets[image] != size:
+            resized = F.interpolate(resized, self.targets[image], mode="bilinear", align_corners=False)
+        return resized[0]
+
+    def grid(self, image: int) -> Grid:
+        h, w = self.exit_stage[image].shape
+        return h, w
+
+    def _maps(self, image: int) -> Callable[[slice], Tensor]:
+        """What makes the `(k, H, W)` maps of some classes at the target's size."""
+        return lambda classes: self._resize(image, self.grid_logits[image][classes])
+
+    def _labels(self, image: int) -> Tensor:
+        check_finite(self.grid_logits[image])
+        maps, size = self.grid_logits[image], self.sizes[image]
+        num_classes, scale = len(maps), maps.shape[1] // self.grid(image)[0]
+        cell, rest = divmod(self.patch_size, scale)
+        if rest == 0 and can_skip(cell, size, self.targets[image], self.upscale):
+            return labels_of_grid(maps, cell, size)
+        return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
+
+    def _scores(self, image: int) -> Tensor:
+        check_finite(self.grid_logits[image])
+        num_classes = len(self.grid_logits[image])
+        return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
+
+
+def check_finite(*maps: Tensor) -> None:
+    """Raise `DataError` for maps of which classes cannot be told: the argmax of NaN is a class like any other.
+
+    Called where maps become labels or scores, on grid logits, which are small; training and export see them as they
+    are.
+    """
+    for each in maps:
+        if not torch.stack(each.detach().aminmax()).isfinite().all():  # NaN is the least and the greatest of all
+            raise DataError(
+                "the model's output is not finite (NaN or infinity): check its weights and the mean and std of its "
+                "preprocessing, or run it in fp32."
+            )
+
+
+def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: Size) -> Tensor:
+    """Class of every pixel, `(H, W)` int64, holding a few full-size maps at a time; ties go to the lower class.
+
+    maps: makes the `(k, H, W)` maps of some classes. sizes: those that the maps have on the way.
+    """
+    first, *rest = _tiles(num_classes, sizes)
+    best, label = maps(first).max(dim=0)
+    for classes in rest:
+        value, index = maps(classes).max(dim=0)
+        label = torch.where(value > best, index + classes.start, label)
+        best = torch.maximum(best, value)
+    return label
+
+
+def scores_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, value: Value, *sizes: Size) -> Tensor:
+    """The largest score of every pixel, `(H, W)` fp32: of logits, the probability by softmax. See `argmax_by_tiles`."""
+    first, *rest = _tiles(num_classes, sizes)
+    tile = maps(first)
+    best, total = tile.amax(dim=0), tile.logsumexp(dim=0)
+    for classes in rest:
+        tile = maps(classes)
+        best, total = torch.maximum(best, tile.amax(dim=0)), torch.logaddexp(total, tile.logsumexp(dim=0))
+    return (best - total).exp() if value == "logits" else best
+
+
+def _tiles(num_classes: int, sizes: Sequence[Size]) -> list[slice]:
+    """All classes, so many at a time that their maps of these sizes stay within `LABEL_TILE_ELEMENTS`."""
+    step = max(1, LABEL_TILE_ELEMENTS // max(height * width for height, width in sizes))
+    return [slice(start, start + step) for start in range(0, num_classes, step)]
+
+
+def stack_equal(maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
+    """One tensor of maps of one size, a list of others."""
+    return torch.stack(list(maps)) if len({m.shape for m in maps}) == 1 else list(maps)
+
+
+def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: Size, out: Size | None = None) -> Tensor:
+    """Grid maps `(B, K, h s, w s)` to image size `(B, K, H, W)`, bilinear without aligned corners.
+
+    The head's own `upscale` comes first; padding added for the patch size is cut off. out: another resolution of the
+    same picture to sample at, such as half of `size`.
+    """
+    # Packed rows arrive with classes innermost; interpolation and all that follows are faster on planes.
+    maps = maps.contiguous()
+    if upscale > 1:
+        maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
+    padded = [cells * patch_size for cells in grid]
+    if out is None:
+        out = size
+    else:
+        padded = [-(-side * cells // whole) for side, cells, whole in zip(out, padded, size)]
+    if list(maps.shape[2:]) != padded:
+        maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
+    return maps[:, :, : out[0], : out[1]]
+
+
+# ------------------------------------------------------------------------------------------- results put together
+
+
+def joined(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
+    """Several calls of one model as if they had been one; their outputs have the same exits and kind of values."""
+    ledgers = [out.ledger for out in outputs]
+    return replace(
+        outputs[0],
+        grid_logits=_chained(out.grid_logits for out in outputs),
+        exit_stage=_chained(out.exit_stage for out in outputs),
+        ledger=Ledger(
+            live=_chained(ledger.live for ledger in ledgers),
+            tokens=_chained(ledger.tokens for ledger in ledgers),
+            parts=_chained(ledger.parts for ledger in ledgers),
+            dense_macs=_chained(ledger.dense_macs for ledger in ledgers),
+        ),
+        sizes=_chained(out.sizes for out in outputs),
+        targets=_chained(out.targets for out in outputs),
+        stages=tuple(map(_joined_stages, zip(*(out.stages for out in outputs)))),
+    )
+
+
+def _joined_stages(stages: Sequence[Stage]) -> Stage:
+    """One exit in several calls."""
+    logits = [stage.logits for stage in stages if stage.logits is not None]
+    presence = [stage.presence for stage in stages if stage.presence is not None]
+    return replace(
+        stages[0],
+        head_tokens=_chained(stage.head_tokens for stage in stages),
+        logits=torch.cat(logits) if logits else None,
+        presence=torch.cat(presence) if presence else None,
+        seen=None,  # features of overlapping windows are not one map
+    )
+
+
+def _chained(parts: Iterable[tuple[T, ...]]) -> tuple[T, ...]:
+    return tuple(chain.from_iterable(parts))

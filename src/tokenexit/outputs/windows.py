@@ -1,0 +1,226 @@
+"""Pictures in windows: where they lie, how they are run, and one map of them all.
+
+A window grid as mmsegmentation's: windows start at multiples of the stride; one that would cross the border is moved
+back inside, so that all keep their size; a picture smaller than the window is taken whole along that axis. Maps of the
+windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the target.
+
+Windows of all images run packed, so many at a time that a budget of tokens is kept. What is kept of them are grid
+logits; maps of the whole picture are made on access, a few classes at a time, and never all classes at once. As with
+images, a window's result does not depend on its companions (except DoViT's `batch_mode="mean"`).
+
+Legend: H, W height and width in pixels; K classes, k of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from itertools import product
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenexit.methods import Method
+from tokenexit.methods.base import Value
+from tokenexit.outputs.ledger import Ledger, Parts, Size
+from tokenexit.outputs.segmentation import (
+    SegmentationOutput,
+    argmax_by_tiles,
+    check_finite,
+    joined,
+    resize_maps,
+    scores_by_tiles,
+    stack_equal,
+)
+
+PACK_TOKENS = 8192
+"""Tokens that run at once: eight windows of 512 pixels at patch 16, about half a GiB of activations of a ViT-Large."""
+
+Box: TypeAlias = tuple[int, int, int, int]
+"""Top, left, bottom, right in pixels; the last two are one beyond."""
+
+Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any]], SegmentationOutput]
+
+
+def window_boxes(size: Size, window: Size | None, stride: Size | None) -> tuple[Box, ...]:
+    """The windows of an image of `size`, row by row; without a window, the image itself.
+
+    Together they cover every pixel, and all have one size: the window's, or the image's where that is smaller.
+    """
+    if window is None or stride is None:
+        return ((0, 0, *size),)
+    rows, columns = (_spans(*sides) for sides in zip(size, window, stride))
+    return tuple((top, left, bottom, right) for (top, bottom), (left, right) in product(rows, columns))
+
+
+def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """Beginning and end of every window along one axis."""
+    count = max(side - window + stride - 1, 0) // stride + 1
+    ends = [min(n * stride + window, side) for n in range(count)]
+    return [(max(end - window, 0), end) for end in ends]
+
+
+def segment_windows(
+    forward: Forward,
+    images: Sequence[Tensor],
+    window: Size,
+    stride: Size,
+    method: Method[Any],
+    *,
+    patch_size: int,
+    targets: Sequence[Size] | None = None,
+    max_tokens: int = PACK_TOKENS,
+) -> WindowedOutput:
+    """Segment images in windows.
+
+    forward: runs the model with a method on a list of images `(3, h, w)`. targets: as for a call of the model.
+    max_tokens: the budget of patch tokens in one call of `forward`, which bounds memory.
+    """
+    sizes = tuple((image.shape[1], image.shape[2]) for image in images)
+    boxes = tuple(window_boxes(size, window, stride) for size in sizes)
+    crops = [image[:, top:bottom, left:right] for image, own in zip(images, boxes) for top, left, bottom, right in own]
+    grids = [(-(-crop.shape[1] // patch_size), -(-crop.shape[2] // patch_size)) for crop in crops]
+    outputs = [forward(crops[run.start : run.stop], own) for run, own in method.runs(grids, max_tokens)]
+    return WindowedOutput(joined(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
+
+
+@dataclass(frozen=True)
+class WindowedOutput:
+    """Result for a batch of B images that were segmented in windows, read as a `SegmentationOutput`.
+
+    windows: the result of all windows, image after image. boxes: where each image's windows lie. sizes: height and
+    width of the images that were cut. targets: of the maps that `labels` and `logits` return.
+    """
+
+    windows: SegmentationOutput
+    boxes: tuple[tuple[Box, ...], ...]
+    sizes: tuple[Size, ...]
+    targets: tuple[Size, ...]
+
+    patch_size: ClassVar[int] = 1
+    """Pixels along a cell of `exit_stage`."""
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def __getitem__(self, image: int) -> WindowedOutput:
+        if not -len(self) <= image < len(self):
+            raise IndexError(f"image {image} of an output of {len(self)} images")
+        image %= len(self)
+        one, own = slice(image, image + 1), self._own(image)
+        windows = joined([self.windows[n] for n in range(own.start, own.stop)])
+        return WindowedOutput(windows, self.boxes[one], self.sizes[one], self.targets[one])
+
+    def __iter__(self) -> Iterator[WindowedOutput]:
+        return (self[i] for i in range(len(self)))
+
+    def _own(self, image: int) -> slice:
+        """Which of the windows are this image's."""
+        start = sum(map(len, self.boxes[:image]))
+        return slice(start, start + len(self.boxes[image]))
+
+    @property
+    def value(self) -> Value:
+        """What the maps hold: class logits, or scores in [0, 1]."""
+        return self.windows.value
+
+    @property
+    def num_exits(self) -> int:
+        return self.windows.num_exits
+
+    @property
+    def ledger(self) -> Ledger:
+        """Sums over each image's windows, `dense_macs` too: what the same windows cost without exits."""
+        windows = self.windows.ledger
+        own = [self._own(image) for image in range(len(self))]
+        return Ledger(
+            live=tuple(tuple(map(sum, zip(*windows.live[part]))) for part in own),
+            tokens=tuple(sum(windows.tokens[part]) for part in own),
+            parts=tuple(Parts(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in own),
+            dense_macs=tuple(sum(windows.dense_macs[part]) for part in own),
+        )
+
+    @property
+    def exit_stage(self) -> tuple[Tensor, ...]:
+        """`(H, W)` int64 per image: the exit at which a pixel's tokens left, mean over the windows that see it.
+
+        Halves are rounded up, to the later exit. The maps of single windows are `windows.exit_stage`.
+        """
+        return tuple(self._exit_stage(image) for image in range(len(self)))
+
+    @property
+    def logits(self) -> Tensor | list[Tensor]:
+        """Full-size logits (or scores, see `value`), as of a `SegmentationOutput`."""
+        return stack_equal([self._maps(image)(slice(None)) for image in range(len(self))])
+
+    @property
+    def labels(self) -> Tensor | list[Tensor]:
+        """Class of every pixel: `(B, H, W)` int64, or a list of `(H, W)` if sizes differ."""
+        return stack_equal([self._labels(image) for image in range(len(self))])
+
+    @property
+    def scores(self) -> Tensor | list[Tensor]:
+        """Score of that class, in [0, 1], as of a `SegmentationOutput`."""
+        return stack_equal([self._scores(image) for image in range(len(self))])
+
+    def _labels(self, image: int) -> Tensor:
+        check_finite(*self.windows.grid_logits[self._own(image)])
+        num_classes = self.windows.grid_logits[0].shape[0]
+        return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
+
+    def _scores(self, image: int) -> Tensor:
+        check_finite(*self.windows.grid_logits[self._own(image)])
+        num_classes = self.windows.grid_logits[0].shape[0]
+        return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
+
+    def _maps(self, image: int) -> Callable[[slice], Tensor]:
+        """What makes the `(k, H, W)` maps of some classes at the target's size."""
+        own, out, seen = self._own(image), self.windows, self._seen(image)
+        grids = [out.grid(n) for n in range(own.start, own.stop)]
+
+        def maps(classes: slice) -> Tensor:
+            chosen = [grid_logits[classes] for grid_logits in out.grid_logits[own]]
+            canvas = torch.zeros(len(chosen[0]), *seen.shape, device=seen.device)
+            for box, grid, values in zip(self.boxes[image], grids, chosen):
+                window = resize_maps(values[None].float(), grid, out.patch_size, out.upscale, _size(box))[0]
+                _inside(canvas, box).add_(window)
+            canvas /= seen
+            if self.targets[image] == self.sizes[image]:
+                return canvas
+            return F.interpolate(canvas[None], self.targets[image], mode="bilinear", align_corners=False)[0]
+
+        return maps
+
+    def _seen(self, image: int) -> Tensor:
+        """How many windows see each pixel: `(H, W)` int64."""
+        device = self.windows.exit_stage[0].device
+        seen = torch.zeros(self.sizes[image], dtype=torch.int64, device=device)
+        for box in self.boxes[image]:
+            _inside(seen, box).add_(1)
+        return seen
+
+    def _exit_stage(self, image: int) -> Tensor:
+        seen, patch = self._seen(image), self.windows.patch_size
+        total = torch.zeros_like(seen)
+        for box, stages in zip(self.boxes[image], self.windows.exit_stage[self._own(image)]):
+            height, width = _size(box)
+            pixels = stages.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+            _inside(total, box).add_(pixels[:height, :width])
+        return (2 * total + seen) // (2 * seen)
+
+
+Segmentation: TypeAlias = SegmentationOutput | WindowedOutput
+"""A result whichever way the network saw the pictures: whole, or in windows."""
+
+
+def _size(box: Box) -> Size:
+    top, left, bottom, right = box
+    return bottom - top, right - left
+
+
+def _inside(maps: Tensor, box: Box) -> Tensor:
+    """What of `(..., H, W)` lies in the box: a view."""
+    top, left, bottom, right = box
+    return maps[..., top:bottom, left:right]

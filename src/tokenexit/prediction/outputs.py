@@ -1,0 +1,156 @@
+"""Outputs that can be kept of a prediction: a file for each image, and for some of them one of all images.
+
+Legend: H, W height and width of the image in pixels; h, w of the token grid.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from tokenexit.inputs.labels import Labels
+from tokenexit.prediction import coco, label_studio
+from tokenexit.report.pictures import exit_map, overlay, palette_png, token_of_pixels
+
+PARTS = ".parts"
+"""Folder of the parts that single images add to a file of all images."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A model's answer for one image.
+
+    file: the image's own name, relative to the folder that was given. picture: the image. labels: `(H, W)` classes.
+    scores: `(H, W)` in [0, 1], of these classes, where they were asked for. stages: `(h, w)`, the exit each token left
+    at. extent: height and width of the image in tokens. exits: whether the method has any.
+    """
+
+    file: str
+    picture: Image.Image
+    labels: npt.NDArray[Any]
+    scores: npt.NDArray[np.float32] | None
+    stages: npt.NDArray[np.int64]
+    num_exits: int
+    extent: tuple[float, float]
+    exits: bool = True
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.picture.height, self.picture.width
+
+    def certainty(self) -> npt.NDArray[np.float64] | None:
+        """Return `(H, W)`: 1 where a token left at the first exit, 0 where it stayed to the end; None without exits."""
+        if not self.exits or self.num_exits == 0:
+            return None
+        rows, columns = (token_of_pixels(self.size[i], self.extent[i], self.stages.shape[i]) for i in range(2))
+        grid: npt.NDArray[np.float64] = 1.0 - self.stages / self.num_exits
+        return grid[rows[:, None], columns[None, :]]
+
+
+@dataclass(frozen=True)
+class About:
+    """Facts that all predictions of a call share. model: its name and weights. url: see `label_studio.task`."""
+
+    classes: Labels
+    model: str
+    url: str = label_studio.LOCAL_FILES
+
+
+Save: TypeAlias = Callable[[Prediction, About, Path], None]
+
+
+@dataclass(frozen=True)
+class Output:
+    """A kind of result.
+
+    title: for people. suffix: what follows an image's name in the name of the file that `save` writes. folder: where
+    these files are. of_all: makes of their contents the contents of `files_of_all`, the files of all images.
+    """
+
+    title: str
+    suffix: str
+    save: Save
+    folder: str = "."
+    files_of_all: tuple[str, ...] = ()
+    of_all: Callable[[list[Any], About], tuple[str, ...]] = lambda parts, about: ()
+
+    def file(self, name: str) -> str:
+        """Return the path of an image's file, relative to the results."""
+        return str(Path(self.folder) / f"{name}{self.suffix}")
+
+
+def _mask(seen: Prediction, about: About, path: Path) -> None:
+    palette = about.classes.palette
+    wide = len(palette) > 255  # a palette ends there
+    (Image.fromarray(seen.labels.astype(np.uint16)) if wide else palette_png(seen.labels, palette)).save(path)
+
+
+def _overlay(seen: Prediction, about: About, path: Path) -> None:
+    blended(seen, about).save(path)
+
+
+def blended(seen: Prediction, about: About) -> Image.Image:
+    return overlay(seen.picture, seen.labels, about.classes.palette)
+
+
+def _exits(seen: Prediction, about: About, path: Path) -> None:
+    exit_map(seen.stages, seen.num_exits, seen.size, image=seen.picture, extent=seen.extent).save(path)
+
+
+def _scores(seen: Prediction, about: About, path: Path) -> None:
+    assert seen.scores is not None, "asked for with this output"
+    Image.fromarray((255.0 * seen.scores).round().clip(0, 255).astype(np.uint8)).save(path)
+
+
+def _coco(seen: Prediction, about: About, path: Path) -> None:
+    height, width = seen.size
+    _write(path, {"file_name": seen.file, "height": height, "width": width, "masks": coco.masks(seen.labels)})
+
+
+def _coco_of_all(parts: list[Any], about: About) -> tuple[str, str]:
+    found, index = coco.results(parts, about.classes)
+    return _text(found), _text(index)
+
+
+def _label_studio(seen: Prediction, about: About, path: Path) -> None:
+    _write(path, label_studio.task(seen.file, seen.labels, about.classes, seen.certainty(), about.model, about.url))
+
+
+def _label_studio_of_all(parts: list[Any], about: About) -> tuple[str, str]:
+    return _text(parts), label_studio.labelling_config(about.classes)
+
+
+def _write(path: Path, content: Any) -> None:
+    path.write_text(_text(content), encoding="utf-8")
+
+
+def _text(content: Any) -> str:
+    return json.dumps(content, separators=(",", ":")) + "\n"
+
+
+OUTPUTS: dict[str, Output] = {
+    "masks": Output("masks", ".png", _mask),
+    "overlays": Output("overlays", ".overlay.jpg", _overlay),
+    "exits": Output("exit maps", ".exits.png", _exits),
+    "scores": Output("scores", ".scores.png", _scores),
+    "coco": Output("COCO results", ".coco.json", _coco, PARTS, ("coco.results.json", "coco.index.json"), _coco_of_all),
+    "labelstudio": Output(
+        "Label Studio tasks",
+        ".labelstudio.json",
+        _label_studio,
+        PARTS,
+        ("labelstudio.json", "labelstudio.xml"),
+        _label_studio_of_all,
+    ),
+}
+DEFAULT = ("masks", "overlays", "exits")
+VIDEO = "video"
+"""The overlays of a video's frames, or of a folder's images, as a video."""
+VIDEO_SUFFIX = ".overlay.mp4"

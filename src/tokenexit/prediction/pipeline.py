@@ -1,0 +1,442 @@
+"""A pipeline of images through a model: decoded ahead of it, packed for it, drawn and written behind it.
+
+    jobs -> items (a thread) -> packs -> predictions -> files (threads), films and failures
+
+Every step keeps the order of the jobs. What is said of them (failures, images that take long) is said as it comes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from dataclasses import dataclass, field
+from fractions import Fraction
+from functools import cached_property
+from pathlib import Path
+from stat import S_ISREG
+from types import EllipsisType
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tokenexit.calibration.drift import Monitor, watch
+from tokenexit.errors import DataError
+from tokenexit.inputs import heic
+from tokenexit.inputs.images import MAX_PIXELS, load_image
+from tokenexit.inputs.preprocessing import Preprocessing, resized_size
+from tokenexit.inputs.sources import Job, Say, frame_name, quiet
+from tokenexit.methods import Method
+from tokenexit.outputs.ledger import Size, dense_ops
+from tokenexit.outputs.windows import PACK_TOKENS, Segmentation, WindowedOutput, window_boxes
+from tokenexit.prediction import video
+from tokenexit.prediction.outputs import PARTS, VIDEO_SUFFIX, About, Output, Prediction, blended
+from tokenexit.prediction.store import Place
+from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.precision import Precision, inference
+from tokenexit.segmenter import ExitSegmenter
+
+WRITERS = 4
+"""Threads that draw, compress and write."""
+MAX_TOKENS = 32_768
+"""Patch tokens of the largest image, or window, that is taken: 8 megapixels at patch 16. Attention grows with their
+square, so that an image of three times as many pixels takes nearly ten times as long."""
+SLOW_SECONDS = 10.0
+"""Images that are expected to take longer are announced."""
+RATE_SIDE = 64
+"""Patches a side of the image whose way through one block tells how fast this machine is."""
+
+T = TypeVar("T")
+
+
+# --------------------------------------------------------------------------------------------------- images come in
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The largest image that is taken. pixels: of the file. tokens: of what runs at once, an image or a window."""
+
+    pixels: int = MAX_PIXELS
+    tokens: int = MAX_TOKENS
+
+
+@dataclass(frozen=True)
+class Frame:
+    """An image, or a frame of a video. name: of its results; file: of itself; words: for messages; tensor: for the
+    network."""
+
+    name: str
+    file: str
+    words: str
+    picture: Image.Image
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class Failure:
+    sentence: str
+
+
+@dataclass(frozen=True)
+class End:
+    """The end of a job, with the number of its frames."""
+
+    job: Job
+    frames: int
+
+
+Item: TypeAlias = Frame | Failure | End
+Outcome: TypeAlias = Future[Image.Image | None] | Failure | End
+"""For an image that was predicted, a future that ends when its files are written, with its frame of a film or None."""
+
+
+def frames_of(
+    jobs: Iterable[Job],
+    preprocessing: Preprocessing,
+    patch_size: int,
+    wanted: Callable[[str], bool],
+    limits: Limits,
+) -> Iterator[Item]:
+    """Yield the images of all jobs, in order, or why they failed; behind each job its end.
+
+    wanted: says by the name of an image's results whether they are.
+    """
+    for job in jobs:
+        count = 0
+        try:
+            for name, file, words, load in _images(job, limits.pixels):
+                count += 1
+                if wanted(name):
+                    yield _frame(name, file, words, load, preprocessing, patch_size, limits.tokens)
+        except DataError as error:  # the video's own
+            yield Failure(str(error))
+        yield End(job, count)
+
+
+def _images(job: Job, max_pixels: int) -> Iterator[tuple[str, str, str, Callable[[], Image.Image]]]:
+    if job.video is None:
+        for path, name in job.pictures:
+            yield name, _file(path, name), f"image {str(path)!r}", lambda path=path: _load(path, max_pixels)  # type: ignore[misc]
+    else:
+        for number, load in enumerate(video.frames(job.video, max_pixels), start=1):
+            name = frame_name(job.name, number)
+            yield name, f"{name}.png", f"frame {number} of video '{job.video}'", load
+
+
+def _file(path: Path, name: str) -> str:
+    """The image's own name, as deep as that of its results."""
+    return str(Path(*Path(os.path.abspath(path)).parts[-len(Path(name).parts) :]))
+
+
+def _load(path: Path, max_pixels: int) -> Image.Image:
+    try:
+        is_regular = S_ISREG(os.stat(path).st_mode)
+    except (OSError, ValueError):
+        is_regular = True  # no such file: said by those who open it
+    if not is_regular:  # a pipe would be waited for
+        raise DataError(f"image {str(path)!r} is no regular file: give an image file.")
+    return heic.load_heic(path, max_pixels) if path.suffix.lower() in heic.SUFFIXES else load_image(path, max_pixels)
+
+
+def _frame(
+    name: str,
+    file: str,
+    words: str,
+    load: Callable[[], Image.Image],
+    preprocessing: Preprocessing,
+    patch_size: int,
+    max_tokens: int,
+) -> Frame | Failure:
+    try:
+        image = load()
+        _check_tokens(words, (image.height, image.width), preprocessing, patch_size, max_tokens)
+        return Frame(name, file, words, image, preprocessing.to_tensor(image))
+    except DataError as error:
+        return Failure(str(error))
+    except MemoryError:
+        return Failure(f"{words} does not fit into memory: shrink it.")
+
+
+def _check_tokens(words: str, size: Size, preprocessing: Preprocessing, patch_size: int, max_tokens: int) -> None:
+    """Refuse an image of which more than `max_tokens` would run at once, before it is resized."""
+    height, width = resized_size(size, preprocessing.resize)
+    window = preprocessing.window
+    if window is not None:
+        height, width = min(height, window[0]), min(width, window[1])
+    tokens = -(-height // patch_size) * -(-width // patch_size)
+    if tokens > max_tokens:
+        raise DataError(
+            f"{words} of {size[0]}x{size[1]} pixels would run as {tokens} tokens at once, more than {max_tokens}: take "
+            "it in windows (--window 1024), shrink it, or allow more (--max-tokens)."
+        )
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """Yield the same items, each made in a thread while the one before it is used."""
+    source = iter(items)
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[T | EllipsisType] = thread.submit(next, source, ...)
+        while not isinstance(item := coming.result(), EllipsisType):
+            coming = thread.submit(next, source, ...)
+            yield item
+
+
+def packed(items: Iterable[Item], patch_size: int, max_tokens: int) -> Iterator[list[Item]]:
+    """Yield consecutive items, with as many images as have `max_tokens` together, and at least one."""
+    pack: list[Item] = []
+    held = 0
+    for item in items:
+        if isinstance(item, Frame):
+            height, width = item.tensor.shape[1:]
+            tokens = -(-height // patch_size) * -(-width // patch_size)
+            if held and held + tokens > max_tokens:
+                yield pack
+                pack, held = [], 0
+            held += tokens
+        pack.append(item)
+    if pack:
+        yield pack
+
+
+# ----------------------------------------------------------------------------------------------- through the network
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model and how it segments images. scores: whether those of the classes are wanted. monitor: sees every
+    image."""
+
+    model: ExitSegmenter
+    method: Method[Any]
+    precision: Precision = "fp32"
+    scores: bool = False
+    monitor: Monitor | None = None
+
+    @property
+    def max_tokens(self) -> int:
+        """The number of tokens that run at once; an image runs alone where companions would change its answer."""
+        return PACK_TOKENS if self.method.batch_independent else 1
+
+    @cached_property
+    def rate(self) -> float:
+        """Multiply-adds a second on this machine, in a block of `inference`; measured on one block of the backbone."""
+        backbone = self.model.backbone
+        side = RATE_SIDE * backbone.config.patch_size
+        try:
+            tokens = backbone.embed([torch.zeros(3, side, side, device=self.model.device)])
+            backbone.run(tokens, 0, 1)  # the first run warms up
+            start = self._now()
+            backbone.run(tokens, 0, 1)
+            seconds = self._now() - start
+        except (torch.OutOfMemoryError, MemoryError):  # larger images will fail in a sentence of their own
+            return math.inf
+        return backbone.block_ops(tokens.packing.lengths[0]).macs / seconds
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)
+        return time.perf_counter()
+
+    def tokens_and_seconds(self, frame: Frame) -> tuple[int, float]:
+        """Patch tokens of all windows of an image, and how long they take if none leaves."""
+        model = self.model
+        window, stride = model.preprocessing.window, model.preprocessing.stride
+        boxes = window_boxes((frame.tensor.shape[1], frame.tensor.shape[2]), window, stride)
+        top, left, bottom, right = boxes[0]  # all have one size
+        grid = model.backbone.patch_embed.grid(bottom - top, right - left)
+        macs = len(boxes) * dense_ops(model.backbone, model.decode_head, grid).macs
+        return len(boxes) * grid[0] * grid[1], macs / self.rate
+
+    def predict(self, pack: Sequence[Frame]) -> Sequence[Prediction | Failure]:
+        """Predict a pack, in a block of `inference`. Images that do not fit into memory together run one by one."""
+        with suppress(torch.OutOfMemoryError, MemoryError):
+            return self._predict(pack)
+        # Outside the block, where the memory of the failed call is free again.
+        if len(pack) > 1:
+            return [answer for frame in pack for answer in self.predict([frame])]
+        words = f"{pack[0].words} of {pack[0].picture.height}x{pack[0].picture.width} pixels"
+        return [Failure(f"{words} does not fit into memory: shrink it, or take it in windows.")]
+
+    def _predict(self, pack: Sequence[Frame]) -> Sequence[Prediction | Failure]:
+        if not pack:
+            return []
+        model = self.model
+        with nullcontext() if self.monitor is None else watch(model) as seen:
+            tensors = [frame.tensor.to(model.device) for frame in pack]
+            out = model.segment(tensors, self.method, [(frame.picture.height, frame.picture.width) for frame in pack])
+            found = [self._prediction(frame, out[i]) for i, frame in enumerate(pack)]
+        if self.monitor is not None and seen is not None:
+            windows = [len(own) for own in out.boxes] if isinstance(out, WindowedOutput) else [1] * len(pack)
+            self.monitor.add(seen.histograms(windows))
+        return found
+
+    def _prediction(self, frame: Frame, out: Segmentation) -> Prediction | Failure:
+        (height, width), patch = out.sizes[0], out.patch_size
+        try:
+            labels, scores = out.labels[0], out.scores[0] if self.scores else None
+        except DataError as error:
+            return Failure(f"{frame.words} cannot be segmented: {error}")
+        return Prediction(
+            frame.file,
+            frame.picture,
+            labels.cpu().numpy(),
+            None if scores is None else scores.cpu().numpy(),
+            out.exit_stage[0].cpu().numpy(),
+            out.num_exits,
+            extent=(height / patch, width / patch),  # without the padding to whole patches
+            exits=self.method.has_exits,
+        )
+
+
+# ------------------------------------------------------------------------------------------------------ files go out
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Where results go and which of them. film: whether each job makes one, of `fps` frames a second."""
+
+    results: Place
+    outputs: Mapping[str, Output]
+    about: About
+    film: bool = False
+    fps: float = 25.0
+
+    def write(self, name: str, seen: Prediction) -> Image.Image | None:
+        """Write all files of an image or none. Returns its frame of a film, if there is one."""
+        with ExitStack() as files:
+            for output in self.outputs.values():
+                output.save(seen, self.about, files.enter_context(whole(self.results.path(output.file(name)))))
+        return blended(seen, self.about) if self.film else None
+
+    def film_of(self, job: Job) -> AbstractContextManager[Callable[[Image.Image], None]]:
+        """Open the film of a job: see `video.encoder`."""
+        rate = Fraction(self.fps).limit_denominator(1001) if job.video is None else video.rate_of(job.video)
+        return video.encoder(self.results.path(job.name + VIDEO_SUFFIX), rate)
+
+
+def count_file(job: Job) -> str:
+    """Name the file that says how many frames a video has, once all of them are done."""
+    return f"{PARTS}/{job.name}.frames.json"
+
+
+class _Spoiled(Exception):
+    """Ends a film that lacks a frame."""
+
+
+@dataclass
+class Worker:
+    """The work of one process. say: is told failures, and of images that take long, as they come.
+
+    pictures: how many images it segmented. failed: the index of a job and a sentence, for each failure.
+    """
+
+    engine: Engine
+    keep: Keep
+    say: Say = quiet
+    pictures: int = 0
+    failed: list[tuple[int, str]] = field(default_factory=list)
+    announced: float = field(default_factory=lambda: SLOW_SECONDS / 2)
+
+    def do(
+        self,
+        jobs: Sequence[Job],
+        wanted: Callable[[str], bool],
+        limits: Limits,
+        progress: Callable[[Iterable[Path]], Iterable[Path]],
+    ) -> None:
+        """Predict the jobs. Raises `ConfigError` where nothing can be written."""
+        model = self.engine.model
+        patch_size = model.config.backbone.patch_size
+        items = frames_of(jobs, model.preprocessing, patch_size, wanted, limits)
+        packs = ahead(packed(items, patch_size, self.engine.max_tokens))
+        try:
+            with inference(model.device, self.engine.precision), ThreadPoolExecutor(WRITERS) as writers:
+                outcomes = self._outcomes(packs, writers)
+                for index, _ in enumerate(progress([job.path for job in jobs])):
+                    try:
+                        with suppress(_Spoiled):
+                            self._take(index, jobs[index], outcomes)
+                    except DataError as error:  # at the end of a film
+                        self._fail(index, str(error))
+        except OSError as error:
+            raise self.keep.results.unwritable(error) from None
+
+    def _fail(self, index: int, sentence: str) -> None:
+        self.failed.append((index, sentence))
+        self.say(sentence)
+
+    def _announce(self, frames: Sequence[Frame]) -> None:
+        """Say how long large images will take, if that is long, and twice as long as was said before."""
+        for frame in frames:
+            if frame.tensor[0].numel() <= self._unmeasured_pixels:
+                continue
+            tokens, seconds = self.engine.tokens_and_seconds(frame)
+            if seconds >= 2 * self.announced:
+                self.announced = seconds
+                cure = "" if self.engine.model.preprocessing.window else "; smaller images or --window take less"
+                self.say(
+                    f"{frame.words} of {frame.picture.height}x{frame.picture.width} pixels has {tokens} tokens, which "
+                    f"take up to about {in_words(seconds)} here{cure}."
+                )
+
+    @property
+    def _unmeasured_pixels(self) -> int:
+        """Images of so few pixels are not worth the measurement."""
+        return PACK_TOKENS * self.engine.model.config.backbone.patch_size**2
+
+    def _outcomes(self, packs: Iterable[Sequence[Item]], writers: ThreadPoolExecutor) -> Iterator[Outcome]:
+        """Yield the outcome of every item, in order, when the network is one pack further."""
+        waiting: list[Outcome] = []
+        for pack in packs:
+            frames = [item for item in pack if isinstance(item, Frame)]
+            self._announce(frames)
+            answers = iter(self.engine.predict(frames))
+            coming: list[Outcome] = []
+            for item in pack:
+                if not isinstance(item, Frame):
+                    coming.append(item)
+                elif isinstance(answer := next(answers), Failure):
+                    coming.append(answer)
+                else:
+                    coming.append(writers.submit(self.keep.write, item.name, answer))
+            yield from waiting
+            waiting = coming
+        yield from waiting
+
+    def _take(self, index: int, job: Job, outcomes: Iterator[Outcome]) -> None:
+        """Take the outcomes of one job, up to its end. Its film is there whole or not at all."""
+        with ExitStack() as film:
+            add: Callable[[Image.Image], None] | None = None
+            whole_so_far = True
+            while not isinstance(each := next(outcomes), End):
+                try:
+                    frame = self._frame(each)
+                    if frame is not None and whole_so_far:
+                        add = add or film.enter_context(self.keep.film_of(job))
+                        add(frame)
+                except DataError as error:
+                    self._fail(index, str(error))
+                    whole_so_far = False
+            if not whole_so_far:
+                raise _Spoiled
+        if job.video is not None:
+            self.keep.results.write(count_file(job), f"{each.frames}\n")
+
+    def _frame(self, each: Future[Image.Image | None] | Failure) -> Image.Image | None:
+        if isinstance(each, Failure):
+            raise DataError(each.sentence)
+        frame = each.result()
+        self.pictures += 1
+        return frame
+
+
+def in_words(seconds: float) -> str:
+    """A duration to two digits or so: `40 s`, `12 min`, `3 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

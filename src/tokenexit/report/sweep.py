@@ -1,0 +1,310 @@
+"""Accuracy against compute: one checkpoint, many budgets, methods beside each other and beside smaller pictures.
+
+Every point is a true run on the evaluation images; only the thresholds come from the dense pass, on other images.
+`sweep.json` is written after every point, and a call with the same settings goes on where the last one ended.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenexit.calibration.agreement import FALL_OFF
+from tokenexit.calibration.calibration_set import Bench, Reference, dense_reference, error, true_run
+from tokenexit.calibration.planner import COMPARED_IMAGES, Planner
+from tokenexit.calibration.targets import Average
+from tokenexit.calibration.threshold_path import place_where
+from tokenexit.errors import ConfigError
+from tokenexit.evaluation.evaluate import evaluate
+from tokenexit.evaluation.results import Scaled
+from tokenexit.methods import Method, build_method, spec_of
+from tokenexit.methods.thresholded import calibratable
+from tokenexit.report.chart import collapse_floor
+from tokenexit.report.evaluations import without_nan
+from tokenexit.runtime.atomic import whole
+
+FIELDS = (
+    "series",
+    "label",
+    "input_scale",
+    "mIoU",
+    "aAcc",
+    "mAcc",
+    "boundary_IoU",
+    "gmacs_mean",
+    "gmacs_p5",
+    "gmacs_p95",
+    "share_of_dense",
+    "latency_ms_median",
+    "images",
+)
+"""Columns of `sweep.csv`."""
+CHOSEN = "{}, thresholds chosen"
+BY_HAND = "{}, one threshold"
+SMALLER = "dense, smaller pictures"
+HALVINGS = 5
+"""True runs that find where agreement falls off, to a 32nd of the path's range of compute."""
+STYLES = (("#1f6fb4", "o"), ("#c8501e", "s"), ("#0f7f6b", "^"), ("#7a4fb5", "D"), ("#8a6d00", "v"), ("#b03060", "P"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """One point: the line it belongs to, the method's specification, and the scale of the pictures' sides."""
+
+    series: str
+    method: dict[str, Any]
+    input_scale: float = 1.0
+
+
+def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[Job] | None:
+    """Points of a method without thresholds, from dear to cheap; None for one that has them."""
+    chosen = method.curve(points, num_exits)
+    return [Job(method.name, spec_of(one)) for one in chosen] or None
+
+
+def plan_method(
+    bench: Bench,
+    method: Method[Any],
+    points: int,
+    average: Average,
+    full_range: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[Job]:
+    """Points of one method, evenly spaced in predicted compute, from behind "nobody leaves", which is dense with heads
+    that cost, to where agreement with dense falls off.
+
+    full_range: on to before "everybody leaves at once", which is a truncation at the first exit.
+    """
+    planner = Planner(bench, calibratable(method), average)
+    reference = dense_reference(bench)
+    middle = (planner.share(0.0) + planner.share(planner.path.end)) / 2
+    planner.compare(bench, reference, middle, average)
+    end = planner.path.end
+    first, last = planner.share(0.0), planner.share(end)
+    steps = points + 1  # without the ends
+    if not full_range:
+        reach, unlike, images = agreeing(planner, bench, reference)
+        if reach < 1.0:
+            last, steps = first + (last - first) * reach, points
+            say(
+                f"{method.name}: agreement with dense falls off, points end at {last:.0%} of dense compute, with "
+                f"{unlike:.1%} of the pixels of {images} tuning images unlike dense (--full-range goes on)"
+            )
+    wanted = [first + (last - first) * i / steps for i in range(1, points + 1)]
+    places = dict.fromkeys(place_where(planner.share, share, end) for share in wanted)
+    return [Job(CHOSEN.format(method.name), spec_of(planner.at(place))) for place in places]
+
+
+def agreeing(planner: Planner, bench: Bench, reference: Reference) -> tuple[float, float, int]:
+    """How far down in compute, as a share of the path's range, true runs on a few images keep to dense labels: at most
+    `FALL_OFF` of the pixels unlike them. With the pixels unlike dense there, and how many images that are.
+
+    A dense pass alone cannot say: what the loss of context does to the tokens that stay is not in it. At least
+    `1 / 2^HALVINGS`, so that a method which never keeps to them has its points, too.
+    """
+    places = torch.linspace(0, len(bench) - 1, min(len(bench), COMPARED_IMAGES)).round().long().tolist()
+    few, said, end = bench.part(places), reference.part(places), planner.path.end
+    first, last = planner.share(0.0), planner.share(end)
+
+    def unlike(reach: float) -> float:
+        place = place_where(planner.share, first + (last - first) * reach, end)
+        run = true_run(few, planner.at(place), said, "looking where agreement falls off")
+        return error(run.confusion, "pixels").mean().item()
+
+    seen = {1.0: unlike(1.0)}
+    low, high = (1.0, 1.0) if seen[1.0] <= FALL_OFF else (0.0, 1.0)
+    for _ in range(HALVINGS if low < high else 0):
+        middle = (low + high) / 2
+        seen[middle] = unlike(middle)
+        low, high = (middle, high) if seen[middle] <= FALL_OFF else (low, middle)
+    reach = low if low > 0.0 else high
+    return reach, seen[reach], len(places)
+
+
+def sweep(
+    bench: Bench,
+    tune: Bench,
+    methods: Sequence[Method[Any]],
+    by_hand: Sequence[Method[Any]],
+    scales: Sequence[float],
+    out: Path,
+    settings: dict[str, Any],
+    *,
+    points: int = 8,
+    average: Average = "classes",
+    full_range: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> list[dict[str, Any]]:
+    """Run all points and write `sweep.json`, `sweep.csv` and `sweep.png` to the folder `out`.
+
+    bench: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without labels.
+    methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one line for
+    each name. scales: of the pictures' sides, for the line of dense models on smaller pictures. full_range: see
+    `plan_method`. settings: what else
+    decides the figures, such as model and data. Returns the rows. Raises `ConfigError` if `out` holds a sweep of other
+    settings.
+    """
+    plt = _pyplot()
+    path = out / "sweep.json"
+    settings = {
+        **settings,
+        "model": bench.model.fingerprint(),
+        "methods": [spec_of(method) for method in methods],
+        "by_hand": [spec_of(method) for method in by_hand],
+        "scales": list(scales),
+        "points": points,
+        "average": average,
+        "full_range": full_range,
+        "images": len(bench),
+        "tuned_on": len(tune),
+        "precision": bench.precision,
+    }
+    kept = _read(path, settings)
+    if kept["jobs"] is None:
+        jobs = [Job("dense", {"name": "dense"})]
+        jobs += [Job(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
+        jobs += [Job(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
+        for method in methods:
+            planned = plan_rule(method, points, len(bench.model.config.exits))
+            if planned is None:
+                say(f"choosing thresholds of {method.name} on {len(tune)} images")
+                planned = plan_method(tune, method, points, average, full_range, say)
+            jobs += planned
+        kept["jobs"] = [asdict(job) for job in jobs]
+        _write(path, kept)
+    for n, values in enumerate(kept["jobs"]):
+        job = Job(**values)
+        if n < len(kept["rows"]):
+            continue
+        row = Scaled(build_method(job.method), job.input_scale)
+        title = f"{n + 1}/{len(kept['jobs'])} {row.label}"
+        (result,) = evaluate(
+            bench.model,
+            bench.data,
+            [row],
+            limit=len(bench),
+            precision=bench.precision,
+            progress=bench.progress(title),
+        )
+        kept["rows"].append({"series": job.series, **result.to_dict(bench.data.labels.names)})
+        _write(path, kept)
+    rows: list[dict[str, Any]] = kept["rows"]
+    _write_csv(out / "sweep.csv", rows)
+    _draw(plt, rows, out / "sweep.png")
+    return rows
+
+
+def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier call with the same settings has done; nothing, if there was none."""
+    settings = json.loads(json.dumps(settings, default=str))
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text())
+        before = kept["settings"]
+    except FileNotFoundError:
+        return {"settings": settings, "jobs": None, "rows": []}
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ConfigError(f"{path} is no sweep: choose another --out, or delete it.") from None
+    for key in sorted({*before, *settings}):
+        if before.get(key) != settings.get(key):
+            raise ConfigError(
+                f"{path} was made with {key}={before.get(key)!r}, not {settings.get(key)!r}: choose another --out, or "
+                "delete it."
+            )
+    return kept
+
+
+def _write(path: Path, kept: dict[str, Any]) -> None:
+    text = json.dumps(without_nan(kept), indent=1) + "\n"
+    with _writable(path), whole(path) as unfinished:
+        unfinished.write_text(text)
+
+
+def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    with _writable(path), whole(path) as unfinished, unfinished.open("w", newline="") as file:
+        table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows(rows)
+
+
+class _writable:
+    """Makes the folder of a file; what goes wrong in the block is said in one sentence."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __enter__(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._refuse(error)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, OSError):
+            self._refuse(error)
+
+    def _refuse(self, error: OSError) -> None:
+        raise ConfigError(f"{self.path} cannot be written ({error.strerror}): choose another --out.") from None
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError:
+        raise ConfigError("sweep draws with matplotlib, which is missing: pip install 'tokenexit[plot]'.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
+
+
+def _draw(plt: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
+    figure = figure_of(plt, rows)
+    with _writable(path), whole(path) as unfinished:
+        figure.savefig(unfinished, dpi=130)
+    plt.close(figure)
+
+
+def figure_of(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    """mIoU against GMACs, a line for each series; dense is a point, and begins the line of smaller pictures.
+
+    Points of a collapse stand on the lower edge as an arrow with their value, and do not flatten the rest.
+    """
+    figure, axes = plt.subplots(figsize=(7.5, 4.8), layout="constrained")
+    dense = [row for row in rows if row["series"] == "dense"]
+    names = [name for name in dict.fromkeys(row["series"] for row in rows) if name != "dense"]
+    floor = collapse_floor(list(map(_miou, rows)), max(map(_miou, dense), default=math.nan))
+    if floor is not None:
+        above = [miou for miou in map(_miou, rows) if miou >= floor]
+        margin = 0.05 * (max(above) - min(above) + 1)
+        axes.set_ylim(min(above) - margin, max(above) + margin)
+    for name, (colour, marker) in zip(names, STYLES * len(names)):
+        line = [row for row in rows if row["series"] == name] + (dense if name == SMALLER else [])
+        line.sort(key=lambda row: row["gmacs_mean"])
+        style = ":" if name.endswith("one threshold") else "-"
+        spots = [row["gmacs_mean"] for row in line], [row["mIoU"] for row in line]
+        axes.plot(*spots, style, color=colour, marker=marker, markersize=5, label=name)
+        for row in line:
+            if floor is not None and _miou(row) < floor:
+                spot = row["gmacs_mean"], axes.get_ylim()[0]
+                axes.plot(*spot, "v", color=colour, markersize=9, clip_on=False, zorder=5)
+                axes.annotate(f"{row['mIoU']:.1f}", spot, (0, 8), textcoords="offset points", ha="center", fontsize=8)
+    for row in dense:
+        axes.plot([row["gmacs_mean"]], [row["mIoU"]], "*", color="#222222", markersize=12, label="dense")
+    axes.set_xlabel("GMACs per image, mean")
+    axes.set_ylabel("mIoU, percent")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=9, frameon=False, loc="lower right")
+    return figure
+
+
+def _miou(row: dict[str, Any]) -> float:
+    """NaN where JSON has none."""
+    return math.nan if row["mIoU"] is None else float(row["mIoU"])

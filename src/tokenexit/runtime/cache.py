@@ -1,0 +1,43 @@
+"""Small files of measurements in the user's cache folder, one for each machine and question; delete one to ask anew."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenexit.errors import CheckpointError
+from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.schema import fits, read_json
+
+
+def cached_path(kind: str, device: torch.device, *facts: Any) -> Path:
+    """Where an answer is kept that holds for this machine, number of threads and torch, and for these facts."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    key = json.dumps([*facts, name, torch.get_num_threads(), torch.__version__], default=list)
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return home / "tokenexit" / kind / f"{hashlib.sha256(key.encode()).hexdigest()[:16]}.json"
+
+
+def read_cached(path: Path, kind: Any) -> Any:
+    """What was kept, if it is what the annotation `kind` says; None where there is nothing, or nothing of that kind."""
+    try:
+        values = read_json(path, "delete it")
+    except (OSError, CheckpointError):
+        return None
+    return values if fits(values, kind) else None
+
+
+def keep(path: Path, values: Any) -> None:
+    """Keep for the next time; where the cache cannot be written, the next time measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with whole(path) as unfinished:
+            unfinished.write_text(json.dumps(values) + "\n")
+    except OSError:
+        return

@@ -1,0 +1,186 @@
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.helpers import assert_close
+from tokenexit.engine import attention
+from tokenexit.engine.attention import attention_path, packed_attention, pad, padded_attention, segment_matmul, unpad
+from tokenexit.engine.tokens import Packing
+
+CPU = torch.device("cpu")
+lengths = st.lists(st.integers(0, 5), min_size=1, max_size=4)
+
+
+def drawn(lengths_q, lengths_k, heads=2, width=4, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def rows(n):
+        return torch.randn(n, heads, width, generator=generator, requires_grad=True)
+
+    return rows(sum(lengths_q)), rows(sum(lengths_k)), rows(sum(lengths_k))
+
+
+def by_hand(q, k, v, lengths_q, lengths_k):
+    """Image by image, head by head, query by query."""
+    out, at_q, at_k = [], 0, 0
+    for nq, nk in zip(lengths_q, lengths_k):
+        for i in range(at_q, at_q + nq):
+            if nk == 0:
+                out.append(torch.zeros_like(q[i]))
+                continue
+            heads = []
+            for head in range(q.shape[1]):
+                score = torch.stack([q[i, head] @ k[j, head] for j in range(at_k, at_k + nk)])
+                weight = torch.softmax(score / math.sqrt(q.shape[2]), dim=0)
+                heads.append(weight @ v[at_k : at_k + nk, head])
+            out.append(torch.stack(heads))
+        at_q, at_k = at_q + nq, at_k + nk
+    return torch.stack(out) if out else q[:0]
+
+
+@pytest.mark.parametrize("attend", [packed_attention, padded_attention])
+@given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4))
+def test_attention__equals_the_reference_for_any_packing_of_queries_and_keys(attend, pairs):
+    lengths_q, lengths_k = [p[0] for p in pairs], [p[1] for p in pairs]
+    q, k, v = drawn(lengths_q, lengths_k)
+    out = attend(q, k, v, Packing.of(lengths_q, CPU), Packing.of(lengths_k, CPU))
+    assert_close(out, by_hand(q, k, v, lengths_q, lengths_k))
+
+
+@given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4))
+def test_attention__loop_and_padded_paths_have_the_same_gradients(pairs):
+    lengths_q, lengths_k = [p[0] for p in pairs], [p[1] for p in pairs]
+    packings = Packing.of(lengths_q, CPU), Packing.of(lengths_k, CPU)
+    inputs = drawn(lengths_q, lengths_k)
+    weight = torch.randn(inputs[0].shape)
+    grads = []
+    for attend in (packed_attention, padded_attention):
+        out = attend(*inputs, *packings)
+        zero = sum(t.sum() * 0 for t in inputs)
+        grads.append(torch.autograd.grad((out * weight).sum() + zero, inputs))
+    for loop, padded in zip(*grads):
+        assert torch.isfinite(padded).all()
+        assert_close(loop, padded)
+
+
+def test_attention__equal_lengths_give_the_same_as_the_padded_path():
+    q, k, v = drawn([3, 3], [4, 4])
+    packings = Packing.of([3, 3], CPU), Packing.of([4, 4], CPU)
+    assert_close(packed_attention(q, k, v, *packings), padded_attention(q, k, v, *packings))
+
+
+@pytest.mark.parametrize("attend", [packed_attention, padded_attention])
+def test_attention__queries_without_keys_receive_zeros(attend):
+    q, k, v = drawn([2, 1], [0, 3])
+    out = attend(q, k, v, Packing.of([2, 1], CPU), Packing.of([0, 3], CPU))
+    assert out[:2].abs().sum() == 0
+    assert out[2].abs().sum() > 0
+
+
+@pytest.mark.parametrize("attend", [packed_attention, padded_attention])
+def test_attention__a_batch_of_empty_images_is_empty(attend):
+    q, k, v = drawn([0, 0], [0, 0])
+    empty = Packing.of([0, 0], CPU)
+    assert attend(q, k, v, empty, empty).shape == (0, 2, 4)
+
+
+def test_attention__images_do_not_see_each_other():
+    q, k, v = drawn([2, 3], [2, 3])
+    packing = Packing.of([2, 3], CPU)
+    before = packed_attention(q, k, v, packing, packing)
+    with torch.no_grad():
+        k[2:] += 5.0
+        v[2:] -= 3.0
+    after = packed_attention(q, k, v, packing, packing)
+    assert torch.equal(before[:2], after[:2])
+    assert not torch.allclose(before[2:], after[2:])
+
+
+def test_attention_path__depends_on_device_precision_and_equal_lengths():
+    cuda = torch.device("cuda")
+    assert attention_path(CPU, torch.float32) == "loop"
+    assert attention_path(CPU, torch.float32, uniform=True) == "batched"
+    assert attention_path(cuda, torch.bfloat16) == "varlen"
+    assert attention_path(cuda, torch.float16) == "varlen"
+    assert attention_path(cuda, torch.float32) == "padded"
+
+
+def test_attention__dropout_zeroes_weights_and_keeps_the_mean():
+    q, k, v = drawn([400, 1], [3, 1])
+    v = torch.ones_like(v)
+    out = packed_attention(q, k, v, Packing.of([400, 1], CPU), Packing.of([3, 1], CPU), 0.5)[:400]
+    assert (out - 1).abs().max() > 0.1
+    assert out.mean().item() == pytest.approx(1.0, abs=0.1)
+
+
+@given(lengths)
+def test_pad__and_unpad_are_inverses(lengths):
+    packing, rows = Packing.of(lengths, CPU), torch.randn(sum(lengths), 3)
+    padded = pad(rows, packing)
+    assert padded.shape == (len(lengths), max(lengths), 3)
+    assert torch.equal(unpad(padded, packing), rows)
+
+
+@given(lengths)
+def test_segment_matmul__multiplies_each_image_by_its_own_matrix(lengths):
+    x, y = torch.randn(sum(lengths), 3), torch.randn(len(lengths), 2, 3)
+    packing = Packing.of(lengths, CPU)
+    image = packing.image_index()
+    expected = torch.stack([y[image[i]] @ x[i] for i in range(len(x))]) if len(x) else x[:, :2]
+    assert_close(segment_matmul(x, y, packing), expected)
+    assert_close(unpad(torch.bmm(pad(x, packing), y.transpose(1, 2)), packing), expected)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 2e-2)])
+def test_attention__on_cuda_equals_the_reference(dtype, tolerance):
+    lengths_q, lengths_k = [5, 0, 17, 3], [7, 2, 1, 0]
+    q, k, v = (t.detach() for t in drawn(lengths_q, lengths_k, heads=2, width=64))
+    device = torch.device("cuda")
+    out = packed_attention(
+        *(t.to(device, dtype) for t in (q, k, v)), Packing.of(lengths_q, device), Packing.of(lengths_k, device)
+    )
+    assert_close(out.cpu(), by_hand(q, k, v, lengths_q, lengths_k), tolerance)
+
+
+@pytest.mark.parametrize("scores_in_cache", [1, 7, 40, 300, 2**20])
+@given(rows=st.integers(1, 9), keys=st.integers(1, 9), images=st.integers(1, 3), heads=st.integers(1, 3))
+def test_products__equal_the_fused_kernel_in_pieces_of_any_size(scores_in_cache, rows, keys, images, heads):
+    q, k, v = drawn([rows * images], [keys * images], heads)
+    shaped = [t.unflatten(0, (images, -1)).transpose(1, 2) for t in (q, k, v)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention, "SCORES_IN_CACHE", scores_in_cache)
+        out = attention._products(*shaped, 0.0)
+    expected = attention._fused(*shaped, 0.0)
+    assert_close(out, expected)
+    weight = torch.randn_like(expected)
+    for ours, theirs in zip(
+        torch.autograd.grad(out, (q, k, v), weight), torch.autograd.grad(expected, (q, k, v), weight)
+    ):
+        assert_close(ours, theirs)
+
+
+def test_products__in_bf16_stay_within_its_rounding():
+    q, k, v = (t.detach() for t in drawn([300], [300], heads=3, width=64))
+    shaped = [t.unflatten(0, (1, -1)).transpose(1, 2) for t in (q, k, v)]
+    error = attention._products(*(t.bfloat16() for t in shaped), 0.0).float() - attention._fused(*shaped, 0.0)
+    assert error.abs().max() < 0.02
+    assert error.abs().mean() < 1e-3
+
+
+@pytest.mark.parametrize("has_tiles", [True, False])
+def test_attention__on_a_cpu_multiplies_bf16_plainly_unless_it_has_matrix_tiles(monkeypatch, has_tiles):
+    called = []
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: has_tiles)
+    attention._products_are_faster.cache_clear()
+    for name in ("_products", "_fused"):
+        real = getattr(attention, name)
+        monkeypatch.setattr(attention, name, lambda *a, real=real, name=name: called.append(name) or real(*a))
+    q, k, v = (t.detach() for t in drawn([3], [3]))
+    for dtype in (torch.float32, torch.bfloat16):
+        packed_attention(q.to(dtype), k.to(dtype), v.to(dtype), Packing.of([3], CPU), Packing.of([3], CPU))
+    attention._products_are_faster.cache_clear()
+    assert called == ["_fused", "_fused" if has_tiles else "_products"]

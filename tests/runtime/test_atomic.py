@@ -1,0 +1,64 @@
+"""Files appear whole or not at all, and are as open to others as the user's umask says."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tokenexit.runtime.atomic import new_file_permissions, permissions_of, whole
+
+
+def test_whole__the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with whole(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("new")
+        assert unfinished.suffix == ".txt"
+        assert not (tmp_path / "a.txt").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "new"
+
+
+@pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
+def test_whole__an_interrupted_block_leaves_the_older_file(tmp_path: Path, interruption: type[BaseException]) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(interruption), whole(tmp_path / "a.txt") as unfinished:
+        unfinished.write_text("half")
+        raise interruption
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+    assert (tmp_path / "a.txt").read_text() == "old"
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], int]]:
+    before = os.umask(0o022)
+    os.umask(before)
+    yield os.umask
+    os.umask(before)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o002, 0o077, 0o027])
+def test_whole__new_and_replaced_files_have_the_permissions_that_the_umask_grants(
+    mask: int, umask: Callable[[int], int], tmp_path: Path
+) -> None:
+    (tmp_path / "old.txt").write_text("old")
+    (tmp_path / "old.txt").chmod(0o600)
+    umask(mask)
+    for name in ("old.txt", "new.txt"):
+        with whole(tmp_path / name) as unfinished:
+            unfinished.write_text("new")
+        assert permissions_of(tmp_path / name) == 0o666 & ~mask
+    assert new_file_permissions(tmp_path) == 0o666 & ~mask
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new.txt", "old.txt"]
+
+
+def test_whole__a_writer_that_replaces_the_temporary_file_does_not_make_it_private(
+    umask: Callable[[int], int], tmp_path: Path
+) -> None:
+    umask(0o022)
+    with whole(tmp_path / "a.safetensors") as unfinished:
+        save_file({"a": torch.zeros(1)}, unfinished)
+    assert permissions_of(tmp_path / "a.safetensors") == 0o644
