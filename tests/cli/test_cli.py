@@ -582,7 +582,9 @@ def test_predict_refuses_impossible_options(
     assert words in wrong(capsys, "predict", model, "--out", tmp_path / "out", *arguments)
 
 
-def test_predict_reports_outputs_that_are_not_finite(model: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_predict_and_evaluate_report_outputs_that_are_not_finite(
+    model: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
     broken = ExitSegmenter.from_pretrained(model)
     broken.preprocessing = replace(broken.preprocessing, std=(1e-300,) * 3)
     broken.save_pretrained(tmp_path / "model")
@@ -592,6 +594,8 @@ def test_predict_reports_outputs_that_are_not_finite(model: Path, data: Path, tm
         f"image '{image}' cannot be segmented: the model's output is not finite (NaN or infinity)"
     )
     assert not (tmp_path / "out" / "p0.png").exists()
+    message = wrong(capsys, "evaluate", tmp_path / "model", "--data", "folder", "--data-root", data)
+    assert message.startswith("the model's output is not finite (NaN or infinity): check its weights")
 
 
 def test_predict_says_what_it_passes_over_and_prints_any_name(

@@ -19,7 +19,7 @@ def whole(path: Path) -> Iterator[Path]:
     temporary one, as safetensors does. Raises OSError as writing does.
     """
     unfinished = _new_file(path.parent, path.suffix)
-    permissions = permissions_of(unfinished)
+    permissions = S_IMODE(unfinished.stat().st_mode)  # the kernel applied the umask; reading it would change it
     try:
         yield unfinished
         unfinished.chmod(permissions)
@@ -27,23 +27,6 @@ def whole(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
-
-
-def new_file_permissions(folder: Path) -> int:
-    """Return the permissions of a new file in `folder`, which the umask and the folder decide: 0o644 for most users.
-
-    For writers that cannot use `whole`, such as those that fill a private temporary folder. The umask itself is not
-    read, as that would change it for other threads for a moment. Raises OSError as writing does.
-    """
-    probe = _new_file(folder, "")
-    try:
-        return permissions_of(probe)
-    finally:
-        probe.unlink(missing_ok=True)
-
-
-def permissions_of(path: Path) -> int:
-    return S_IMODE(path.stat().st_mode)
 
 
 def _new_file(folder: Path, suffix: str) -> Path:
