@@ -358,7 +358,10 @@ def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--window", "0"], "--window=(0, 0) is no size: give one side in pixels, or a (height, width) pair."),
+        (
+            ["--window", "0"],
+            "--window=(0, 0) is no size: give one side in pixels, or a (height, width) pair",
+        ),
         (["--window", "wide"], "--window wide is no size: give one side in pixels, or height and width."),
         (["--window", "8", "8", "8"], "--window=(8, 8, 8) is no size"),
         (["--window", "8", "--stride", "9"], "--stride=(9, 9) is longer than --window=(8, 8) and would leave pixels"),
@@ -394,7 +397,7 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
         (["--method", "nope"], "--method nope is unknown: choose one of dense, dtop, dovit"),
         (["--method", "dtop", "--threshold", "1.5"], "threshold=1.5 is outside [0, 1]"),
         (["--method", "dtop", "--threshold", "-0.1"], "threshold=-0.1 is outside [0, 1]"),
-        (["--method", "dtop", "--threshold", "nan"], "threshold=nan is outside [0, 1]"),
+        (["--method", "dtop", "--threshold", "nan"], "threshold of method 'dtop' must be a number or a list"),
         (["--method", "dtop", "--threshold", "high"], "--threshold high is no number: write 0.95, or"),
         (["--method", "dtop", "--threshold", "0.9/"], "--threshold 0.9/ is no number"),
         (["--method", "dtop", "--threshold", "0.9/0.8/0.7"], "threshold has 3 values for 2 exits"),

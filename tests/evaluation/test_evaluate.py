@@ -310,6 +310,23 @@ def test_another_number_of_classes_is_refused_with_both_numbers(model: ExitSegme
         evaluate(model, Pictures(classes=7), [Dense()])
 
 
+@pytest.mark.parametrize("data", ["street", [], {}, None, 3, Labels(("a",), ((0, 0, 0),))])
+def test_what_is_no_dataset_is_refused_in_one_sentence(data: Any, model: ExitSegmenter) -> None:
+    with pytest.raises(ConfigError, match=r"^data must be a dataset with labels, .*, got a \w+: open one"):
+        evaluate(model, data, [Dense()])
+
+
+def test_methods_are_welcome_by_name_and_one_alone(model: ExitSegmenter) -> None:
+    spec = {"name": "dtop", "threshold": 0.5}
+    by_name = evaluate(model, Pictures(), ["dense", spec, Scaled(DToP(), 0.5)])
+    assert [row.method for row in by_name] == [Dense(), DToP(threshold=0.5), DToP()]
+    for alone in ("dense", Dense(), Scaled(Dense())):
+        (row,) = evaluate(model, Pictures(), alone)
+        assert torch.equal(row.confusion, by_name[0].confusion)
+    with pytest.raises(ConfigError, match="method 'dtopp' is unknown"):
+        evaluate(model, Pictures(), ["dtopp"])
+
+
 def test_nothing_to_evaluate_is_refused(model: ExitSegmenter) -> None:
     with pytest.raises(ConfigError, match="limit=0 leaves no image"):
         evaluate(model, Pictures(), [Dense()], limit=0)

@@ -105,7 +105,7 @@ def test_init_from_changes_stochastic_depth_and_nothing_else(saved: Path) -> Non
     assert [block.drop_path for block in model.backbone.blocks] == pytest.approx([0.0, 0.2, 0.4])
     with pytest.raises(ConfigError, match=r"model\.options\.depth cannot change with init_from"):
         build_model(config(init_from=str(saved), options={"depth": 4}), DataConfig(), LABELS)
-    with pytest.raises(ConfigError, match=r"drop_path=1\.5 is outside"):
+    with pytest.raises(ConfigError, match=r"drop_path must be a number from 0 to 1, got 1\.5"):
         build_model(config(init_from=str(saved), options={"drop_path": 1.5}), DataConfig(), LABELS)
 
 
