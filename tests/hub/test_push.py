@@ -117,6 +117,16 @@ def test_card__without_an_evaluation_has_the_last_validation() -> None:
     assert "| dtop | 58.13 | 2.500 |  |" in card
 
 
+@pytest.mark.parametrize(("step", "miou"), [(400, "50.00"), (800, "58.13"), (None, "58.13")])
+def test_card__shows_the_validation_of_the_weights_that_were_kept(step: int | None, miou: str, tmp_path: Path) -> None:
+    made = model()
+    made.records = {"training.json": TRAINING | ({} if step is None else {"step": step})}
+    made.save_pretrained(tmp_path, card=True)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| {miou} |" in card
+    assert {"50.00", "58.13"} - {miou} == {text for text in ("50.00", "58.13") if text not in card}
+
+
 @pytest.mark.parametrize("odd", [{}, {"config": 3, "history": 4}, {"results": [1], "about": 2, "history": [{}]}, []])
 def test_card__odd_records_are_no_trouble(odd: Any) -> None:
     config = {"model": tiny_segmenter("fcn").config.to_dict(), "preprocessing": {"labels": None}}

@@ -407,7 +407,7 @@ def test_best__weights_are_the_model_and_the_last_ones_stay_in_the_checkpoint(
     kill: int | None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = weights_by_step(data, tmp_path / "plain", 6, monkeypatch)
-    validated([10.0, 40.0, 20.0, 30.0, 40.0, 5.0], monkeypatch)
+    validated([10.0, 40.0, 20.0, 30.0, 39.9, 5.0], monkeypatch)
     config = tiny_run(data, tmp_path / "best", validate_every=1, keep="best")
     if kill is not None:
         run_until(kill, config, monkeypatch)
@@ -416,18 +416,18 @@ def test_best__weights_are_the_model_and_the_last_ones_stay_in_the_checkpoint(
     assert same_weights(weights(ExitSegmenter.from_pretrained(config.out)), seen[2])
     assert lines[-1].startswith("the model is that of step 2, the best validation with mIoU 40.00; the same command")
     record = json.loads((tmp_path / "best" / "training.json").read_text())
-    assert (record["step"], [entry["miou"] for entry in record["history"]]) == (2, [10.0, 40.0, 20.0, 30.0, 40.0, 5.0])
+    assert (record["step"], [entry["miou"] for entry in record["history"]]) == (2, [10.0, 40.0, 20.0, 30.0, 39.9, 5.0])
     assert same_weights(run(replace(config, keep="last")), seen[6])  # the same command, without a step
     assert same_weights(weights(ExitSegmenter.from_pretrained(config.out)), seen[6])
     assert same_weights(run(config), seen[2])
 
 
-def test_best__is_the_first_of_equals_and_never_no_number(
+def test_best__is_the_last_of_equals_and_never_no_number(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = weights_by_step(data, tmp_path / "plain", 4, monkeypatch)
-    validated([float("nan"), 7.0, float("nan"), 7.0], monkeypatch)
-    assert same_weights(run(tiny_run(data, tmp_path / "best", steps=4, validate_every=1, keep="best")), seen[2])
+    validated([float("nan"), 7.0, 7.0, float("nan")], monkeypatch)
+    assert same_weights(run(tiny_run(data, tmp_path / "best", steps=4, validate_every=1, keep="best")), seen[3])
 
 
 def test_best__is_that_of_the_average_where_there_is_one(

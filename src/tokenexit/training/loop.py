@@ -223,7 +223,8 @@ class Run:
         found = validate(self.result, self.config, self.methods[0], data)
         self.history.append({"step": self.step, "loss": loss, "seconds": seconds} | found)
         miou = found["miou"]
-        if not math.isnan(miou) and (self.best is None or miou > self.best.miou):
+        # Of equals the later one: where the dense prediction is frozen, only the exits have learned meanwhile.
+        if not math.isnan(miou) and (self.best is None or miou >= self.best.miou):
             weights = {name: value.detach().to("cpu", copy=True) for name, value in self.result.state_dict().items()}
             self.best = Best(self.step, miou, weights)
         self.say(f"step {self.step}: loss {loss:.3f}, validation mIoU {miou:.2f}")
