@@ -21,14 +21,14 @@ import numpy as np
 import torch
 
 from tokenexit.calibration.calibrate import calibrate
-from tokenexit.calibration.calibration_set import Bench, Progress, true_run, truth_reference
+from tokenexit.calibration.calibration_set import CalibrationSet, Progress, true_run, truth_reference
 from tokenexit.calibration.targets import Budget
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import scores
 from tokenexit.methods import Dense, DoViT, DToP, Method, build_method
 from tokenexit.report.tables import Column, Table
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 
 HAND = (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4)
@@ -53,15 +53,15 @@ class Notebook:
             results[name] = make()
             if self.path is not None:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                with whole(self.path) as unfinished:
+                with atomic_write(self.path) as unfinished:
                     unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
         return results[name]
 
 
-def figures(bench: Bench, method: Method[Any], title: str) -> dict[str, float]:
-    run = true_run(bench, method, truth_reference(bench), title)
+def figures(calibration_set: CalibrationSet, method: Method[Any], title: str) -> dict[str, float]:
+    run = true_run(calibration_set, method, truth_reference(calibration_set), title)
     miou = scores(run.confusion.sum(0)).miou
-    return {"share": run.share, "error": run.share_error, "miou": miou, "images": len(bench)}
+    return {"share": run.mac_ratio, "error": run.mac_ratio_error, "miou": miou, "images": len(calibration_set)}
 
 
 def by_hand(curve: Sequence[dict[str, float]], share: float) -> float | None:
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         drawn = {} if options.length is None else {"length": options.length}
         data = open_dataset(options.data, options.data_root, split, **drawn)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
-        places[split] = Bench(model, data, tuple(order[: options.limit]), progress=_bar)
+        places[split] = CalibrationSet(model, data, tuple(order[: options.limit]), progress=_bar)
     half = len(places[options.fit_split]) // 2
     fit = places[options.fit_split].part(range(half))
     checks = {
@@ -103,10 +103,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"other half ({options.fit_split})": places[options.fit_split].part(range(half, 2 * half)),
         options.check_split: places[options.check_split],
     }
-    checks = {name: replace(bench, indices=tuple(sorted(bench.indices))) for name, bench in checks.items()}
+    checks = {
+        name: replace(calibration_set, indices=tuple(sorted(calibration_set.indices)))
+        for name, calibration_set in checks.items()
+    }
     rows = []
-    for where, bench in checks.items():
-        dense = notes.once(f"dense on {where}", lambda b=bench, w=where: figures(b, Dense(), f"dense, {w}"))
+    for where, calibration_set in checks.items():
+        dense = notes.once(f"dense on {where}", lambda b=calibration_set, w=where: figures(b, Dense(), f"dense, {w}"))
         rows.append([where, "dense", None, 1.0, 0.0, None, dense["miou"], None])
     for kind in (DToP, DoViT):
         if kind.name not in options.method:
@@ -124,15 +127,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 print(f"{kind.name}: {spec}")
                 continue
             method = build_method(spec["method"])
-            for where, bench in checks.items():
+            for where, calibration_set in checks.items():
                 got = notes.once(
                     f"{kind.name} to {budget} on {where}",
-                    lambda b=bench, m=method, t=f"{kind.name} {budget:g}, {where}": figures(b, m, t),
+                    lambda b=calibration_set, m=method, t=f"{kind.name} {budget:g}, {where}": figures(b, m, t),
                 )
                 curve = [
                     notes.once(
                         f"{kind.name} by hand {value} on {where}",
-                        lambda b=bench, k=kind, v=value, w=where: figures(b, k(threshold=v), f"{k.name} {v}, {w}"),
+                        lambda b=calibration_set, k=kind, v=value, w=where: figures(
+                            b, k(threshold=v), f"{k.name} {v}, {w}"
+                        ),
                     )
                     for value in options.hand
                 ]

@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.rivals import agrees, plain
 from tokenexit.engine.tokens import Tokens
 from tokenexit.methods import Dense, DoViT, DToP, Method
-from tokenexit.methods.base import Model, Stage
+from tokenexit.methods.base import ExitRecord, ModelView
 from tokenexit.methods.thresholded import Graded
 from tokenexit.runtime.memory import keep_buffers
 from tokenexit.runtime.precision import Precision, inference
@@ -60,10 +60,12 @@ class DoViTShares(DoViT):
 
     leaving: Tensor | None = None
 
-    def _score_and_label(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
-        score, label, stage = super()._score_and_label(n, patches, live, model)
+    def _score_and_label(
+        self, n: int, patches: Tokens, live: Tokens, model: ModelView
+    ) -> tuple[Tensor, Tensor, ExitRecord]:
+        score, label, record = super()._score_and_label(n, patches, live, model)
         assert self.leaving is not None
-        return self.leaving.to(score.dtype), label, stage
+        return self.leaving.to(score.dtype), label, record
 
 
 def imposed(method: str, cells: Sequence[int], leave: Sequence[float], device: torch.device, seed: int) -> Method[Any]:

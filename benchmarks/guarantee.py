@@ -26,14 +26,14 @@ import numpy as np
 import torch
 
 from tokenexit.calibration import risk_control
-from tokenexit.calibration.calibration_set import Bench, Progress, dense_reference, error, true_run
-from tokenexit.calibration.for_bound import Trial, places_to_test
+from tokenexit.calibration.calibration_set import CalibrationSet, Progress, dense_reference, error, true_run
+from tokenexit.calibration.for_bound import SequentialTest, positions_to_test
 from tokenexit.calibration.planner import Planner
 from tokenexit.calibration.targets import Bound
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.data.scenes import Scenes
 from tokenexit.methods import DToP, build_method, spec_of
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DataConfig
 from tokenexit.training.loop import train
@@ -67,31 +67,33 @@ def trained(out: Path, size: tuple[int, int], steps: int) -> ExitSegmenter:
     return ExitSegmenter.from_pretrained(out)
 
 
-def fixed_path(path: Path, bench: Bench, bounds: Sequence[float]) -> list[dict[str, Any]]:
+def fixed_path(path: Path, calibration_set: CalibrationSet, bounds: Sequence[float]) -> list[dict[str, Any]]:
     """Methods along a path fixed on images of its own, dense enough around every bound; built once."""
     if path.exists():
         specs: list[dict[str, Any]] = json.loads(path.read_text())
         return specs
-    planner = Planner(bench, DToP(), "classes")
-    trial = Trial.on(bench, Bound("max_disagreement", sorted(bounds)[len(bounds) // 2]))
-    places_to_test(planner, trial)  # chooses the path
+    planner = Planner(calibration_set, DToP(), "classes")
+    sequential_test = SequentialTest.on(calibration_set, Bound("max_disagreement", sorted(bounds)[len(bounds) // 2]))
+    positions_to_test(planner, sequential_test)  # chooses the path
     end = planner.path.end
-    specs = [spec_of(planner.at(end * (i + 1) / PLACES)) for i in range(PLACES)]
+    specs = [spec_of(planner.method_at(end * (i + 1) / PLACES)) for i in range(PLACES)]
     _keep(path, specs)
     return specs
 
 
-def losses_of_pool(out: Path, bench: Bench, specs: Sequence[dict[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
+def losses_of_pool(
+    out: Path, calibration_set: CalibrationSet, specs: Sequence[dict[str, Any]]
+) -> tuple[np.ndarray, np.ndarray]:
     """Disagreement with dense and share of dense compute, `(places, pool)` each; one run of the network per place."""
     reference = None
     losses, shares = [], []
     for n, spec in enumerate(specs):
         kept = out / f"place-{n:02}.npy"
         if not kept.exists():
-            reference = reference or dense_reference(bench)
-            run = true_run(bench, build_method(spec), reference, f"place {n + 1} of {len(specs)}")
+            reference = reference or dense_reference(calibration_set)
+            run = true_run(calibration_set, build_method(spec), reference, f"place {n + 1} of {len(specs)}")
             values = torch.stack([error(run.confusion, "pixels"), run.macs.double() / run.dense_macs]).numpy()
-            with whole(kept) as unfinished:
+            with atomic_write(kept) as unfinished:
                 np.save(unfinished, values)
         loss, share = np.load(kept)
         losses.append(loss)
@@ -152,14 +154,14 @@ def draw_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         ax.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(axes)[0].set_ylabel(f"calibrations, of {results[0]['draws']}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
     plt.close(figure)
 
 
 def _keep(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         unfinished.write_text(json.dumps(value, indent=1) + "\n")
 
 
@@ -179,9 +181,11 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
         raise SystemExit(f"{out} holds a run of other settings: choose another --out.")
     _keep(kept, settings)
     model = trained(out / "model", size, options.steps)
-    pool = Bench(model, Remembered(Scenes(options.pool, size, POOL_SEED)), tuple(range(options.pool)), progress=_bar)
+    pool = CalibrationSet(
+        model, Remembered(Scenes(options.pool, size, POOL_SEED)), tuple(range(options.pool)), progress=_bar
+    )
     scenes = Remembered(Scenes(options.path_images, size, PATH_SEED))
-    aside = Bench(model, scenes, tuple(range(options.path_images)), progress=_bar)
+    aside = CalibrationSet(model, scenes, tuple(range(options.path_images)), progress=_bar)
     specs = fixed_path(out / "path.json", aside, options.bounds)
     losses, shares = losses_of_pool(out, pool, specs)
     results = [

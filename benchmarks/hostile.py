@@ -60,12 +60,12 @@ MAX_PIXELS = 4_000_000
 
 def whole_files() -> list[bytes]:
     files = []
-    picture = Image.fromarray(render_scene(3, (64, 96))[0])
+    image = Image.fromarray(render_scene(3, (64, 96))[0])
     for kind in KINDS:
         for mode in ("RGB", "L", "RGBA", "P"):
             buffer = io.BytesIO()
             with contextlib.suppress(OSError, ValueError, KeyError):  # not every format knows every mode
-                picture.convert(mode).save(buffer, kind)
+                image.convert(mode).save(buffer, kind)
                 files.append(buffer.getvalue())
     return files
 

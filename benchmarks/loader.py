@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=20, help="timed batches for each number of workers")
-    parser.add_argument("--cache", action="store_true", help="decode before, and keep pictures in memory")
+    parser.add_argument("--cache", action="store_true", help="decode before, and keep images in memory")
     parser.add_argument("--step-seconds", type=float, help="time of one training step with this batch size")
     parser.add_argument("--json", type=Path, help="a file for the figures")
     options = parser.parse_args(arguments)
@@ -119,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "processor": platform.machine(),
     }
     caption = f"{options.data}, crop {crop[0]}x{crop[1]}, batches of {options.batch_size}, {about['cores']} cores"
-    caption += ", pictures in memory" if options.cache else ""
+    caption += ", images in memory" if options.cache else ""
     print(to_table(paces, caption, options.step_seconds).to_markdown())
     if options.json is not None:
         options.json.write_text(

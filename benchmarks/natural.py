@@ -3,7 +3,7 @@
     python -m benchmarks.natural runs/camvid-dtop --data camvid --data-root ../shared/data/camvid \\
         --method dtop --threshold 0.98/0.8/0.65 --precision bf16 --json FILE
 
-Two times for every image: the forward pass to grid logits, and that plus classes at the picture's full size. Each is
+Two times for every image: the forward pass to grid logits, and that plus classes at the image's full size. Each is
 the median of `--repeats` runs. Percentiles are over images; the worst one has the longest dynamic time.
 """
 

@@ -1,4 +1,4 @@
-"""Load on `tokenexit serve`: pictures per second and waiting times of clients at once, and whether memory stays flat.
+"""Load on `tokenexit serve`: images per second and waiting times of clients at once, and whether memory stays flat.
 
     python -m benchmarks.serving MODEL --clients 1 8 32 --requests 400 --soak 2000 --json serving.json
 
@@ -45,7 +45,7 @@ MARK = "tokenexit-benchmark"
 class Load:
     """What one number of clients saw. answered: of `requests`; different: answers unlike the one that came alone.
 
-    busy: times that 429 was said. batch: mean pictures in a call of the model. Times in milliseconds.
+    busy: times that 429 was said. batch: mean images in a call of the model. Times in milliseconds.
     """
 
     clients: int
@@ -126,7 +126,7 @@ def load(server: Server, forms: Sequence[bytes], masks: Sequence[bytes], clients
                     found.answered += answer[0] == 200
                     found.different += answer[0] == 200 and answer[1] != masks[n % len(masks)]
 
-    calls, pictures = (server.figure(f"tokenexit_batch_pictures_{name}") for name in ("count", "sum"))
+    calls, images = (server.figure(f"tokenexit_batch_pictures_{name}") for name in ("count", "sum"))
     threads = [threading.Thread(target=client) for _ in range(clients)]
     start = time.perf_counter()
     for thread in threads:
@@ -135,7 +135,7 @@ def load(server: Server, forms: Sequence[bytes], masks: Sequence[bytes], clients
         thread.join()
     found.pictures_per_second = requests / (time.perf_counter() - start)
     calls = server.figure("tokenexit_batch_pictures_count") - calls
-    found.batch = (server.figure("tokenexit_batch_pictures_sum") - pictures) / max(calls, 1)
+    found.batch = (server.figure("tokenexit_batch_pictures_sum") - images) / max(calls, 1)
     found.p50, found.p99 = (quantile(found.times, share) for share in (0.5, 0.99))
     return found
 
@@ -157,10 +157,10 @@ def soak(server: Server, forms: Sequence[bytes], masks: Sequence[bytes], request
 def to_table(loads: Sequence[Load], caption: str) -> Table:
     columns = [
         Column("clients", align="right"),
-        Column("pictures/s", "{:.1f}", "right"),
+        Column("images/s", "{:.1f}", "right"),
         Column("p50 ms", "{:.0f}", "right"),
         Column("p99 ms", "{:.0f}", "right"),
-        Column("pictures per call", "{:.1f}", "right"),
+        Column("images per call", "{:.1f}", "right"),
         Column("answered", align="right"),
         Column("different", align="right"),
     ]
@@ -209,7 +209,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python": platform.python_version(),
         "processor": platform.machine(),
     }
-    caption = f"{about['model']}, {options.method}, pictures of {size[0]}x{size[1]}, {about['cores']} cores"
+    caption = f"{about['model']}, {options.method}, images of {size[0]}x{size[1]}, {about['cores']} cores"
     print(to_table(loads, caption).to_markdown())
     for row in memory:
         print(f"{row['requests']:.0f} requests: {row['mib']:.0f} MiB")

@@ -1,10 +1,10 @@
-"""What a calibration is worth on other pictures: brightness, blur, noise, JPEG, and another place altogether.
+"""What a calibration is worth on other images: brightness, blur, noise, JPEG, and another place altogether.
 
     python -m benchmarks.shift runs/camvid-calibrated --data camvid --data-root ../shared/data/camvid --split test
     python -m benchmarks.shift runs/scenes-calibrated --data scenes --other camvid --other-root ../shared/data/camvid
 
-For every shift: how many pixels differ from the dense model on the same pictures, with the standard error over images,
-beside the bound that the calibration promises, if it does; what it costs; mIoU of both; and whether the monitor of
+For every shift: how many pixels differ from the dense model on the same images, with the standard error over images,
+beside the bound that the calibration guarantees, if it does; what it costs; mIoU of both; and whether the monitor of
 `tokenexit predict` would warn. Prints a Markdown table.
 """
 
@@ -21,15 +21,22 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
-from tokenexit.calibration.calibration_set import Bench, dense_reference, drawn, error, true_run, truth_reference
+from tokenexit.calibration.calibration_set import (
+    CalibrationSet,
+    dense_reference,
+    drawn,
+    error,
+    true_run,
+    truth_reference,
+)
 from tokenexit.calibration.drift import Monitor
-from tokenexit.calibration.store import usual_of
+from tokenexit.calibration.store import reference_statistics_of
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.data.registry import open_dataset
 from tokenexit.evaluation.metrics import scores
 from tokenexit.methods import Dense
 from tokenexit.report.tables import Column, Table
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 
 Shift = Callable[[Image.Image, int], Image.Image]
@@ -45,7 +52,7 @@ def blur(radius: float) -> Shift:
 
 
 def noise(sigma: float) -> Shift:
-    """Gaussian, of 255 grey values; a function of the picture's index."""
+    """Gaussian, of 255 grey values; a function of the image's index."""
 
     def noisy(image: Image.Image, index: int) -> Image.Image:
         pixels = np.asarray(image, dtype=np.float64)
@@ -74,7 +81,7 @@ SHIFTS: dict[str, Shift] = {
 
 
 class Shifted:
-    """A dataset whose pictures are changed; what they show is not."""
+    """A dataset whose images are changed; what they show is not."""
 
     def __init__(self, data: SegmentationDataset, shift: Shift) -> None:
         self.data, self.shift, self.labels = data, shift, data.labels
@@ -87,45 +94,45 @@ class Shifted:
         return Sample(self.shift(sample.image, index), sample.mask, sample.name)
 
 
-def measure(bench: Bench, name: str) -> dict[str, Any]:
-    """What the calibrated method does on these pictures."""
-    model = bench.model
+def measure(calibration_set: CalibrationSet, name: str) -> dict[str, Any]:
+    """What the calibrated method does on these images."""
+    model = calibration_set.model
     method = model.calibrated_method()
     assert method is not None, "checked when the model was read"
-    run = true_run(bench, method, dense_reference(bench), name)
+    run = true_run(calibration_set, method, dense_reference(calibration_set), name)
     losses = {average: error(run.confusion, average) for average in ("pixels", "classes")}
-    monitor = Monitor(usual_of(model))
+    monitor = Monitor(reference_statistics_of(model))
     monitor.add(run.histograms)
     row = {
         "shift": name,
-        "images": len(bench),
+        "images": len(calibration_set),
         "disagreement": losses["pixels"].mean().item(),
-        "standard_error": losses["pixels"].std().item() / len(bench) ** 0.5,
+        "standard_error": losses["pixels"].std().item() / len(calibration_set) ** 0.5,
         "disagreement_mean_over_classes": losses["classes"].mean().item(),
-        "share_of_dense": run.share,
-        "unusual": monitor.unusual / monitor.pictures,
+        "share_of_dense": run.mac_ratio,
+        "unusual": monitor.unusual / monitor.images,
         "mean_apart": monitor.apart,
         "warns": monitor.warning() is not None,
         "miou": None,
         "dense_miou": None,
     }
     # Where another dataset has other classes, agreement is all that can be asked.
-    if bench.data.labels.names == (model.preprocessing.labels or bench.data.labels).names:
-        truth = truth_reference(bench)
-        row["miou"] = scores(true_run(bench, method, truth, name).confusion.sum(0)).miou
-        row["dense_miou"] = scores(true_run(bench, Dense(), truth, name).confusion.sum(0)).miou
+    if calibration_set.data.labels.names == (model.preprocessing.labels or calibration_set.data.labels).names:
+        truth = truth_reference(calibration_set)
+        row["miou"] = scores(true_run(calibration_set, method, truth, name).confusion.sum(0)).miou
+        row["dense_miou"] = scores(true_run(calibration_set, Dense(), truth, name).confusion.sum(0)).miou
     return row
 
 
 def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
     columns = [
-        Column("pictures"),
+        Column("images"),
         Column("unlike dense", "{}", "right", "Share of pixels, mean over images, with its standard error."),
-        Column("bound", "{:.3g}", "right", "On that mean, promised for pictures like the calibration's only."),
+        Column("bound", "{:.3g}", "right", "On that mean, guaranteed for images like the calibration's only."),
         Column("of dense", "{:.1%}", "right", "Multiply-adds over those of the dense model."),
         Column("mIoU", "{:.2f}", "right"),
         Column("dense mIoU", "{:.2f}", "right"),
-        Column("unusual", "{:.0%}", "right", "Pictures farther from the calibration's than 95 % of those."),
+        Column("unusual", "{:.0%}", "right", "Images farther from the calibration's than 95 % of those."),
         Column("apart", "{:.0%}", "right", "Share of tokens by which the mean histogram differs, beyond chance."),
         Column("warns", "{}", "right", "Whether `tokenexit predict` would say so."),
     ]
@@ -164,15 +171,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.manual_seed(0)
     data = open_dataset(options.data, options.data_root, options.split)
     indices = drawn(len(data), options.limit, 0)
-    rows = [measure(Bench(model, Shifted(data, SHIFTS[name]), indices), name) for name in options.shifts]
+    rows = [measure(CalibrationSet(model, Shifted(data, SHIFTS[name]), indices), name) for name in options.shifts]
     if options.other is not None:
         other = open_dataset(options.other, options.other_root, options.split)
-        rows.append(measure(Bench(model, other, drawn(len(other), options.limit, 0)), options.other))
+        rows.append(measure(CalibrationSet(model, other, drawn(len(other), options.limit, 0)), options.other))
     bound = model.calibration["asked"].get("max_disagreement")
     print(table(rows, bound))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        with whole(options.json) as unfinished:
+        with atomic_write(options.json) as unfinished:
             unfinished.write_text(json.dumps({"bound": bound, "data": options.data, "rows": rows}, indent=1) + "\n")
 
 

@@ -1,4 +1,4 @@
-"""Small models, pictures and comparisons that many tests share."""
+"""Small models, images and comparisons that many tests share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.heads import Head, HeadOutput
-from tokenexit.methods import Model
+from tokenexit.methods import ModelView
 from tokenexit.segmenter import ExitSegmenter
 
 PATCH = 4
@@ -97,15 +97,15 @@ def enliven(module: nn.Module) -> None:
             value.mul_(3.0)
 
 
-def picture(height: int, width: int, seed: int = 0) -> Tensor:
+def random_image(height: int, width: int, seed: int = 0) -> Tensor:
     """Noise `(3, H, W)`: no two patches alike."""
     return torch.randn(3, height, width, generator=torch.Generator().manual_seed(seed))
 
 
 def gently_varied(height: int, width: int, seed: int = 0) -> Tensor:
-    """A dark-to-bright picture with a little noise, whose neighbouring patches are alike."""
+    """A dark-to-bright image with a little noise, whose neighbouring patches are alike."""
     ramp = torch.linspace(-1, 1, width).expand(3, height, width)
-    return ramp + 0.1 * picture(height, width, seed)
+    return ramp + 0.1 * random_image(height, width, seed)
 
 
 def between_scores(scores: Tensor, share: float) -> float:
@@ -168,13 +168,13 @@ def fix_exit(model: ExitSegmenter, n: int, confidence: Sequence[float], label: S
     model.exit_heads[n] = FixedHead(table)
 
 
-def call_view(model: ExitSegmenter, with_stages: bool = False) -> Model:
+def call_view(model: ExitSegmenter, with_records: bool = False) -> ModelView:
     """What a method is told of the model in a call."""
-    return Model(
+    return ModelView(
         exit_heads=[head for head in model.exit_heads if isinstance(head, Head)],
         decode_head=model.decode_head,
         norm=model.backbone.norm,
         num_classes=model.config.num_classes,
         has_class_token=model.config.backbone.class_token,
-        with_stages=with_stages,
+        with_records=with_records,
     )

@@ -69,7 +69,7 @@ def test_pages__have_commands() -> None:
 def test_getting_started__works_as_it_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a model that trained for a few steps instead of minutes, and with fewer pictures."""
+    """On a model that trained for a few steps instead of minutes, and with fewer images."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("tokenexit.cli.quickstart.pace", lambda seconds, seed: (3, "fp32"))
     monkeypatch.setattr("tokenexit.cli.quickstart.TEST_IMAGES", 4)

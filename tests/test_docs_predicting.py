@@ -1,4 +1,4 @@
-"""What docs/guide/predicting.md shows works as it stands, with a small model and small pictures."""
+"""What docs/guide/predicting.md shows works as it stands, with a small model and small images."""
 
 from __future__ import annotations
 

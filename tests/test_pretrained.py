@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from tests.calibration.test_calibrate import bench
+from tests.calibration.test_calibrate import calibration_set
 from tests.helpers import enliven, tiny_segmenter
 from tests.saving_driver import versions
 from tokenexit.calibration.calibrate import calibrate
-from tokenexit.calibration.store import usual_of
+from tokenexit.calibration.store import reference_statistics_of
 from tokenexit.calibration.targets import Budget
 from tokenexit.errors import CheckpointError, TokenExitError
 from tokenexit.methods import DToP
@@ -312,7 +312,7 @@ def mutated(content: Any, rng: random.Random) -> bytes:
 
 @pytest.mark.parametrize("file", ["config.json", "calibration.json", "training.json"])
 def test_attack__mutated_files_end_in_one_sentence_or_a_model(file: str, tmp_path: Path) -> None:
-    images = bench(6)
+    images = calibration_set(6)
     model = images.model
     model.calibration = calibrate(images, DToP(keep_per_class=1), Budget("budget", 0.9)).to_dict()
     model.records = {"training.json": {"config": {"data": {"name": "scenes", "root": None, "options": {}}}}}
@@ -327,7 +327,7 @@ def test_attack__mutated_files_end_in_one_sentence_or_a_model(file: str, tmp_pat
             found = ExitSegmenter.from_pretrained(tmp_path)
             found.predict(image, "dense" if file != "calibration.json" else None)
             if found.calibration is not None:
-                usual_of(found)
+                reference_statistics_of(found)
             read_record(tmp_path, "training.json")
         except TokenExitError as error:
             messages.append(str(error))

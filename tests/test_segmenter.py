@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.helpers import SMALL_HEADS, assert_close, enliven, picture, tiny_config, tiny_segmenter
+from tests.helpers import SMALL_HEADS, assert_close, enliven, random_image, tiny_config, tiny_segmenter
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -18,7 +18,7 @@ MIXED = [(16, 20), (9, 33), (4, 4)]
 
 
 def batch(sizes=MIXED):
-    return [picture(*size, i) for i, size in enumerate(sizes)]
+    return [random_image(*size, i) for i, size in enumerate(sizes)]
 
 
 def test_forward__takes_one_tensor_or_a_list():
@@ -61,7 +61,7 @@ def test_forward__one_model_serves_threads_with_different_methods():
     for a, b in zip(sequential, threaded):
         assert a.ledger == b.ledger
         assert all(torch.equal(x, y) for x, y in zip(a.grid_logits, b.grid_logits))
-        assert all(torch.equal(x, y) for x, y in zip(a.exit_stage, b.exit_stage))
+        assert all(torch.equal(x, y) for x, y in zip(a.exit_index, b.exit_index))
 
 
 def test_forward__inputs_are_not_changed():
@@ -93,7 +93,7 @@ def test_check__refuses_a_method_as_a_call_would():
     with pytest.raises(ConfigError) as checked:
         model.check(DoViT())
     with pytest.raises(ConfigError) as called:
-        model([picture(8, 8)], DoViT())
+        model([random_image(8, 8)], DoViT())
     assert str(checked.value) == str(called.value)
 
 
@@ -105,7 +105,7 @@ def test_forward__targets_of_another_number_are_refused():
 # predict
 
 
-def test_predict__gives_maps_at_the_sizes_of_the_pictures(tmp_path):
+def test_predict__gives_maps_at_the_sizes_of_the_images(tmp_path):
     rng = np.random.default_rng(0)
     path = tmp_path / "street.png"
     Image.fromarray(rng.integers(0, 255, (30, 40, 3), dtype=np.uint8)).save(path)
@@ -115,7 +115,7 @@ def test_predict__gives_maps_at_the_sizes_of_the_pictures(tmp_path):
     assert torch.equal(out.labels[0], out.labels[1])
 
 
-def test_predict__of_one_picture_is_a_batch_of_one(tmp_path):
+def test_predict__of_one_image_is_a_batch_of_one(tmp_path):
     path = tmp_path / "street.png"
     Image.new("RGB", (12, 9), (10, 200, 30)).save(path)
     out = tiny_segmenter().predict(path)

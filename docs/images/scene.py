@@ -1,4 +1,4 @@
-"""The picture of the README: a drawn scene, the dense answer, DToP's, and where its compute went.
+"""The image of the README: a drawn scene, the dense answer, DToP's, and where its compute went.
 
 python docs/images/scene.py runs/quickstart/model docs/images/scene.png --budget 0.6 --scene 9
 
@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from tokenexit.calibration.calibrate import calibrate
-from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.targets import Budget
 from tokenexit.data.registry import open_dataset
 from tokenexit.methods import Dense, DToP, build_method
@@ -29,7 +29,7 @@ def main() -> None:
     options = parser.parse_args()
     model = ExitSegmenter.from_pretrained(options.model)
     val, test = (open_dataset("scenes", None, split) for split in ("val", "test"))
-    found = calibrate(Bench(model, val, range(50)), DToP(), Budget("budget", options.budget))
+    found = calibrate(CalibrationSet(model, val, range(50)), DToP(), Budget("budget", options.budget))
     image, _, dense, dtop, exits = example(
         model, test[options.scene], [Dense(), build_method(found.method)], test.labels
     )

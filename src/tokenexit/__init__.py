@@ -21,7 +21,7 @@ _HOME = {
     "calibrate": "tokenexit.calibration.calibrate",
     "Budget": "tokenexit.calibration.targets",
     "Bound": "tokenexit.calibration.targets",
-    "Bench": "tokenexit.calibration.calibration_set",
+    "CalibrationSet": "tokenexit.calibration.calibration_set",
     "Dense": "tokenexit.methods",
     "DToP": "tokenexit.methods",
     "DoViT": "tokenexit.methods",
@@ -33,7 +33,7 @@ _HOME = {
 
 if TYPE_CHECKING:
     from tokenexit.calibration.calibrate import calibrate
-    from tokenexit.calibration.calibration_set import Bench
+    from tokenexit.calibration.calibration_set import CalibrationSet
     from tokenexit.calibration.targets import Bound, Budget
     from tokenexit.engine.vit import ViTConfig
     from tokenexit.errors import TokenExitError
@@ -45,9 +45,9 @@ if TYPE_CHECKING:
     from tokenexit.segmenter import ExitSegmenter
 
 __all__ = [
-    "Bench",
     "Bound",
     "Budget",
+    "CalibrationSet",
     "DToP",
     "Dense",
     "DoViT",

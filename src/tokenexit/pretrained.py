@@ -25,7 +25,7 @@ from tokenexit.hub.fetch import resolve_folder
 from tokenexit.hub.push import push_folder
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Method, build_method
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.folder import current, replaced_together
 from tokenexit.runtime.schema import Between, Share, check, check_fields, check_keys, damaged, misfit, read_json, shown
 
@@ -204,7 +204,7 @@ class PretrainedMixin(nn.Module):
         with replaced_together(folder) as new:
             if card and may_write(folder / CARD_FILE):
                 files[CARD_FILE] = self._card(folder.resolve().name, config, license)
-            with whole(new / WEIGHTS_FILE) as unfinished:
+            with atomic_write(new / WEIGHTS_FILE) as unfinished:
                 save_file(state, unfinished, metadata={"format": "pt"})
             for name, text in files.items():
                 (new / name).write_text(text)

@@ -27,17 +27,17 @@ from tokenexit.hub.fetch import resolve_weights
 from tokenexit.inputs.images import ImageSource, load_image
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.methods import Dense, Method, MethodLike, Model, Result, as_method
+from tokenexit.methods import Dense, Method, MethodLike, ModelView, Result, as_method
 from tokenexit.outputs.huggingface import ImageSegmentation, label_maps
 from tokenexit.outputs.ledger import Size, write_ledger
 from tokenexit.outputs.losses import segmentation_loss
-from tokenexit.outputs.segmentation import SegmentationOutput, joined
+from tokenexit.outputs.segmentation import SegmentationOutput, concatenated
 from tokenexit.outputs.windows import Segmentation, segment_windows
 from tokenexit.pretrained import PretrainedMixin, SegmenterConfig
 
 
 def run_tokens(
-    backbone: ViT, exits: Sequence[int], tokens: Tokens, method: Method[Any], model: Model
+    backbone: ViT, exits: Sequence[int], tokens: Tokens, method: Method[Any], model: ModelView
 ) -> tuple[Result, list[tuple[int, ...]]]:
     """The loop of all methods: blocks, an exit, blocks of the tokens that are left, and the map of all.
 
@@ -60,7 +60,7 @@ class ExitSegmenter(PretrainedMixin):
     backbone: a preset's name (`tokenexit.engine.vit.PRESETS`) or a `ViTConfig`; `backbone_options` change its fields,
         for example `class_token=False`.
     exits: after how many blocks each exit stands. exit_head: a head for all exits, or a list with one for each.
-    decode_head: the head at the end. preprocessing: how pictures become inputs; saved with the model.
+    decode_head: the head at the end. preprocessing: how images become inputs; saved with the model.
     weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`; what was
         loaded, missing, unexpected or resized stands in `load_report`. Raises `CheckpointError` if they do not fit.
     """
@@ -115,7 +115,7 @@ class ExitSegmenter(PretrainedMixin):
         images: Tensor | Sequence[Tensor],
         method: MethodLike | None = None,
         targets: Sequence[Size] | None = None,
-        with_stages: bool = False,
+        with_records: bool = False,
         labels: Tensor | None = None,
     ) -> SegmentationOutput:
         """Segment a batch.
@@ -123,7 +123,7 @@ class ExitSegmenter(PretrainedMixin):
         images: `(B, 3, H, W)` or a list of `(3, H, W)`, sizes may differ. method: a method, its name or its
             specification; `Dense()` if not given.
         targets: height and width of the maps that the output's `labels` and `logits` return; image sizes if not given.
-        with_stages: record the full map of every exit, as training always does for its losses.
+        with_records: record the full map of every exit, as training always does for its losses.
         labels: masks `(B, H, W)`, of which the output's `loss` is taken: `segmentation_loss` with its defaults and the
             `ignore_index` of the preprocessing's labels.
         """
@@ -131,7 +131,7 @@ class ExitSegmenter(PretrainedMixin):
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
         method = Dense() if method is None else as_method(method)
-        model = self.for_methods(self.training or with_stages or labels is not None)
+        model = self.view(self.training or with_records or labels is not None)
         method.check(model)
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         targets = sizes if targets is None else tuple(targets)
@@ -140,14 +140,14 @@ class ExitSegmenter(PretrainedMixin):
             self._run([images[i] for i in run], own, model, targets[run.start : run.stop])
             for run, own in method.runs(grids)
         ]
-        output = outputs[0] if len(outputs) == 1 else joined(outputs)
+        output = outputs[0] if len(outputs) == 1 else concatenated(outputs)
         if labels is None:
             return output
         classes = self.preprocessing.labels or default_labels(self.config.num_classes)
         return replace(output, loss=segmentation_loss(output, labels, classes.ignore_index))
 
     def _run(
-        self, images: Sequence[Tensor], method: Method[Any], model: Model, targets: tuple[Size, ...]
+        self, images: Sequence[Tensor], method: Method[Any], model: ModelView, targets: tuple[Size, ...]
     ) -> SegmentationOutput:
         """Images to maps: tokens run, and what the decode head made of them is cut into images."""
         tokens = self.backbone.embed(images)
@@ -156,33 +156,33 @@ class ExitSegmenter(PretrainedMixin):
         sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         scale, grids = self.decode_head.scale, tokens.grids
         maps = torch.split(result.logits, [h * w * scale * scale for h, w in grids])
-        stages = torch.split(result.exit_stage, [h * w for h, w in grids])
+        exit_index = torch.split(result.exit_index, [h * w for h, w in grids])
         return SegmentationOutput(
             grid_logits=tuple(m.view(h * scale, w * scale, -1).permute(2, 0, 1) for m, (h, w) in zip(maps, grids)),
             value=result.value,
-            exit_stage=tuple(s.view(grid) for s, grid in zip(stages, grids)),
+            exit_index=tuple(s.view(grid) for s, grid in zip(exit_index, grids)),
             num_exits=model.num_exits,
-            ledger=write_ledger(self.backbone, model.exit_heads, self.decode_head, grids, lengths, result.stages),
+            ledger=write_ledger(self.backbone, model.exit_heads, self.decode_head, grids, lengths, result.exit_records),
             sizes=sizes,
             targets=targets,
             patch_size=self.config.backbone.patch_size,
             upscale=self.decode_head.upscale,
-            stages=result.stages,
+            exit_records=result.exit_records,
         )
 
     def check(self, method: MethodLike) -> None:
         """Raise `ConfigError`, in one sentence, for a method that cannot run on this model."""
-        as_method(method).check(self.for_methods())
+        as_method(method).check(self.view())
 
-    def for_methods(self, with_stages: bool = False) -> Model:
+    def view(self, with_records: bool = False) -> ModelView:
         """What a method may know of this model."""
-        return Model(
+        return ModelView(
             exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
             decode_head=self.decode_head,
             norm=self.backbone.norm,
             num_classes=self.config.num_classes,
             has_class_token=self.config.backbone.class_token,
-            with_stages=with_stages,
+            with_records=with_records,
         )
 
     def segment(
@@ -190,14 +190,14 @@ class ExitSegmenter(PretrainedMixin):
         images: Tensor | Sequence[Tensor],
         method: MethodLike | None = None,
         targets: Sequence[Size] | None = None,
-        with_stages: bool = False,
+        with_records: bool = False,
     ) -> Segmentation:
         """As a call of the model, but in the windows of its `preprocessing` if it names one."""
         window, stride = self.preprocessing.window, self.preprocessing.stride
         if window is None or stride is None:
-            return self(images, method, targets, with_stages)  # type: ignore[no-any-return]
+            return self(images, method, targets, with_records)  # type: ignore[no-any-return]
         return segment_windows(
-            lambda crops, method: self(crops, method, with_stages=with_stages),
+            lambda crops, method: self(crops, method, with_records=with_records),
             _as_list(images),
             window,
             stride,
@@ -208,12 +208,12 @@ class ExitSegmenter(PretrainedMixin):
 
     @torch.no_grad()
     def predict(self, images: ImageSource | Sequence[ImageSource], method: MethodLike | None = None) -> Segmentation:
-        """Segment pictures: paths, PIL images or arrays, one or a list; maps come back at the pictures' own sizes.
+        """Segment images: paths, PIL images or arrays, one or a list; maps come back at the images' own sizes.
 
-        Pictures are taken whole, or in the windows of `preprocessing` if it names one.
+        Images are taken whole, or in the windows of `preprocessing` if it names one.
         method: the calibrated one if not given, and `Dense()` for a model that was not calibrated.
-        The model must be in evaluation mode, which `from_pretrained` and `eval()` set. Raises `DataError` for a
-        picture that cannot be read.
+        The model must be in evaluation mode, which `from_pretrained` and `eval()` set. Raises `DataError` for an
+        image that cannot be read.
         """
         if self.training:
             raise ConfigError("predict needs the model in evaluation mode: call model.eval() first.")
@@ -225,10 +225,10 @@ class ExitSegmenter(PretrainedMixin):
         sources: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         if not sources:
             raise ConfigError("predict got no images: give a path, a PIL image or an array, or a list of them.")
-        pictures = [load_image(source) for source in sources]
-        tensors = [self.preprocessing.to_tensor(picture).to(self.device) for picture in pictures]
+        loaded = [load_image(source) for source in sources]
+        tensors = [self.preprocessing.to_tensor(image).to(self.device) for image in loaded]
         method = self.calibrated_method() if method is None else method
-        return self.segment(tensors, method, targets=[(p.height, p.width) for p in pictures])
+        return self.segment(tensors, method, targets=[(p.height, p.width) for p in loaded])
 
     @property
     def id2label(self) -> dict[int, str]:
@@ -238,11 +238,11 @@ class ExitSegmenter(PretrainedMixin):
     def post_process_semantic_segmentation(
         self, outputs: Segmentation, target_sizes: Sequence[Size] | None = None
     ) -> list[Tensor]:
-        """Class of every pixel, one `(H, W)` map per picture. See `tokenexit.outputs.huggingface.label_maps`."""
+        """Class of every pixel, one `(H, W)` map per image. See `tokenexit.outputs.huggingface.label_maps`."""
         return label_maps(outputs, target_sizes)
 
     def pipeline(self, method: MethodLike | None = None) -> ImageSegmentation:
-        """What is called with pictures and answers as Hugging Face's `image-segmentation` pipeline does.
+        """What is called with images and answers as Hugging Face's `image-segmentation` pipeline does.
 
         method: as of `predict`."""
         return ImageSegmentation(lambda image: self.predict(image, method), self.id2label)

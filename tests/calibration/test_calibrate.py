@@ -1,4 +1,4 @@
-"""From wishes to thresholds: what is reached, what is refused, and what is saved."""
+"""From targets to thresholds: what is reached, what is refused, and what is saved."""
 
 from __future__ import annotations
 
@@ -12,20 +12,34 @@ import numpy as np
 import pytest
 import torch
 
-from tests.calibration.test_dense_pass import CLASSES, Noise, bench, random_pass
+from tests.calibration.test_dense_pass import CLASSES, Noise, calibration_set, random_pass
 from tests.helpers import tiny_segmenter
 from tokenexit.calibration import for_bound, planner, risk_control
 from tokenexit.calibration.calibrate import calibrate
-from tokenexit.calibration.calibration_set import Bench, UnlabelledPictures, dense_reference, drawn, error, true_run
-from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts
-from tokenexit.calibration.drift import ALARM, LEAST_PICTURES, Histograms, Monitor, Usual, distances, watch
-from tokenexit.calibration.for_bound import Trial, split
+from tokenexit.calibration.calibration_set import (
+    CalibrationSet,
+    UnlabelledImages,
+    dense_reference,
+    drawn,
+    error,
+    true_run,
+)
+from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts
+from tokenexit.calibration.drift import (
+    ALARM,
+    LEAST_IMAGES,
+    Histograms,
+    Monitor,
+    ReferenceStatistics,
+    distances,
+    hook_scores,
+)
+from tokenexit.calibration.for_bound import SequentialTest, split
 from tokenexit.calibration.latency import Curve, Latency, latency_on_this_machine
 from tokenexit.calibration.search import cap_shares, meet_budget
-from tokenexit.calibration.store import usual_of, write_calibration
-from tokenexit.calibration.targets import Bound, Budget, wish_of
-from tokenexit.calibration.threshold_path import Path as ThresholdPath
-from tokenexit.calibration.threshold_path import build_path, even_path, place_where
+from tokenexit.calibration.store import reference_statistics_of, write_calibration
+from tokenexit.calibration.targets import Bound, Budget, target_of
+from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even_path, position_where
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, build_method
 from tokenexit.segmenter import ExitSegmenter
@@ -36,7 +50,7 @@ SMALL = ((16, 20),)
 @pytest.fixture(autouse=True)
 def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "PRICES", (0.0,))
-    monkeypatch.setattr(for_bound, "SCOUTS", 3)
+    monkeypatch.setattr(for_bound, "PILOT_RUNS", 3)
     monkeypatch.setattr("tokenexit.calibration.threshold_path.LEVELS", 12)
 
 
@@ -44,30 +58,32 @@ def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_path__never_falls_and_goes_from_nobody_to_everybody() -> None:
-    images, method = bench(4), DToP(keep_per_class=0)
+    images, method = calibration_set(4), DToP(keep_per_class=0)
     dense = DensePass.of(images, method)
-    path = build_path(dense, method, lambda d: Costs(images.model, method, d.grids), "pixels", torch.zeros(3))
+    path = build_path(dense, method, lambda d: MacTable(images.model, method, d.grids), "pixels", torch.zeros(3))
     assert path.limits[0].tolist() == [0.0, 0.0]
     assert path.limits[-1].tolist() == [1.0, 1.0]
     assert (path.limits.diff(dim=0) >= 0).all()
-    shares = [live_counts(dense, compose(dense, method, path.at(p)))[:, 1:].sum().item() for p in range(len(path))]
+    shares = [
+        live_counts(dense, compose(dense, method, path.limits_at(p)))[:, 1:].sum().item() for p in range(len(path))
+    ]
     assert shares == sorted(shares, reverse=True)
     assert shares[-1] == 0
 
 
 def test_path__loses_no_more_than_one_threshold_for_all_exits() -> None:
     """At equal predicted compute, on the images it was built on."""
-    images, method = bench(6), DToP(keep_per_class=0)
+    images, method = calibration_set(6), DToP(keep_per_class=0)
     dense = DensePass.of(images, method)
-    costs, losses = Costs(images.model, method, dense.grids), dense.losses("pixels")
-    greedy = build_path(dense, method, lambda d: Costs(images.model, method, d.grids), "pixels", torch.zeros(3))
+    costs, losses = MacTable(images.model, method, dense.grids), dense.losses("pixels")
+    greedy = build_path(dense, method, lambda d: MacTable(images.model, method, d.grids), "pixels", torch.zeros(3))
 
     def lost_at(path: ThresholdPath, share: float) -> float:
-        def cost(place: float) -> float:
-            return costs.share(live_counts(dense, compose(dense, method, path.at(place))))
+        def cost(position: float) -> float:
+            return costs.mac_ratio(live_counts(dense, compose(dense, method, path.limits_at(position))))
 
-        stage = compose(dense, method, path.at(place_where(cost, share, path.end)))
-        return losses.gather(0, stage[None]).sum().item()
+        exit_index = compose(dense, method, path.limits_at(position_where(cost, share, path.end)))
+        return losses.gather(0, exit_index[None]).sum().item()
 
     shares = [0.9, 0.8, 0.7, 0.6]
     gains = [lost_at(even_path(2), share) - lost_at(greedy, share) for share in shares]
@@ -76,16 +92,16 @@ def test_path__loses_no_more_than_one_threshold_for_all_exits() -> None:
 
 def test_path_at__lies_between_its_points() -> None:
     path = ThresholdPath(torch.tensor([[0.0, 0.0], [0.2, 0.0], [0.2, 0.123456]], dtype=torch.float64))
-    assert path.at(0.5) == (0.1, 0.0)
-    assert path.at(2.0) == (0.2, 0.1235)
-    assert path.at(-1.0) == (0.0, 0.0)
-    assert path.at(9.0) == path.at(path.end)
+    assert path.limits_at(0.5) == (0.1, 0.0)
+    assert path.limits_at(2.0) == (0.2, 0.1235)
+    assert path.limits_at(-1.0) == (0.0, 0.0)
+    assert path.limits_at(9.0) == path.limits_at(path.end)
 
 
-def test_place_where__finds_the_first_place_cheap_enough() -> None:
-    assert place_where(lambda x: 1 - x / 10, 0.75, 10.0) == pytest.approx(2.5, abs=2e-3)
-    assert place_where(lambda x: 1 - x / 10, 1.0, 10.0) == 0.0
-    assert place_where(lambda x: 1.0, 0.5, 10.0) == 10.0
+def test_position_where__finds_the_first_position_cheap_enough() -> None:
+    assert position_where(lambda x: 1 - x / 10, 0.75, 10.0) == pytest.approx(2.5, abs=2e-3)
+    assert position_where(lambda x: 1 - x / 10, 1.0, 10.0) == 0.0
+    assert position_where(lambda x: 1.0, 0.5, 10.0) == 10.0
 
 
 # ---------------------------------------------------------------------------------------------------------- budgets
@@ -94,19 +110,19 @@ def test_place_where__finds_the_first_place_cheap_enough() -> None:
 @pytest.mark.parametrize("shift", [-0.1, 0.0, 0.1])
 @pytest.mark.parametrize("budget", [0.9, 0.7, 0.55])
 def test_meet_budget__corrects_a_wrong_prediction(shift: float, budget: float) -> None:
-    def truth(place: float) -> float:
-        return 1 - 0.06 * place + shift * place / 10
+    def truth(position: float) -> float:
+        return 1 - 0.06 * position + shift * position / 10
 
-    met = meet_budget(budget, 10.0, lambda place: 1 - 0.06 * place, lambda place: (truth(place), place))
-    assert met is not None
-    assert 0.99 * budget <= met.reached <= budget
-    assert met.run == met.place
+    fit = meet_budget(budget, 10.0, lambda position: 1 - 0.06 * position, lambda position: (truth(position), position))
+    assert fit is not None
+    assert 0.99 * budget <= fit.reached <= budget
+    assert fit.run == fit.position
 
 
 def test_meet_budget__stays_below_a_step_and_says_when_nothing_will_do() -> None:
-    met = meet_budget(0.6, 10.0, lambda x: 1 - 0.06 * x, lambda x: (0.8 if x < 7 else 0.5, None))
-    assert met is not None
-    assert met.reached == 0.5
+    fit = meet_budget(0.6, 10.0, lambda x: 1 - 0.06 * x, lambda x: (0.8 if x < 7 else 0.5, None))
+    assert fit is not None
+    assert fit.reached == 0.5
     assert meet_budget(0.3, 10.0, lambda x: 1 - 0.08 * x, lambda x: (0.4, None)) is None
     assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).place == 0.0  # type: ignore[union-attr]
 
@@ -114,25 +130,25 @@ def test_meet_budget__stays_below_a_step_and_says_when_nothing_will_do() -> None
 @pytest.mark.parametrize("method", [DToP(keep_per_class=1), DoViT()], ids=["dtop", "dovit"])
 @pytest.mark.parametrize("budget", [0.95, 0.8])
 def test_calibrate__meets_a_budget_by_a_true_run(method: Any, budget: float) -> None:
-    images = bench(12)
+    images = calibration_set(12)
     result = calibrate(images, method, Budget("budget", budget))
     run = true_run(images, build_method(result.method), dense_reference(images))
-    assert run.share == pytest.approx(result.reached["share_of_dense"])
-    assert 0.95 * budget <= run.share <= budget
+    assert run.mac_ratio == pytest.approx(result.reached["share_of_dense"])
+    assert 0.95 * budget <= run.mac_ratio <= budget
     assert len(result.method["threshold"]) == 2
     assert "no" not in result.asked
     assert result.asked["budget"] == budget
 
 
 def test_calibrate__meets_a_budget_in_gmacs() -> None:
-    images = bench(8)
+    images = calibration_set(8)
     dense = true_run(images, Dense(), dense_reference(images)).macs.double().mean().item() / 1e9
     result = calibrate(images, DToP(keep_per_class=0), Budget("budget_gmacs", 0.8 * dense))
     assert 0.75 * dense <= result.reached["gmacs_mean"] <= 0.8 * dense
 
 
 def test_calibrate__keeps_every_image_below_its_cap() -> None:
-    images = bench(8)
+    images = calibration_set(8)
     result = calibrate(images, DToP(keep_per_class=3), Budget("budget", 0.85), cap=0.87)
     assert result.reached["share_of_dense_largest"] <= 0.87
     assert len(result.method["cap"]) == 2
@@ -147,7 +163,7 @@ def test_calibrate__keeps_every_image_below_its_cap() -> None:
 def test_cap_shares__bind_no_image_if_they_need_not() -> None:
     dense = random_pass(1, exits=2, grids=((4, 5), (4, 4)))
     model = tiny_segmenter()
-    costs = Costs(model, DToP(), dense.grids)
+    costs = MacTable(model, DToP(), dense.grids)
     live = torch.tensor([[20, 10, 5], [16, 6, 4]])
     loose = cap_shares(costs, live, 1.5)
     assert loose == (1.0, 1.0)
@@ -166,7 +182,7 @@ def test_cap__holds_for_each_image_of_a_mixed_batch(method: Any) -> None:
     together = model(images, method)
     for i, image in enumerate(images):
         alone = model([image], method)
-        assert torch.equal(together.exit_stage[i], alone.exit_stage[0])
+        assert torch.equal(together.exit_index[i], alone.exit_index[0])
         cells = together.ledger.tokens[i]
         after = [together.ledger.live[i][n] for n in model.config.exits]
         assert after[0] <= 0.5 * cells
@@ -186,11 +202,11 @@ def test_cap__nonsense_is_refused(cap: Any, words: str) -> None:
 
 def test_calibrate__says_what_is_in_reach_of_a_budget() -> None:
     with pytest.raises(ConfigError) as refused:
-        calibrate(bench(4), DToP(keep_per_class=0), Budget("budget", 0.1))
+        calibrate(calibration_set(4), DToP(keep_per_class=0), Budget("budget", 0.1))
     least = float(str(refused.value).split("ask for ")[1].split(" ")[0])
     assert "exits after blocks 1, 3" in str(refused.value)
     assert 0.1 < least < 0.9
-    reached = calibrate(bench(4), DToP(keep_per_class=0), Budget("budget", least)).reached["share_of_dense"]
+    reached = calibrate(calibration_set(4), DToP(keep_per_class=0), Budget("budget", least)).reached["share_of_dense"]
     assert reached <= least
 
 
@@ -227,7 +243,7 @@ def test_calibrate__to_a_latency_uses_a_cached_cost_model(tmp_path: Path, monkey
         return Latency(Curve(0, block, 0), (Curve(0, 0, 0),) * 2)
 
     monkeypatch.setattr("tokenexit.calibration.latency.measure_latency", measure)
-    images = Bench(tiny_segmenter(), Noise(6, SMALL), tuple(range(6)))
+    images = CalibrationSet(tiny_segmenter(), Noise(6, SMALL), tuple(range(6)))
     dense = images.model([torch.zeros(3, 16, 20)]).ledger.dense_macs[0] / 1e5
     result = calibrate(images, DToP(keep_per_class=0), Budget("latency_ms", 0.8 * dense))
     assert 0.7 * dense <= result.reached["latency_ms_mean"] <= 0.8 * dense
@@ -242,23 +258,23 @@ def test_calibrate__to_a_latency_uses_a_cached_cost_model(tmp_path: Path, monkey
 
 
 def test_calibrate__bounds_the_disagreement_on_images_that_had_no_part_in_the_path() -> None:
-    images = bench(40)
-    wish = Bound("max_disagreement", 0.3, confidence=0.8)
-    result = calibrate(images, DToP(keep_per_class=0), wish)
-    path, test = split(40, wish, 0)
+    images = calibration_set(40)
+    target = Bound("max_disagreement", 0.3, confidence=0.8)
+    result = calibrate(images, DToP(keep_per_class=0), target)
+    path, test = split(40, target, 0)
     assert result.images == {"count": 40, "path": len(path), "test": len(test), "seed": 0}
     run = true_run(images.part(test), build_method(result.method), dense_reference(images.part(test)))
     loss = error(run.confusion, "pixels").mean().item()
     assert loss == pytest.approx(result.reached["mean_loss"])
     assert risk_control.hoeffding_bentkus(loss, len(test), 0.3) <= 0.2
     assert result.reached["p_value"] <= 0.2
-    assert run.share == pytest.approx(result.reached["share_of_dense"])
-    assert "With confidence 0.8" in result.promise
-    assert "not for other cameras" in result.promise
+    assert run.mac_ratio == pytest.approx(result.reached["share_of_dense"])
+    assert "With confidence 0.8" in result.guarantee
+    assert "not for other cameras" in result.guarantee
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("target", "words"),
     [
         (Bound("max_disagreement", 0.4, 0.8, images_above=0.3), "at most 0.3 of images like them have more than 0.4"),
         (Bound("max_disagreement", 0.3, in_expectation=True), "No confidence"),
@@ -266,16 +282,16 @@ def test_calibrate__bounds_the_disagreement_on_images_that_had_no_part_in_the_pa
         (Bound("max_error_increase", 0.3, 0.8), "over the dense model's (a decrease counts as none)"),
         (Bound("max_miou_drop", 30.0), "An estimate, not a guarantee"),
     ],
-    ids=lambda wish: getattr(wish, "what", ""),
+    ids=lambda target: getattr(target, "what", ""),
 )
-def test_calibrate__names_what_it_promises(wish: Bound, words: str) -> None:
-    result = calibrate(bench(30), DToP(keep_per_class=0), wish)
-    assert words in result.promise
-    assert result.asked[wish.what] == wish.value
+def test_calibrate__names_what_it_guarantees(target: Bound, words: str) -> None:
+    result = calibrate(calibration_set(30), DToP(keep_per_class=0), target)
+    assert words in result.guarantee
+    assert result.asked[target.what] == target.value
 
 
 @pytest.mark.parametrize(
-    ("wish", "needed"),
+    ("target", "needed"),
     [
         (Bound("max_disagreement", 0.01, 0.95), 299),
         (Bound("max_disagreement", 0.01, 0.95, clip=0.5), 149),
@@ -283,32 +299,32 @@ def test_calibrate__names_what_it_promises(wish: Bound, words: str) -> None:
         (Bound("max_error_increase", 0.01, in_expectation=True), 99),
     ],
 )
-def test_split__says_how_many_images_a_wish_needs(wish: Bound, needed: int) -> None:
+def test_split__says_how_many_images_a_target_needs(target: Bound, needed: int) -> None:
     with pytest.raises(ConfigError, match=rf"needs at least {needed} images to test on.* give {needed + 4} or more"):
-        split(needed + 3, wish, 0)
-    path, test = split(needed + 4, wish, 0)
+        split(needed + 3, target, 0)
+    path, test = split(needed + 4, target, 0)
     assert (len(path), len(test)) == (4, needed)
 
 
 def test_split__parts_are_disjoint_and_a_function_of_the_seed() -> None:
-    wish = Bound("max_disagreement", 0.1)
-    path, test = split(200, wish, 3)
+    target = Bound("max_disagreement", 0.1)
+    path, test = split(200, target, 3)
     assert sorted(path + test) == list(range(200))
     assert len(path) == 60
-    assert split(200, wish, 3) == (path, test)
-    assert split(200, wish, 4) != (path, test)
+    assert split(200, target, 3) == (path, test)
+    assert split(200, target, 4) != (path, test)
 
 
 def test_calibrate__says_what_bound_is_in_reach() -> None:
     with pytest.raises(ConfigError, match=r"max_disagreement=0\.1 is out of reach: .* support a bound of 0\.\d+; ask"):
-        calibrate(bench(30, seed=3), DoViT(), Bound("max_disagreement", 0.1, 0.8))
+        calibrate(calibration_set(30, seed=3), DoViT(), Bound("max_disagreement", 0.1, 0.8))
 
 
-def test_trial__accepts_the_last_place_before_the_first_failure() -> None:
+def test_sequential_test__accepts_the_last_position_before_the_first_failure() -> None:
     """The true procedure on a script of losses: what comes behind a failure is not looked at."""
-    wish = Bound("max_disagreement", 0.1, 0.9)
-    images = bench(2)
-    trial = Trial(images, wish, dense_reference(images), None)
+    target = Bound("max_disagreement", 0.1, 0.9)
+    images = calibration_set(2)
+    sequential_test = SequentialTest(images, target, dense_reference(images), None)
     shares = iter([0.0, 0.02, 0.5, 0.0])
 
     def scripted(method: Any) -> Any:
@@ -317,19 +333,21 @@ def test_trial__accepts_the_last_place_before_the_first_failure() -> None:
         confusion[:, 0, 0], confusion[:, 0, 1] = 1000 - wrong, wrong
         return type("Run", (), {"confusion": confusion})()
 
-    trial.run = scripted  # type: ignore[method-assign]
-    assert risk_control.fixed_sequence(4, lambda j: trial.passes(DToP())) == 2
-    assert trial.figures["mean_loss"] == pytest.approx(0.02)
+    sequential_test.run = scripted  # type: ignore[method-assign]
+    assert risk_control.fixed_sequence(4, lambda j: sequential_test.passes(DToP())) == 2
+    assert sequential_test.figures["mean_loss"] == pytest.approx(0.02)
     assert next(shares) == 0.0
 
 
-def test_trial__in_expectation_judges_the_largest_loss_so_far() -> None:
-    images = bench(2)
-    trial = Trial(images, Bound("max_disagreement", 0.5, in_expectation=True), dense_reference(images), None)
+def test_sequential_test__in_expectation_judges_the_largest_loss_so_far() -> None:
+    images = calibration_set(2)
+    sequential_test = SequentialTest(
+        images, Bound("max_disagreement", 0.5, in_expectation=True), dense_reference(images), None
+    )
     for wrong, passed in ((0, True), (400, True), (0, True), (600, False)):
         confusion = torch.zeros(2, CLASSES, CLASSES)
         confusion[0, 0, 0], confusion[0, 0, 1], confusion[1, 0, 0] = 1000 - wrong, wrong, 1
-        verdict, figures = trial.judge(type("Run", (), {"confusion": confusion})())
+        verdict, figures = sequential_test.judge(type("Run", (), {"confusion": confusion})())
         assert verdict is ((2 * figures["mean_of_largest_losses"] + 1) / 3 <= 0.5)
         assert verdict is passed
     assert figures["mean_of_largest_losses"] == pytest.approx(0.3)
@@ -352,13 +370,13 @@ def test_bound__nonsense_is_refused(values: dict[str, Any], words: str) -> None:
         Bound(**{"what": "max_disagreement", **values})
 
 
-def test_wish_of__takes_exactly_one() -> None:
-    assert wish_of({"budget": 0.6, "confidence": 0.9, "max_disagreement": None}) == Budget("budget", 0.6)
-    assert wish_of({"max_miou_drop": 0.3, "confidence": 0.8}) == Bound("max_miou_drop", 0.3, 0.8)
-    with pytest.raises(ConfigError, match="2 wishes are given"):
-        wish_of({"budget": 0.6, "latency_ms": 3.0})
+def test_target_of__takes_exactly_one() -> None:
+    assert target_of({"budget": 0.6, "confidence": 0.9, "max_disagreement": None}) == Budget("budget", 0.6)
+    assert target_of({"max_miou_drop": 0.3, "confidence": 0.8}) == Bound("max_miou_drop", 0.3, 0.8)
+    with pytest.raises(ConfigError, match="2 targets are given"):
+        target_of({"budget": 0.6, "latency_ms": 3.0})
     with pytest.raises(ConfigError, match="confidence belongs to a bound, and budget is a budget"):
-        wish_of({"budget": 0.6, "confidence": 0.8})
+        target_of({"budget": 0.6, "confidence": 0.8})
 
 
 def test_calibrate__refuses_bounds_on_errors_without_labels(tmp_path: Path) -> None:
@@ -366,8 +384,8 @@ def test_calibrate__refuses_bounds_on_errors_without_labels(tmp_path: Path) -> N
         Noise(20, SMALL)[i].image.save(tmp_path / f"{i}.png")
     model = tiny_segmenter()
     assert model.preprocessing.labels is not None
-    data = UnlabelledPictures([tmp_path], model.preprocessing.labels)
-    images = Bench(model, data, tuple(range(20)))
+    data = UnlabelledImages([tmp_path], model.preprocessing.labels)
+    images = CalibrationSet(model, data, tuple(range(20)))
     with pytest.raises(DataError, match="no labels: ask for --max-disagreement"):
         calibrate(images, DToP(), Bound("max_error_increase", 0.4, 0.8))
     result = calibrate(images, DToP(keep_per_class=0), Budget("budget", 0.9))
@@ -382,7 +400,7 @@ def test_calibrate__leaves_images_without_labels_out_of_bounds_on_errors() -> No
             sample = super().__getitem__(index)
             return replace(sample, mask=np.full_like(sample.mask, 255)) if index % 2 else sample
 
-    images = Bench(tiny_segmenter(), HalfLabelled(40), range(40))
+    images = CalibrationSet(tiny_segmenter(), HalfLabelled(40), range(40))
     result = calibrate(images, DToP(keep_per_class=0), Bound("max_error_increase", 0.4, 0.8))
     assert result.images["count"] == 20
 
@@ -400,7 +418,7 @@ def test_drawn__spreads_a_limit_over_all_images() -> None:
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, Any]:
-    images = bench(6)
+    images = calibration_set(6)
     images.model.save_pretrained(tmp_path / "model")
     return tmp_path / "model", calibrate(images, DToP(keep_per_class=1), Budget("budget", 0.9), about={"data": "noise"})
 
@@ -415,10 +433,10 @@ def test_calibration__is_saved_with_the_model_and_used_by_predict(saved: tuple[P
     model = ExitSegmenter.from_pretrained(folder)
     method = build_method(result.method)
     assert model.calibrated_method() == method
-    picture = Noise(1)[0].image
-    assert model.predict(picture).ledger.macs == model.predict(picture, method).ledger.macs
-    assert model.predict(picture, Dense()).ledger.live[0] == (20,) * 4
-    assert torch.equal(usual_of(model).mean, Usual.from_dict(content["scores"]).mean)
+    image = Noise(1)[0].image
+    assert model.predict(image).ledger.macs == model.predict(image, method).ledger.macs
+    assert model.predict(image, Dense()).ledger.live[0] == (20,) * 4
+    assert torch.equal(reference_statistics_of(model).mean, ReferenceStatistics.from_dict(content["scores"]).mean)
 
 
 def test_calibration__goes_with_the_model_when_it_is_saved_again(saved: tuple[Path, Any], tmp_path: Path) -> None:
@@ -459,7 +477,7 @@ def test_calibration__damaged_is_refused(saved: tuple[Path, Any], text: str) -> 
 def test_calibration__with_missing_parts_is_refused_when_used(saved: tuple[Path, Any]) -> None:
     folder, result = saved
     values = result.to_dict()
-    for part, use in (("method", ExitSegmenter.calibrated_method), ("scores", usual_of)):
+    for part, use in (("method", ExitSegmenter.calibrated_method), ("scores", reference_statistics_of)):
         (folder / "calibration.json").write_text(json.dumps({k: v for k, v in values.items() if k != part}))
         model = ExitSegmenter.from_pretrained(folder)
         with pytest.raises(CheckpointError, match=r"damaged|lacks .scores., as of an earlier version: calibrate again"):
@@ -486,9 +504,9 @@ def test_write_calibration__interrupted_leaves_what_was_there(
 # ------------------------------------------------------------------------------------------------------------- drift
 
 
-def histograms(images: int, doubt: Callable[[np.random.Generator], Any], seed: int = 0) -> Histograms:
+def histograms(images: int, uncertainty: Callable[[np.random.Generator], Any], seed: int = 0) -> Histograms:
     rng = np.random.default_rng(seed)
-    counts = [[np.bincount(doubt(rng), minlength=17)[:17] for _ in range(2)] for _ in range(images)]
+    counts = [[np.bincount(uncertainty(rng), minlength=17)[:17] for _ in range(2)] for _ in range(images)]
     return Histograms(torch.from_numpy(np.array(counts)))
 
 
@@ -500,28 +518,28 @@ def unsure(rng: np.random.Generator) -> Any:
     return rng.binomial(16, rng.beta(40, 20), 60)
 
 
-def test_monitor__is_quiet_with_pictures_like_the_calibrations() -> None:
-    usual = Usual.of(histograms(300, sure))
+def test_monitor__is_quiet_with_images_like_the_calibrations() -> None:
+    reference = ReferenceStatistics.of(histograms(300, sure))
     alarms = 0
     for seed in range(1, 101):
-        monitor = Monitor(usual)
+        monitor = Monitor(reference)
         monitor.add(histograms(25, sure, seed))
         alarms += monitor.warning() is not None
     assert alarms <= 2
 
 
 def test_monitor__warns_of_others_in_one_sentence() -> None:
-    monitor = Monitor(Usual.of(histograms(300, sure)))
+    monitor = Monitor(ReferenceStatistics.of(histograms(300, sure)))
     assert monitor.warning() is None
     monitor.add(histograms(12, unsure, 5))
     warning = monitor.warning()
     assert warning is not None
-    assert "of 12 pictures have scores unlike the calibration's" in warning
+    assert "of 12 images have scores unlike the calibration's" in warning
     assert warning.count(".") <= 2
 
 
-def test_monitor__says_nothing_of_a_single_picture() -> None:
-    monitor = Monitor(Usual.of(histograms(300, sure)))
+def test_monitor__says_nothing_of_a_single_image() -> None:
+    monitor = Monitor(ReferenceStatistics.of(histograms(300, sure)))
     monitor.add(histograms(1, unsure, 5))
     assert monitor.unusual == 1
     assert monitor.warning() is None
@@ -535,10 +553,12 @@ def varied_and_surer(rng: np.random.Generator) -> Any:
     return rng.binomial(16, rng.beta(2, 6), 60)
 
 
-def test_monitor__warns_where_no_picture_is_unusual_and_all_together_are() -> None:
-    usual = Usual.from_dict(json.loads(json.dumps(Usual.of(histograms(300, varied)).to_dict())))
-    few, many, same = (Monitor(usual) for _ in range(3))
-    few.add(histograms(LEAST_PICTURES - 1, varied_and_surer, 1))
+def test_monitor__warns_where_no_image_is_unusual_and_all_together_are() -> None:
+    reference = ReferenceStatistics.from_dict(
+        json.loads(json.dumps(ReferenceStatistics.of(histograms(300, varied)).to_dict()))
+    )
+    few, many, same = (Monitor(reference) for _ in range(3))
+    few.add(histograms(LEAST_IMAGES - 1, varied_and_surer, 1))
     many.add(histograms(200, varied_and_surer, 1))
     same.add(histograms(200, varied, 1))
     assert few.warning() is None
@@ -546,40 +566,40 @@ def test_monitor__warns_where_no_picture_is_unusual_and_all_together_are() -> No
     warning = many.warning()
     assert warning is not None
     assert many.p_value > ALARM, "for themselves they are not unusual"
-    assert f"the scores of these 200 pictures are on average unlike the calibration's, by {many.apart:.0%}" in warning
+    assert f"the scores of these 200 images are on average unlike the calibration's, by {many.apart:.0%}" in warning
 
 
 def test_monitor__joins_what_processes_saw() -> None:
-    usual = Usual.of(histograms(300, sure))
-    alone, first, second = (Monitor(usual) for _ in range(3))
+    reference = ReferenceStatistics.of(histograms(300, sure))
+    alone, first, second = (Monitor(reference) for _ in range(3))
     halves = histograms(30, unsure, 1), histograms(20, sure, 2)
     alone.add(Histograms(torch.cat([half.counts for half in halves])))
     first.add(halves[0])
     second.add(halves[1])
     first.join([second])
-    assert (first.pictures, first.unusual) == (alone.pictures, alone.unusual)
+    assert (first.images, first.unusual) == (alone.images, alone.unusual)
     assert first.apart == pytest.approx(alone.apart)
 
 
 def test_distances__ignore_exits_that_saw_nothing() -> None:
-    mean = Usual.of(histograms(50, sure)).mean
+    mean = ReferenceStatistics.of(histograms(50, sure)).mean
     counts = histograms(1, sure, 9).counts
     counts[:, 1] = 0
     assert distances(Histograms(counts), mean)[0] == distances(Histograms(counts[:, :1]), mean[:1])[0]
     assert distances(Histograms(torch.zeros_like(counts)), mean).tolist() == [0.0]
 
 
-def test_usual__survives_json() -> None:
-    usual = Usual.of(histograms(40, sure))
-    again = Usual.from_dict(json.loads(json.dumps(usual.to_dict())))
-    assert torch.allclose(again.mean, usual.mean, atol=1e-5)
-    assert again.limit == pytest.approx(usual.limit, abs=1e-5)
+def test_reference_statistics__survives_json() -> None:
+    reference = ReferenceStatistics.of(histograms(40, sure))
+    again = ReferenceStatistics.from_dict(json.loads(json.dumps(reference.to_dict())))
+    assert torch.allclose(again.mean, reference.mean, atol=1e-5)
+    assert again.limit == pytest.approx(reference.limit, abs=1e-5)
 
 
 def test_watch__counts_every_token_an_exit_head_saw_and_goes_away() -> None:
     model = tiny_segmenter()
     images = [torch.randn(3, 16, 20), torch.randn(3, 8, 8)]
-    with watch(model) as seen:
+    with hook_scores(model) as seen:
         output = model(images, DToP(threshold=0.6))
     counts = seen.histograms([1, 1]).counts.sum(2)
     assert counts[:, 0].tolist() == list(output.ledger.tokens)

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from tests.helpers import tiny_segmenter
-from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.cbt import cbt_thresholds, class_means, thresholds_by_gap
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError, DataError
@@ -19,7 +19,7 @@ from tokenexit.methods import Dense, DToP
 
 
 class Squares:
-    """Pictures of two sizes whose truth shows classes 0 to 3 and void, never class 4."""
+    """Images of two sizes whose truth shows classes 0 to 3 and void, never class 4."""
 
     def __init__(self, void: bool = False) -> None:
         self.labels: Labels = default_labels(5)
@@ -37,8 +37,8 @@ class Squares:
         return Sample(Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)), mask, str(index))
 
 
-def bench(head: str = "fcn", void: bool = False) -> Bench:
-    return Bench(tiny_segmenter(head), Squares(void), (0, 1, 2))
+def bench(head: str = "fcn", void: bool = False) -> CalibrationSet:
+    return CalibrationSet(tiny_segmenter(head), Squares(void), (0, 1, 2))
 
 
 @pytest.mark.parametrize("head", ["fcn", "setr_naive", "atm"])
@@ -64,7 +64,7 @@ def test_class_means__are_means_over_the_pixels_of_a_class(head: str) -> None:
     assert not torch.allclose(means[0, :4], means[1, :4], atol=1e-3), "exits differ"
 
 
-def test_class_means__of_pictures_in_windows_are_of_all_their_windows() -> None:
+def test_class_means__of_images_in_windows_are_of_all_their_windows() -> None:
     images = bench()
     images.model.preprocessing = replace(images.model.preprocessing, window=(8, 8), stride=(4, 8))
     in_windows = class_means(images)
@@ -92,10 +92,10 @@ def test_cbt_thresholds__are_the_same_at_all_exits_and_run() -> None:
     assert max(thresholds[0]) == thresholds[0][4] == 0.6, "a class never seen is held longest"
     with torch.no_grad():
         out = images.model([torch.randn(3, 16, 16)], DToP(thresholds, keep_per_class=0))
-    assert (out.exit_stage[0] < 2).any()
+    assert (out.exit_index[0] < 2).any()
 
 
-def test_cbt_thresholds__refuse_a_range_that_is_none_and_pictures_without_truth() -> None:
+def test_cbt_thresholds__refuse_a_range_that_is_none_and_images_without_truth() -> None:
     with pytest.raises(ConfigError, match=r"alpha=0.9 and beta=0.8 are no range in \[0, 1\]"):
         cbt_thresholds(bench(), 0.9, 0.8)
     with pytest.raises(DataError, match=r"no labels: CBT needs the truth"):

@@ -12,20 +12,20 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.helpers import SOFTMAX_TOKEN_HEADS, tiny_segmenter
-from tokenexit.calibration.calibration_set import Bench, dense_reference, error, true_run
-from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts, with_limits
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
+from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts, with_thresholds
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.methods import Dense, DoViT, DToP
 from tokenexit.methods.paumer import PAUMER
-from tokenexit.methods.reference import Imposed
+from tokenexit.methods.reference import PrescribedExits
 
 CLASSES = 5
 
 
 class Noise:
-    """Pictures of noise, of two sizes in turn, whose truth is noise as well."""
+    """Images of noise, of two sizes in turn, whose truth is noise as well."""
 
     def __init__(self, count: int, sizes: tuple[tuple[int, int], ...] = ((16, 20), (12, 24))) -> None:
         self.count, self.sizes = count, sizes
@@ -37,41 +37,43 @@ class Noise:
     def __getitem__(self, index: int, /) -> Sample:
         rng = np.random.default_rng(index)
         size = self.sizes[index % len(self.sizes)]
-        picture = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
-        return Sample(picture, rng.integers(0, CLASSES, size), f"noise-{index}")
+        image = Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8))
+        return Sample(image, rng.integers(0, CLASSES, size), f"noise-{index}")
 
 
-def bench(count: int = 6, **model: Any) -> Bench:
-    return Bench(tiny_segmenter(**model), Noise(count), tuple(range(count)))
+def calibration_set(count: int = 6, **model: Any) -> CalibrationSet:
+    return CalibrationSet(tiny_segmenter(**model), Noise(count), tuple(range(count)))
 
 
 def oracle(dense: DensePass, method: Any, limits: tuple[float, ...]) -> list[int]:
     """Token by token and image by image, from the words of the rules."""
-    exits, stage, first = len(limits), [], 0
+    exits, exit_index, first = len(limits), [], 0
     for h, w in dense.grids:
         cells = range(first, first + h * w)
         left = dict.fromkeys(cells, exits)
         named: dict[int, int] = {}
         for n in range(exits):
             live = [i for i in cells if left[i] == exits]
-            sure = [i for i in live if dense.doubt[n][i].item() < limits[n]]
+            sure = [i for i in live if dense.uncertainty[n][i].item() < limits[n]]
             if isinstance(method, DoViT) and method.min_improvement is not None and n > 0:
-                grown = {i: dense.doubt[n - 1][i].item() - dense.doubt[n][i].item() for i in live}
+                grown = {i: dense.uncertainty[n - 1][i].item() - dense.uncertainty[n][i].item() for i in live}
                 sure = [i for i in live if i in sure or grown[i] < method.min_improvement]
             named |= {i: int(dense.label[n][i]) for i in live}
             if method.boundary_guard:
                 sure = [i for i in sure if all(named[i] == named[j] for j in beside(i, first, h, w))]
             if isinstance(method, DToP):
                 for c in range(dense.num_classes):
-                    own = sorted((i for i in sure if dense.label[n][i] == c), key=lambda i: (dense.doubt[n][i], i))
+                    own = sorted(
+                        (i for i in sure if dense.label[n][i] == c), key=lambda i: (dense.uncertainty[n][i], i)
+                    )
                     sure = [i for i in sure if i not in own[: method.keep_per_class]]
             if method.cap is not None:
-                going = sorted((i for i in live if i not in sure), key=lambda i: (-dense.doubt[n][i], i))
+                going = sorted((i for i in live if i not in sure), key=lambda i: (-dense.uncertainty[n][i], i))
                 sure += going[int(method.cap[n] * h * w + 1e-9) :]
             left |= dict.fromkeys(sure, n)
-        stage += [left[i] for i in cells]
+        exit_index += [left[i] for i in cells]
         first += h * w
-    return stage
+    return exit_index
 
 
 def beside(i: int, first: int, h: int, w: int) -> list[int]:
@@ -84,10 +86,10 @@ def random_pass(seed: int, exits: int = 3, grids: tuple[tuple[int, int], ...] = 
     """Few distinct doubts, so that ties are common."""
     rng = torch.Generator().manual_seed(seed)
     cells = sum(h * w for h, w in grids)
-    doubt = torch.randint(0, 9, (exits, cells), generator=rng).half() / 8
+    uncertainty = torch.randint(0, 9, (exits, cells), generator=rng).half() / 8
     label = torch.randint(0, 3, (exits, cells), generator=rng).short()
     said = torch.randint(0, 3, (exits + 1, cells, 4), generator=rng).to(torch.uint8)
-    return DensePass.made(doubt, label, said, grids, 3)
+    return DensePass.made(uncertainty, label, said, grids, 3)
 
 
 limits_of_three = st.tuples(*[st.sampled_from([0.0, 0.1, 0.2, 0.4, 0.7, 1.0])] * 3)
@@ -122,22 +124,22 @@ METHODS = [
 
 def middle_limit(dense: DensePass) -> float:
     """Between two doubts, so that rounding to half precision decides nothing."""
-    doubts = dense.doubt[0].float().unique()
-    gaps = doubts.diff()
+    uncertainties = dense.uncertainty[0].float().unique()
+    gaps = uncertainties.diff()
     at = len(gaps) // 4 + int(gaps[len(gaps) // 4 : 3 * len(gaps) // 4].argmax())
-    return float((doubts[at] + doubts[at + 1]) / 2)
+    return float((uncertainties[at] + uncertainties[at + 1]) / 2)
 
 
 @pytest.mark.parametrize("method", METHODS, ids=repr)
 def test_dense_pass__is_exact_at_the_first_exit(method: Any) -> None:
-    images = bench(exits=(2,))
+    images = calibration_set(exits=(2,))
     dense = DensePass.of(images, method)
     limits = (middle_limit(dense),)
     live = live_counts(dense, compose(dense, method, limits))
-    run = true_run(images, with_limits(method, limits), dense_reference(images))
+    run = true_run(images, with_thresholds(method, limits), dense_reference(images))
     assert live[:, 1].tolist() == run.live[:, 0].tolist()
     assert 0 < live[:, 1].sum() < live[:, 0].sum()
-    costs = Costs(images.model, method, dense.grids)
+    costs = MacTable(images.model, method, dense.grids)
     assert costs.macs(live).tolist() == run.macs.tolist()
     assert costs.dense.tolist() == run.dense_macs.tolist()
 
@@ -147,17 +149,17 @@ def test_dense_pass__is_exact_at_the_first_exit(method: Any) -> None:
 def test_costs__are_the_ledgers_for_the_counts_of_a_true_run(head: str, method: Any) -> None:
     if head == "atm" and method.name == "dovit":
         return
-    images = bench(3, exit_head=head)
-    chosen = with_limits(method, (0.4, 0.3))
+    images = calibration_set(3, exit_head=head)
+    chosen = with_thresholds(method, (0.4, 0.3))
     run = true_run(images, chosen, dense_reference(images))
     live = torch.cat([run.tokens[:, None], run.live], 1)
     grids = DensePass.of(images, chosen).grids
-    assert Costs(images.model, chosen, grids).macs(live).tolist() == run.macs.tolist()
+    assert MacTable(images.model, chosen, grids).macs(live).tolist() == run.macs.tolist()
 
 
 @pytest.mark.parametrize("decode", ["fcn", "setr_pup", "atm"])
 def test_dense_pass__knows_the_dense_answer(decode: str) -> None:
-    images = bench(2, exit_head="atm" if decode == "atm" else "fcn", decode_head=decode)
+    images = calibration_set(2, exit_head="atm" if decode == "atm" else "fcn", decode_head=decode)
     method = DToP() if decode == "atm" else DoViT()
     dense = DensePass.of(images, method)
     never = torch.full_like(dense.image, 2)
@@ -177,27 +179,27 @@ def test_losses__count_samples_by_the_words_of_the_docstring() -> None:
 
 
 def test_first__is_the_pass_of_the_first_images() -> None:
-    images, method = bench(4), DToP()
+    images, method = calibration_set(4), DToP()
     whole, part = DensePass.of(images, method).first(2), DensePass.of(images.part([0, 1]), method)
-    assert torch.equal(whole.doubt, part.doubt)
+    assert torch.equal(whole.uncertainty, part.uncertainty)
     assert torch.equal(whole.said, part.said)
     assert whole.grids == part.grids
 
 
 def test_dense_pass__refuses_what_it_cannot_compose() -> None:
     with pytest.raises(ConfigError, match="method 'dense' has no thresholds"):
-        DensePass.of(bench(1), Dense())
+        DensePass.of(calibration_set(1), Dense())
     with pytest.raises(ConfigError, match="method 'imposed' has no thresholds"):
-        DensePass.of(bench(1), Imposed())
+        DensePass.of(calibration_set(1), PrescribedExits())
     with pytest.raises(ConfigError, match="images decide for each other"):
-        DensePass.of(bench(1), DoViT(batch_mode="mean"))
+        DensePass.of(calibration_set(1), DoViT(batch_mode="mean"))
 
 
 # -------------------------------------------------------------------------------------------------------- true runs
 
 
 def test_true_run__does_not_depend_on_how_images_are_batched(monkeypatch: pytest.MonkeyPatch) -> None:
-    images, method = bench(5), DToP(threshold=0.6, keep_per_class=1)
+    images, method = calibration_set(5), DToP(threshold=0.6, keep_per_class=1)
     reference = dense_reference(images)
     together = true_run(images, method, reference)
     monkeypatch.setattr("tokenexit.calibration.calibration_set.BATCH_PIXELS", 1)
@@ -205,7 +207,7 @@ def test_true_run__does_not_depend_on_how_images_are_batched(monkeypatch: pytest
     assert torch.equal(together.macs, singly.macs)
     assert torch.equal(together.confusion, singly.confusion)
     assert torch.equal(together.histograms.counts, singly.histograms.counts)
-    assert together.share < 1.1
+    assert together.mac_ratio < 1.1
 
 
 def test_error__pools_pixels_or_averages_over_the_classes_of_the_reference() -> None:
@@ -214,10 +216,10 @@ def test_error__pools_pixels_or_averages_over_the_classes_of_the_reference() -> 
     assert error(confusion, "classes").tolist() == pytest.approx([(2 / 8 + 1 / 2) / 2, 0.0, 0.0])
 
 
-def test_true_run__of_windows_counts_pictures() -> None:
+def test_true_run__of_windows_counts_images() -> None:
     from dataclasses import replace
 
-    images = bench(3)
+    images = calibration_set(3)
     images.model.preprocessing = replace(images.model.preprocessing, window=(12, 12), stride=(8, 8))
     method = DToP(threshold=0.6)
     run = true_run(images, method, dense_reference(images))
@@ -225,5 +227,5 @@ def test_true_run__of_windows_counts_pictures() -> None:
     assert (run.histograms.counts[:, 0].sum(1) == run.tokens).all()  # the first exit sees every token
     dense = DensePass.of(images, method)
     assert len(dense) > 3
-    never = Costs(images.model, method, dense.grids).share(torch.tensor([[h * w] * 3 for h, w in dense.grids]))
-    assert never == pytest.approx(true_run(images, DToP(threshold=1.0), dense_reference(images)).share)
+    never = MacTable(images.model, method, dense.grids).mac_ratio(torch.tensor([[h * w] * 3 for h, w in dense.grids]))
+    assert never == pytest.approx(true_run(images, DToP(threshold=1.0), dense_reference(images)).mac_ratio)

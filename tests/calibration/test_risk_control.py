@@ -78,7 +78,7 @@ def test_fixed_sequence__stops_at_the_first_failure_and_looks_no_further() -> No
 
 
 @pytest.mark.parametrize("shape", ["straight", "steps", "not monotone"])
-def test_fixed_sequence__violates_the_bound_no_more_often_than_promised(shape: str) -> None:
+def test_fixed_sequence__violates_the_bound_no_more_often_than_guaranteed(shape: str) -> None:
     """The whole procedure: a path of ten settings whose risks cross the bound; what is chosen is judged by its risk."""
     alpha, delta, n = 0.05, 0.1, 300
     risks = {

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.calibration.test_cbt import Squares
 from tests.helpers import tiny_segmenter
-from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.temperature import fit_temperature, likeliest_temperature
 from tokenexit.errors import ConfigError, DataError
 
@@ -43,7 +43,7 @@ def test_likeliest_temperature__ends_at_its_limits() -> None:
 
 
 def test_fit_temperature__undoes_a_head_that_was_made_too_sure() -> None:
-    images = Bench(tiny_segmenter(), Squares(), (0, 1, 2))
+    images = CalibrationSet(tiny_segmenter(), Squares(), (0, 1, 2))
     before = fit_temperature(images)
     head = images.model.exit_heads[1].classifier
     with torch.no_grad():
@@ -56,6 +56,6 @@ def test_fit_temperature__undoes_a_head_that_was_made_too_sure() -> None:
 
 def test_fit_temperature__refuses_images_without_truth_and_heads_without_softmax() -> None:
     with pytest.raises(DataError, match="no labels"):
-        fit_temperature(Bench(tiny_segmenter(), Squares(void=True), (0, 1, 2)))
+        fit_temperature(CalibrationSet(tiny_segmenter(), Squares(void=True), (0, 1, 2)))
     with pytest.raises(ConfigError, match="no temperature"):
-        fit_temperature(Bench(tiny_segmenter("atm"), Squares(), (0, 1, 2)))
+        fit_temperature(CalibrationSet(tiny_segmenter("atm"), Squares(), (0, 1, 2)))

@@ -22,7 +22,7 @@ def random_state(config: ViTConfig) -> dict[str, Tensor]:
 
 
 def features(model: ViT, size: tuple[int, int] = (12, 12)) -> Tensor:
-    """Tokens `(T, C)` after all blocks for one fixed picture."""
+    """Tokens `(T, C)` after all blocks for one fixed image."""
     image = torch.randn(3, *size, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         tokens = model.run(model.embed([image]), 0, model.config.depth)

@@ -18,7 +18,7 @@ from tests.helpers import tiny_segmenter
 from tokenexit.calibration import calibrate as calibration
 from tokenexit.calibration import for_bound, planner
 from tokenexit.calibration.agreement import fall_off_note
-from tokenexit.calibration.calibration_set import Bench, dense_reference, error, true_run
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cli import main
 from tokenexit.evaluation.results import label_of
@@ -33,13 +33,13 @@ Captured = pytest.CaptureFixture[str]
 @pytest.fixture(autouse=True)
 def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "PRICES", (0.0,))
-    monkeypatch.setattr(for_bound, "SCOUTS", 3)
+    monkeypatch.setattr(for_bound, "PILOT_RUNS", 3)
     monkeypatch.setattr("tokenexit.calibration.threshold_path.LEVELS", 8)
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of pictures, and a dataset of the same ones with masks."""
+    """A folder of images, and a dataset of the same ones with masks."""
     from PIL import Image
 
     root = tmp_path_factory.mktemp("pictures")
@@ -134,9 +134,9 @@ def test_calibrate__fits_temperatures_first_on_images_that_test_nothing(
     fitted_on: list[int] = []
     fit = fit_temperature
 
-    def watched(bench: Any) -> tuple[float, ...]:
-        fitted_on.append(len(bench))
-        return fit(bench)
+    def watched(calibration_set: Any) -> tuple[float, ...]:
+        fitted_on.append(len(calibration_set))
+        return fit(calibration_set)
 
     monkeypatch.setattr(calibration, "fit_temperature", watched)
     data = ("--data", "folder", "--data-root", pictures / "set", "--fit-temperature")
@@ -170,7 +170,7 @@ def test_calibrate__fits_temperatures_first_on_images_that_test_nothing(
         (["--max-disagreement", "0.01"], "needs at least 230 images to test on"),
         (["--max-error-increase", "0.2", "--confidence", "0.7"], "no labels"),
         (["--budget", "0.8", "--method", "dense"], "has no thresholds to calibrate"),
-        (["--budget", "0.8", "--data", "camvid"], "--images are pictures and --data is a dataset"),
+        (["--budget", "0.8", "--data", "camvid"], "--images are files and --data is a dataset"),
         (["--budget", "0.8", "--limit", "0"], "--limit 0 must be at least 1"),
     ],
 )
@@ -196,7 +196,7 @@ def test_evaluate_and_predict__use_the_calibration_unless_a_method_is_named(
     refused = wrong(capsys, "evaluate", model, *data, "--threshold", "0.9")
     assert "options of a method need --method: name it" in refused
     assert main(["predict", str(model), str(pictures / "plain"), "--out", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().err == ""  # the calibration's own pictures are nothing unusual
+    assert capsys.readouterr().err == ""  # the calibration's own images are nothing unusual
 
 
 def rows_of(capsys: Captured, model: Path, pictures: Path, out: Path, *more: object) -> list[Any]:
@@ -243,7 +243,7 @@ def test_evaluate__does_not_mix_a_calibrations_thresholds_with_other_options_or_
     assert "dovit 0.985 " in fine(capsys, "evaluate", model, *data, "--method", "dovit")
 
 
-def test_predict__warns_once_of_pictures_unlike_the_calibrations(
+def test_predict__warns_once_of_images_unlike_the_calibrations(
     model: Path, pictures: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     from PIL import Image
@@ -256,7 +256,7 @@ def test_predict__warns_once_of_pictures_unlike_the_calibrations(
     arguments = ["predict", str(model), str(dark), "--out", str(tmp_path / "out")]
     assert main(arguments) == 0
     warning = capsys.readouterr().err
-    assert "6 of 6 pictures have scores unlike the calibration's" in warning
+    assert "6 of 6 images have scores unlike the calibration's" in warning
     assert warning.count("\n") == 1
     assert main([*arguments, "--method", "dtop", "--overwrite"]) == 0  # the calibrated one by its name
     assert capsys.readouterr().err == warning
@@ -299,7 +299,7 @@ def test_sweep__writes_curves_and_goes_on_where_it_was(
     names = {row["series"] for row in rows}
     assert names == {
         "dense",
-        "dense, smaller pictures",
+        "dense, smaller images",
         "dtop, one threshold",
         "dovit, one threshold",
         "dtop, thresholds chosen",
@@ -333,22 +333,24 @@ def test_sweep__spends_no_point_on_the_trivial_ends(
 def test_plan_method__ends_where_true_runs_stop_agreeing_with_dense_and_says_so(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    bench = Bench(tiny_segmenter(), Noise(8, ((16, 20),)), tuple(range(8)))
+    calibration_set = CalibrationSet(tiny_segmenter(), Noise(8, ((16, 20),)), tuple(range(8)))
     said: list[str] = []
     shares: list[float] = []
-    reference = dense_reference(bench)
+    reference = dense_reference(calibration_set)
     for limit in (0.05, 0.2, 1.0):
         monkeypatch.setattr(sweeping, "FALL_OFF", limit)
-        jobs = sweeping.plan_method(bench, DToP(), 4, "classes", say=said.append)
-        run = true_run(bench, build_method(jobs[-1].method), reference)
-        shares.append(run.share)
+        jobs = sweeping.plan_method(calibration_set, DToP(), 4, "classes", say=said.append)
+        run = true_run(calibration_set, build_method(jobs[-1].method), reference)
+        shares.append(run.mac_ratio)
         assert error(run.confusion, "pixels").mean().item() <= limit
     assert shares[0] > shares[1] + 0.05 > shares[2] + 0.1
     assert len(said) == 2  # all agrees to within 100 %
     assert said[1].startswith("dtop: agreement with dense falls off, points end at ")
     assert said[1].endswith("of the pixels of 8 tuning images unlike dense (--full-range goes on)")
     monkeypatch.setattr(sweeping, "FALL_OFF", 0.0)
-    assert sweeping.plan_method(bench, DToP(), 4, "classes")  # where nothing agrees there is a point all the same
+    assert sweeping.plan_method(
+        calibration_set, DToP(), 4, "classes"
+    )  # where nothing agrees there is a point all the same
 
 
 def test_figure_of_a_sweep__is_not_flattened_by_a_collapse() -> None:
@@ -381,7 +383,7 @@ def test_sweep__refuses_what_is_no_sweep(model: Path, pictures: Path, tmp_path: 
 # -------------------------------------------------------------------------------------------------------- experiment
 
 
-def test_guarantee_experiment__runs_the_network_once_per_place_and_goes_on(
+def test_guarantee_experiment__runs_the_network_once_per_position_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pytest.importorskip("matplotlib")

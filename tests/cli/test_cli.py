@@ -492,8 +492,8 @@ def test_damaged_models_end_in_one_sentence(
     command: str, kind: str, words: str, model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     folder = damaged(kind, model, tmp_path / "model")
-    picture = data / "images" / "test" / "p0.png"
-    arguments = [folder, picture, "--out", tmp_path / "out"] if command == "predict" else [folder, "--data", "scenes"]
+    image = data / "images" / "test" / "p0.png"
+    arguments = [folder, image, "--out", tmp_path / "out"] if command == "predict" else [folder, "--data", "scenes"]
     assert words in wrong(capsys, command, *arguments)
     assert not (tmp_path / "out").exists()
 
@@ -513,20 +513,18 @@ def test_an_uncalibrated_model_runs_dense_in_every_command_and_says_so(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     """Whatever a command does, it has the same default; those that are of no use with dense alone say that."""
-    picture = data / "images" / "test" / "p0.png"
+    image = data / "images" / "test" / "p0.png"
     said = "tokenexit: the model is not calibrated: running dense; run `tokenexit calibrate`, or name --method.\n"
     assert main(["evaluate", str(model), "--limit", "1", "--json", str(tmp_path / "e.json")]) == 0
     assert capsys.readouterr().err == said
     (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
     assert row["method"] == {"name": "dense"}
-    assert main(["predict", str(model), str(picture), "--out", str(tmp_path / "p")]) == 0
+    assert main(["predict", str(model), str(image), "--out", str(tmp_path / "p")]) == 0
     assert capsys.readouterr().err == said
     assert json.loads((tmp_path / "p" / "predictions.json").read_text())["method"] == {"name": "dense"}
-    assert main(["predict", str(model), str(picture), "--out", str(tmp_path / "q"), "--method", "dense"]) == 0
+    assert main(["predict", str(model), str(image), "--out", str(tmp_path / "q"), "--method", "dense"]) == 0
     assert capsys.readouterr().err == ""
-    assert (
-        main(["export", str(model), "--format", "torch", "--images", str(picture), "--out", str(tmp_path / "x")]) == 0
-    )
+    assert main(["export", str(model), "--format", "torch", "--images", str(image), "--out", str(tmp_path / "x")]) == 0
     assert capsys.readouterr().err == said
     facts = {"tokenexit.json": ""}
     torch.export.load(tmp_path / "x" / "model.pt2", extra_files=facts)
@@ -546,7 +544,7 @@ def test_predict_writes_masks_and_says_where(model: Path, data: Path, tmp_path: 
     assert Image.open(out / "p0.png").mode == "P"
 
 
-def test_predict_reports_bad_pictures_writes_the_others_and_ends_with_1(
+def test_predict_reports_bad_images_writes_the_others_and_ends_with_1(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     folder = tmp_path / "in"
@@ -620,9 +618,9 @@ def test_predict_refuses_an_empty_folder_and_a_file_as_place(
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
-    picture = data / "images" / "test" / "p0.png"
+    image = data / "images" / "test" / "p0.png"
     assert "holds no image" in wrong(capsys, "predict", model, tmp_path / "empty", "--out", tmp_path / "out")
-    assert "cannot be written" in wrong(capsys, "predict", model, picture, "--out", tmp_path / "file")
+    assert "cannot be written" in wrong(capsys, "predict", model, image, "--out", tmp_path / "file")
 
 
 # --------------------------------------------------------------------------------------------- quickstart, doctor

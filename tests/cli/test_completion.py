@@ -61,7 +61,7 @@ def test_bash__completes_commands_and_each_ones_options(program: dict[str, str])
 def test_bash__completes_options_and_what_they_take(program: dict[str, str]) -> None:
     asked = {
         "tokenexit calibrate m --max-": ["--max-disagreement", "--max-error-increase", "--max-miou-drop"],
-        "tokenexit calibrate m --budget 0.7 --max-": [],  # one wish only
+        "tokenexit calibrate m --budget 0.7 --max-": [],  # one target only
         "tokenexit cost --json --convention ": ["tokenexit", "dtop"],
         "tokenexit predict --precision=b": ["bf16"],
         "tokenexit data ": ["check"],

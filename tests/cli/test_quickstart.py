@@ -46,7 +46,7 @@ def test_quickstart__writes_a_report_that_needs_no_other_file(finished: dict[str
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
 
 
-def test_quickstart__writes_a_picture_for_every_shown_scene(finished: dict[str, Any]) -> None:
+def test_quickstart__writes_an_image_for_every_shown_scene(finished: dict[str, Any]) -> None:
     for folder in ("scenes", "pictures"):
         names = sorted(path.name for path in (finished["out"] / folder).iterdir())
         assert names == ["scene-0.png", "scene-1.png"]

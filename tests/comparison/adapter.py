@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenexit.calibration.calibration_set import Bench, dense_reference, true_run
-from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, true_run
+from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts
 from tokenexit.data.base import Sample
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.exporting.graph import ExitGraph, threshold_table
@@ -60,7 +60,7 @@ def exit_maps(output: Any) -> Sequence[Tensor]:
 
 def exit_records(output: Any) -> Sequence[Any]:
     """What each exit and the decode head said."""
-    records: Sequence[Any] = _either(output, "records", "stages")
+    records: Sequence[Any] = _either(output, "exit_records", "stages")
     return records
 
 
@@ -73,9 +73,9 @@ def graph_answers(model: ExitSegmenter, method: Any, image: Tensor) -> dict[str,
 
 def composed(model: ExitSegmenter, data: Any, method: Any, limits: Sequence[tuple[float, ...]]) -> dict[str, Any]:
     """What calibration reads from one dense pass, and exits and costs at these limits on 1 - score."""
-    dense = DensePass.of(Bench(model, data, tuple(range(len(data)))), method)
-    costs = Costs(model, method, dense.grids)
-    found: dict[str, Any] = {"doubt": dense.doubt, "label": dense.label, "said": dense.said, "dense": costs.dense}
+    dense = DensePass.of(CalibrationSet(model, data, tuple(range(len(data)))), method)
+    costs = MacTable(model, method, dense.grids)
+    found: dict[str, Any] = {"doubt": _either(dense, "uncertainty", "doubt"), "label": dense.label, "said": dense.said, "dense": costs.dense}
     for average in ("pixels", "classes"):
         found[f"losses of {average}"] = dense.losses(average)
     for limit in limits:
@@ -87,8 +87,8 @@ def composed(model: ExitSegmenter, data: Any, method: Any, limits: Sequence[tupl
 
 def measured(model: ExitSegmenter, data: Any, method: Any) -> dict[str, Any]:
     """A run on calibration images: what it costs, and how its labels compare with the dense model's."""
-    bench = Bench(model, data, tuple(range(len(data))))
-    run = true_run(bench, method, dense_reference(bench))
+    calibration_set = CalibrationSet(model, data, tuple(range(len(data))))
+    run = true_run(calibration_set, method, dense_reference(calibration_set))
     return {"macs": run.macs, "live": run.live, "confusion": run.confusion}
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.conversion import foreign
 from tests.conversion.foreign import State, part, under
-from tests.helpers import assert_close, enliven, picture
+from tests.helpers import assert_close, enliven, random_image
 from tokenexit.checkpoints import load_backbone
 from tokenexit.conversion.convert import ConversionReport, convert
 from tokenexit.conversion.families import HALF, IMAGENET
@@ -71,7 +71,7 @@ def assert_same(model: ExitSegmenter, report: ConversionReport, *methods: Any) -
     config = replace(converted.config.backbone, layer_scale=model.config.backbone.layer_scale)
     assert config == model.config.backbone
     assert converted.config.exits == model.config.exits
-    images = [picture(12, 12), picture(17, 22)]
+    images = [random_image(12, 12), random_image(17, 22)]
     with torch.no_grad():
         for method in (None, *methods):
             theirs, ours = model(images, method), converted(images, method)
@@ -243,7 +243,7 @@ def test_atm__a_number_of_attention_heads_that_is_assumed_is_warned_about(tmp_pa
     assert said.warnings == ()
     assert "WARNING" not in said.summary()
     assert_same(model, said)
-    images = [picture(12, 12)]
+    images = [random_image(12, 12)]
     wrong, right = (ExitSegmenter.from_pretrained(tmp_path / name)(images).logits for name in ("assumed", "said"))
     assert not torch.allclose(wrong, right, atol=1e-3)
 
@@ -378,7 +378,7 @@ def test_dinov2s_linear_head__of_four_blocks_is_refused_in_one_sentence(tmp_path
 
 def features(model: ViT) -> torch.Tensor:
     with torch.no_grad():
-        return model.norm(model.run(model.embed([picture(12, 12), picture(17, 22)]), 0, model.config.depth).x)
+        return model.norm(model.run(model.embed([random_image(12, 12), random_image(17, 22)]), 0, model.config.depth).x)
 
 
 def assert_same_backbone(model: ViT, report: ConversionReport) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from tests.test_pretrained import mutated
-from tokenexit.conversion.sidecar import Beside, read_beside
+from tokenexit.conversion.sidecar import Sidecar, read_sidecar
 from tokenexit.errors import CheckpointError, TokenExitError
 
 MUTATIONS = int(os.environ.get("TOKENEXIT_MUTATIONS", "100"))
@@ -24,18 +24,18 @@ WHOLE = {
     "segmenter": {"variant.yml": {"net_kwargs": {"n_heads": 12, "normalization": "vit"}}},
 }
 READ = {
-    "huggingface": Beside(
+    "huggingface": Sidecar(
         {"num_heads": 6, "norm_eps": 1e-6, "pos_embed_grid": (14, 14)},
         ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
         ("config.json", "preprocessor_config.json"),
     ),
-    "timm": Beside({}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ("config.json",)),
-    "segmenter": Beside({"num_heads": 12}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ("variant.yml",)),
+    "timm": Sidecar({}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ("config.json",)),
+    "segmenter": Sidecar({"num_heads": 12}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ("variant.yml",)),
 }
 
 
 def read(folder, kind):
-    return read_beside(kind, lambda name: folder / name if (folder / name).exists() else None)
+    return read_sidecar(kind, lambda name: folder / name if (folder / name).exists() else None)
 
 
 @pytest.mark.parametrize("kind", WHOLE)
@@ -47,7 +47,7 @@ def test_read_beside__takes_what_fits(kind, tmp_path):
 
 @pytest.mark.parametrize("kind", [*WHOLE, "mmseg"])
 def test_read_beside__of_no_files_is_nothing(kind, tmp_path):
-    assert read(tmp_path, kind) == Beside()
+    assert read(tmp_path, kind) == Sidecar()
 
 
 @pytest.mark.parametrize(

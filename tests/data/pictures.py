@@ -1,4 +1,4 @@
-"""Tiny pictures and datasets for the tests of this folder."""
+"""Tiny images and datasets for the tests of this folder."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ LABELS = Labels(("ground", "leaf", "fruit"), ((0, 0, 0), (0, 200, 0), (200, 0, 0
 
 
 def tiny_sample(height: int = 12, width: int = 16, name: str = "tiny", seed: int = 0) -> Sample:
-    """A sample whose red channel is the mask value times 40, so that picture and mask can be compared."""
+    """A sample whose red channel is the mask value times 40, so that image and mask can be compared."""
     rng = np.random.default_rng(seed)
     mask = rng.integers(0, 4, (height, width)).astype(np.uint8)
     pixels = rng.integers(0, 256, (height, width, 3)).astype(np.uint8)

@@ -30,7 +30,7 @@ def test_camvid__the_splits_have_their_known_sizes(split, count):
 
 
 @real
-def test_camvid__pictures_are_360_by_480_and_roads_lie_below_skies():
+def test_camvid__images_are_360_by_480_and_roads_lie_below_skies():
     dataset = CAMVID(ROOT, "train")
     rows: dict[str, list[float]] = {"Sky": [], "Road": []}
     for index in range(0, len(dataset), 40):

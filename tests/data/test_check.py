@@ -141,7 +141,7 @@ def test_check__a_dataset_that_is_drawn_is_checked_sample_by_sample(monkeypatch)
     monkeypatch.setitem(DATASETS, "broken", "tests.data.test_check:open_broken")
     report = check_dataset("broken", None)
     assert kinds(report) == {"sample": 3, "class": 9}
-    assert "sample 0 cannot be read (no picture today)." in report.to_text()
+    assert "sample 0 cannot be read (no image today)." in report.to_text()
 
 
 class Broken:
@@ -151,7 +151,7 @@ class Broken:
         return 1
 
     def __getitem__(self, index):
-        raise OSError("no picture today")
+        raise OSError("no image today")
 
 
 def open_broken(split: str):

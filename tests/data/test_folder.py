@@ -27,7 +27,7 @@ def message_of(action) -> str:
 
 
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".JPEG", ".webp", ".bmp", ".tif"])
-def test_folder__pairs_pictures_of_any_format_with_masks_sorted_by_name(suffix, tmp_path):
+def test_folder__pairs_images_of_any_format_with_masks_sorted_by_name(suffix, tmp_path):
     for name in ("b", "a", "drive/c.left"):
         write_pair(tmp_path, "train", name, VALUES, suffix)
     dataset = FolderDataset(tmp_path, "train", LABELS)
@@ -84,7 +84,7 @@ def test_folder__unpaired_files_are_counted_and_the_first_are_named(tmp_path):
     assert "q.png)" in message
 
 
-def test_folder__two_pictures_of_one_name_are_refused(tmp_path):
+def test_folder__two_images_of_one_name_are_refused(tmp_path):
     write_pair(tmp_path, "train", "a", VALUES, ".png")
     write_pair(tmp_path, "train", "a", VALUES, ".jpg")
     assert "share the name 'a'" in message_of(lambda: FolderDataset(tmp_path, "train", LABELS))
@@ -125,7 +125,7 @@ def test_folder__missing_folders_and_splits_are_named_with_what_exists(tmp_path)
 
 
 def write_files(root: Path, *names: str) -> None:
-    """Pictures of 3x2 pixels, which serve as masks of class 0, too."""
+    """Images of 3x2 pixels, which serve as masks of class 0, too."""
     for name in names:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (3, 2)).save(root / name)
@@ -432,7 +432,7 @@ def test_folder__unpaired_files_can_be_left_out_and_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".bmp", ".tif", ".TIFF"])
-def test_folder__masks_may_be_any_picture_that_loses_nothing(suffix, tmp_path):
+def test_folder__masks_may_be_any_image_that_loses_nothing(suffix, tmp_path):
     write_pair(tmp_path, "train", "a", VALUES)
     path = tmp_path / "annotations/train/a.png"
     Image.open(path).save(path.with_suffix(suffix))

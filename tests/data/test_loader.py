@@ -41,7 +41,7 @@ def same(a, b) -> bool:
 
 
 @given(lengths, seeds, small)
-def test_epoch_order__visits_every_picture_once_and_repeats_for_equal_numbers(length, seed, epoch):
+def test_epoch_order__visits_every_image_once_and_repeats_for_equal_numbers(length, seed, epoch):
     order = epoch_order(length, seed, epoch)
     assert sorted(order.tolist()) == list(range(length))
     assert np.array_equal(order, epoch_order(length, seed, epoch))
@@ -53,7 +53,7 @@ def test_epoch_order__differs_between_epochs_and_seeds():
 
 
 @given(lengths, seeds, st.integers(1, 9))
-def test_step_draws__one_line_of_pictures_cut_into_batches_shows_every_epoch_in_full(length, seed, batch_size):
+def test_step_draws__one_line_of_images_cut_into_batches_shows_every_epoch_in_full(length, seed, batch_size):
     steps = -(-3 * length // batch_size)
     line = [draw for step in range(steps) for draw in step_draws(length, seed, step, batch_size)]
     for epoch in range(3):
@@ -167,7 +167,7 @@ def test_loader__batches_are_the_same_with_and_without_workers_and_after_a_resum
 # ------------------------------------------------------------------------------------------------------- collation
 
 
-def test_collate_training__pictures_of_different_sizes_are_refused():
+def test_collate_training__images_of_different_sizes_are_refused():
     items = TrainingSet(TinyDataset(), Compose(()), Preprocessing(), 0)
     with pytest.raises(DataError, match=r"sizes \[\(12, 16\), \(12, 17\)\].*Pad or Resize"):
         collate_training([items[0], items[1]])
@@ -184,7 +184,7 @@ def test_evaluation__images_go_through_preprocessing_and_masks_keep_their_size()
 # ----------------------------------------------------------------------------------------------------------- cache
 
 
-def test_cached__decodes_each_picture_once():
+def test_cached__decodes_each_image_once():
     dataset = TinyDataset()
     cached = Cached(dataset).preload()
     for index in (0, 4, -1, 0):
@@ -209,7 +209,7 @@ def test_cached__what_is_kept_cannot_be_written_to():
         sample.mask[0, 0] = 1
 
 
-def test_cached__gives_the_same_training_pictures():
+def test_cached__gives_the_same_training_images():
     plain = TrainingSet(TinyDataset(), training_transform((8, 10)), Preprocessing(), 3)
     kept = TrainingSet(Cached(TinyDataset()), training_transform((8, 10)), Preprocessing(), 3)
     for epoch in range(4):

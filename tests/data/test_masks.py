@@ -76,7 +76,7 @@ def test_index_masks__unknown_values_are_counted_the_most_frequent_first_and_bec
     assert unknown == {"7": 2, "9": 1, "70000": 1, "-1": 1}
 
 
-def test_index_masks__a_picture_in_colours_is_refused_with_the_way_to_read_it(tmp_path):
+def test_index_masks__an_image_in_colours_is_refused_with_the_way_to_read_it(tmp_path):
     with pytest.raises(DataError, match=r"mode 'RGB', not one channel: .* 'masks: colour'"):
         codes_of(painted(RED), IndexMasks(LABELS), tmp_path)
 
@@ -103,7 +103,7 @@ def test_colour_masks__what_was_painted_with_the_palette_is_read_back(num_classe
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
-def test_colour_masks__rgb_rgba_and_palette_pictures_mean_the_same(mode, tmp_path):
+def test_colour_masks__rgb_rgba_and_palette_images_mean_the_same(mode, tmp_path):
     image = painted(RED, BLUE, BLUE)
     image = image.quantize(4) if mode == "P" else image.convert(mode)
     assert image.mode == mode
@@ -111,7 +111,7 @@ def test_colour_masks__rgb_rgba_and_palette_pictures_mean_the_same(mode, tmp_pat
     assert decode(mask_format, codes_of(image, mask_format, tmp_path), "m").tolist() == [[0, 1, 1]]
 
 
-def test_colour_masks__grey_pictures_are_colours_too(tmp_path):
+def test_colour_masks__grey_images_are_colours_too(tmp_path):
     mask_format = ColourMasks(Labels(("grey",), ((7, 7, 7),)), ignore_colours=((0, 0, 0),))
     codes = codes_of(Image.fromarray(np.array([[7, 0]], np.uint8)), mask_format, tmp_path)
     assert decode(mask_format, codes, "m").tolist() == [[0, 255]]

@@ -3,7 +3,7 @@ import pytest
 
 from tests.data.pictures import LABELS, write_pair
 from tokenexit.data import SegmentationDataset, open_dataset
-from tokenexit.data.registry import DATASETS, check_dataset, dataset_labels, dataset_options, dataset_splits
+from tokenexit.data.registry import DATASETS, check_dataset_options, dataset_labels, dataset_options, dataset_splits
 from tokenexit.errors import ConfigError, DataError
 
 
@@ -31,7 +31,7 @@ def test_open_dataset__opens_by_name_and_passes_options_on(root):
     ],
 )
 def test_open_dataset__what_does_not_exist_is_told_with_what_does(root, name, rooted, split, options, error, words):
-    for function in (open_dataset, check_dataset):
+    for function in (open_dataset, check_dataset_options):
         with pytest.raises(error, match=words):
             function(name, root if rooted else None, split, **options)
 
@@ -62,10 +62,10 @@ def test_open_dataset__every_name_in_the_list_opens_by_root_and_split_or_draws()
 
 def test_check_dataset__needs_no_data():
     for name in DATASETS:
-        check_dataset(name, None if name == "scenes" else "nowhere", "train")
-    check_dataset("coco_stuff10k", "nowhere", "val")  # by another name
-    assert "'scenes' needs no folder" in refusal(lambda: check_dataset("scenes", "nowhere", "train"))
-    assert "'trian' of the scenes is unknown" in refusal(lambda: check_dataset("scenes", None, "trian"))
+        check_dataset_options(name, None if name == "scenes" else "nowhere", "train")
+    check_dataset_options("coco_stuff10k", "nowhere", "val")  # by another name
+    assert "'scenes' needs no folder" in refusal(lambda: check_dataset_options("scenes", "nowhere", "train"))
+    assert "'trian' of the scenes is unknown" in refusal(lambda: check_dataset_options("scenes", None, "trian"))
 
 
 def test_dataset_labels__are_known_without_data_except_of_folders(root):
@@ -77,7 +77,7 @@ def test_dataset_labels__are_known_without_data_except_of_folders(root):
     assert "'camvod' is unknown" in refusal(lambda: dataset_labels("camvod"))
 
 
-def test_dataset_splits__are_those_with_pictures_whether_complete_or_not(root):
+def test_dataset_splits__are_those_with_images_whether_complete_or_not(root):
     (root / "images" / "val").mkdir()
     assert dataset_splits("folder", root) == ("train", "val")
     assert dataset_splits("camvid", root) == ("train", "val")

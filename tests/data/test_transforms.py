@@ -37,7 +37,7 @@ def pixels(sample: Sample) -> np.ndarray:
 
 
 def agrees(sample: Sample) -> bool:
-    """Whether picture and mask still show the same thing at the same place (see tiny_sample)."""
+    """Whether image and mask still show the same thing at the same place (see tiny_sample)."""
     shown = np.where(sample.mask == 255, 3, sample.mask) * 40
     return np.array_equal(pixels(sample)[:, :, 0], shown)
 
@@ -100,7 +100,7 @@ def test_random_resize__a_fixed_ratio_of_one_gives_the_base():
 
 
 @given(sides, sides, sides, sides, st.integers(0, 1000))
-def test_random_crop__is_a_window_of_the_picture_with_its_own_mask(height, width, crop_h, crop_w, seed):
+def test_random_crop__is_a_window_of_the_image_with_its_own_mask(height, width, crop_h, crop_w, seed):
     sample = RandomCrop((crop_h, crop_w))(tiny_sample(height, width), rng(seed))
     assert sample.size == (min(height, crop_h), min(width, crop_w))
     assert agrees(sample)
@@ -139,7 +139,7 @@ def test_random_crop__void_pixels_do_not_count():
 # ------------------------------------------------------------------------------------------- flipping and padding
 
 
-def test_random_flip__turns_picture_and_mask_together():
+def test_random_flip__turns_image_and_mask_together():
     sample = tiny_sample()
     flipped = RandomFlip(1.0)(sample, rng())
     assert np.array_equal(flipped.mask, sample.mask[:, ::-1])
@@ -164,7 +164,7 @@ def test_pad__adds_void_at_the_right_and_at_the_bottom():
     assert pixels(padded)[19, 17].tolist() == [1, 2, 3]
 
 
-def test_pad__leaves_larger_pictures_alone_and_pads_each_side_on_its_own():
+def test_pad__leaves_larger_images_alone_and_pads_each_side_on_its_own():
     sample = tiny_sample(12, 16)
     assert Pad((10, 10))(sample, rng()) is sample
     assert Pad((20, 10))(sample, rng()).size == (20, 16)
@@ -259,7 +259,7 @@ def test_training_transform__every_result_has_the_crop_size_and_repeats_for_equa
     assert np.array_equal(sample.mask, before[1])
 
 
-def test_geometry__picture_and_mask_move_together():
+def test_geometry__image_and_mask_move_together():
     chain = Compose((RandomCrop((9, 9), 1.0), RandomFlip(), RandomCrop((5, 7))))
     for seed in range(30):
         assert agrees(chain(tiny_sample(), rng(seed)))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import tokenexit.engine.cuda_graphs as cuda_graphs
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tokenexit.engine.cuda_graphs import CapturedBlocks
 from tokenexit.engine.tokens import Packing
 from tokenexit.engine.vit import Block
@@ -76,7 +76,7 @@ def test_run__gives_what_packed_blocks_give_batch_after_batch(
     assert recorder.recorded == len(keys)
 
 
-def test_run__what_a_broken_picture_left_in_a_bucket_reaches_no_other() -> None:
+def test_run__what_a_broken_image_left_in_a_bucket_reaches_no_other() -> None:
     own = blocks()
     graphs = CapturedBlocks(own, step=8, record=Recorder())
     broken, x = torch.full((8, 16), torch.nan), torch.randn(5, 16)
@@ -120,7 +120,7 @@ def test_graphs__are_bounded_and_the_oldest_makes_room(monkeypatch: pytest.Monke
     ],
 )
 def test_a_model_with_captured_blocks_answers_as_without(precision: Any, method: Method[Any]) -> None:
-    images = [picture(24, 32, seed=1), picture(24, 28, seed=2)]
+    images = [random_image(24, 32, seed=1), random_image(24, 28, seed=2)]
     model, plain, recorder = tiny_segmenter(), tiny_segmenter(), Recorder()
     model.backbone.capture_blocks(step=4, record=recorder)
     for batch in ([images[0]], images, [images[0]]):
@@ -137,7 +137,7 @@ def test_training__runs_blocks_as_they_are() -> None:
     recorder = Recorder()
     model = tiny_segmenter()
     model.backbone.capture_blocks(record=recorder)
-    model([picture(24, 32)], DToP())
+    model([random_image(24, 32)], DToP())
     assert recorder.recorded == 0
 
 
@@ -152,7 +152,7 @@ def test_cuda_graphs__answer_as_packed_blocks(precision: Any) -> None:
     device = torch.device("cuda")
     model, plain = tiny_segmenter().to(device), tiny_segmenter().to(device)
     model.backbone.capture_blocks(step=4)
-    images = [picture(24, 32, seed=seed).to(device) for seed in range(3)]
+    images = [random_image(24, 32, seed=seed).to(device) for seed in range(3)]
     for image in images:
         with inference(device, precision):
             ours, theirs = model([image], Dense()), plain([image], Dense())

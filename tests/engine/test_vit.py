@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, enliven, picture, tiny_config
+from tests.helpers import assert_close, enliven, random_image, tiny_config
 from tests.oracles import vit as oracle
 from tokenexit.engine.tokens import Packing
 from tokenexit.engine.vit import PRESETS, Block, ViT, drop_path, resize_pos_embed, vit_config
@@ -36,7 +36,7 @@ VARIANTS = [
 @pytest.mark.parametrize("changes", VARIANTS)
 @given(size=st.tuples(sides, sides), seed=st.integers(0, 9))
 def test_vit__equals_the_plain_one_of_single_images(changes, size, seed):
-    vit, image = lively(**changes), picture(*size, seed)
+    vit, image = lively(**changes), random_image(*size, seed)
     state = {name: value.detach().double() for name, value in vit.state_dict().items()}
     x = oracle.embed(state, vit.config, image.double())
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_vit__equals_the_plain_one_of_single_images(changes, size, seed):
 @given(sizes=st.lists(st.tuples(sides, sides), min_size=1, max_size=4))
 def test_vit__images_of_mixed_sizes_give_what_each_gives_alone(sizes):
     vit = lively(num_registers=1)
-    images = [picture(*size, seed) for seed, size in enumerate(sizes)]
+    images = [random_image(*size, seed) for seed, size in enumerate(sizes)]
     with torch.no_grad():
         together = vit.run(vit.embed(images), 0, 4)
         alone = [vit.run(vit.embed([image]), 0, 4) for image in images]
@@ -64,7 +64,7 @@ def test_vit__images_of_mixed_sizes_give_what_each_gives_alone(sizes):
 
 @pytest.mark.parametrize("changes", VARIANTS)
 def test_run__exited_tokens_are_no_keys_and_no_queries(changes):
-    vit, image = lively(**changes), picture(11, 14)
+    vit, image = lively(**changes), random_image(11, 14)
     state = {name: value.detach().double() for name, value in vit.state_dict().items()}
     with torch.no_grad():
         tokens = vit.embed([image])
@@ -79,7 +79,7 @@ def test_run__exited_tokens_are_no_keys_and_no_queries(changes):
 def test_run__works_with_no_token_left():
     vit = lively(class_token=False)
     with torch.no_grad():
-        tokens = vit.embed([picture(8, 8), picture(4, 4)])
+        tokens = vit.embed([random_image(8, 8), random_image(4, 4)])
         empty = vit.run(tokens.keep(torch.zeros(5, dtype=torch.bool)), 0, 4)
     assert empty.x.shape == (0, 32)
     assert empty.live == (0, 0)
@@ -87,18 +87,18 @@ def test_run__works_with_no_token_left():
 
 def test_run__a_span_of_no_blocks_changes_nothing():
     vit = lively()
-    tokens = vit.embed([picture(8, 8)])
+    tokens = vit.embed([random_image(8, 8)])
     assert torch.equal(vit.run(tokens, 2, 2).x, tokens.x)
 
 
 def test_embed__positions_count_over_the_whole_batch_and_prefix_has_none():
-    tokens = lively(num_registers=1).embed([picture(4, 8), picture(4, 4)])
+    tokens = lively(num_registers=1).embed([random_image(4, 8), random_image(4, 4)])
     assert tokens.position.tolist() == [-1, -1, 0, 1, -1, -1, 2]
     assert tokens.num_prefix == 2
 
 
 def test_embed__sizes_that_are_no_multiple_of_the_patch_are_padded_right_and_below():
-    vit, image = lively(), picture(5, 6)
+    vit, image = lively(), random_image(5, 6)
     padded = F.pad(image, (0, 2, 0, 3))
     assert torch.equal(vit.embed([image]).x, vit.embed([padded]).x)
 
@@ -204,7 +204,7 @@ def test_drop_path__rises_linearly_from_zero_at_the_first_block():
 
 def test_drop_path__acts_in_training_only():
     vit = lively(drop_path=0.9)
-    tokens = vit.embed([picture(8, 8)])
+    tokens = vit.embed([random_image(8, 8)])
     assert torch.equal(vit.run(tokens, 0, 4).x, vit.run(tokens, 0, 4).x)
     vit.train()
     draws = {vit.run(tokens, 3, 4).x.sum().item() for _ in range(20)}
@@ -214,7 +214,7 @@ def test_drop_path__acts_in_training_only():
 
 def test_drop_path__may_spare_attention_as_dovit_does():
     vit = lively(drop_path=0.9, drop_path_attention=False).train()
-    tokens = vit.embed([picture(8, 8)])
+    tokens = vit.embed([random_image(8, 8)])
     block = vit.blocks[3]
     qkv = block.attn.qkv(block.norm1(tokens.x))
     attended = tokens.x + block.attn.proj(block.attn.attend(qkv, tokens.packing))
@@ -236,7 +236,7 @@ def test_compile_blocks__computes_the_same_for_any_number_of_live_tokens(bf16: b
     vit, compiled = lively().eval(), lively().eval()
     compiled.load_state_dict(vit.state_dict())
     compiled.compile_blocks()
-    tokens = vit.embed([picture(24, 20), picture(8, 8)])
+    tokens = vit.embed([random_image(24, 20), random_image(8, 8)])
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for every in (1, 2, 5):
             live = tokens.keep(torch.arange(sum(tokens.live)) % every == 0)

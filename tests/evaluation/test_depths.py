@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.evaluation.test_evaluate import CLASSES, Pictures, same_figures
-from tests.helpers import picture, tiny_segmenter
+from tests.evaluation.test_evaluate import CLASSES, Images, same_figures
+from tests.helpers import random_image, tiny_segmenter
 from tokenexit.evaluation.depths import stopped
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.methods import Dense, DToP, Truncated
@@ -22,39 +22,39 @@ def test_stopped__is_truncated_at_every_exit_and_dense_at_the_end(head: str, win
     model = tiny_segmenter(head, num_registers=1)
     if windowed:
         model.preprocessing = replace(model.preprocessing, window=(8, 12), stride=(5, 9))
-    images = [picture(21, 30), picture(9, 16, seed=1)]
+    images = [random_image(21, 30), random_image(9, 16, seed=1)]
     with torch.no_grad():
-        outputs = stopped(model, model.segment(images, with_stages=True))
+        outputs = stopped(model, model.segment(images, with_records=True))
         expected = [model.segment(images, method) for method in (Truncated(1), Truncated(2), Dense())]
     assert len(outputs) == 3
     for output, own in zip(outputs, expected):
         assert output.ledger == own.ledger
         for i in range(2):
             assert torch.equal(output.labels[i], own.labels[i])
-            assert torch.equal(output.exit_stage[i], own.exit_stage[i])
+            assert torch.equal(output.exit_index[i], own.exit_index[i])
             assert torch.equal(output.logits[i], own.logits[i])
 
 
 def test_stopped__takes_exit_heads_of_another_resolution_than_the_decode_head() -> None:
     model = tiny_segmenter("linear", "setr_pup")
     with torch.no_grad():
-        dense = model([picture(16, 20)], with_stages=True)
+        dense = model([random_image(16, 20)], with_records=True)
         first, _, last = stopped(model, dense)
         alone = tiny_segmenter("linear", "linear")
         alone.backbone.load_state_dict(model.backbone.state_dict())
         alone.exit_heads.load_state_dict(model.exit_heads.state_dict())
-        expected = alone([picture(16, 20)], Truncated(1))
+        expected = alone([random_image(16, 20)], Truncated(1))
     assert torch.equal(first.labels, expected.labels)
     assert torch.equal(last.labels, dense.labels)
 
 
 def test_evaluate__adds_a_row_for_every_depth_and_dense_only_where_it_is_missing() -> None:
     model = tiny_segmenter("fcn", num_classes=CLASSES)
-    dense, dtop, one, two = evaluate(model, Pictures(), [Dense(), DToP(0.5)], references=["depths"])
+    dense, dtop, one, two = evaluate(model, Images(), [Dense(), DToP(0.5)], references=["depths"])
     assert [row.label for row in (one, two)] == ["truncated after=1 (block 1)", "truncated after=2 (block 3)"]
-    true = evaluate(model, Pictures(), [Truncated(1), Truncated(2)])
+    true = evaluate(model, Images(), [Truncated(1), Truncated(2)])
     assert all(same_figures(replace(row, label=own.label), own) for row, own in zip((one, two), true))
-    _, *rows, last = evaluate(model, Pictures(), [dtop.method], references=["depths"])
+    _, *rows, last = evaluate(model, Images(), [dtop.method], references=["depths"])
     assert [row.confusion.tolist() for row in rows] == [row.confusion.tolist() for row in (one, two)]
     assert same_figures(last, dense)
 
@@ -69,13 +69,13 @@ def test_evaluate__runs_the_network_once_more_for_all_depths_and_the_oracle(monk
         return true(*args, **options)
 
     monkeypatch.setattr(model, "segment", counted)
-    evaluate(model, Pictures(2), [Dense()], references=["oracle", "depths"])
+    evaluate(model, Images(2), [Dense()], references=["oracle", "depths"])
     assert calls.count(True) == 2  # one for each image
 
 
 def test_late_blocks_note__says_so_where_an_exit_is_as_good_as_the_end() -> None:
     model = tiny_segmenter("fcn", num_classes=CLASSES)
-    results = evaluate(model, Pictures(), [Dense()], references=["depths"])
+    results = evaluate(model, Images(), [Dense()], references=["depths"])
     miou = {row.method: row.scores.miou for row in results}
 
     def note(first: float, second: float, dense: float) -> str | None:
@@ -98,7 +98,7 @@ def test_late_blocks_note__says_so_where_an_exit_is_as_good_as_the_end() -> None
 
 def test_late_blocks_note__offers_no_method_that_the_model_cannot_run() -> None:
     model = tiny_segmenter("linear", "setr_pup")
-    results = evaluate(model, Pictures(), [Dense()], references=["depths"])
+    results = evaluate(model, Images(), [Dense()], references=["depths"])
     rows = [replace(row, scores=replace(row.scores, miou=50.0)) for row in results]
     said = late_blocks_note(model, rows)
     assert said is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.evaluation.test_evaluate import CLASSES, Pictures
+from tests.evaluation.test_evaluate import CLASSES, Images
 from tests.helpers import tiny_segmenter
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.intervals import class_counts, miou_interval, resampled_miou
@@ -51,10 +51,10 @@ def test_miou_interval__says_nothing_of_one_image() -> None:
 
 def test_evaluation__keeps_what_intervals_need_of_every_image() -> None:
     model = tiny_segmenter("fcn", num_classes=CLASSES)
-    dense, dtop = evaluate(model, Pictures(), [Dense(), DToP(0.5)])
+    dense, dtop = evaluate(model, Images(), [Dense(), DToP(0.5)])
     assert dense.counts is not None
     assert torch.equal(dense.counts.sum(0), class_counts(dense.confusion))
     low, high = dense.miou_interval() or (0.0, 0.0)
     assert low <= dense.scores.miou <= high
     assert dtop.miou_interval(dense) is not None
-    assert dense.to_dict(Pictures().labels.names)["mIoU_interval"] == (low, high)
+    assert dense.to_dict(Images().labels.names)["mIoU_interval"] == (low, high)

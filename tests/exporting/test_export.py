@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from tests.cli.test_cli import fine, wrong
-from tests.helpers import assert_close, picture, tiny_segmenter
+from tests.helpers import assert_close, random_image, tiny_segmenter
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting import export as exporting
 from tokenexit.exporting.export import export_model, trace
 from tokenexit.exporting.graph import threshold_table
-from tokenexit.exporting.pictures import compared_pictures
+from tokenexit.exporting.pictures import compared_images
 from tokenexit.inputs.images import load_image
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, GatedBySize, Method, Truncated
@@ -58,12 +58,12 @@ def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method
     left: set[int] = set()
     sizes = [size for size in SIZES if head != "setr_pup" or min(size) > 4]  # its traced convolutions want two rows
     for seed, size in enumerate(sizes):
-        image = picture(*size, seed=seed)
+        image = random_image(*size, seed=seed)
         for thresholds in (own, torch.ones_like(own), torch.zeros_like(own)):
             with torch.no_grad():
                 labels, logits, stages = graph(image[None], thresholds)
                 expected = model([image], exporting._held_to(method, thresholds.numpy()))
-            assert torch.equal(stages[0], expected.exit_stage[0])
+            assert torch.equal(stages[0], expected.exit_index[0])
             assert_close(logits[0], expected.grid_logits[0])
             assert torch.equal(labels[0], expected.labels[0])
             left |= set(stages.unique().tolist())
@@ -74,18 +74,18 @@ def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method
 def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, method: Any, tmp_path: Path) -> None:
     onnxruntime = needs_onnx()
     model = tiny_segmenter(head)
-    made = export_model(model, method, [picture(21, 30), picture(8, 13)], tmp_path)
+    made = export_model(model, method, [random_image(21, 30), random_image(8, 13)], tmp_path)
     assert made.runs == 6
     assert made.error < 1e-4
     session = onnxruntime.InferenceSession(made.path)
     for seed, size in enumerate(SIZES):
-        image = picture(*size, seed=10 + seed)
+        image = random_image(*size, seed=10 + seed)
         for threshold in (0.3, 1.0, 0.0):
             given = {"image": image[None].numpy(), "thresholds": np.full(2, threshold, np.float32)}
             labels, logits, stages = session.run(["labels", "grid_logits", "exit_stage"], given)
             with torch.no_grad():
                 expected = model([image], replace(method, threshold=threshold))
-            assert np.array_equal(stages[0], expected.exit_stage[0].numpy())
+            assert np.array_equal(stages[0], expected.exit_index[0].numpy())
             assert_close(torch.from_numpy(logits[0]), expected.grid_logits[0], 1e-4)
             assert labels.shape == (1, *size)
     about = json.loads(session.get_modelmeta().custom_metadata_map["tokenexit"])
@@ -105,29 +105,29 @@ def test_openvino__says_what_the_model_says_if_told_to_stay_in_fp32(
     needs_onnx()
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
     model = tiny_segmenter(head)
-    made = export_model(model, method, [picture(12, 16)], tmp_path)
+    made = export_model(model, method, [random_image(12, 16)], tmp_path)
     run = openvino.Core().compile_model(made.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     own = threshold_table(model, method)
     left: set[int] = set()
     for seed, size in enumerate(SIZES):
-        image = picture(*size, seed=seed)
+        image = random_image(*size, seed=seed)
         for thresholds in (own, torch.ones_like(own), own + 0.05):
             found = run({"image": image[None].numpy(), "thresholds": thresholds.numpy()})
             with torch.no_grad():
                 ours = model([image], replace(method, threshold=tuple(thresholds.tolist())))
             assert_close(torch.from_numpy(found["grid_logits"][0]), ours.grid_logits[0])
-            assert np.array_equal(found["exit_stage"][0], ours.exit_stage[0].numpy())
-            left |= set(ours.exit_stage[0].unique().tolist())
+            assert np.array_equal(found["exit_stage"][0], ours.exit_index[0].numpy())
+            left |= set(ours.exit_index[0].unique().tolist())
     assert len(left) > 1, "some leave and some stay"
 
 
 def test_export_model__writes_torch_programs_with_the_same_facts(tmp_path: Path) -> None:
-    made = export_model(tiny_segmenter(), Dense(), [picture(21, 30)], tmp_path, "torch")
+    made = export_model(tiny_segmenter(), Dense(), [random_image(21, 30)], tmp_path, "torch")
     facts = {"tokenexit.json": ""}
     graph = torch.export.load(made.path, extra_files=facts).module(check_guards=False)
     assert json.loads(facts["tokenexit.json"])["method"] == {"name": "dense"}
     assert (made.runs, made.error == made.own_error) == (1, True)
-    assert graph(picture(9, 9)[None], torch.ones(2))[0].shape == (1, 9, 9)
+    assert graph(random_image(9, 9)[None], torch.ones(2))[0].shape == (1, 9, 9)
 
 
 def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +144,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
 
     monkeypatch.setattr(exporting, "_open_torch", worse)
     with pytest.raises(CheckpointError, match="nothing was written"):
-        export_model(tiny_segmenter(), Dense(), [picture(21, 30)], tmp_path, "torch")
+        export_model(tiny_segmenter(), Dense(), [random_image(21, 30)], tmp_path, "torch")
     assert list(tmp_path.iterdir()) == []
 
     def elsewhere(path: Path) -> Any:
@@ -153,7 +153,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
 
     monkeypatch.setattr(exporting, "_open_torch", elsewhere)
     with pytest.raises(CheckpointError, match="lets other tokens leave"):
-        export_model(tiny_segmenter(), Dense(), [picture(21, 30)], tmp_path, "torch")
+        export_model(tiny_segmenter(), Dense(), [random_image(21, 30)], tmp_path, "torch")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -170,7 +170,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
 )
 def test_export_model__refuses_what_a_graph_cannot_hold(method: Any, words: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=words):
-        export_model(tiny_segmenter(), method, [picture(8, 8)], tmp_path)
+        export_model(tiny_segmenter(), method, [random_image(8, 8)], tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,7 +188,7 @@ def consumer() -> Any:
 
 
 def photos(folder: Path) -> dict[str, Path]:
-    """One picture, as files of every kind that is read in a way of its own."""
+    """One image, as files of every kind that is read in a way of its own."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (22, 31, 3), dtype=np.uint8))
     exif = Image.Exif()
@@ -221,7 +221,7 @@ PREPROCESSINGS: dict[str, dict[str, Any]] = {
     "fixed size": {"resize": (20, 18)},
     "windows": {"window": (8, 12), "stride": (5, 9)},
     "windows that touch": {"window": 9},
-    "windows larger than the picture": {"window": (64, 12), "stride": (64, 7)},
+    "windows larger than the image": {"window": (64, 12), "stride": (64, 7)},
     "resized, in windows": {"resize": (26, 20), "window": 16, "stride": 10},
 }
 
@@ -236,7 +236,7 @@ def test_consumer_example__gives_the_masks_of_predict_for_every_preprocessing(
     onnxruntime = needs_onnx()
     example, files = consumer(), photos(tmp_path)
     model = tiny_segmenter(head)
-    made = export_model(model, method, [picture(21, 30), picture(16, 12)], tmp_path)
+    made = export_model(model, method, [random_image(21, 30), random_image(16, 12)], tmp_path)
     session = onnxruntime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
     seen: set[bytes] = set()
     for options in PREPROCESSINGS.values():
@@ -250,22 +250,22 @@ def test_consumer_example__gives_the_masks_of_predict_for_every_preprocessing(
             expected = model.predict(path, method)
             assert np.array_equal(labels, expected.labels[0].numpy()), (options, name)
             single = getattr(expected, "windows", expected)
-            assert np.array_equal(exits, torch.cat([stages.flatten() for stages in single.exit_stage]).numpy())
+            assert np.array_equal(exits, torch.cat([stages.flatten() for stages in single.exit_index]).numpy())
             seen.add(labels.tobytes())
     assert len(seen) > 2 * len(files), "preprocessing decides what is seen"
 
 
-def test_compared_pictures__are_as_large_as_a_window_at_most() -> None:
+def test_compared_images__are_as_large_as_a_window_at_most() -> None:
     model = tiny_segmenter()
-    assert [tuple(image.shape[1:]) for image in compared_pictures(model)] == [(128, 192), (160, 120), (96, 96)]
+    assert [tuple(image.shape[1:]) for image in compared_images(model)] == [(128, 192), (160, 120), (96, 96)]
     model.preprocessing = Preprocessing(window=(100, 150))
-    assert [tuple(image.shape[1:]) for image in compared_pictures(model)] == [(100, 150), (100, 120), (96, 96)]
+    assert [tuple(image.shape[1:]) for image in compared_images(model)] == [(100, 150), (100, 120), (96, 96)]
 
 
 def test_export_model__takes_models_with_windows_and_says_so(tmp_path: Path) -> None:
     model = tiny_segmenter()
     model.preprocessing = replace(Preprocessing(), window=(8, 12), stride=(8, 8), resize=20)
-    export_model(model, Dense(), [picture(8, 12)], tmp_path, "torch")
+    export_model(model, Dense(), [random_image(8, 12)], tmp_path, "torch")
     facts = {"tokenexit.json": ""}
     torch.export.load(tmp_path / "model.pt2", extra_files=facts)
     about = json.loads(facts["tokenexit.json"])
@@ -294,7 +294,7 @@ def test_consumer_example__segments_as_the_model_does(
     assert mask.size == expected.size == (22, 31)
     assert mask.convert("RGB").tobytes() == expected.convert("RGB").tobytes()
     output = ExitSegmenter.from_pretrained(tmp_path / "model").predict(photo, DToP(0.26))
-    exits = torch.cat([stages.flatten() for stages in getattr(output, "windows", output).exit_stage])
+    exits = torch.cat([stages.flatten() for stages in getattr(output, "windows", output).exit_index])
     shares = [float(share) / 100 for share in re.findall(r"(\d+)% of the tokens", said)]
     assert shares == pytest.approx([(exits == n).float().mean().item() for n in range(3)], abs=0.006)
     moved = [*command, str(tmp_path / "moved.png"), "1/1"]

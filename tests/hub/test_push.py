@@ -92,7 +92,7 @@ def test_card__is_filled_with_what_is_known(tmp_path: Path) -> None:
         "steps 800, seed 0, optimiser adamw",
         "started from vit.safetensors",
         "after block 1, 3",
-        "Weights: cc-by-4.0. Code: Apache-2.0. Pictures and labels of camvid have terms of their own.",
+        "Weights: cc-by-4.0. Code: Apache-2.0. Images and labels of camvid have terms of their own.",
     ):
         assert words in card
     assert "\n\n\n" not in card

@@ -1,4 +1,4 @@
-"""Pictures of every kind come in, one kind of tensor goes out, and everything that makes it is saved."""
+"""Images of every kind come in, one kind of tensor goes out, and everything that makes it is saved."""
 
 import contextlib
 import io
@@ -204,7 +204,7 @@ def test_normalise__refuses_what_is_not_rgb():
         Preprocessing().normalise(Image.new("L", (4, 4)))
 
 
-# --------------------------------------------------------------------------------------- pictures: what comes in
+# --------------------------------------------------------------------------------------- images: what comes in
 
 
 def pixel(image, xy=(0, 0)):
@@ -239,7 +239,7 @@ def test_load_image__every_mode_becomes_rgb(mode, colour, expected):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16"])
-def test_load_image__a_png_of_any_mode_reads_as_the_picture_in_memory(mode, tmp_path):
+def test_load_image__a_png_of_any_mode_reads_as_the_image_in_memory(mode, tmp_path):
     image = Image.new("RGB", (4, 3), (255, 255, 255)).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
         image = Image.fromarray(np.full((3, 4), 65535, np.uint16))
@@ -281,7 +281,7 @@ def test_load_image__follows_the_exif_orientation_of_files_and_of_open_images(tm
         assert load_image(upright).size == (8, 16)  # and turned only once
 
 
-def test_load_image__damaged_exif_data_do_not_cost_the_picture(tmp_path):
+def test_load_image__damaged_exif_data_do_not_cost_the_image(tmp_path):
     Image.new("RGB", (4, 4), (1, 2, 3)).save(tmp_path / "x.png", exif=b"Exif\x00\x00garbage")
     assert pixel(load_image(tmp_path / "x.png")) == (1, 2, 3)
 
@@ -355,7 +355,7 @@ def test_load_image__floats_and_16_bits_agree_with_8_bits(array):
         (np.full((4, 4), -0.1), "-0.1"),
     ],
 )
-def test_load_image__arrays_that_are_no_pictures_are_refused_by_shape_and_type(array, words):
+def test_load_image__arrays_that_are_no_images_are_refused_by_shape_and_type(array, words):
     with pytest.raises(DataError, match=words):
         load_image(array)
 
@@ -371,8 +371,8 @@ def one_sentence(error):
     return message
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture at all", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
-def test_load_image__what_is_no_picture_is_refused_by_file_name(content, tmp_path):
+@pytest.mark.parametrize("content", [b"", b"not an image at all", b"\x89PNG\r\n\x1a\n", b"GIF89a"])
+def test_load_image__what_is_no_image_is_refused_by_file_name(content, tmp_path):
     path = tmp_path / "street.png"
     path.write_bytes(content)
     with pytest.raises(DataError) as error:
@@ -457,7 +457,7 @@ def test_load_image__a_lazily_opened_truncated_image_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_load_image__a_damaged_file_gives_a_picture_or_a_data_error_and_nothing_else(data):
+def test_load_image__a_damaged_file_gives_an_image_or_a_data_error_and_nothing_else(data):
     buffer = io.BytesIO()
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP"]))
     Image.fromarray(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)).save(buffer, kind)

@@ -8,7 +8,7 @@ import pytest
 
 from tokenexit.errors import DataError
 from tokenexit.inputs import heic
-from tokenexit.inputs.sources import SUFFIXES, Job, jobs_of, list_pictures, list_sources, name_apart, quiet
+from tokenexit.inputs.sources import SUFFIXES, WorkItem, jobs_of, list_images, list_sources, name_apart, quiet
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def listed(*lines: str, name: str = "list.txt", end: str = "\n") -> Path:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_list__names_pictures_by_lines_and_results_below_their_common_folder(photos: Path, end: str) -> None:
+def test_list__names_images_by_lines_and_results_below_their_common_folder(photos: Path, end: str) -> None:
     jobs = list_sources([listed("in/b/1.jpg", "", "in/a/1.jpg", "in/b/1.jpg", end=end)])
     assert jobs == {Path("in/b/1.jpg"): "b/1", Path("in/a/1.jpg"): "a/1"}
     assert list_sources([listed("in/a/2.png", "in/a/1.jpg")]) == {Path("in/a/2.png"): "2", Path("in/a/1.jpg"): "1"}
@@ -54,19 +54,19 @@ def test_list__that_names_nothing_or_is_not_there_is_refused(photos: Path) -> No
         list_sources([Path("@nope.txt")])
 
 
-def test_pictures__are_those_of_a_folder_and_no_videos(photos: Path) -> None:
-    assert list(list_pictures([photos]).values()) == ["a/1", "a/2", "b/1", "c"]
+def test_images__are_those_of_a_folder_and_no_videos(photos: Path) -> None:
+    assert list(list_images([photos]).values()) == ["a/1", "a/2", "b/1", "c"]
     with pytest.raises(DataError, match=r"^in/v\.mp4 is a video: give images, such as its frames\.$"):
-        list_pictures([photos / "v.mp4"])
+        list_images([photos / "v.mp4"])
 
 
-def test_jobs__are_pictures_or_films_of_a_folder_and_videos(photos: Path) -> None:
+def test_work_items__are_images_or_films_of_a_folder_and_videos(photos: Path) -> None:
     sources, out = [photos, photos / "v.mp4"], Path("out")
     single = jobs_of(list_sources(sources, out), films=False)
     assert [(job.name, job.size) for job in single] == [("a/1", 1), ("a/2", 1), ("b/1", 1), ("c", 1), ("v", 1)]
-    assert single[-1] == Job("v", video=photos / "v.mp4")
+    assert single[-1] == WorkItem("v", video=photos / "v.mp4")
     films = jobs_of(list_sources(sources, out), films=True)
-    assert [(job.name, [name for _, name in job.pictures]) for job in films] == [
+    assert [(job.name, [name for _, name in job.images]) for job in films] == [
         ("a", ["a/1", "a/2"]),
         ("b", ["b/1"]),
         ("in", ["c"]),

@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from tests.helpers import MARGIN, assert_close, distance, picture
+from tests.helpers import MARGIN, assert_close, distance, random_image
 from tests.methods.cases import ALL_HEADS, BY_HEAD, CASES, ONCE, WITH_EXITS, model_for
 from tests.oracles.methods import Weights
 from tokenexit.methods import METHODS, Dense
@@ -19,7 +19,7 @@ MIXED = [(16, 20), (9, 33), (4, 4), (16, 20), (13, 8)]
 
 
 def batch(sizes=MIXED, seed=1):
-    return [picture(*size, seed + i) for i, size in enumerate(sizes)]
+    return [random_image(*size, seed + i) for i, size in enumerate(sizes)]
 
 
 def test_every_method_is_under_test():
@@ -42,7 +42,7 @@ def test_method__equals_its_oracle(case, head, sizes, shares, prefix, seed):
     with torch.no_grad():
         out = model(images, case.build(thresholds))
     for i, answer in enumerate(answers):
-        assert torch.equal(out.exit_stage[i], answer.stage)
+        assert torch.equal(out.exit_index[i], answer.stage)
         assert list(out.ledger.live[i]) == answer.live
         if answer.grid is not None:
             assert_close(out.grid_logits[i], answer.grid)
@@ -62,7 +62,7 @@ def test_method__a_rule_that_never_fires_gives_the_dense_result_bit_for_bit(case
         assert torch.equal(a.float(), b.float())
     assert out.value == dense.value
     assert out.ledger.live == dense.ledger.live
-    assert all((stage == 2).all() for stage in out.exit_stage)
+    assert all((stage == 2).all() for stage in out.exit_index)
 
 
 @pytest.mark.parametrize(("case", "head"), BY_HEAD)
@@ -73,7 +73,7 @@ def test_method__a_batch_of_n_is_n_batches_of_one(case, head):
         together = model(images, method)
         alone = [model([image], method) for image in images]
     for one, single in zip(together, alone):
-        assert torch.equal(one.exit_stage[0], single.exit_stage[0])
+        assert torch.equal(one.exit_index[0], single.exit_index[0])
         assert one.ledger == single.ledger
         assert_close(one.grid_logits[0], single.grid_logits[0])
         assert torch.equal(one.labels, single.labels) or distance(one.logits, single.logits) < 1e-5
@@ -87,7 +87,7 @@ def test_method__in_bf16_a_batch_is_its_singles_where_decisions_agree(case, head
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         for one, image in zip(model(images, method), images):
             single = model([image], method)
-            if torch.equal(one.exit_stage[0], single.exit_stage[0]):
+            if torch.equal(one.exit_index[0], single.exit_index[0]):
                 agreed += 1
                 assert_close(one.grid_logits[0], single.grid_logits[0], 2e-2)
     assert agreed >= 3
@@ -97,7 +97,7 @@ def test_method__in_bf16_a_batch_is_its_singles_where_decisions_agree(case, head
 def test_method__something_exits_at_each_exit_in_these_tests(case, head):
     model, images = model_for(head), batch()
     out = model(images, case.build(case.thresholds(model, images)))
-    stages = torch.cat([stage.flatten() for stage in out.exit_stage])
+    stages = torch.cat([stage.flatten() for stage in out.exit_index])
     assert set(stages.tolist()) == {0, 1, 2}
 
 
@@ -106,7 +106,7 @@ def test_method__live_sets_only_shrink_and_match_the_exit_map(case, head):
     model, images = model_for(head), batch()
     out = model(images, case.build(case.thresholds(model, images)))
     bounds = (0, *model.config.exits, model.config.backbone.depth)
-    for stage, live in zip(out.exit_stage, out.ledger.live):
+    for stage, live in zip(out.exit_index, out.ledger.live):
         counts = [int((stage >= n).sum()) for n in range(3)]
         assert list(live) == [counts[n] for n in range(3) for _ in range(bounds[n], bounds[n + 1])]
 
@@ -122,7 +122,7 @@ def test_method__any_number_of_live_tokens_works(case, head, options, threshold)
         method = type(method)(**(vars(method) | {"blend_weight": 0.0}))
     with torch.no_grad():
         out = model(images, method)
-    assert [tuple(stages.shape) for stages in out.exit_stage] == [(1, 1), (1, 1), (1, 5), (3, 2), (4, 4)]
+    assert [tuple(stages.shape) for stages in out.exit_index] == [(1, 1), (1, 1), (1, 5), (3, 2), (4, 4)]
     assert all(torch.isfinite(logits).all() for logits in out.grid_logits)
     assert [tuple(labels.shape) for labels in out.labels] == sizes
 
@@ -154,7 +154,7 @@ def counted_macs(model, image, method):
 @pytest.mark.parametrize(("case", "head"), BY_HEAD)
 def test_method__the_ledger_equals_what_an_operator_counter_measures(case, head, options):
     model = model_for(head, **options).requires_grad_(False)
-    image = picture(15, 22)
+    image = random_image(15, 22)
     method = case.build(0.5)
     if options.get("class_token") is False and method.name == "dovit":
         method = type(method)(**(vars(method) | {"blend_weight": 0.0}))
@@ -178,26 +178,26 @@ def test_method__survives_saving_bit_for_bit(case, head, tmp_path):
 
 
 @pytest.mark.parametrize(("case", "head"), ALL_HEADS)
-def test_method__recording_stages_changes_no_answer(case, head):
+def test_method__recording_exits_changes_no_answer(case, head):
     model, images = model_for(head), batch()
     method = case.build(case.thresholds(model, images))
     with torch.no_grad():
-        plain, recorded = model(images, method), model(images, method, with_stages=True)
-    cells = sum(stage.numel() for stage in plain.exit_stage)
-    assert all(stage.logits is None for stage in plain.stages[:-1])
-    assert len(recorded.stages) == 3
-    for stage in recorded.stages:
+        plain, recorded = model(images, method), model(images, method, with_records=True)
+    cells = sum(stage.numel() for stage in plain.exit_index)
+    assert all(stage.logits is None for stage in plain.exit_records[:-1])
+    assert len(recorded.exit_records) == 3
+    for stage in recorded.exit_records:
         assert stage.logits.shape == (cells * stage.scale**2, 5)
     for a, b in zip(plain.grid_logits, recorded.grid_logits):
         assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize(("case", "head"), ALL_HEADS)
-def test_method__training_records_every_stage_and_reaches_every_parameter(case, head):
+def test_method__training_records_every_exit_and_reaches_every_parameter(case, head):
     model, images = model_for(head).train(), batch()
     out = model(images, case.build(0.3))
-    loss = sum(stage.logits.sum() for stage in out.stages)
-    loss = loss + sum(stage.presence.sum() for stage in out.stages if stage.presence is not None)
+    loss = sum(stage.logits.sum() for stage in out.exit_records)
+    loss = loss + sum(stage.presence.sum() for stage in out.exit_records if stage.presence is not None)
     loss.backward()
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
     assert all(torch.isfinite(value.grad).all() for value in model.parameters())

@@ -5,7 +5,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.helpers import MARGIN, assert_close, call_view, choose_thresholds, fix_exit, picture, tiny_segmenter
+from tests.helpers import MARGIN, assert_close, call_view, choose_thresholds, fix_exit, random_image, tiny_segmenter
 from tests.oracles import methods as oracle
 from tests.oracles.methods import Weights
 from tokenexit.errors import ConfigError
@@ -15,7 +15,7 @@ SOME = [(16, 20), (9, 33), (4, 4)]
 
 
 def batch(sizes=SOME, seed=1):
-    return [picture(*size, seed + i) for i, size in enumerate(sizes)]
+    return [random_image(*size, seed + i) for i, size in enumerate(sizes)]
 
 
 def run(model, images, method, **options):
@@ -67,7 +67,7 @@ def test_dovit__equals_its_oracle_for_mixed_heads_and_options(exit_head, decode_
     assume(all(answer.gap > MARGIN for answer in expected))
     out = run(model, images, DoViT(thresholds, **options))
     for i, answer in enumerate(expected):
-        assert torch.equal(out.exit_stage[i], answer.stage)
+        assert torch.equal(out.exit_index[i], answer.stage)
         if answer.grid is not None:
             assert_close(out.grid_logits[i], answer.grid)
         assert_close(out[i].logits[0], answer.full)
@@ -91,7 +91,7 @@ def test_mean_count__equals_its_oracle(head, shares, size, images, seed):
     assert len(set(out.ledger.live)) == 1, "one count for the whole batch"
     for i, answer in enumerate(expected):
         assert list(out.ledger.live[i]) == answer.live
-        assert torch.equal(out.exit_stage[i], answer.stage)
+        assert torch.equal(out.exit_index[i], answer.stage)
         assert_close(out.grid_logits[i], answer.grid)
 
 
@@ -101,17 +101,17 @@ def test_mean_count__is_the_floor_of_the_batch_mean_and_may_recall_tokens():
     fix_exit(model, 0, [0.3] * 4 + [0.3, 0.9, 0.9, 0.9])
     # Now nobody is stopped anew; the mask still holds 4 and 1, although 2 and 2 were computed.
     fix_exit(model, 1, [0.3] * 8)
-    out = run(model, [picture(8, 8, 1), picture(8, 8, 2)], DoViT(0.5, batch_mode="mean"))
+    out = run(model, [random_image(8, 8, 1), random_image(8, 8, 2)], DoViT(0.5, batch_mode="mean"))
     assert out.ledger.live == ((4, 2, 2, 2), (4, 2, 2, 2))
-    assert out.exit_stage[0].flatten().tolist() == [2, 2, 0, 0]
-    assert out.exit_stage[1].flatten().tolist() == [2, 2, 0, 0]
+    assert out.exit_index[0].flatten().tolist() == [2, 2, 0, 0]
+    assert out.exit_index[1].flatten().tolist() == [2, 2, 0, 0]
 
 
 def test_mean_count__of_one_image_is_exact():
-    model, image = tiny_segmenter("fcn"), picture(16, 16)
+    model, image = tiny_segmenter("fcn"), random_image(16, 16)
     exact, mean = (run(model, [image], DoViT(0.6, batch_mode=mode)) for mode in ("exact", "mean"))
     assert torch.equal(exact.grid_logits[0], mean.grid_logits[0])
-    assert torch.equal(exact.exit_stage[0], mean.exit_stage[0])
+    assert torch.equal(exact.exit_index[0], mean.exit_index[0])
 
 
 # The blend.
@@ -122,7 +122,7 @@ def test_blend__changes_the_class_token_only_above_the_trigger_share_of_all_toke
     """3 x 3 patches and the class token: one stopped token is exactly the trigger of 0.1, which is not above it."""
     model = tiny_segmenter("linear", exits=(1,))
     fix_exit(model, 0, [0.9] * stopped + [0.3] * (9 - stopped))
-    tokens, after = at_first_exit(model, [picture(12, 12)], DoViT(0.5))
+    tokens, after = at_first_exit(model, [random_image(12, 12)], DoViT(0.5))
     assert after.live == (9 - stopped,)
     if changes:
         assert_close(after.x[0], 0.5 * (tokens.x[0] + tokens.x[1 : 1 + stopped].mean(0)))
@@ -134,7 +134,7 @@ def test_blend__changes_the_class_token_only_above_the_trigger_share_of_all_toke
 def test_blend__weight_mixes_and_registers_stay_as_they_are():
     model = tiny_segmenter("linear", exits=(1,), num_registers=2)
     fix_exit(model, 0, [0.9, 0.9, 0.3, 0.3])
-    tokens, after = at_first_exit(model, [picture(8, 8)], DoViT(0.5, blend_weight=0.25))
+    tokens, after = at_first_exit(model, [random_image(8, 8)], DoViT(0.5, blend_weight=0.25))
     assert_close(after.x[0], 0.75 * tokens.x[0] + 0.25 * tokens.x[3:5].mean(0))
     assert torch.equal(after.x[1:3], tokens.x[1:3])
 
@@ -142,7 +142,7 @@ def test_blend__weight_mixes_and_registers_stay_as_they_are():
 def test_blend__is_of_each_image_alone():
     model = tiny_segmenter("linear", exits=(1,))
     fix_exit(model, 0, [0.9, 0.9, 0.3, 0.3, 0.3, 0.3])
-    tokens, after = at_first_exit(model, [picture(8, 8), picture(4, 8)], DoViT(0.5))
+    tokens, after = at_first_exit(model, [random_image(8, 8), random_image(4, 8)], DoViT(0.5))
     assert after.packing.lengths == (3, 3)
     assert torch.equal(after.x[3:], tokens.x[5:])
     assert not torch.equal(after.x[0], tokens.x[0])
@@ -154,7 +154,7 @@ def test_blend__takes_everything_stopped_so_far_again_at_the_next_exit():
     fix_exit(model, 1, [0.3, 0.9, 0.3, 0.3])
     view, method = call_view(model), DoViT(0.5)
     with torch.no_grad():
-        tokens = model.backbone.embed([picture(8, 8)])
+        tokens = model.backbone.embed([random_image(8, 8)])
         once, state = method.at_exit(0, tokens, method.start(tokens, view), view)
         twice, _ = method.at_exit(1, once, state, view)
     assert once.position.tolist() == [-1, 1, 2, 3]
@@ -166,7 +166,7 @@ def test_blend__counts_and_averages_exactly_in_half_precision():
     """Half precision cannot count beyond 256; 400 patches stop here."""
     model = tiny_segmenter("linear", exits=(1,)).to(torch.bfloat16)
     fix_exit(model, 0, [0.9] * 400)
-    tokens, after = at_first_exit(model, [picture(80, 80).bfloat16() + 3], DoViT(0.5))
+    tokens, after = at_first_exit(model, [random_image(80, 80).bfloat16() + 3], DoViT(0.5))
     expected = 0.5 * (tokens.x[0].float() + tokens.x[1:].float().mean(0))
     assert_close(after.x[0], expected, 1e-2)
 
@@ -181,7 +181,7 @@ def test_stopped_features__are_bit_identical_from_exit_to_finish():
         head.register_forward_hook(lambda head, inputs, out: seen.append(inputs[0].x))
     taus = choose_thresholds(lambda t: oracle.dovit(weights, images, t), (0.4, 0.4))
     out = run(model, images, DoViT(taus))
-    stage = torch.cat([s.flatten() for s in out.exit_stage])
+    stage = torch.cat([s.flatten() for s in out.exit_index])
     first, second, final = seen
     assert (stage == 0).any()
     assert (stage == 1).any()
@@ -203,20 +203,20 @@ def test_decode_head__sees_the_whole_grid_in_order_with_the_final_norm_on_all_of
 
 
 def test_exit_heads__score_the_whole_grid_and_live_tokens_only_if_asked():
-    model, images = tiny_segmenter("linear"), [picture(8, 8)]
+    model, images = tiny_segmenter("linear"), [random_image(8, 8)]
     fix_exit(model, 0, [0.9, 0.9, 0.9, 0.3])
     fix_exit(model, 1, [0.3] * 4)
     grid, live = (run(model, images, DoViT(0.5, scoring=scoring)) for scoring in ("grid", "live"))
-    assert [stage.head_tokens for stage in grid.stages] == [(4,), (4,), (4,)]
-    assert [stage.head_tokens for stage in live.stages] == [(4,), (1,), (4,)]
+    assert [stage.head_tokens for stage in grid.exit_records] == [(4,), (4,), (4,)]
+    assert [stage.head_tokens for stage in live.exit_records] == [(4,), (1,), (4,)]
 
 
 def test_a_stopped_token__never_resumes_even_if_a_later_head_doubts_it():
     model = tiny_segmenter("linear")
     fix_exit(model, 0, [0.9, 0.3, 0.3, 0.3])
     fix_exit(model, 1, [0.3, 0.9, 0.3, 0.3])
-    out = run(model, [picture(8, 8)], DoViT(0.5))
-    assert out.exit_stage[0].flatten().tolist() == [0, 1, 2, 2]
+    out = run(model, [random_image(8, 8)], DoViT(0.5))
+    assert out.exit_index[0].flatten().tolist() == [0, 1, 2, 2]
 
 
 # The second criterion.
@@ -226,8 +226,8 @@ def test_min_improvement__compares_with_the_previous_exit_and_not_with_nothing()
     model = tiny_segmenter("linear")
     fix_exit(model, 0, [0.3, 0.4, 0.35, 0.45])
     fix_exit(model, 1, [0.31, 0.5, 0.3, 0.48])
-    out = run(model, [picture(8, 8)], DoViT(0.9, min_improvement=0.05))
-    assert out.exit_stage[0].flatten().tolist() == [1, 2, 1, 1]
+    out = run(model, [random_image(8, 8)], DoViT(0.9, min_improvement=0.05))
+    assert out.exit_index[0].flatten().tolist() == [1, 2, 1, 1]
 
 
 def test_min_improvement__is_over_the_last_exit_and_not_over_the_first():
@@ -235,15 +235,15 @@ def test_min_improvement__is_over_the_last_exit_and_not_over_the_first():
     fix_exit(model, 0, [0.3, 0.3, 0.3, 0.3])
     fix_exit(model, 1, [0.4, 0.5, 0.6, 0.7])
     fix_exit(model, 2, [0.5, 0.52, 0.7, 0.65])
-    out = run(model, [picture(8, 8)], DoViT(0.9, min_improvement=0.05))
-    assert out.exit_stage[0].flatten().tolist() == [3, 2, 3, 2]
+    out = run(model, [random_image(8, 8)], DoViT(0.9, min_improvement=0.05))
+    assert out.exit_index[0].flatten().tolist() == [3, 2, 3, 2]
 
 
 def test_min_improvement__is_off_by_default():
     model = tiny_segmenter("linear")
     for n in range(2):
         fix_exit(model, n, [0.3] * 4)
-    assert (run(model, [picture(8, 8)], DoViT(0.9)).exit_stage[0] == 2).all()
+    assert (run(model, [random_image(8, 8)], DoViT(0.9)).exit_index[0] == 2).all()
 
 
 # Thresholds by class, and the boundary guard.
@@ -254,8 +254,8 @@ def test_dovit__a_patch_is_held_to_the_threshold_of_its_predicted_class():
     for n in range(2):
         fix_exit(model, n, [0.8, 0.8, 0.8, 0.9], label=[0, 1, 2, 2])
     for scoring in ("grid", "live"):
-        out = run(model, [picture(8, 8)], DoViT(((0.7, 0.9, 1.0), 0.85), scoring=scoring))
-        assert out.exit_stage[0].flatten().tolist() == [0, 2, 2, 1]
+        out = run(model, [random_image(8, 8)], DoViT(((0.7, 0.9, 1.0), 0.85), scoring=scoring))
+        assert out.exit_index[0].flatten().tolist() == [0, 2, 2, 1]
 
 
 @pytest.mark.parametrize("scoring", ["grid", "live"])
@@ -265,8 +265,8 @@ def test_boundary_guard__goes_by_classes_as_they_were_when_patches_were_last_com
     model = tiny_segmenter("linear")
     fix_exit(model, 0, [0.9, 0.9, 0.3, 0.9, 0.3], label=[1, 1, 1, 2, 2])
     fix_exit(model, 1, [0.9, 0.9, 0.9, 0.9, 0.9], label=[3, 3, 1, 2, 2])
-    out = run(model, [picture(4, 20)], DoViT(0.5, boundary_guard=True, scoring=scoring))
-    assert out.exit_stage[0].flatten().tolist() == [0, 0, 2, 2, 1]
+    out = run(model, [random_image(4, 20)], DoViT(0.5, boundary_guard=True, scoring=scoring))
+    assert out.exit_index[0].flatten().tolist() == [0, 0, 2, 2, 1]
 
 
 def test_boundary_guard__holds_whom_the_second_criterion_would_stop_and_no_cap():
@@ -274,9 +274,9 @@ def test_boundary_guard__holds_whom_the_second_criterion_would_stop_and_no_cap()
     for n in range(2):
         fix_exit(model, n, [0.6, 0.5, 0.4, 0.3], label=[0, 1, 1, 1])
     guarded = DoViT(0.9, min_improvement=0.05, boundary_guard=True)
-    assert run(model, [picture(4, 16)], guarded).exit_stage[0].flatten().tolist() == [2, 2, 1, 1]
+    assert run(model, [random_image(4, 16)], guarded).exit_index[0].flatten().tolist() == [2, 2, 1, 1]
     capped = replace(guarded, cap=(0.5, 0.5))
-    assert run(model, [picture(4, 16)], capped).exit_stage[0].flatten().tolist() == [0, 0, 1, 1]
+    assert run(model, [random_image(4, 16)], capped).exit_index[0].flatten().tolist() == [0, 0, 1, 1]
 
 
 # Training.
@@ -287,7 +287,7 @@ def trained(**options):
     features = []
     model.backbone.blocks[0].register_forward_hook(lambda block, args, out: features.append(out))
     out = model(batch(), DoViT(options.pop("threshold", 0.9), **options))
-    stage = torch.cat([s.flatten() for s in out.exit_stage])
+    stage = torch.cat([s.flatten() for s in out.exit_index])
     assert (stage == 0).any()
     assert (stage == 2).any()
     return model, out, stage, features[0]
@@ -307,14 +307,14 @@ def reached(model, loss):
 
 def test_training__decisions_carry_no_gradient():
     model, out, _, _ = trained()
-    names = reached(model, out.stages[-1].logits.sum())
+    names = reached(model, out.exit_records[-1].logits.sum())
     assert not any(name.startswith("exit_heads") for name in names)
     assert any(name.startswith("backbone.blocks.3") for name in names)
 
 
 def test_training__the_final_loss_flows_into_stopped_features_and_past_the_skipped_blocks():
     model, out, stage, _ = trained(blend_weight=0.0)
-    names = reached(model, out.stages[-1].logits[stage == 0].sum())
+    names = reached(model, out.exit_records[-1].logits[stage == 0].sum())
     assert any(name.startswith("backbone.blocks.0.") for name in names)
     assert any(name.startswith("decode_head") for name in names)
     assert not any(
@@ -325,13 +325,13 @@ def test_training__the_final_loss_flows_into_stopped_features_and_past_the_skipp
 @pytest.mark.parametrize(("weight", "flows"), [(0.5, True), (0.0, False)])
 def test_training__live_tokens_learn_from_stopped_ones_through_the_blend_alone(weight, flows):
     _, out, stage, features = trained(blend_weight=weight, blend_trigger=0.0)
-    grad = patch_gradients(out.stages[-1].logits[stage == 2].sum(), features, out)
+    grad = patch_gradients(out.exit_records[-1].logits[stage == 2].sum(), features, out)
     assert bool((grad[stage == 0].abs().sum() > 0).item()) == flows
 
 
 def test_training__later_exit_heads_are_trained_on_the_whole_grid_stale_features_included():
     _, out, stage, features = trained(blend_weight=0.0)
-    grad = patch_gradients(out.stages[1].logits[stage == 0].sum(), features, out)
+    grad = patch_gradients(out.exit_records[1].logits[stage == 0].sum(), features, out)
     assert grad[stage == 0].abs().sum() > 0
 
 
@@ -339,7 +339,7 @@ def test_training__later_exit_heads_are_trained_on_the_whole_grid_stale_features
 def test_training__detached_exit_heads_teach_the_backbone_nothing(detached):
     model = tiny_segmenter().train()
     out = model(batch(), DoViT(0.5, detach_aux=detached))
-    sum(stage.logits.square().sum() for stage in out.stages[:-1]).backward()
+    sum(stage.logits.square().sum() for stage in out.exit_records[:-1]).backward()
     reached = any(p.grad is not None and p.grad.abs().sum() > 0 for p in model.backbone.parameters())
     assert reached is not detached
     assert all(p.grad is not None for head in model.exit_heads for p in head.parameters())
@@ -349,7 +349,7 @@ def test_training__detached_exit_heads_teach_the_backbone_nothing(detached):
 def test_training__stages_cover_the_whole_grid_whatever_the_scoring(scoring):
     _, out, _, _ = trained(scoring=scoring)
     cells = sum(out.ledger.tokens)
-    assert [tuple(stage.logits.shape) for stage in out.stages] == [(cells, 5)] * 3
+    assert [tuple(stage.logits.shape) for stage in out.exit_records] == [(cells, 5)] * 3
 
 
 def test_warm_up__thresholds_fall_from_one_over_the_share_of_the_training():
@@ -438,5 +438,5 @@ def test_mean_count__of_images_of_several_sizes_is_refused():
 
 def test_mean_count__needs_one_size_and_not_only_one_number_of_patches():
     model = tiny_segmenter("fcn")
-    out = run(model, [picture(8, 16), picture(16, 8)], DoViT(0.6, batch_mode="mean"))
+    out = run(model, [random_image(8, 16), random_image(16, 8)], DoViT(0.6, batch_mode="mean"))
     assert len(set(out.ledger.live)) == 1

@@ -3,7 +3,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.helpers import MARGIN, assert_close, choose_thresholds, fix_exit, picture, tiny_segmenter
+from tests.helpers import MARGIN, assert_close, choose_thresholds, fix_exit, random_image, tiny_segmenter
 from tests.oracles import methods as oracle
 from tests.oracles.methods import Weights
 from tokenexit.errors import ConfigError
@@ -13,7 +13,7 @@ SOME = [(16, 20), (9, 33), (4, 4)]
 
 
 def batch(seed=1):
-    return [picture(*size, seed + i) for i, size in enumerate(SOME)]
+    return [random_image(*size, seed + i) for i, size in enumerate(SOME)]
 
 
 def run(model, images, method, **options):
@@ -58,7 +58,7 @@ def test_dtop__equals_its_oracle_for_mixed_heads_and_any_k(
     out = run(model, images, DToP(thresholds, k, finish))
     assert out.value == value
     for i, answer in enumerate(expected):
-        assert torch.equal(out.exit_stage[i], answer.stage)
+        assert torch.equal(out.exit_index[i], answer.stage)
         assert_close(out.grid_logits[i], answer.grid)
         assert_close(out[i].logits[0], answer.full)
 
@@ -75,8 +75,8 @@ def test_dtop__each_class_keeps_its_k_most_confident_candidates_ties_by_lowest_p
     model = tiny_segmenter("linear", exits=(2,))
     confidence, label = [r[0] for r in rows], [r[1] for r in rows]
     fix_exit(model, 0, confidence, label)
-    out = run(model, [picture(8, 12), picture(4, 12)], DToP(0.5, keep_per_class=k))
-    stage = torch.cat([s.flatten() for s in out.exit_stage]).tolist()
+    out = run(model, [random_image(8, 12), random_image(4, 12)], DToP(0.5, keep_per_class=k))
+    stage = torch.cat([s.flatten() for s in out.exit_index]).tolist()
     for start, stop in ((0, 6), (6, 9)):
         for wanted in range(3):
             members = [i for i in range(start, stop) if confidence[i] > 0.5 and label[i] == wanted]
@@ -89,43 +89,43 @@ def test_dtop__a_token_exactly_at_the_threshold_stays():
     model = tiny_segmenter("linear", exits=(2,), num_classes=2)
     torch.nn.init.zeros_(model.exit_heads[0].classifier.weight)
     torch.nn.init.zeros_(model.exit_heads[0].classifier.bias)  # both classes at exactly 0.5
-    out = run(model, [picture(8, 8)], DToP(0.5, keep_per_class=0))
-    assert (out.exit_stage[0] == 1).all()
-    out = run(model, [picture(8, 8)], DToP(0.49, keep_per_class=0))
-    assert (out.exit_stage[0] == 0).all()
+    out = run(model, [random_image(8, 8)], DToP(0.5, keep_per_class=0))
+    assert (out.exit_index[0] == 1).all()
+    out = run(model, [random_image(8, 8)], DToP(0.49, keep_per_class=0))
+    assert (out.exit_index[0] == 0).all()
 
 
 def test_dtop__representatives_compete_again_at_the_next_exit():
     model = tiny_segmenter("linear", exits=(1, 2))
     fix_exit(model, 0, [0.9, 0.8, 0.7, 0.6])
     fix_exit(model, 1, [0.6, 0.9, 0.7, 0.8])
-    out = run(model, [picture(8, 8)], DToP(0.5, keep_per_class=2))
-    assert out.exit_stage[0].flatten().tolist() == [2, 2, 0, 0]
-    out = run(model, [picture(8, 8)], DToP((0.5, 0.55), keep_per_class=1))
-    assert out.exit_stage[0].flatten().tolist() == [2, 0, 0, 0]
+    out = run(model, [random_image(8, 8)], DToP(0.5, keep_per_class=2))
+    assert out.exit_index[0].flatten().tolist() == [2, 2, 0, 0]
+    out = run(model, [random_image(8, 8)], DToP((0.5, 0.55), keep_per_class=1))
+    assert out.exit_index[0].flatten().tolist() == [2, 0, 0, 0]
 
 
 def test_dtop__k_counts_within_an_image_not_the_batch():
     model = tiny_segmenter("linear", exits=(2,))
     fix_exit(model, 0, [0.9] * 8)
-    out = run(model, [picture(8, 8), picture(8, 8)], DToP(0.5, keep_per_class=3))
-    assert [s.flatten().tolist() for s in out.exit_stage] == [[1, 1, 1, 0]] * 2
+    out = run(model, [random_image(8, 8), random_image(8, 8)], DToP(0.5, keep_per_class=3))
+    assert [s.flatten().tolist() for s in out.exit_index] == [[1, 1, 1, 0]] * 2
 
 
 def test_dtop__each_exit_has_its_own_threshold():
     model = tiny_segmenter("linear", exits=(1, 2))
     for n in range(2):
         fix_exit(model, n, [0.6, 0.7, 0.8, 0.9])
-    out = run(model, [picture(8, 8)], DToP((0.85, 0.65), keep_per_class=0))
-    assert out.exit_stage[0].flatten().tolist() == [2, 1, 1, 0]
+    out = run(model, [random_image(8, 8)], DToP((0.85, 0.65), keep_per_class=0))
+    assert out.exit_index[0].flatten().tolist() == [2, 1, 1, 0]
 
 
 def test_dtop__a_token_is_held_to_the_threshold_of_its_predicted_class():
     model = tiny_segmenter("linear", exits=(1, 2), num_classes=3)
     for n in range(2):
         fix_exit(model, n, [0.8, 0.8, 0.8, 0.9], label=[0, 1, 2, 2])
-    out = run(model, [picture(8, 8)], DToP(((0.7, 0.9, 1.0), 0.85), keep_per_class=0))
-    assert out.exit_stage[0].flatten().tolist() == [0, 2, 2, 1]
+    out = run(model, [random_image(8, 8)], DToP(((0.7, 0.9, 1.0), 0.85), keep_per_class=0))
+    assert out.exit_index[0].flatten().tolist() == [0, 2, 2, 1]
 
 
 @pytest.mark.parametrize(
@@ -136,19 +136,19 @@ def test_dtop__the_score_is_what_meets_the_threshold(score, leaves):
     model = tiny_segmenter("linear", exits=(2,))
     fix_exit(model, 0, [0.95, 0.8, 0.6, 0.4])
     threshold = {"probability": 0.75, "margin": 0.8, "entropy": 0.6}[score]
-    out = run(model, [picture(8, 8)], DToP(threshold, 0, score=score))
-    assert out.exit_stage[0].flatten().tolist() == leaves
+    out = run(model, [random_image(8, 8)], DToP(threshold, 0, score=score))
+    assert out.exit_index[0].flatten().tolist() == leaves
 
 
 def test_dtop__temperature_is_of_each_exit_and_moves_scores_but_nothing_on_the_canvas():
     model, images = tiny_segmenter("fcn"), batch()
-    plain = run(model, images, DToP(0.9, 0), with_stages=True)
-    hot = run(model, images, DToP(0.9, 0, temperature=(50.0, 1.0)), with_stages=True)
-    stage = torch.cat([s.flatten() for s in hot.exit_stage])
+    plain = run(model, images, DToP(0.9, 0), with_records=True)
+    hot = run(model, images, DToP(0.9, 0, temperature=(50.0, 1.0)), with_records=True)
+    stage = torch.cat([s.flatten() for s in hot.exit_index])
     assert set(stage.tolist()) == {1, 2}, "nobody is sure at 50"
-    assert set(torch.cat([s.flatten() for s in plain.exit_stage]).tolist()) == {0, 1, 2}
-    assert torch.equal(hot.stages[0].logits, plain.stages[0].logits)
-    assert torch.equal(hot.stages[2].logits[stage == 1], hot.stages[1].logits[stage == 1])
+    assert set(torch.cat([s.flatten() for s in plain.exit_index]).tolist()) == {0, 1, 2}
+    assert torch.equal(hot.exit_records[0].logits, plain.exit_records[0].logits)
+    assert torch.equal(hot.exit_records[2].logits[stage == 1], hot.exit_records[1].logits[stage == 1])
 
 
 # The boundary guard.
@@ -158,8 +158,8 @@ def test_boundary_guard__whoever_is_beside_another_class_stays():
     """Two images of one row; the border between them is none."""
     model = tiny_segmenter("linear", exits=(2,))
     fix_exit(model, 0, [0.9] * 8, label=[0, 0, 1, 1, 1, 2, 2, 2])
-    out = run(model, [picture(4, 20), picture(4, 12)], DToP(0.5, 0, boundary_guard=True))
-    assert [s.flatten().tolist() for s in out.exit_stage] == [[0, 1, 1, 0, 0], [0, 0, 0]]
+    out = run(model, [random_image(4, 20), random_image(4, 12)], DToP(0.5, 0, boundary_guard=True))
+    assert [s.flatten().tolist() for s in out.exit_index] == [[0, 1, 1, 0, 0], [0, 0, 0]]
 
 
 def test_boundary_guard__goes_by_what_live_tokens_say_now_and_exited_ones_said_last():
@@ -167,22 +167,22 @@ def test_boundary_guard__goes_by_what_live_tokens_say_now_and_exited_ones_said_l
     fix_exit(model, 0, [0.9, 0.9, 0.3, 0.9, 0.3], label=[0, 0, 0, 1, 1])
     # Of the first two, who have left, what the second exit would say is not asked.
     fix_exit(model, 1, [0.9, 0.9, 0.9, 0.9, 0.9], label=[3, 3, 1, 1, 1])
-    out = run(model, [picture(4, 20)], DToP(0.5, 0, boundary_guard=True))
-    assert out.exit_stage[0].flatten().tolist() == [0, 0, 2, 1, 1]
+    out = run(model, [random_image(4, 20)], DToP(0.5, 0, boundary_guard=True))
+    assert out.exit_index[0].flatten().tolist() == [0, 0, 2, 1, 1]
 
 
 def test_boundary_guard__whom_it_holds_is_no_candidate_for_retention():
     model = tiny_segmenter("linear", exits=(2,))
     fix_exit(model, 0, [0.7, 0.6, 0.9, 0.8], label=[0, 0, 0, 1])
-    out = run(model, [picture(4, 16)], DToP(0.5, 1, boundary_guard=True))
-    assert out.exit_stage[0].flatten().tolist() == [1, 0, 1, 1]
+    out = run(model, [random_image(4, 16)], DToP(0.5, 1, boundary_guard=True))
+    assert out.exit_index[0].flatten().tolist() == [1, 0, 1, 1]
 
 
 def test_boundary_guard__a_cap_goes_before_it():
     model = tiny_segmenter("linear", exits=(2,))
     fix_exit(model, 0, [0.9, 0.8, 0.7, 0.6], label=[0, 1, 0, 1])
-    out = run(model, [picture(4, 16)], DToP(0.5, 0, boundary_guard=True, cap=(0.5,)))
-    assert out.exit_stage[0].flatten().tolist() == [0, 0, 1, 1]
+    out = run(model, [random_image(4, 16)], DToP(0.5, 0, boundary_guard=True, cap=(0.5,)))
+    assert out.exit_index[0].flatten().tolist() == [0, 0, 1, 1]
 
 
 def test_dtop__prefix_tokens_are_never_scored_and_never_leave():
@@ -190,9 +190,9 @@ def test_dtop__prefix_tokens_are_never_scored_and_never_leave():
     seen = []
     for block in model.backbone.blocks:
         block.register_forward_hook(lambda block, inputs, out: seen.append(inputs[1].lengths))
-    out = run(model, [picture(8, 8)], DToP(0.0, keep_per_class=0))
+    out = run(model, [random_image(8, 8)], DToP(0.0, keep_per_class=0))
     assert seen == [(7,), (3,), (3,), (3,)]
-    assert [stage.head_tokens for stage in out.stages] == [(4,), (0,), (0,)]
+    assert [stage.head_tokens for stage in out.exit_records] == [(4,), (0,), (0,)]
 
 
 # Canvas and finish.
@@ -203,9 +203,9 @@ def test_dtop__a_canvas_cell_never_changes_after_its_token_left(head):
     model, images = tiny_segmenter(head), batch()
     weights = Weights.of(model)
     taus = choose_thresholds(lambda t: [oracle.dtop(weights, i, t, 1) for i in images], (0.5, 0.5))
-    out = run(model, images, DToP(taus, keep_per_class=1), with_stages=True)
-    stage = torch.cat([s.flatten() for s in out.exit_stage])
-    maps = [s.logits for s in out.stages]
+    out = run(model, images, DToP(taus, keep_per_class=1), with_records=True)
+    stage = torch.cat([s.flatten() for s in out.exit_index])
+    maps = [s.logits for s in out.exit_records]
     assert (stage == 0).any()
     assert (stage == 1).any()
     assert torch.equal(maps[1][stage == 0], maps[0][stage == 0])
@@ -215,31 +215,31 @@ def test_dtop__a_canvas_cell_never_changes_after_its_token_left(head):
 
 def test_dtop__softmax_results_are_the_canvas_of_the_last_stage():
     model, images = tiny_segmenter("fcn"), batch()
-    out = run(model, images, DToP(0.6, keep_per_class=1), with_stages=True)
+    out = run(model, images, DToP(0.6, keep_per_class=1), with_records=True)
     final = torch.cat([m.flatten(1).T for m in out.grid_logits])
-    assert torch.equal(final, out.stages[-1].logits)
+    assert torch.equal(final, out.exit_records[-1].logits)
 
 
 def test_dtop__presence_last_weighs_early_exits_with_the_last_presence_and_frozen_does_not():
     model, images = tiny_segmenter("atm"), batch()
     weights = Weights.of(model)
     taus = choose_thresholds(lambda t: [oracle.dtop(weights, i, t, 1) for i in images], (0.5, 0.5))
-    last = run(model, images, DToP(taus, 1, "presence_last"), with_stages=True)
-    frozen = run(model, images, DToP(taus, 1, "frozen"), with_stages=True)
-    assert all(torch.equal(a, b) for a, b in zip(last.exit_stage, frozen.exit_stage))
+    last = run(model, images, DToP(taus, 1, "presence_last"), with_records=True)
+    frozen = run(model, images, DToP(taus, 1, "frozen"), with_records=True)
+    assert all(torch.equal(a, b) for a, b in zip(last.exit_index, frozen.exit_index))
     for i in range(len(images)):
-        stage = last.exit_stage[i]
+        stage = last.exit_index[i]
         assert_close(last.grid_logits[i][:, stage == 2], frozen.grid_logits[i][:, stage == 2])
         if (stage < 2).any():
             assert not torch.allclose(last.grid_logits[i][:, stage < 2], frozen.grid_logits[i][:, stage < 2])
 
 
 def test_dtop__with_no_token_left_presence_is_that_of_the_last_head_that_saw_one():
-    model, images = tiny_segmenter("atm"), [picture(8, 8, 3), picture(16, 16, 4)]
-    out = run(model, images, DToP((0.0, 1.0), keep_per_class=0), with_stages=True)
+    model, images = tiny_segmenter("atm"), [random_image(8, 8, 3), random_image(16, 16, 4)]
+    out = run(model, images, DToP((0.0, 1.0), keep_per_class=0), with_records=True)
     assert out.ledger.live == ((4, 0, 0, 0), (16, 0, 0, 0))
-    first = out.stages[0]
-    for later in out.stages[1:]:
+    first = out.exit_records[0]
+    for later in out.exit_records[1:]:
         assert torch.equal(later.presence, first.presence)
     expected = first.presence[0].softmax(-1)[:, 0] * first.logits[:4].sigmoid()
     assert_close(out.grid_logits[0], expected.T.reshape(5, 2, 2))
@@ -247,10 +247,10 @@ def test_dtop__with_no_token_left_presence_is_that_of_the_last_head_that_saw_one
 
 def test_dtop__k_representatives_keep_every_exited_class_alive():
     model, images = tiny_segmenter("fcn"), batch()
-    out = run(model, images, DToP(0.0, keep_per_class=2), with_stages=True)
+    out = run(model, images, DToP(0.0, keep_per_class=2), with_records=True)
     for image in range(len(images)):
         cells = slice(sum(out.ledger.tokens[:image]), sum(out.ledger.tokens[: image + 1]))
-        labels = out.stages[0].logits[cells].argmax(1)
+        labels = out.exit_records[0].logits[cells].argmax(1)
         expected = sum(min(2, int((labels == c).sum())) for c in range(5))
         assert out.ledger.live[image][1] == expected
 
@@ -267,7 +267,7 @@ def gradients(model, loss):
 def trained(detach, head="fcn", threshold=0.4):
     model = tiny_segmenter(head, final_norm=False).train()
     out = model(batch(), DToP(threshold, keep_per_class=1, detach_canvas=detach))
-    stage = torch.cat([s.flatten() for s in out.exit_stage])
+    stage = torch.cat([s.flatten() for s in out.exit_index])
     assert (stage == 0).any()
     assert (stage == 2).any()
     return model, out, stage
@@ -276,25 +276,25 @@ def trained(detach, head="fcn", threshold=0.4):
 @pytest.mark.parametrize("head", ["fcn", "linear", "mask_transformer", "atm"])
 def test_training__the_final_loss_reaches_the_exit_head_of_whoever_left_there(head):
     model, out, _ = trained(detach=False, head=head, threshold=0.25)
-    assert any(name.startswith("exit_heads.0") for name in gradients(model, out.stages[-1].logits.sum()))
+    assert any(name.startswith("exit_heads.0") for name in gradients(model, out.exit_records[-1].logits.sum()))
 
 
 @pytest.mark.parametrize("head", ["fcn", "atm"])
 def test_training__a_detached_canvas_keeps_the_final_loss_from_earlier_heads(head):
     model, out, _ = trained(detach=True, head=head, threshold=0.25)
-    reached = gradients(model, out.stages[-1].logits.sum())
+    reached = gradients(model, out.exit_records[-1].logits.sum())
     assert any(name.startswith("decode_head") for name in reached)
     assert not any(name.startswith("exit_heads") for name in reached)
 
 
 def test_training__a_detached_canvas_still_trains_each_head_on_its_own_stage():
     model, out, _ = trained(detach=True)
-    assert any(name.startswith("exit_heads.0") for name in gradients(model, out.stages[0].logits.sum()))
+    assert any(name.startswith("exit_heads.0") for name in gradients(model, out.exit_records[0].logits.sum()))
 
 
 def test_training__decisions_carry_no_gradient():
     model, out, stage = trained(detach=False)
-    stayed = out.stages[-1].logits[stage == 2]
+    stayed = out.exit_records[-1].logits[stage == 2]
     reached = gradients(model, stayed.sum())
     assert not any(name.startswith("exit_heads") for name in reached)
     assert any(name.startswith("backbone.blocks.0") for name in reached)
@@ -302,7 +302,7 @@ def test_training__decisions_carry_no_gradient():
 
 def test_training__blocks_behind_its_exit_learn_nothing_from_an_exited_token():
     model, out, stage = trained(detach=False)
-    reached = gradients(model, out.stages[-1].logits[stage == 0].sum())
+    reached = gradients(model, out.exit_records[-1].logits[stage == 0].sum())
     assert any(name.startswith("backbone.blocks.0.") for name in reached)
     assert not any(name.startswith(("backbone.blocks.1.", "backbone.blocks.3.", "decode_head")) for name in reached)
 
@@ -310,7 +310,7 @@ def test_training__blocks_behind_its_exit_learn_nothing_from_an_exited_token():
 def test_training__every_stage_is_a_full_canvas():
     _, out, _ = trained(detach=False)
     cells = sum(out.ledger.tokens)
-    assert [tuple(stage.logits.shape) for stage in out.stages] == [(cells, 5)] * 3
+    assert [tuple(stage.logits.shape) for stage in out.exit_records] == [(cells, 5)] * 3
 
 
 @pytest.mark.parametrize("head", ["fcn", "atm"])
@@ -318,8 +318,8 @@ def test_training__reaches_every_parameter_when_all_tokens_leave(head):
     """A process whose images have no token left must take part in the reduction of all gradients."""
     model = tiny_segmenter(head, class_token=False).train()
     out = model(batch(), DToP(0.0, keep_per_class=0))
-    loss = sum(stage.logits.sum() for stage in out.stages)
-    loss = loss + sum(stage.presence.sum() for stage in out.stages if stage.presence is not None)
+    loss = sum(stage.logits.sum() for stage in out.exit_records)
+    loss = loss + sum(stage.presence.sum() for stage in out.exit_records if stage.presence is not None)
     loss.backward()
     missing = {name for name, value in model.named_parameters() if value.grad is None}
     assert {name for name in missing if not name.endswith("presence.bias")} == set()
@@ -416,10 +416,10 @@ def test_dtop__presence_last_without_atm_heads_throughout_is_refused(exit_head, 
         tiny_segmenter(exit_head, decode_head)(batch(), DToP(finish="presence_last"))
 
 
-def test_dtop__stages_of_mixed_kinds_are_refused():
+def test_dtop__records_of_mixed_kinds_are_refused():
     model = tiny_segmenter("atm", "fcn")
     with pytest.raises(ConfigError, match=r"mixes ATM and softmax heads, as training does: use one kind"):
-        model(batch(), DToP(), with_stages=True)
+        model(batch(), DToP(), with_records=True)
     with pytest.raises(ConfigError, match=r"mixes ATM and softmax heads"):
         model.train()(batch(), DToP())
 

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method, spec_of
 from tokenexit.segmenter import ExitSegmenter
 
-IMAGES = [picture(24, 32, seed=1), picture(16, 20, seed=2)]
+IMAGES = [random_image(24, 32, seed=1), random_image(16, 20, seed=2)]
 
 
 def without_first_exit(model: ExitSegmenter) -> ExitSegmenter:
@@ -44,10 +44,10 @@ def test_gated__answers_as_a_model_built_without_the_closed_exits(method: Any) -
     model = tiny_segmenter()
     gated = model(IMAGES, Gated(method(0.1, 0.25), (0,)))
     alone = without_first_exit(model)(IMAGES, method(0.25))
-    assert any((stage == 1).any() for stage in gated.exit_stage), "some leave at the second exit"
+    assert any((stage == 1).any() for stage in gated.exit_index), "some leave at the second exit"
     for ours, theirs in zip(gated.grid_logits, alone.grid_logits):
         torch.testing.assert_close(ours, theirs)
-    for ours, theirs in zip(gated.exit_stage, alone.exit_stage):
+    for ours, theirs in zip(gated.exit_index, alone.exit_index):
         assert torch.equal(ours, theirs + 1)
     assert gated.ledger.macs == alone.ledger.macs
 
@@ -73,9 +73,9 @@ def test_gated__refuses_exits_that_are_not_there(closed: tuple[int, ...]) -> Non
         tiny_segmenter().check(Gated(DToP(), closed))
 
 
-def test_gated__refuses_to_record_stages_it_does_not_have() -> None:
+def test_gated__refuses_to_record_exits_it_does_not_have() -> None:
     with pytest.raises(ConfigError, match="closed exits leave no map"):
-        tiny_segmenter()(IMAGES, Gated(DToP(), (0,)), with_stages=True)
+        tiny_segmenter()(IMAGES, Gated(DToP(), (0,)), with_records=True)
 
 
 def test_gated__checks_the_method_inside() -> None:
@@ -92,7 +92,7 @@ BY_SIZE = GatedBySize(DToP(threshold=0.2, keep_per_class=1), ((1, (0, 1)), (SMAL
 def test_gated_by_size__every_image_meets_the_exits_of_its_size_whatever_is_beside_it() -> None:
     model = tiny_segmenter()
     images = [
-        picture(height, width, seed=n)
+        random_image(height, width, seed=n)
         for n, (height, width) in enumerate([(16, 16), (24, 32), (32, 32), (8, 60), (24, 32)])
     ]
     grids = [model.backbone.patch_embed.grid(*image.shape[1:]) for image in images]
@@ -102,7 +102,7 @@ def test_gated_by_size__every_image_meets_the_exits_of_its_size_whatever_is_besi
     alone = [model([image], Gated(BY_SIZE.method, numbers)) for image, numbers in zip(images, closed)]
     for n, one in enumerate(alone):
         torch.testing.assert_close(together.grid_logits[n], one.grid_logits[0])
-        assert torch.equal(together.exit_stage[n], one.exit_stage[0])
+        assert torch.equal(together.exit_index[n], one.exit_index[0])
         assert together.ledger.macs[n] == one.ledger.macs[0]
         assert together.sizes[n] == one.sizes[0]
     assert together.labels.shape == (len(images), 5, 7)
@@ -112,7 +112,7 @@ def test_gated_by_size__every_image_meets_the_exits_of_its_size_whatever_is_besi
 def test_gated_by_size__windows_meet_the_exits_of_the_windows_size() -> None:
     model = tiny_segmenter()
     model.preprocessing = replace(model.preprocessing, window=(16, 16), stride=(16, 16))
-    (windowed,), (whole,) = (run([picture(32, 32)], BY_SIZE).exit_stage for run in (model.segment, model))
+    (windowed,), (whole,) = (run([random_image(32, 32)], BY_SIZE).exit_index for run in (model.segment, model))
     assert (windowed == 2).all()
     assert (whole < 2).any()
 

@@ -1,14 +1,14 @@
 import pytest
 import torch
 
-from tests.helpers import assert_close, picture, tiny_segmenter
+from tests.helpers import assert_close, random_image, tiny_segmenter
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, DToP, Stage
-from tokenexit.methods.reference import Imposed, agreement_exits, random_exits
+from tokenexit.methods import Dense, DToP, ExitRecord
+from tokenexit.methods.reference import PrescribedExits, agreement_exits, random_exits
 
 
 def stage(labels, classes=3):
-    return Stage(logits=torch.nn.functional.one_hot(torch.tensor(labels), classes).float())
+    return ExitRecord(logits=torch.nn.functional.one_hot(torch.tensor(labels), classes).float())
 
 
 def test_agreement_exits__is_the_first_exit_from_which_on_the_answer_stands():
@@ -19,17 +19,17 @@ def test_agreement_exits__is_the_first_exit_from_which_on_the_answer_stands():
 def test_agreement_exits__judges_atm_heads_by_presence_times_mask():
     absent_first = torch.tensor([[[-9.0, 9.0], [9.0, -9.0]]])
     masks = torch.tensor([[2.0, 1.0]])  # the higher mask belongs to an absent class
-    atm = Stage(logits=masks, presence=absent_first, kind="atm")
+    atm = ExitRecord(logits=masks, presence=absent_first, kind="atm")
     assert agreement_exits((atm, stage([1], 2)), (1,)).tolist() == [0]
     assert agreement_exits((atm, stage([0], 2)), (1,)).tolist() == [1]
 
 
 def test_agreement_exits__of_heads_finer_than_tokens_are_refused():
-    model, images = tiny_segmenter("setr_pup"), [picture(8, 8)]
+    model, images = tiny_segmenter("setr_pup"), [random_image(8, 8)]
     with torch.no_grad():
-        out = model(images, Dense(), with_stages=True)
+        out = model(images, Dense(), with_records=True)
     with pytest.raises(ConfigError, match="use token heads"):
-        agreement_exits(out.stages, out.ledger.tokens)
+        agreement_exits(out.exit_records, out.ledger.tokens)
 
 
 def test_random_exits__keep_the_counts_and_change_the_places():
@@ -42,19 +42,19 @@ def test_random_exits__keep_the_counts_and_change_the_places():
 
 
 @pytest.mark.parametrize("head", ["fcn", "atm"])
-def test_imposed__the_exits_of_a_method_give_its_result(head):
-    model, images = tiny_segmenter(head), [picture(16, 20), picture(9, 33)]
+def test_prescribed__the_exits_of_a_method_give_its_result(head):
+    model, images = tiny_segmenter(head), [random_image(16, 20), random_image(9, 33)]
     with torch.no_grad():
         out = model(images, DToP(0.3, keep_per_class=1))
-        again = model(images, Imposed(exit_stage=torch.cat([s.flatten() for s in out.exit_stage])))
-    assert sum(int((s < 2).sum()) for s in out.exit_stage) > 0
+        again = model(images, PrescribedExits(exit_index=torch.cat([s.flatten() for s in out.exit_index])))
+    assert sum(int((s < 2).sum()) for s in out.exit_index) > 0
     assert out.ledger == again.ledger
     for a, b in zip(out.grid_logits, again.grid_logits):
         assert torch.equal(a, b)
 
 
-def test_imposed__tokens_told_to_stay_are_dense():
-    model, images = tiny_segmenter("fcn"), [picture(8, 8)]
+def test_prescribed__tokens_told_to_stay_are_dense():
+    model, images = tiny_segmenter("fcn"), [random_image(8, 8)]
     with torch.no_grad():
-        out, dense = model(images, Imposed(exit_stage=torch.full((4,), 2))), model(images, Dense())
+        out, dense = model(images, PrescribedExits(exit_index=torch.full((4,), 2))), model(images, Dense())
     assert_close(out.grid_logits[0], dense.grid_logits[0])

@@ -148,7 +148,7 @@ def test_per_class__tells_whether_an_exit_has_one_for_each_class():
     assert per_class([0.9, [0.9, 0.8]])
 
 
-def test_of_class__is_the_threshold_of_the_class_predicted():
+def test_threshold_of_tokens__is_the_threshold_of_the_class_predicted():
     label = torch.tensor([2, 0, 0, 1])
     assert threshold_of_tokens((0.5, 0.25, 0.75), label).tolist() == [0.75, 0.5, 0.5, 0.25]
     assert threshold_of_tokens(0.9, label) == 0.9
@@ -169,7 +169,7 @@ def by_definition(row, score):
 
 @pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
 @given(rows=st.lists(st.lists(st.floats(-30, 30), min_size=4, max_size=4), min_size=1, max_size=6))
-def test_graded__is_its_definition_and_lies_in_the_unit_interval(score, rows):
+def test_confidence__is_its_definition_and_lies_in_the_unit_interval(score, rows):
     probabilities = torch.tensor(rows, dtype=torch.float64).softmax(dim=1)
     scores = confidence(probabilities.float(), score)
     assert_close(scores, torch.tensor([by_definition(row, score) for row in probabilities.tolist()]))
@@ -178,19 +178,19 @@ def test_graded__is_its_definition_and_lies_in_the_unit_interval(score, rows):
 
 
 @pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
-def test_graded__is_one_for_certainty_and_least_for_none(score):
+def test_confidence__is_one_for_certainty_and_least_for_none(score):
     assert confidence(torch.tensor([[0.0, 1.0, 0.0, 0.0]]), score).item() == 1.0
     least = confidence(torch.full((1, 4), 0.25), score).item()
     assert least == pytest.approx(0.25 if score == "probability" else 0.0, abs=1e-6)
 
 
 @pytest.mark.parametrize("score", ["probability", "margin", "entropy"])
-def test_graded__of_a_single_class_is_its_probability(score):
+def test_confidence__of_a_single_class_is_its_probability(score):
     assert confidence(torch.tensor([[1.0], [0.25]]), score).tolist() == [1.0, 0.25]
 
 
 @given(logits=st.lists(st.floats(-8, 8), min_size=2, max_size=5), hotter=st.floats(1.1, 5.0))
-def test_tempered__heat_makes_less_sure_and_moves_no_class(logits, hotter):
+def test_scale_logits__heat_makes_less_sure_and_moves_no_class(logits, hotter):
     logits = torch.tensor([logits])
     top = logits.sort(descending=True).values[0]
     warm = scale_logits(logits, hotter)
@@ -200,7 +200,7 @@ def test_tempered__heat_makes_less_sure_and_moves_no_class(logits, hotter):
         assert warm.argmax() == logits.argmax()
 
 
-def test_tempered__at_one_is_the_very_same_tensor():
+def test_scale_logits__at_one_is_the_very_same_tensor():
     logits = torch.randn(3, 4).bfloat16()
     assert scale_logits(logits, 1.0) is logits
     assert scale_logits(logits, 2.0).dtype == torch.float32

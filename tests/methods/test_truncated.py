@@ -1,6 +1,6 @@
 import pytest
 
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import HeadSpec
 from tokenexit.methods import Dense, Truncated, build_method
@@ -8,7 +8,7 @@ from tokenexit.methods import Dense, Truncated, build_method
 
 def test_truncated__runs_the_blocks_and_the_head_of_a_shallower_network():
     model = tiny_segmenter("fcn", class_token=False)
-    images = [picture(8, 12)]
+    images = [random_image(8, 12)]
     ledger, dense = model(images, Truncated(2)).ledger, model(images, Dense()).ledger
     depth, exit = model.config.backbone.depth, model.config.exits[1]
     assert ledger.parts[0].blocks * depth == dense.parts[0].blocks * exit
@@ -19,16 +19,16 @@ def test_truncated__runs_the_blocks_and_the_head_of_a_shallower_network():
 @pytest.mark.parametrize("after", [0, -1, 3])
 def test_truncated__refuses_an_exit_that_is_not_there(after):
     with pytest.raises(ConfigError, match=f"after={after}"):
-        tiny_segmenter("fcn").eval()([picture(4, 4)], build_method({"name": "truncated", "after": after}))
+        tiny_segmenter("fcn").eval()([random_image(4, 4)], build_method({"name": "truncated", "after": after}))
 
 
 def test_truncated__is_no_way_to_train():
     with pytest.raises(ConfigError, match="train"):
-        tiny_segmenter("fcn").train()([picture(4, 4)], Truncated())
+        tiny_segmenter("fcn").train()([random_image(4, 4)], Truncated())
 
 
 @pytest.mark.parametrize(("exit_head", "decode_head"), [("fcn", "setr_naive"), ("fcn", "setr_pup")])
 def test_truncated__refuses_heads_of_two_resolutions(exit_head: HeadSpec, decode_head: HeadSpec):
     model = tiny_segmenter(exit_head, decode_head=decode_head)
     with pytest.raises(ConfigError, match="resolution"):
-        model([picture(4, 4)], Truncated())
+        model([random_image(4, 4)], Truncated())

@@ -37,7 +37,7 @@ def test_id2label__has_the_names_of_the_classes(model: ExitSegmenter) -> None:
     assert tiny_segmenter("fcn", num_classes=2).id2label == {0: "class_0", 1: "class_1"}
 
 
-def test_pipeline__has_a_mask_a_label_and_a_score_of_every_class_in_the_picture(
+def test_pipeline__has_a_mask_a_label_and_a_score_of_every_class_in_the_image(
     model: ExitSegmenter, tmp_path: Path
 ) -> None:
     photo(20, 30).save(tmp_path / "a.png")
@@ -54,12 +54,12 @@ def test_pipeline__has_a_mask_a_label_and_a_score_of_every_class_in_the_picture(
         assert segment["score"] == pytest.approx(scores[mask == 255].mean(), abs=1e-5)
 
 
-def test_pipeline__of_a_list_is_a_list_of_what_each_picture_gets(model: ExitSegmenter) -> None:
-    pictures = [photo(20, 30), photo(9, 9, seed=1)]
+def test_pipeline__of_a_list_is_a_list_of_what_each_image_gets(model: ExitSegmenter) -> None:
+    images = [photo(20, 30), photo(9, 9, seed=1)]
     segment = model.pipeline(METHOD)
-    both = segment(pictures)
+    both = segment(images)
     assert [[(s["label"], s["mask"].tobytes()) for s in one] for one in both] == [
-        [(s["label"], s["mask"].tobytes()) for s in segment(picture)] for picture in pictures
+        [(s["label"], s["mask"].tobytes()) for s in segment(image)] for image in images
     ]
     with pytest.raises(DataError, match="does not exist"):
         segment("nope.png")
@@ -77,5 +77,5 @@ def test_post_process__gives_maps_of_the_asked_sizes(model: ExitSegmenter) -> No
     assert all(torch.equal(a, b) for a, b in zip(resized, expected.labels, strict=True))
     tensors: Any = torch.tensor([[40, 60], [7, 5]])  # as their data collators give them
     assert [m.shape for m in model.post_process_semantic_segmentation(outputs, tensors)] == [(40, 60), (7, 5)]
-    with pytest.raises(ConfigError, match="target_sizes has 1 sizes for 2 pictures: give one for each"):
+    with pytest.raises(ConfigError, match="target_sizes has 1 sizes for 2 images: give one for each"):
         model.post_process_semantic_segmentation(outputs, [(4, 4)])

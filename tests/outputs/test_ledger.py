@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tokenexit.engine.vit import ViT, vit_config
 from tokenexit.heads import build_head
 from tokenexit.methods import Dense, DToP
@@ -37,7 +37,7 @@ def test_dense_gmacs__knows_both_conventions():
 def test_ledger__counts_live_patches_by_block_and_adds_up_its_parts():
     model = tiny_segmenter("linear")
     with torch.no_grad():
-        ledger = model([picture(16, 20), picture(8, 8)], DToP(0.0, keep_per_class=0)).ledger
+        ledger = model([random_image(16, 20), random_image(8, 8)], DToP(0.0, keep_per_class=0)).ledger
     assert ledger.live == ((20, 0, 0, 0), (4, 0, 0, 0))
     assert ledger.tokens == (20, 4)
     d, hidden, patch, classes = 32, 64, 4, 5
@@ -58,10 +58,10 @@ def test_ledger__counts_live_patches_by_block_and_adds_up_its_parts():
     assert ledger.share_of_dense == tuple(a / b for a, b in zip(ledger.macs, ledger.dense_macs))
 
 
-def test_ledger__dense_is_its_own_denominator_unless_stages_are_recorded():
-    model, images = tiny_segmenter("fcn"), [picture(16, 20), picture(8, 8)]
+def test_ledger__dense_is_its_own_denominator_unless_exits_are_recorded():
+    model, images = tiny_segmenter("fcn"), [random_image(16, 20), random_image(8, 8)]
     with torch.no_grad():
-        plain, recorded = model(images, Dense()).ledger, model(images, Dense(), with_stages=True).ledger
+        plain, recorded = model(images, Dense()).ledger, model(images, Dense(), with_records=True).ledger
     assert plain.share_of_dense == (1.0, 1.0)
     assert all(share > 1.0 for share in recorded.share_of_dense)
     assert plain.dense_macs == recorded.dense_macs
@@ -70,6 +70,6 @@ def test_ledger__dense_is_its_own_denominator_unless_stages_are_recorded():
 def test_ledger__indexing_gives_that_of_one_image():
     model = tiny_segmenter("fcn")
     with torch.no_grad():
-        ledger = model([picture(16, 20), picture(8, 8)], DToP(0.5)).ledger
+        ledger = model([random_image(16, 20), random_image(8, 8)], DToP(0.5)).ledger
     assert ledger[1].macs == (ledger.macs[1],)
     assert ledger[1].live == (ledger.live[1],)

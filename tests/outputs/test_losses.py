@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import tokenexit
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import Labels, default_palette
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -30,7 +30,7 @@ VOID = 255
 
 
 def masks_with_void(images: int = 2, height: int = 6, width: int = 5, classes: int = 4) -> Tensor:
-    masks = torch.randint(0, classes - 1, (images, height, width))  # the last class is in no picture
+    masks = torch.randint(0, classes - 1, (images, height, width))  # the last class is in no image
     masks[:, :2, :3] = VOID
     return masks
 
@@ -141,7 +141,7 @@ def test_atm_loss_that_counts_ignored_pixels_is_that_of_the_release(seed: int) -
 def test_atm_loss_does_not_see_mask_logits_of_absent_classes_nor_ignored_pixels() -> None:
     presence, maps, masks = torch.randn(2, 4, 2), torch.randn(2, 4, 6, 5), masks_with_void()
     disturbed = maps.clone()
-    disturbed[:, 3] += 50.0  # in no picture
+    disturbed[:, 3] += 50.0  # in no image
     disturbed[:, :, :2, :3] -= 50.0  # void
     torch.testing.assert_close(atm_loss(presence, disturbed, masks, VOID), atm_loss(presence, maps, masks, VOID))
 
@@ -202,9 +202,9 @@ def test_one_hot_masks_are_empty_where_the_truth_is_void() -> None:
 @pytest.mark.parametrize("aux_weight", [0.0, 0.4, 1.0])
 def test_total_is_the_last_loss_plus_weighted_losses_of_all_exits(head: str, aux_weight: float) -> None:
     model = tiny_segmenter(head)
-    output = model(picture(12, 16)[None], Dense(), with_stages=True)
+    output = model(random_image(12, 16)[None], Dense(), with_records=True)
     masks = torch.randint(0, 5, (1, 12, 16))
-    first, second, last = (stage_loss(output, stage, masks, VOID) for stage in output.stages)
+    first, second, last = (stage_loss(output, stage, masks, VOID) for stage in output.exit_records)
     total = segmentation_loss(output, masks, VOID, aux_weight)
     torch.testing.assert_close(total, last + aux_weight * (first + second))
 
@@ -212,10 +212,10 @@ def test_total_is_the_last_loss_plus_weighted_losses_of_all_exits(head: str, aux
 @pytest.mark.parametrize("head", ["fcn", "atm"])
 def test_ignored_pixels_are_counted_at_every_stage_alike(head: str) -> None:
     model = tiny_segmenter(head)
-    output = model(picture(12, 16)[None], Dense(), with_stages=True)
+    output = model(random_image(12, 16)[None], Dense(), with_records=True)
     masks = torch.randint(0, 5, (1, 12, 16))
     masks[:, :3] = VOID
-    first, second, last = (stage_loss(output, stage, masks, VOID, ignored="counted") for stage in output.stages)
+    first, second, last = (stage_loss(output, stage, masks, VOID, ignored="counted") for stage in output.exit_records)
     total = segmentation_loss(output, masks, VOID, 0.4, ignored="counted")
     torch.testing.assert_close(total, last + 0.4 * (first + second))
     assert total != segmentation_loss(output, masks, VOID, 0.4)
@@ -223,23 +223,23 @@ def test_ignored_pixels_are_counted_at_every_stage_alike(head: str) -> None:
 
 def test_loss_of_a_model_without_exits_is_that_of_its_head() -> None:
     model = tiny_segmenter("fcn", exits=())
-    output = model(picture(8, 8)[None], Dense(), with_stages=True)
+    output = model(random_image(8, 8)[None], Dense(), with_records=True)
     masks = torch.randint(0, 5, (1, 8, 8))
     assert segmentation_loss(output, masks, VOID, 0.4) == cross_entropy(output.logits, masks, VOID)
 
 
-def test_stage_loss_is_taken_on_the_full_size_map() -> None:
+def test_exit_loss_is_taken_on_the_full_size_map() -> None:
     model = tiny_segmenter("fcn")
-    output = model(picture(13, 18)[None], Dense(), with_stages=True)  # no multiple of the patch
+    output = model(random_image(13, 18)[None], Dense(), with_records=True)  # no multiple of the patch
     masks = torch.randint(0, 5, (1, 13, 18))
     torch.testing.assert_close(
-        stage_loss(output, output.stages[-1], masks, VOID), cross_entropy(output.logits, masks, VOID)
+        stage_loss(output, output.exit_records[-1], masks, VOID), cross_entropy(output.logits, masks, VOID)
     )
 
 
 def test_stride_judges_every_second_pixel_of_both_axes() -> None:
     model = tiny_segmenter("fcn")
-    output = model(picture(12, 16)[None], Dense(), with_stages=True)
+    output = model(random_image(12, 16)[None], Dense(), with_records=True)
     masks = torch.full((1, 12, 16), VOID)
     masks[:, 1::2, 1::2] = 3
     full = torch.full((1, 12, 16), 3)
@@ -249,7 +249,7 @@ def test_stride_judges_every_second_pixel_of_both_axes() -> None:
 
 def test_stride_leaves_the_loss_of_smooth_maps_nearly_as_it_was() -> None:
     model = tiny_segmenter("fcn")
-    output = model(picture(32, 48)[None], Dense(), with_stages=True)
+    output = model(random_image(32, 48)[None], Dense(), with_records=True)
     masks = torch.full((1, 32, 48), 2)
     coarse = segmentation_loss(output, masks, VOID, 0.4, stride=2)
     torch.testing.assert_close(coarse, segmentation_loss(output, masks, VOID, 0.4), rtol=0.02, atol=0.0)
@@ -258,7 +258,7 @@ def test_stride_leaves_the_loss_of_smooth_maps_nearly_as_it_was() -> None:
 def test_losses_reach_every_parameter_when_exits_are_on() -> None:
     for head in ("fcn", "atm"):
         model = tiny_segmenter(head, class_token=False).train()
-        output = model(picture(12, 16)[None], DToP(threshold=0.3))
+        output = model(random_image(12, 16)[None], DToP(threshold=0.3))
         segmentation_loss(output, torch.randint(0, 5, (1, 12, 16)), VOID, 1.0).backward()
         assert [name for name, p in model.named_parameters() if p.grad is None] == []
 
@@ -267,8 +267,8 @@ def test_loss_of_a_later_stage_flows_into_the_exit_that_decided() -> None:
     """Exited tokens carry their exit's logits to later losses, as in DToP's release, unless the canvas is detached."""
     for detach, flows in ((False, True), (True, False)):
         model = tiny_segmenter("fcn").train()
-        output = model(picture(12, 16)[None], DToP(threshold=0.0, keep_per_class=0, detach_canvas=detach))
-        stage_loss(output, output.stages[-1], torch.randint(0, 5, (1, 12, 16)), VOID).backward()
+        output = model(random_image(12, 16)[None], DToP(threshold=0.0, keep_per_class=0, detach_canvas=detach))
+        stage_loss(output, output.exit_records[-1], torch.randint(0, 5, (1, 12, 16)), VOID).backward()
         gradient = model.exit_heads[0].classifier.weight.grad
         assert (gradient is not None and bool(gradient.abs().sum() > 0)) is flows
 
@@ -279,7 +279,7 @@ def test_loss_of_a_later_stage_flows_into_the_exit_that_decided() -> None:
 def judged_output(head: str = "fcn", training: bool = True, **options: object) -> tuple[SegmentationOutput, Tensor]:
     """What a model says of two images, and masks for it."""
     model = tiny_segmenter(head).train(training)
-    images = torch.stack([picture(12, 16), picture(12, 16, seed=1)])
+    images = torch.stack([random_image(12, 16), random_image(12, 16, seed=1)])
     return model(images, Dense(), **options), torch.randint(0, 5, (2, 12, 16))
 
 
@@ -299,7 +299,7 @@ def test_segmentation_loss__warns_where_exit_heads_get_no_gradient() -> None:
     output, masks = judged_output(training=False)
     with pytest.warns(UserWarning, match="^2 of 2 exit heads get no gradient.*call model.train"):
         loss = segmentation_loss(output, masks)
-    torch.testing.assert_close(loss, stage_loss(output, output.stages[-1], masks, VOID))
+    torch.testing.assert_close(loss, stage_loss(output, output.exit_records[-1], masks, VOID))
     output, masks = judged_output()
     with pytest.warns(UserWarning, match="no gradient, as aux_weight is 0: raise it"):
         segmentation_loss(output, masks, aux_weight=0.0)
@@ -308,7 +308,7 @@ def test_segmentation_loss__warns_where_exit_heads_get_no_gradient() -> None:
 @pytest.mark.filterwarnings("error")
 def test_segmentation_loss__does_not_warn_where_exits_learn_or_nothing_does() -> None:
     segmentation_loss(*judged_output())
-    segmentation_loss(*judged_output(training=False, with_stages=True))
+    segmentation_loss(*judged_output(training=False, with_records=True))
     with torch.no_grad():
         segmentation_loss(*judged_output(training=False))
 
@@ -334,11 +334,11 @@ def test_segmentation_loss__refuses_masks_that_do_not_belong_to_the_output(
 
 def test_segmentation_loss__refuses_images_of_several_sizes_and_outputs_without_a_last_map() -> None:
     model = tiny_segmenter("fcn")
-    output = model([picture(12, 16), picture(8, 8)], Dense(), with_stages=True)
+    output = model([random_image(12, 16), random_image(8, 8)], Dense(), with_records=True)
     with pytest.raises(ConfigError, match="images of several sizes have no loss in common"):
         segmentation_loss(output, torch.zeros(2, 12, 16, dtype=torch.long))
     with pytest.raises(ConfigError, match="no map of the decode head"):
-        segmentation_loss(model(picture(12, 16)[None], Truncated()), torch.zeros(1, 12, 16, dtype=torch.long))
+        segmentation_loss(model(random_image(12, 16)[None], Truncated()), torch.zeros(1, 12, 16, dtype=torch.long))
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -347,7 +347,7 @@ def test_output_loss__is_the_loss_of_all_exits_where_labels_are_given(training: 
     assert output.loss is None
     masks[:, :3] = VOID
     labelled, _ = judged_output(training=training, labels=masks)
-    recorded, _ = judged_output(training=training, with_stages=True)
+    recorded, _ = judged_output(training=training, with_records=True)
     assert labelled.loss is not None
     assert torch.equal(labelled.loss, segmentation_loss(recorded, masks))
     labelled.loss.backward()
@@ -358,6 +358,6 @@ def test_output_loss__leaves_out_the_void_of_the_models_labels() -> None:
     model = tiny_segmenter("fcn").train()
     model.preprocessing = Preprocessing(labels=Labels(tuple("abcde"), default_palette(5), ignore_index=-1))
     masks = torch.full((1, 12, 16), -1)
-    output = model(picture(12, 16)[None], labels=masks)
+    output = model(random_image(12, 16)[None], labels=masks)
     assert output.loss is not None
     assert output.loss.item() == 0.0

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, picture, tiny_segmenter
+from tests.helpers import assert_close, random_image, tiny_segmenter
 from tokenexit.errors import DataError
 from tokenexit.methods import Dense, DToP
 from tokenexit.outputs import segmentation
@@ -19,7 +19,7 @@ MIXED = [(16, 20), (9, 33), (1, 1)]
 def segmented(head="fcn", sizes=MIXED, targets=None, method=None, **options):
     model = tiny_segmenter(head, **options)
     with torch.no_grad():
-        return model([picture(*s, i) for i, s in enumerate(sizes)], method or Dense(), targets=targets)
+        return model([random_image(*s, i) for i, s in enumerate(sizes)], method or Dense(), targets=targets)
 
 
 @pytest.mark.parametrize("head", ["fcn", "setr_naive", "setr_pup", "atm"])
@@ -64,7 +64,7 @@ def test_labels_and_scores__of_maps_that_are_not_finite_are_refused(read, bad, w
     model = tiny_segmenter("fcn")
     model.preprocessing = replace(model.preprocessing, window=window)
     with torch.no_grad():
-        out = model.segment([picture(12, 16, 0), picture(12, 16, 1)])
+        out = model.segment([random_image(12, 16, 0), random_image(12, 16, 1)])
         (out if window is None else out.windows).grid_logits[-1][2, 1, 1] = bad
     with pytest.raises(
         DataError, match=r"^the model's output is not finite \(NaN or infinity\): check its weights and"
@@ -133,7 +133,7 @@ def test_indexing__gives_an_output_of_one_image():
     for i, one in enumerate(out):
         assert len(one) == 1
         assert torch.equal(one.labels[0], out.labels[i])
-        assert torch.equal(one.exit_stage[0], out.exit_stage[i])
+        assert torch.equal(one.exit_index[0], out.exit_index[i])
         assert one.ledger.macs == (out.ledger.macs[i],)
         assert one.sizes == (MIXED[i],)
     assert torch.equal(out[-1].labels[0], out.labels[2])
@@ -161,7 +161,7 @@ def test_resize_maps__maps_already_at_size_are_untouched():
     assert torch.equal(resize_maps(maps, (2, 2), 4, 1, (8, 8)), maps)
 
 
-def test_resize_maps__at_half_the_resolution_covers_the_same_picture():
+def test_resize_maps__at_half_the_resolution_covers_the_same_image():
     ramp = torch.linspace(0, 1, 6).expand(1, 1, 4, 6)
     half = resize_maps(ramp, (4, 6), 4, 1, (16, 24), out=(8, 12))
     assert half.shape == (1, 1, 8, 12)

@@ -20,7 +20,7 @@ def interpolated(maps: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
 
 
 def smooth(classes: int, h: int, w: int, seed: int) -> Tensor:
-    """Logits with regions, as pictures have: some cells agree with their neighbours and some do not."""
+    """Logits with regions, as images have: some cells agree with their neighbours and some do not."""
     coarse = torch.randn(1, classes, 2, 3, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(coarse * 4, size=(h, w), mode="bicubic")[0]
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.helpers import assert_close, picture, tiny_segmenter
+from tests.helpers import assert_close, random_image, tiny_segmenter
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.methods.base import packs
-from tokenexit.methods.reference import Imposed, agreement_exits
+from tokenexit.methods.reference import PrescribedExits, agreement_exits
 from tokenexit.outputs import segmentation as output_module
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.outputs.windows import WindowedOutput, segment_windows, window_boxes
@@ -112,7 +112,7 @@ def one_by_one(
         total[:, top:bottom, left:right] += out.logits[0].double().numpy()
         for y in range(top, bottom):
             for x in range(left, right):
-                depth[y, x] += out.exit_stage[0][(y - top) // out.patch_size, (x - left) // out.patch_size].item()
+                depth[y, x] += out.exit_index[0][(y - top) // out.patch_size, (x - left) // out.patch_size].item()
         seen[top:bottom, left:right] += 1
     maps = torch.from_numpy(total / seen)[None]
     return F.interpolate(maps, target, mode="bilinear", align_corners=False)[0], depth / seen, outputs
@@ -148,7 +148,7 @@ def in_windows(
 def test_windows__in_packs_of_any_size_are_those_of_a_loop_over_single_windows(
     head: str, method: Method[Any], sizes: list[Size], window: Size, steps: Size, target: Size, max_tokens: int
 ) -> None:
-    model, images = MODELS[head], [picture(*size, seed) for seed, size in enumerate(sizes)]
+    model, images = MODELS[head], [random_image(*size, seed) for seed, size in enumerate(sizes)]
     stride = (-(-window[0] // steps[0]), -(-window[1] // steps[1]))
     targets = [target] * len(images)
     out = in_windows(model, images, method, (window, stride), targets=targets, max_tokens=max_tokens)
@@ -163,13 +163,13 @@ def test_windows__in_packs_of_any_size_are_those_of_a_loop_over_single_windows(
         assert out.ledger.tokens[i] == sum(one.ledger.tokens[0] for one in alone)
         blocks = zip(*(one.ledger.live[0] for one in alone))
         assert out.ledger.live[i] == tuple(map(sum, blocks))
-        assert out.exit_stage[i].tolist() == np.floor(depth + 0.5 + 1e-9).astype(int).tolist()
+        assert out.exit_index[i].tolist() == np.floor(depth + 0.5 + 1e-9).astype(int).tolist()
 
 
 @pytest.mark.parametrize(("head", "method"), CASES, ids=lambda value: getattr(value, "name", value))
 @torch.inference_mode()
 def test_windows__tokens_do_leave_in_the_cases_above(head: str, method: Method[Any]) -> None:
-    out = in_windows(MODELS[head], [picture(24, 20)], method, ((12, 12), (6, 6)))
+    out = in_windows(MODELS[head], [random_image(24, 20)], method, ((12, 12), (6, 6)))
     live = out.ledger.live[0]
     assert live[0] == out.ledger.tokens[0]
     assert (live[-1] < live[0]) == (method.name != "dense")
@@ -180,7 +180,7 @@ def test_windows__tokens_do_leave_in_the_cases_above(head: str, method: Method[A
 
 @torch.inference_mode()
 def test_segment__takes_images_whole_unless_the_preprocessing_names_a_window() -> None:
-    model, images = tiny_segmenter("fcn"), [picture(24, 20), picture(9, 33)]
+    model, images = tiny_segmenter("fcn"), [random_image(24, 20), random_image(9, 33)]
     whole = model.segment(images, DToP(threshold=0.6), targets=[(7, 7), (8, 8)])
     assert isinstance(whole, SegmentationOutput)
     called = model(images, DToP(threshold=0.6), targets=[(7, 7), (8, 8)])
@@ -191,7 +191,7 @@ def test_segment__takes_images_whole_unless_the_preprocessing_names_a_window() -
     assert isinstance(windowed, WindowedOutput)
     assert all(torch.equal(a, b) for a, b in zip(windowed.logits, wanted.logits))
     assert model.segment(images).targets == ((24, 20), (9, 33))
-    assert len(model.segment(images, with_stages=True).windows.stages) == 3
+    assert len(model.segment(images, with_records=True).windows.exit_records) == 3
     with pytest.raises(ConfigError, match="images is empty"):
         model.segment([])
 
@@ -199,23 +199,23 @@ def test_segment__takes_images_whole_unless_the_preprocessing_names_a_window() -
 @pytest.mark.parametrize("head", ["fcn", "atm", "setr_pup", "setr_naive"])
 @pytest.mark.parametrize("target", [None, (31, 9)])
 @torch.inference_mode()
-def test_windows__one_that_holds_the_picture_is_the_picture_bit_for_bit(head: str, target: Size | None) -> None:
+def test_windows__one_that_holds_the_image_is_the_image_bit_for_bit(head: str, target: Size | None) -> None:
     model = tiny_segmenter(head)
     method = DoViT(threshold=0.5) if head == "setr_pup" else DToP(threshold=0.5)
-    image, targets = picture(13, 18), None if target is None else [target]
+    image, targets = random_image(13, 18), None if target is None else [target]
     whole = model([image], method, targets=targets)
     out = in_windows(model, [image], method, ((13, 20), (7, 7)), targets=targets)
     assert torch.equal(out.logits, whole.logits)  # type: ignore[arg-type]
     assert torch.equal(out.labels, whole.labels)  # type: ignore[arg-type]
     assert out.ledger == whole.ledger
-    stages = whole.exit_stage[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[:13, :18]
-    assert torch.equal(out.exit_stage[0], stages)
+    stages = whole.exit_index[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[:13, :18]
+    assert torch.equal(out.exit_index[0], stages)
 
 
 @pytest.mark.parametrize("tile", [1, 24 * 20 * 2, 1 << 22])
 @torch.inference_mode()
 def test_labels__do_not_depend_on_how_many_classes_are_held_at_once(tile: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = in_windows(MODELS["fcn"], [picture(24, 20)], Dense(), ((12, 12), (7, 7)), targets=[(33, 30)])
+    out = in_windows(MODELS["fcn"], [random_image(24, 20)], Dense(), ((12, 12), (7, 7)), targets=[(33, 30)])
     monkeypatch.setattr(output_module, "LABEL_TILE_ELEMENTS", tile)
     assert torch.equal(out.labels[0], out.logits[0].argmax(0))
     assert_close(out.scores[0], out.logits[0].softmax(0).amax(0))
@@ -229,7 +229,7 @@ def test_calls__keep_the_budget_of_tokens() -> None:
         calls.append(sum(-(-crop.shape[1] // 4) * -(-crop.shape[2] // 4) for crop in crops))
         return MODELS["fcn"](crops, method)
 
-    images = [picture(40, 24), picture(5, 9)]
+    images = [random_image(40, 24), random_image(5, 9)]
     segment_windows(forward, images, (12, 12), (6, 6), Dense(), patch_size=4, max_tokens=40)
     assert sum(calls) == 6 * 3 * 9 + 6
     assert max(calls) == 36  # four windows of nine tokens
@@ -238,13 +238,13 @@ def test_calls__keep_the_budget_of_tokens() -> None:
 
 @torch.inference_mode()
 def test_indexing__gives_an_output_of_one_image() -> None:
-    images = [picture(24, 20), picture(9, 33), picture(1, 1)]
+    images = [random_image(24, 20), random_image(9, 33), random_image(1, 1)]
     out = in_windows(MODELS["fcn"], images, DToP(threshold=0.6), ((12, 12), (6, 6)), max_tokens=30)
     assert isinstance(out.labels, list)
     for i, one in enumerate(out):
         assert len(one) == 1
         assert torch.equal(one.labels[0], out.labels[i])
-        assert torch.equal(one.exit_stage[0], out.exit_stage[i])
+        assert torch.equal(one.exit_index[0], out.exit_index[i])
         assert one.ledger == out.ledger[i]
         assert one.sizes == (out.sizes[i],)
     assert torch.equal(out[-1].labels[0], out.labels[2])
@@ -253,12 +253,14 @@ def test_indexing__gives_an_output_of_one_image() -> None:
 
 
 @torch.inference_mode()
-def test_imposed_exits__are_dealt_to_the_windows_of_every_pack() -> None:
-    images = [picture(24, 20), picture(9, 33)]
+def test_prescribed_exits__are_dealt_to_the_windows_of_every_pack() -> None:
+    images = [random_image(24, 20), random_image(9, 33)]
     own = in_windows(MODELS["fcn"], images, DToP(threshold=0.6), ((12, 12), (6, 6)))
-    stages = torch.cat([stage.flatten() for stage in own.windows.exit_stage])
+    stages = torch.cat([stage.flatten() for stage in own.windows.exit_index])
     for max_tokens in (1, 30, 1000):
-        again = in_windows(MODELS["fcn"], images, Imposed(exit_stage=stages), ((12, 12), (6, 6)), max_tokens=max_tokens)
+        again = in_windows(
+            MODELS["fcn"], images, PrescribedExits(exit_index=stages), ((12, 12), (6, 6)), max_tokens=max_tokens
+        )
         assert again.ledger == own.ledger
         for a, b in zip(again.logits, own.logits):
             assert_close(a, b)
@@ -266,16 +268,16 @@ def test_imposed_exits__are_dealt_to_the_windows_of_every_pack() -> None:
 
 @pytest.mark.parametrize("head", ["fcn", "atm"])
 @torch.inference_mode()
-def test_stages__of_all_packs_are_those_of_one_call(head: str) -> None:
-    model, images = MODELS[head], [picture(24, 20), picture(9, 33)]
+def test_records__of_all_packs_are_those_of_one_call(head: str) -> None:
+    model, images = MODELS[head], [random_image(24, 20), random_image(9, 33)]
     exits = []
     for max_tokens in (20, 1000):
         out = segment_windows(
-            lambda crops, method: model(crops, method, with_stages=True),
+            lambda crops, method: model(crops, method, with_records=True),
             *(images, (12, 12), (6, 6), Dense()),
             patch_size=4,
             max_tokens=max_tokens,
         )
-        exits.append(agreement_exits(out.windows.stages, out.windows.ledger.tokens))
+        exits.append(agreement_exits(out.windows.exit_records, out.windows.ledger.tokens))
     assert torch.equal(*exits)
     assert 0 < exits[0].float().mean() < 2

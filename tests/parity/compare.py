@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tests.helpers import distance, picture
+from tests.helpers import distance, random_image
 from tokenexit.engine.vit import ViT
 
 TOLERANCE = 1e-5
@@ -44,7 +44,7 @@ def randomise(model: nn.Module) -> None:
 @torch.no_grad()
 def largest_distance(ours: ViT, theirs: Reference, size: tuple[int, int], exits: Sequence[int] = ()) -> float:
     """Over embedding, every block and the last norm; after each of `exits` a random part of the patches leaves."""
-    image = picture(*size, seed=size[0])
+    image = random_image(*size, seed=size[0])
     tokens = ours.embed([image])
     x = theirs.embed(image[None])
     found = [distance(tokens.x, x[0])]

@@ -1,7 +1,7 @@
 """A command in one of several processes: `torchrun -m tests.prediction.driver PIDS RANK SAVES ARGUMENT ...`.
 
 The process of that rank takes all others and those who started them along, as a power cut does, when it has saved that
-many pictures and half of one more; `-1` is a command that comes to its end.
+many images and half of one more; `-1` is a command that comes to its end.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def half_of_one_more(pids: str, saves: int) -> None:
         SAVE(self, path)
 
     Image.Image.save = save  # type: ignore[assignment]
-    pipeline.WRITERS = 1  # picture after picture
+    pipeline.WRITERS = 1  # image after image
 
 
 if __name__ == "__main__":

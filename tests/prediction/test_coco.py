@@ -42,7 +42,7 @@ def test_results__have_an_index_of_images_and_categories() -> None:
     assert index["categories"][3] == {"id": 3, "name": "class_3"}
 
 
-def test_results__take_the_numbers_that_cocos_own_pictures_are_named_by() -> None:
+def test_results__take_the_numbers_that_cocos_own_images_are_named_by() -> None:
     files = ["val2017/000000000139.jpg", "val2017/000000000285.jpg"]
     found, index = results([picture(file, [[2]]) for file in files], LABELS)
     assert [one["image_id"] for one in found] == [image["id"] for image in index["images"]] == [139, 285]

@@ -1,4 +1,4 @@
-"""Pictures of every kind in; masks, overlays and exit maps out; bad files and impossible places in one sentence."""
+"""Images of every kind in; masks, overlays and exit maps out; bad files and impossible places in one sentence."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ import tokenexit.prediction.predict_files as predicting
 from tests.helpers import tiny_segmenter
 from tests.prediction.test_label_studio import as_mask
 from tests.prediction.test_rle import read
-from tokenexit.calibration.drift import EDGES, Histograms, Monitor, Usual, watch
+from tokenexit.calibration.drift import EDGES, Histograms, Monitor, ReferenceStatistics, hook_scores
 from tokenexit.cli.predict import MAX_PIXELS, MAX_TOKENS, SAVE
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.images import load_image
 from tokenexit.inputs.labels import default_labels
-from tokenexit.inputs.sources import Job, list_pictures
+from tokenexit.inputs.sources import WorkItem, list_images
 from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.outputs.windows import WindowedOutput
 from tokenexit.prediction import video
-from tokenexit.prediction.pipeline import End, Frame, ahead, packed
+from tokenexit.prediction.pipeline import End, Frame, packed, prefetch
 from tokenexit.prediction.predict_files import RECORD, Predicted, predict_files, save_atomically
 from tokenexit.prediction.rle import run_lengths
 from tokenexit.report.pictures import exit_map, overlay
@@ -84,7 +84,7 @@ KINDS: dict[str, Callable[[], Image.Image]] = {
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_picture_gets_a_palette_mask_of_its_size_equal_to_predict(
+def test_every_kind_of_image_gets_a_palette_mask_of_its_size_equal_to_predict(
     name: str, model: ExitSegmenter, tmp_path: Path
 ) -> None:
     KINDS[name]().save(tmp_path / name)
@@ -92,15 +92,15 @@ def test_every_kind_of_picture_gets_a_palette_mask_of_its_size_equal_to_predict(
     assert predict_files(model, [tmp_path / name], out, METHOD).failed == ()
     stem = Path(name).stem
     assert names(out) == sorted(f"{stem}{suffix}" for suffix in RESULTS)
-    picture, mask = load_image(tmp_path / name), Image.open(out / f"{stem}.png")
+    image, mask = load_image(tmp_path / name), Image.open(out / f"{stem}.png")
     assert mask.mode == "P"
-    assert mask.size == picture.size
+    assert mask.size == image.size
     expected = model.predict(tmp_path / name, METHOD)
     assert np.asarray(mask).tolist() == expected.labels[0].tolist()
     palette = default_labels(5).palette
     assert mask.getpalette()[:15] == [channel for colour in palette for channel in colour]  # type: ignore[index]
     for suffix in RESULTS[1:]:
-        assert Image.open(out / f"{stem}{suffix}").size == picture.size
+        assert Image.open(out / f"{stem}{suffix}").size == image.size
 
 
 @pytest.mark.parametrize("method", [Dense(), METHOD, DoViT(threshold=0.4)], ids=lambda method: method.name)
@@ -133,11 +133,11 @@ def test_the_exif_orientation_is_honoured(model: ExitSegmenter, tmp_path: Path) 
     assert np.asarray(a).tolist() == np.asarray(b).tolist()
 
 
-def test_the_exit_map_lies_on_the_picture_without_the_padding(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_the_exit_map_lies_on_the_image_without_the_padding(model: ExitSegmenter, tmp_path: Path) -> None:
     noise(9, 9).save(tmp_path / "a.png")  # three patches of four pixels, of which the last has one
     predict_files(model, [tmp_path / "a.png"], tmp_path / "out", METHOD)
     output = model.predict(tmp_path / "a.png", METHOD)
-    stages = output.exit_stage[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[:9, :9]
+    stages = output.exit_index[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[:9, :9]
     expected = exit_map(stages.numpy(), output.num_exits, (9, 9), image=noise(9, 9))
     assert np.asarray(Image.open(tmp_path / "out" / "a.exits.png")).tolist() == np.asarray(expected).tolist()
 
@@ -151,11 +151,11 @@ def test_windows_of_the_model_are_used_and_the_exit_map_is_their_mean(tmp_path: 
     assert isinstance(expected, WindowedOutput)
     assert len(expected.boxes[0]) == 3 * 4
     assert np.asarray(Image.open(tmp_path / "out" / "a.png")).tolist() == expected.labels[0].tolist()
-    stages = exit_map(expected.exit_stage[0].numpy(), expected.num_exits, (17, 21), image=noise(17, 21))
+    stages = exit_map(expected.exit_index[0].numpy(), expected.num_exits, (17, 21), image=noise(17, 21))
     assert np.asarray(Image.open(tmp_path / "out" / "a.exits.png")).tolist() == np.asarray(stages).tolist()
 
 
-def test_a_corrupt_picture_is_reported_and_the_others_are_written(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_a_corrupt_image_is_reported_and_the_others_are_written(model: ExitSegmenter, tmp_path: Path) -> None:
     folder = tmp_path / "in"
     (folder / "sub").mkdir(parents=True)
     noise(8, 12).save(folder / "a.png")
@@ -163,7 +163,7 @@ def test_a_corrupt_picture_is_reported_and_the_others_are_written(model: ExitSeg
     whole = (folder / "a.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "empty.jpg").write_bytes(b"")
-    (folder / "text.png").write_text("no picture")
+    (folder / "text.png").write_text("no image")
     (folder / "notes.txt").write_text("not even named like one")
     failed = predict_files(model, [folder], tmp_path / "out", METHOD).failed
     assert len(failed) == 3
@@ -181,7 +181,7 @@ def test_a_missing_file_is_reported_and_the_others_are_written(model: ExitSegmen
     assert len(names(tmp_path / "out")) == 3
 
 
-def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_images_beyond_the_limit_are_refused_before_they_are_decoded(model: ExitSegmenter, tmp_path: Path) -> None:
     Image.new("1", (7_000, 6_000)).save(tmp_path / "huge.png")  # small as a file, 42 million pixels
     noise(10, 10).save(tmp_path / "hundred.png")
     (huge,) = predict_files(model, [tmp_path / "huge.png"], tmp_path / "out", METHOD, max_pixels=MAX_PIXELS).failed
@@ -191,7 +191,7 @@ def test_pictures_beyond_the_limit_are_refused_before_they_are_decoded(model: Ex
     assert predict_files(model, [tmp_path / "hundred.png"], tmp_path / "out", METHOD, max_pixels=100).failed == ()
 
 
-def test_a_picture_that_does_not_fit_into_memory_is_reported(
+def test_an_image_that_does_not_fit_into_memory_is_reported(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise(8, 12).save(tmp_path / "a.png")
@@ -307,12 +307,12 @@ def test_folders_are_listed_to_their_depth_in_a_stable_order_without_hidden_file
     for name in ("b.png", "a.JPG", "sub/c.png", "sub/a.png", ".hidden.png", "._a.jpg", ".git/x.png", "d.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"")
-    jobs = list_pictures([tmp_path])
+    jobs = list_images([tmp_path])
     assert list(jobs.values()) == ["a", "b", os.path.join("sub", "a"), os.path.join("sub", "c")]
-    assert list(list_pictures([tmp_path])) == list(jobs)
+    assert list(list_images([tmp_path])) == list(jobs)
 
 
-def test_a_picture_that_is_named_twice_is_predicted_once(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_an_image_that_is_named_twice_is_predicted_once(model: ExitSegmenter, tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "a.png")
     seen: list[Path] = []
 
@@ -324,7 +324,7 @@ def test_a_picture_that_is_named_twice_is_predicted_once(model: ExitSegmenter, t
     assert seen == [tmp_path / "a.png"]
 
 
-def test_results_of_an_earlier_call_inside_the_folder_are_no_pictures(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_results_of_an_earlier_call_inside_the_folder_are_no_images(model: ExitSegmenter, tmp_path: Path) -> None:
     noise(8, 8).save(tmp_path / "a.png")
     for _ in range(2):
         assert predict_files(model, [tmp_path], tmp_path / "out", METHOD).failed == ()
@@ -445,7 +445,7 @@ def test_what_is_no_file_fails_alone_and_is_not_waited_for(model: ExitSegmenter,
     noise(8, 8).save(tmp_path / "a.png")
     given = [tmp_path / "pipe.png", Path("/dev/zero"), tmp_path / "a.png", Path("y" * 300), tmp_path / "pipe.mp4"]
     done = predict_files(model, given, tmp_path / "out", METHOD)
-    assert done.pictures == 1
+    assert done.images == 1
     assert done.failed[:2] == tuple(f"image '{path}' is no regular file: give an image file." for path in given[:2])
     assert "File name too long" in done.failed[2]
     if find_spec("av") is not None:
@@ -478,7 +478,7 @@ def test_a_full_disk_ends_in_one_sentence_and_leaves_no_half_file(
     assert names(tmp_path / "out") == []
 
 
-def test_a_failure_while_drawing_writes_nothing_of_the_picture(
+def test_a_failure_while_drawing_writes_nothing_of_the_image(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     noise(8, 8).save(tmp_path / "a.png")
@@ -529,7 +529,7 @@ def folder_of(tmp_path: Path, *sizes: tuple[int, int]) -> Path:
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 10_000])
 @pytest.mark.parametrize("windowed", [False, True])
-def test_pictures_of_all_sizes_in_packs_get_what_each_gets_alone(
+def test_images_of_all_sizes_in_packs_get_what_each_gets_alone(
     windowed: bool, max_tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pipeline, "PACK_TOKENS", max_tokens)
@@ -538,17 +538,17 @@ def test_pictures_of_all_sizes_in_packs_get_what_each_gets_alone(
         other.preprocessing = replace(other.preprocessing, window=(8, 8), stride=(5, 5))
     folder = folder_of(tmp_path, (20, 30), (9, 9), (4, 4), (33, 5), (20, 30))
     done = predict_files(other, [folder], tmp_path / "out", METHOD)
-    assert done == Predicted(pictures=5, skipped=0, failed=())
+    assert done == Predicted(images=5, skipped=0, failed=())
     for n in range(5):
         expected = other.predict(folder / f"{n}.png", METHOD).labels[0]
         assert np.asarray(Image.open(tmp_path / "out" / f"{n}.png")).tolist() == expected.tolist()
 
 
-def test_packs_hold_so_many_tokens_and_one_picture_at_least() -> None:
+def test_packs_hold_so_many_tokens_and_one_image_at_least() -> None:
     def frame(height: int, width: int) -> Frame:
         return Frame("", "", "", Image.new("RGB", (1, 1)), torch.zeros(3, height, width))
 
-    small, large, end = frame(4, 8), frame(9, 12), End(Job("a"), 1)  # 2 and 9 patches of 4 pixels
+    small, large, end = frame(4, 8), frame(9, 12), End(WorkItem("a"), 1)  # 2 and 9 patches of 4 pixels
     items: list[Any] = [small, end, small, small, large, large, small, end, end]
     assert [len(pack) for pack in packed(iter(items), 4, 6)] == [4, 1, 1, 3]
     assert [item for pack in packed(iter(items), 4, 6) for item in pack] == items
@@ -566,7 +566,7 @@ def test_a_method_whose_answers_depend_on_companions_has_none(tmp_path: Path) ->
         assert np.asarray(Image.open(tmp_path / "out" / f"{n}.png")).tolist() == expected.tolist()
 
 
-def test_pictures_that_do_not_fit_into_memory_together_are_taken_one_by_one(
+def test_images_that_do_not_fit_into_memory_together_are_taken_one_by_one(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     segment = ExitSegmenter.segment
@@ -587,9 +587,9 @@ def test_pictures_that_do_not_fit_into_memory_together_are_taken_one_by_one(
     assert names(tmp_path / "out") == sorted(f"{n}{suffix}" for n in (0, 2) for suffix in RESULTS)
 
 
-def test_the_monitor_sees_every_picture_of_a_pack(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_the_monitor_sees_every_image_of_a_pack(model: ExitSegmenter, tmp_path: Path) -> None:
     folder = folder_of(tmp_path, (20, 30), (9, 9), (12, 12))
-    with watch(model) as seen:
+    with hook_scores(model) as seen:
         for n in range(3):
             model.predict(folder / f"{n}.png", METHOD)
     alone = seen.histograms([1, 1, 1])
@@ -598,12 +598,12 @@ def test_the_monitor_sees_every_picture_of_a_pack(model: ExitSegmenter, tmp_path
         def add(self, histograms: Histograms) -> None:
             self.counts = histograms.counts
 
-    monitor = Recorder(Usual.of(alone))
+    monitor = Recorder(ReferenceStatistics.of(alone))
     predict_files(model, [folder], tmp_path / "out", METHOD, monitor=monitor)
     assert torch.equal(monitor.counts, alone.counts)
 
 
-def test_pictures_are_made_one_ahead_in_order_and_errors_come_through() -> None:
+def test_images_are_made_one_ahead_in_order_and_errors_come_through() -> None:
     made: list[int] = []
 
     def numbers() -> Iterator[int]:
@@ -612,14 +612,14 @@ def test_pictures_are_made_one_ahead_in_order_and_errors_come_through() -> None:
             yield n
         raise DataError("no more.")
 
-    seen = ahead(numbers())
+    seen = prefetch(numbers())
     assert next(seen) == 0
     assert [next(seen), next(seen)] == [1, 2]
     assert made[:3] == [0, 1, 2]
     assert next(seen) == 3
     with pytest.raises(DataError, match="no more"):
         next(seen)
-    assert list(ahead([])) == []
+    assert list(prefetch([])) == []
 
 
 # ------------------------------------------------------------------------------------------------- a call goes on
@@ -726,10 +726,10 @@ def test_a_zip_holds_what_the_folder_would_and_is_gone_on_with(model: ExitSegmen
 def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_it_began_with(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
+    images = tmp_path / "pictures"
+    images.mkdir()
     for name, side in (("small", 8), ("large", 32)):
-        noise(side, side).save(pictures / f"{name}.png")
+        noise(side, side).save(images / f"{name}.png")
     everyone_leaves = DToP(threshold=0.0, keep_per_class=0)
     closed: list[tuple[int, ...]] = [(0, 1)]
     monkeypatch.setattr(
@@ -737,7 +737,7 @@ def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_
     )
 
     def predict(out: Path, **options: Any) -> None:
-        predict_files(model, [pictures], out, everyone_leaves, save=("exits", "masks"), **options)
+        predict_files(model, [images], out, everyone_leaves, save=("exits", "masks"), **options)
         record = json.loads((out / RECORD).read_text())["method"]
         assert build_method(record) == (
             GatedBySize(everyone_leaves, ((1, closed[0]), (16, ()))) if options.get("gate") else everyone_leaves
@@ -753,7 +753,7 @@ def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_
     assert same == [False, True]
     (gated / "small.png").unlink()
     before, closed[0] = closed[0], ()  # another machine, or another day
-    predict_files(model, [pictures], gated, everyone_leaves, save=("exits", "masks"), gate=True)
+    predict_files(model, [images], gated, everyone_leaves, save=("exits", "masks"), gate=True)
     assert json.loads((gated / RECORD).read_text())["method"]["closed"] == [[1, list(before)], [16, []]]
 
 
@@ -763,7 +763,7 @@ def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_
 def test_a_monitor_and_closed_exits_do_not_go_together(
     model: ExitSegmenter, tmp_path: Path, method: Method[Any], gate: bool
 ) -> None:
-    monitor = Monitor(Usual.of(Histograms(torch.zeros(1, 2, len(EDGES) + 1, dtype=torch.int64))))
+    monitor = Monitor(ReferenceStatistics.of(Histograms(torch.zeros(1, 2, len(EDGES) + 1, dtype=torch.int64))))
     with pytest.raises(ConfigError, match="a monitor wants to see every exit"):
         predict_files(model, [tmp_path], tmp_path / "out", method, gate=gate, monitor=monitor)
 
@@ -808,7 +808,7 @@ def test_scores_are_those_of_the_labels_and_layouts_of_others_hold_the_same_map(
         assert task["data"]["image"] == f"https://x/{n}.png"
         (prediction,) = task["predictions"]
         stages = (
-            output.exit_stage[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[: labels.shape[0], : labels.shape[1]]
+            output.exit_index[0].repeat_interleave(4, 0).repeat_interleave(4, 1)[: labels.shape[0], : labels.shape[1]]
         )
         certainty = 1.0 - stages.numpy() / output.num_exits
         assert prediction["score"] == pytest.approx(certainty.mean(), abs=1e-4)
@@ -817,7 +817,7 @@ def test_scores_are_those_of_the_labels_and_layouts_of_others_hold_the_same_map(
             assert region["score"] == pytest.approx(certainty[labels == k].mean(), abs=1e-4)
 
 
-def test_dense_says_nothing_of_how_hard_a_picture_was(model: ExitSegmenter, tmp_path: Path) -> None:
+def test_dense_says_nothing_of_how_hard_an_image_was(model: ExitSegmenter, tmp_path: Path) -> None:
     predict_files(model, [folder_of(tmp_path, (8, 12))], tmp_path / "out", Dense(), save=["labelstudio"])
     (task,) = json.loads((tmp_path / "out" / "labelstudio.json").read_text())
     assert "score" not in task["predictions"][0]
@@ -890,10 +890,10 @@ def test_the_overlays_of_a_video_or_of_a_folder_become_a_video(model: ExitSegmen
 def test_a_frame_that_cannot_be_read_spoils_the_film_and_nothing_else(model: ExitSegmenter, tmp_path: Path) -> None:
     pytest.importorskip("av")
     folder, out = folder_of(tmp_path, (24, 32), (24, 32), (24, 32)), tmp_path / "out"
-    (folder / "1.png").write_bytes(b"no picture")
+    (folder / "1.png").write_bytes(b"no image")
     (tmp_path / "cut.mp4").write_bytes(b"no video")
     done = predict_files(model, [folder, tmp_path / "cut.mp4"], out, METHOD, save=["masks", "video"])
-    assert done.pictures == 2
+    assert done.images == 2
     assert [message.split("'")[1] for message in done.failed] == [str(folder / "1.png"), str(tmp_path / "cut.mp4")]
     assert names(out) == ["0.png", "2.png"]
     noise(24, 40).save(folder / "1.png")
@@ -909,7 +909,7 @@ def test_videos_without_pyav_are_passed_over_in_one_sentence(
     (tmp_path / "v.mp4").write_bytes(b"")
     noise(8, 8).save(tmp_path / "a.png")
     done = predict_files(model, [tmp_path / "v.mp4", tmp_path / "a.png"], tmp_path / "out", METHOD)
-    assert done.pictures == 1
+    assert done.images == 1
     (message,) = done.failed
     assert message.startswith(f"video '{tmp_path / 'v.mp4'}' needs the package av: pip install 'tokenexit[video]'")
 

@@ -40,7 +40,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def two_machines(pids: Path, death: tuple[int, int], *arguments: object) -> list[subprocess.CompletedProcess[str]]:
-    """Two agents of one process each. death: which process ends all, after how many saved pictures."""
+    """Two agents of one process each. death: which process ends all, after how many saved images."""
     launcher = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
     launcher += ["--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "two"]
     command = [*launcher, "-m", "tests.prediction.driver", pids, *death, "predict", *arguments]
@@ -61,11 +61,11 @@ def two_machines(pids: Path, death: tuple[int, int], *arguments: object) -> list
 
 
 def whole_files(out: Path) -> dict[str, int]:
-    """Every file that has its name, and when it was written; all are pictures that can be decoded."""
+    """Every file that has its name, and when it was written; all are images that can be decoded."""
     files = [path for path in out.rglob("*.*") if not path.name.startswith(".") and path.suffix in (".png", ".jpg")]
     for path in files:
-        with Image.open(path) as picture:
-            picture.load()
+        with Image.open(path) as image:
+            image.load()
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
 
 
@@ -105,11 +105,11 @@ def test_two_machines_killed_in_a_write_go_on_and_leave_what_one_process_does(
     assert whole_files(out) == after
 
 
-def test_a_bad_picture_of_one_machine_is_reported_once_and_both_end_with_1(model: Path, tmp_path: Path) -> None:
+def test_a_bad_image_of_one_machine_is_reported_once_and_both_end_with_1(model: Path, tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     for n in range(4):
         noise(8, 12, seed=n).save(tmp_path / "in" / f"{n}.png")
-    (tmp_path / "in" / "1.png").write_bytes(b"no picture")
+    (tmp_path / "in" / "1.png").write_bytes(b"no image")
     out = tmp_path / "out.zip"
     agents = two_machines(tmp_path / "run", (-1, 0), model, tmp_path / "in", "--out", out, *OPTIONS)
     assert [agent.returncode for agent in agents] == [1, 1]

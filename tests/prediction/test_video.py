@@ -61,7 +61,7 @@ def test_video__a_damaged_or_missing_one_is_said_in_one_sentence(tmp_path: Path)
         list(frames(tmp_path / "text.mp4"))
 
 
-def test_video__pictures_beyond_the_limit_are_refused(tmp_path: Path) -> None:
+def test_video__images_beyond_the_limit_are_refused(tmp_path: Path) -> None:
     pytest.importorskip("av")
     with encoder(tmp_path / "v.mp4", Fraction(25)) as add:
         add(shade(100))

@@ -23,7 +23,7 @@ NAMES = ("sky", "road", "car")
 
 
 def result(method: Method[Any], label: str, exits: int = 3) -> Evaluation:
-    """Three classes of which the last is in no picture; four images."""
+    """Three classes of which the last is in no image; four images."""
     confusion = torch.tensor([[60, 10, 0], [20, 110, 0], [0, 0, 0]])
     gmacs, live = (10.125, 11.0, 12.0, 13.5), tuple((0.62, 0.414, 0.3)[:exits] for _ in range(4))
     return Evaluation(

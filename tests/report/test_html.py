@@ -106,7 +106,7 @@ def test_report__loads_nothing_from_outside_and_runs_nothing():
     assert not any(key.startswith("on") for _, attrs in parsed.elements for key in attrs)
 
 
-def test_report__has_one_title_a_heading_per_section_and_words_for_every_picture():
+def test_report__has_one_title_a_heading_per_section_and_words_for_every_image():
     parsed = Page(report_html("Report", sections(), summary="In short."))
     assert parsed.text["h1"] == ["Report"]
     assert parsed.text["h2"] == ["some words", "Pictures"]

@@ -100,7 +100,7 @@ def test_report_model__names_the_largest_confusion(tmp_path: Path) -> None:
     assert first == (data.labels.names[truth], data.labels.names[taken])
 
 
-def test_report_model__shows_the_cheapest_and_the_dearest_pictures(tmp_path: Path) -> None:
+def test_report_model__shows_the_cheapest_and_the_dearest_images(tmp_path: Path) -> None:
     model, data = tiny_segmenter(), Squares()
     page = report_model(model, data, [METHOD], tmp_path / "r.html", examples=1).read_text()
     (_, chosen) = evaluate(model, data, [Dense(), METHOD])

@@ -1,4 +1,4 @@
-"""Pictures show exactly the classes and exits that they were given."""
+"""Images show exactly the classes and exits that they were given."""
 
 import io
 from itertools import pairwise
@@ -77,16 +77,16 @@ def test_overlay__blends_classes_and_leaves_void_as_it_was():
         (lambda: colorize([[0.5]], PALETTE), DataError, "float64 are no map"),
         (lambda: colorize([0, 1], PALETTE), DataError, r"shape \(2,\)"),
         (lambda: palette_png([[0]], [(0, 0, 0)] * 256), ConfigError, "256 colours"),
-        (lambda: overlay(photo(2, 3), [[0]], PALETTE), DataError, "picture is 2x3 .* labels is 1x1"),
+        (lambda: overlay(photo(2, 3), [[0]], PALETTE), DataError, "image is 2x3 .* labels is 1x1"),
         (lambda: overlay(photo(1, 1), [[0]], PALETTE, alpha=2), ConfigError, "alpha=2"),
         (lambda: exit_map([[0, 3]], 2, (4, 4)), DataError, r"values 0\.\.2"),
         (lambda: exit_map(np.zeros((0, 2), int), 2, (4, 4)), DataError, r"shape \(0, 2\)"),
-        (lambda: exit_map([[0]], 2, (4, 4), image=photo(3, 4)), DataError, "picture is 3x4 .* size is 4x4"),
+        (lambda: exit_map([[0]], 2, (4, 4), image=photo(3, 4)), DataError, "image is 3x4 .* size is 4x4"),
         (lambda: exit_legend(2, [4]), ConfigError, "1 places for 2 exits"),
         (lambda: panel([]), ConfigError, "images is empty"),
     ],
 )
-def test_impossible_pictures__are_refused_in_one_sentence(call, error, words):
+def test_impossible_images__are_refused_in_one_sentence(call, error, words):
     with pytest.raises(error, match=words) as caught:
         call()
     assert str(caught.value).endswith(".")
@@ -138,7 +138,7 @@ def test_exit_map__gives_each_pixel_the_token_whose_patch_holds_it(height, width
             assert tuple(drawn[y, x]) == colours[stage[y // patch, x // patch]]
 
 
-def test_exit_map__over_a_picture_shows_its_grey_and_keeps_equal_tokens_apart_by_it():
+def test_exit_map__over_an_image_shows_its_grey_and_keeps_equal_tokens_apart_by_it():
     image = Image.fromarray(np.array([[[0, 0, 0], [255, 255, 255]]], dtype=np.uint8))
     over = np.asarray(exit_map([[1]], 1, (1, 2), image=image, alpha=0.5)).astype(int)
     end = np.array(exit_colours(1)[1])
@@ -156,9 +156,9 @@ def test_exit_map__draws_lines_between_tokens_only():
 # ----------------------------------------------------------------------------------------------- panel and data
 
 
-def test_panel__puts_pictures_side_by_side_at_one_height_under_their_titles():
+def test_panel__puts_images_side_by_side_at_one_height_under_their_titles():
     red, blue = Image.new("RGB", (40, 20), (255, 0, 0)), Image.new("RGB", (30, 60), (0, 0, 255))
-    sheet = panel([("a title far too long for its picture", red), ("b", blue)], height=30, gap=10)
+    sheet = panel([("a title far too long for its image", red), ("b", blue)], height=30, gap=10)
     assert sheet.width == 10 + 60 + 10 + 15 + 10
     pixels = np.asarray(sheet)
     assert (pixels == (255, 0, 0)).all(axis=2).sum() == 60 * 30
@@ -168,7 +168,7 @@ def test_panel__puts_pictures_side_by_side_at_one_height_under_their_titles():
     assert (text_rows[:, 70:80] == 255).all()
 
 
-def test_panel__shrinks_index_pictures_without_inventing_classes():
+def test_panel__shrinks_index_images_without_inventing_classes():
     mask = palette_png(np.repeat([[0, 1]], 40, axis=0).repeat(20, axis=1), PALETTE)
     colours = {tuple(c) for c in np.asarray(panel([("", mask)], height=7, gap=0))[-7:].reshape(-1, 3)}
     assert colours == set(PALETTE[:2])

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 import tokenexit.cli as cli
-from tests.evaluation.test_evaluate import METHODS, Pictures
+from tests.evaluation.test_evaluate import METHODS, Images
 from tests.helpers import tiny_segmenter
 from tests.training.tiny import silent, tiny_run
 from tokenexit.data.base import Sample
@@ -22,16 +22,16 @@ from tokenexit.errors import ConfigError, DataError, TokenExitError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.results import Evaluation
 from tokenexit.methods import Dense
-from tokenexit.runtime.distributed import gather, joined, place, together
+from tokenexit.runtime.distributed import all_or_none, gather, process_group, rank_and_size
 from tokenexit.training.loop import train
 
 
-class Damaged(Pictures):
-    """The second and the fourth picture cannot be read: those of the second of two processes."""
+class Damaged(Images):
+    """The second and the fourth image cannot be read: those of the second of two processes."""
 
     def __getitem__(self, index: int) -> Sample:
         if index % 2:
-            raise DataError(f"picture {index} is damaged.")
+            raise DataError(f"image {index} is damaged.")
         return super().__getitem__(index)
 
 
@@ -45,7 +45,7 @@ def figures(results: list[Evaluation]) -> list[dict[str, Any]]:
 
 def failure(block: Any) -> str:
     try:
-        with together():
+        with all_or_none():
             block()
     except TokenExitError as error:
         return f"{type(error).__name__}: {error}"
@@ -53,7 +53,7 @@ def failure(block: Any) -> str:
 
 
 def config_error_of(rank: int) -> None:
-    if place()[0] == rank:
+    if rank_and_size()[0] == rank:
         raise ConfigError(f"process {rank} refuses.")
 
 
@@ -73,18 +73,18 @@ OPTIONS = (
 def main(data: Path, damaged: Path, saved: Path, out: Path) -> None:
     torch.set_num_threads(1)
     model = tiny_segmenter("fcn", num_classes=5)
-    with joined():
-        rank, count = place()
+    with process_group():
+        rank, count = rank_and_size()
         seen: dict[str, Any] = {"place": (rank, count), "gathered": gather({"rank": rank})}
         asked: list[int] = []
         results = evaluate(
-            *(model, Pictures(5), METHODS),
+            *(model, Images(5), METHODS),
             references=True,
             progress=lambda items: (asked.append(item) or item for item in items),  # type: ignore[func-returns-value]
         )
         seen |= {"five": figures(results), "times": len(results[0].latency_ms), "asked": asked}
-        seen["one"] = figures(evaluate(model, Pictures(1), METHODS, references=True))
-        seen["limit"] = figures(evaluate(model, Pictures(5), [Dense()], limit=3))
+        seen["one"] = figures(evaluate(model, Images(1), METHODS, references=True))
+        seen["limit"] = figures(evaluate(model, Images(5), [Dense()], limit=3))
         seen["fine"] = failure(lambda: None)
         seen["second fails"] = failure(lambda: config_error_of(1))
         seen["damaged"] = failure(lambda: evaluate(model, Damaged(5), [Dense()]))

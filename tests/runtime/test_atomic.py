@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 
 
 def test_whole__the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
-    with whole(tmp_path / "a.txt") as unfinished:
+    with atomic_write(tmp_path / "a.txt") as unfinished:
         unfinished.write_text("new")
         assert unfinished.suffix == ".txt"
         assert not (tmp_path / "a.txt").exists()
@@ -26,7 +26,7 @@ def test_whole__the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
 def test_whole__an_interrupted_block_leaves_the_older_file(tmp_path: Path, interruption: type[BaseException]) -> None:
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(interruption), whole(tmp_path / "a.txt") as unfinished:
+    with pytest.raises(interruption), atomic_write(tmp_path / "a.txt") as unfinished:
         unfinished.write_text("half")
         raise interruption
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
@@ -53,7 +53,7 @@ def test_whole__new_and_replaced_files_have_the_permissions_that_the_umask_grant
     (tmp_path / "old.txt").chmod(0o600)
     umask(mask)
     for name in ("old.txt", "new.txt"):
-        with whole(tmp_path / name) as unfinished:
+        with atomic_write(tmp_path / name) as unfinished:
             unfinished.write_text("new")
         assert permissions_of(tmp_path / name) == 0o666 & ~mask
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new.txt", "old.txt"]
@@ -63,6 +63,6 @@ def test_whole__a_writer_that_replaces_the_temporary_file_does_not_make_it_priva
     umask: Callable[[int], int], tmp_path: Path
 ) -> None:
     umask(0o022)
-    with whole(tmp_path / "a.safetensors") as unfinished:
+    with atomic_write(tmp_path / "a.safetensors") as unfinished:
         save_file({"a": torch.zeros(1)}, unfinished)
     assert permissions_of(tmp_path / "a.safetensors") == 0o644

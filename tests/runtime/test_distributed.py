@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import tokenexit.runtime.distributed as distributed
-from tests.evaluation.test_evaluate import METHODS, Pictures
+from tests.evaluation.test_evaluate import METHODS, Images
 from tests.helpers import tiny_segmenter
 from tests.runtime.driver import OPTIONS, figures
 from tests.training.tiny import silent, tiny_run, write_dataset
@@ -22,7 +22,7 @@ from tokenexit.cli import main
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.methods import Dense
-from tokenexit.runtime.distributed import gather, joined, place, together
+from tokenexit.runtime.distributed import all_or_none, gather, process_group, rank_and_size
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.build import build_dataset
 from tokenexit.training.loop import train, validate
@@ -65,7 +65,7 @@ def seen(data: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> t
     """What each of two processes left."""
     out = tmp_path_factory.mktemp("out")
     damaged = write_dataset(tmp_path_factory.mktemp("damaged") / "set", {"test": 5})
-    (damaged / "images" / "test" / "p3.png").write_bytes(b"no picture")
+    (damaged / "images" / "test" / "p3.png").write_bytes(b"no image")
     ended = torchrun(2, "-m", "tests.runtime.driver", data, damaged, model, out)
     assert ended.returncode == 0, ended.stderr
     return out, [torch.load(out / f"{rank}.pt", weights_only=False) for rank in (0, 1)]
@@ -77,9 +77,9 @@ Seen = tuple[Path, list[dict[str, Any]]]
 def test_two_processes_return_what_one_returns_to_both(seen: Seen) -> None:
     model = tiny_segmenter("fcn", num_classes=5)
     alone = {
-        "five": figures(evaluate(model, Pictures(5), METHODS, references=True)),
-        "one": figures(evaluate(model, Pictures(1), METHODS, references=True)),  # the second process has no image
-        "limit": figures(evaluate(model, Pictures(5), [Dense()], limit=3)),
+        "five": figures(evaluate(model, Images(5), METHODS, references=True)),
+        "one": figures(evaluate(model, Images(1), METHODS, references=True)),  # the second process has no image
+        "limit": figures(evaluate(model, Images(5), [Dense()], limit=3)),
     }
     for rank, process in enumerate(seen[1]):
         assert process["place"] == (rank, 2)
@@ -97,7 +97,7 @@ def test_what_fails_in_one_process_fails_in_all_with_its_words_and_leaves_them_i
     for process in seen[1]:
         assert process["fine"] == "none"
         assert process["second fails"] == "ConfigError: process 1 refuses."
-        assert process["damaged"] == "DataError: picture 1 is damaged."
+        assert process["damaged"] == "DataError: image 1 is damaged."
         assert process["after"] == [0, 1]
 
 
@@ -112,11 +112,11 @@ def test_validation_in_a_run_of_two_processes_is_that_of_one(seen: Seen, data: P
 
 
 def test_one_process_is_alone() -> None:
-    assert place() == (0, 1)
+    assert rank_and_size() == (0, 1)
     assert gather("value") == ["value"]
-    with joined():
-        assert place() == (0, 1)
-    with pytest.raises(ConfigError, match="mine"), together():
+    with process_group():
+        assert rank_and_size() == (0, 1)
+    with pytest.raises(ConfigError, match="mine"), all_or_none():
         raise ConfigError("mine")
 
 
@@ -124,7 +124,7 @@ def test_processes_that_torchrun_did_not_start_are_told_so(monkeypatch: pytest.M
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("RANK", raising=False)
     words = r"^the processes do not find each other \(.*\): start them with torchrun\.$"
-    with pytest.raises(ConfigError, match=words), joined():
+    with pytest.raises(ConfigError, match=words), process_group():
         pass
 
 
@@ -132,7 +132,7 @@ def test_a_process_that_has_ended_is_named_as_the_cause(monkeypatch: pytest.Monk
     def broken(values: list[object], value: object) -> None:
         raise RuntimeError("Connection closed by peer [127.0.0.1]:43210")
 
-    monkeypatch.setattr(distributed, "place", lambda: (0, 2))
+    monkeypatch.setattr(distributed, "rank_and_size", lambda: (0, 2))
     monkeypatch.setattr("torch.distributed.all_gather_object", broken)
     with pytest.raises(ConfigError, match=r"^another process of this run has ended: its own message says why\.$"):
         gather(1)
@@ -163,7 +163,7 @@ def without_times(path: Path) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("command", "status", "words"),
     [
-        ("damaged", 1, "p3.png"),  # a picture of the second process
+        ("damaged", 1, "p3.png"),  # an image of the second process
         ("no model", 1, "holds no config.json"),
         ("wrong", 2, "--limit 0 must be at least 1."),
     ],

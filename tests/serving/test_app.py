@@ -69,10 +69,10 @@ def test_predict__png_is_the_models_own_answer(
 ) -> None:
     reply = client.predict(("a.png", png()), format="png", **fields)
     assert (reply.status, reply.headers["content-type"]) == (200, "image/png")
-    picture = Image.open(io.BytesIO(reply.body))
-    assert picture.mode == "P"
-    assert tuple(picture.getpalette() or [])[:15] == tuple(c for colour in LABELS.palette for c in colour)
-    np.testing.assert_array_equal(np.asarray(picture), model.predict(drawing(), method).labels[0].numpy())
+    image = Image.open(io.BytesIO(reply.body))
+    assert image.mode == "P"
+    assert tuple(image.getpalette() or [])[:15] == tuple(c for colour in LABELS.palette for c in colour)
+    np.testing.assert_array_equal(np.asarray(image), model.predict(drawing(), method).labels[0].numpy())
 
 
 def test_predict__json_has_the_ledgers_figures(client: Client, model: ExitSegmenter) -> None:
@@ -85,7 +85,7 @@ def test_predict__json_has_the_ledgers_figures(client: Client, model: ExitSegmen
     assert [exit["live"] for exit in found["exits"]] == [ledger.live[0][1], ledger.live[0][3]]
     assert [exit["after_block"] for exit in found["exits"]] == [1, 3]
     assert sum(exit["left"] for exit in found["exits"]) + found["stayed"] == found["tokens"]
-    assert found["exit_stage"] == wanted.exit_stage[0].tolist()
+    assert found["exit_stage"] == wanted.exit_index[0].tolist()
     assert (found["name"], found["height"], found["width"]) == ("a.png", 24, 33)
     assert (found["method"], found["threshold"]) == ("dtop", [0.6, 0.6])
     pixels = torch.bincount(wanted.labels[0].flatten(), minlength=5) / (24 * 33)
@@ -95,7 +95,7 @@ def test_predict__json_has_the_ledgers_figures(client: Client, model: ExitSegmen
     assert found["milliseconds"] > 0
 
 
-def test_predict__many_pictures_of_any_size_keep_names_and_order(client: Client) -> None:
+def test_predict__many_images_of_any_size_keep_names_and_order(client: Client) -> None:
     files = [("a.png", png(24, 33, 1)), ("b.png", png(40, 12, 2)), ("a.jpg", png(5, 7, 3))]
     found = client.predict(*files).json
     assert [(f["name"], f["height"], f["width"]) for f in found] == [
@@ -134,16 +134,15 @@ def test_predict__names_that_were_sent_stay_names(client: Client) -> None:
 
 
 def test_requests_at_once__share_batches_and_change_no_answer(model: ExitSegmenter) -> None:
-    pictures = [png(24, 33, seed) for seed in range(12)]
+    images = [png(24, 33, seed) for seed in range(12)]
     with running(model, limits=Limits(wait=0.1)) as client:
         alone = [
-            client.predict(("a.png", picture), threshold="0.6", method="dtop", format="png").body
-            for picture in pictures
+            client.predict(("a.png", image), threshold="0.6", method="dtop", format="png").body for image in images
         ]
         together: dict[int, bytes] = {}
 
         def ask(n: int) -> None:
-            together[n] = client.predict(("a.png", pictures[n]), threshold="0.6", method="dtop", format="png").body
+            together[n] = client.predict(("a.png", images[n]), threshold="0.6", method="dtop", format="png").body
 
         threads = [threading.Thread(target=ask, args=(n,)) for n in range(12)]
         for thread in threads:
@@ -178,7 +177,7 @@ def test_predict__a_form_that_is_none_is_refused(client: Client) -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # of damaged EXIF data
 def test_predict__a_flipped_bit_anywhere_is_answered_plainly(client: Client) -> None:
-    """Whatever the damage: a picture comes back, or a sentence; never an error of the server's."""
+    """Whatever the damage: an image comes back, or a sentence; never an error of the server's."""
     rng = np.random.default_rng(0)
     for kind in ("PNG", "JPEG", "WEBP", "TIFF", "GIF", "BMP"):
         whole = np.frombuffer(encoded(drawing(16, 20), kind), dtype=np.uint8)
@@ -234,8 +233,8 @@ def test_predict__too_many_bytes_are_refused_with_and_without_a_length(client: C
     assert str(MIB) in reply.detail
 
 
-def test_predict__too_many_pictures_are_refused(client: Client) -> None:
-    assert "5 pictures are more than 4" in client.predict(*[("a.png", png())] * 5).detail
+def test_predict__too_many_images_are_refused(client: Client) -> None:
+    assert "5 images are more than 4" in client.predict(*[("a.png", png())] * 5).detail
 
 
 @pytest.mark.parametrize(
@@ -254,7 +253,7 @@ def test_predict__options_that_cannot_work_are_named(client: Client, fields: dic
     assert words in reply.detail
 
 
-def test_predict__without_a_picture_says_so(client: Client) -> None:
+def test_predict__without_an_image_says_so(client: Client) -> None:
     reply = client.form("/predict", method="dtop")
     assert reply.status == 422
     assert "images" in reply.detail
@@ -287,7 +286,7 @@ def held_model() -> tuple[ExitSegmenter, threading.Event, threading.Event]:
 
 def test_a_full_queue__refuses_at_once_and_recovers() -> None:
     model, started, go = held_model()
-    with running(model, limits=Limits(places=2)) as client:
+    with running(model, limits=Limits(slots=2)) as client:
         replies: list[int] = []
         threads = [
             threading.Thread(target=lambda: replies.append(client.predict(("a.png", png())).status)) for _ in range(2)
@@ -362,7 +361,7 @@ def test_predict__what_takes_too_long_is_refused_before_it_starts(monkeypatch: p
         assert reply.status == 413
         assert reply.detail == (
             "this would take about 8 seconds of this machine, more than the 7 that a request may: "
-            "send fewer or smaller pictures."
+            "send fewer or smaller images."
         )
         key = kept(client, png(40, 60))
         assert client.post("/view", {"image": key, "method": "dtop"}).status == 413
@@ -426,7 +425,7 @@ def settled(true: Any) -> None:
 
 def test_healthz__says_that_there_is_no_room() -> None:
     model, started, go = held_model()
-    with running(model, limits=Limits(places=1)) as client:
+    with running(model, limits=Limits(slots=1)) as client:
         assert client.get("/healthz").json["status"] == "ok"
         first = threading.Thread(target=client.predict, args=(("a.png", png()),))
         first.start()
@@ -515,8 +514,8 @@ def test_every_answer__forbids_foreign_scripts_and_frames(client: Client) -> Non
 # ---------------------------------------------------------------------------------------------------- for the page
 
 
-def shown(client: Client, **wish: Any) -> Any:
-    reply = client.post("/view", wish)
+def shown(client: Client, **asked: Any) -> Any:
+    reply = client.post("/view", asked)
     assert reply.status == 200, reply.body
     return reply.json
 
@@ -542,7 +541,7 @@ def test_view__shows_classes_scores_and_exits_of_the_models_answer(head: str) ->
     scores = maps if wanted.value == "scores" else maps.softmax(dim=0)
     np.testing.assert_array_equal(bytes_of(found["labels"], found["size"]), wanted.labels[0])
     np.testing.assert_allclose(bytes_of(found["scores"], found["size"]) / 255, scores.amax(dim=0), atol=0.003)
-    np.testing.assert_array_equal(bytes_of(found["exit_stage"], found["grid"]), wanted.exit_stage[0])
+    np.testing.assert_array_equal(bytes_of(found["exit_stage"], found["grid"]), wanted.exit_index[0])
     assert found["extent"] == [24 / 4, 33 / 4]
     assert found["share_of_dense"] == pytest.approx(wanted.ledger.share_of_dense[0])
 
@@ -553,7 +552,7 @@ def test_view__of_a_model_with_windows_has_a_cell_for_every_patch() -> None:
     with running(model) as client:
         found = shown(client, image=kept(client, png(24, 40)), method="dtop", compute=0.2)
         (figures,) = client.predict(("a.png", png(24, 40)), method="dtop", compute=0.2).json
-    stages = model.predict(drawing(24, 40), DToP(tuple(found["threshold"]))).exit_stage[0]
+    stages = model.predict(drawing(24, 40), DToP(tuple(found["threshold"]))).exit_index[0]
     assert found["grid"] == [6, 10]
     np.testing.assert_array_equal(bytes_of(found["exit_stage"], [6, 10]), stages[2::4, 2::4])
     assert figures["exit_stage"] == stages[2::4, 2::4].tolist()
@@ -566,7 +565,7 @@ def test_view__more_compute_leaves_more_tokens(client: Client) -> None:
     assert shares[0] < shares[-1] == 54
 
 
-def test_view__large_pictures_are_shown_smaller(model: ExitSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_view__large_images_are_shown_smaller(model: ExitSegmenter, monkeypatch: pytest.MonkeyPatch) -> None:
     from tokenexit.serving import answers
 
     assert answers.shown_size((300, 500), 5) == (300, 500)
@@ -585,7 +584,7 @@ def test_view__is_compressed_for_those_who_can_read_it(client: Client) -> None:
     assert json.loads(zlib.decompress(packed.body, 31))["labels"] == plain.json["labels"]
 
 
-def test_view__of_a_picture_that_had_to_go_says_so(model: ExitSegmenter) -> None:
+def test_view__of_an_image_that_had_to_go_says_so(model: ExitSegmenter) -> None:
     with running(model, limits=Limits(kept_bytes=30_000)) as client:
         first, second = kept(client, png(40, 40, 1)), kept(client, png(40, 40, 2))
         assert client.post("/view", {"image": second}).status == 200
@@ -611,7 +610,7 @@ def test_plain__takes_a_sample_whatever_else_the_form_has(model: ExitSegmenter) 
 
 
 def test_plain__says_on_a_page_what_is_wrong(client: Client) -> None:
-    for files, words in (([], "no picture was sent"), ([("image", ("<i>.png", b"no"))], "cannot be decoded")):
+    for files, words in (([], "no image was sent"), ([("image", ("<i>.png", b"no"))], "cannot be decoded")):
         body, kind = multipart(files, {"method": "dtop"})
         reply = client.send("POST", "/plain", body, {"Content-Type": kind, "Accept": "text/html,*/*"})
         assert (reply.status, reply.headers["content-type"]) == (422, "text/html; charset=utf-8")
@@ -630,8 +629,8 @@ def test_the_page__needs_nothing_from_elsewhere(client: Client) -> None:
 
 
 def test_samples__are_drawn_at_the_models_size(client: Client) -> None:
-    picture = Image.open(io.BytesIO(client.get("/samples/0.png").body))
-    assert picture.size == (192, 128)
+    image = Image.open(io.BytesIO(client.get("/samples/0.png").body))
+    assert image.size == (192, 128)
 
 
 def test_samples__are_offered_to_models_of_their_classes_only(client: Client) -> None:
@@ -667,7 +666,7 @@ def test_about__is_what_the_page_needs(client: Client) -> None:
 # ------------------------------------------------------------------------------------------------------ operation
 
 
-def test_metrics__count_pictures_tokens_and_savings(model: ExitSegmenter) -> None:
+def test_metrics__count_images_tokens_and_savings(model: ExitSegmenter) -> None:
     with running(model) as client:
         client.predict(("a.png", png()), ("b.png", png(seed=2)), method="dtop", threshold="0.6")
         client.predict(("a.png", b"no"))
@@ -701,7 +700,7 @@ def test_a_model_without_class_names__gets_names(model: ExitSegmenter) -> None:
 
 def test_create_app__refuses_what_cannot_work(model: ExitSegmenter) -> None:
     with pytest.raises(ConfigError, match="places=0 is no limit"):
-        create_app(model, limits=Limits(places=0))
+        create_app(model, limits=Limits(slots=0))
     foreign = small_model()
     foreign.calibration = {"model": "another", "method": {"name": "dtop"}}
     with pytest.raises(CheckpointError, match="other weights"):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.helpers import tiny_segmenter
 from tokenexit.methods import Dense, DoViT, DToP, Method
-from tokenexit.serving.batching import DEAR, GIVEN, Batcher, Expired, Job, Overloaded
+from tokenexit.serving.batching import DEAR, GIVEN, Batcher, Expired, Overloaded, SegmentationRequest
 
 SOON = 60.0
 
@@ -39,9 +39,11 @@ class Model:
         return list(images)
 
 
-def job(number: float, method: Method[Any] | None = None, tokens: int = 10, seconds: float = SOON) -> Job:
+def job(
+    number: float, method: Method[Any] | None = None, tokens: int = 10, seconds: float = SOON
+) -> SegmentationRequest:
     method = DToP() if method is None else method
-    return Job(torch.tensor(number), method, (1, 1), tokens, time.monotonic() + seconds)
+    return SegmentationRequest(torch.tensor(number), method, (1, 1), tokens, time.monotonic() + seconds)
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def held() -> Iterator[Model]:
     model.go.set()
 
 
-def gathered(model: Model, jobs: Sequence[Job], **options: Any) -> Batcher:
+def gathered(model: Model, jobs: Sequence[SegmentationRequest], **options: Any) -> Batcher:
     """A batcher that is busy, with `jobs` in its queue."""
     batcher = Batcher(model, max_wait=0.0, **options)  # type: ignore[arg-type]
     batcher.submit(job(0))
@@ -82,7 +84,7 @@ def test_a_batch__holds_no_more_tokens_than_it_may(held: Model) -> None:
     assert [numbers for numbers, _ in held.calls[1:]] == [[1.0, 2.0], [3.0], [4.0]]
 
 
-def test_the_release_mode_of_dovit__runs_every_picture_alone(held: Model) -> None:
+def test_the_release_mode_of_dovit__runs_every_image_alone(held: Model) -> None:
     jobs = [job(n, DoViT(batch_mode="mean")) for n in (1, 2)]
     with closing(gathered(held, jobs)):
         held.go.set()
@@ -121,11 +123,11 @@ def test_a_job_that_nobody_waits_for__is_not_run(held: Model) -> None:
 
 
 def test_places__are_bounded_and_given_back() -> None:
-    with closing(Batcher(Model(), max_places=3)) as batcher:  # type: ignore[arg-type]
-        with batcher.places(2):
-            with pytest.raises(Overloaded), batcher.places(2):
+    with closing(Batcher(Model(), max_slots=3)) as batcher:  # type: ignore[arg-type]
+        with batcher.slots(2):
+            with pytest.raises(Overloaded), batcher.slots(2):
                 pass
-            with batcher.places(1):
+            with batcher.slots(1):
                 assert batcher.taken == 3
         assert batcher.taken == 0
 
@@ -160,14 +162,17 @@ def test_a_batch__gives_what_single_runs_give(method: Method[Any]) -> None:
     images = [torch.randn(3, h, w) for h, w in ((12, 16), (9, 14), (12, 16), (20, 8))]
     targets = [(12, 16), (18, 28), (6, 8), (20, 8)]
     with closing(Batcher(forward, max_wait=5.0, max_tokens=12 + 12 + 12 + 10)) as batcher:
-        jobs = [Job(*one, tokens=1, deadline=time.monotonic() + SOON) for one in zip(images, [method] * 4, targets)]
-        jobs[-1] = Job(images[3], method, targets[3], tokens=46, deadline=time.monotonic() + SOON)
+        jobs = [
+            SegmentationRequest(*one, tokens=1, deadline=time.monotonic() + SOON)
+            for one in zip(images, [method] * 4, targets)
+        ]
+        jobs[-1] = SegmentationRequest(images[3], method, targets[3], tokens=46, deadline=time.monotonic() + SOON)
         answers = [future.result(30) for future in [batcher.submit(one) for one in jobs]]
     assert max(answer.batch for answer in answers) > 1
     for image, target, answer in zip(images, targets, answers):
         alone = forward([image], method, [target])
         torch.testing.assert_close(answer.output.logits, alone.logits, rtol=1e-4, atol=1e-4)
-        assert torch.equal(answer.output.exit_stage[0], alone.exit_stage[0])
+        assert torch.equal(answer.output.exit_index[0], alone.exit_index[0])
         assert answer.output.ledger == alone.ledger
 
 
@@ -198,7 +203,7 @@ def blocks() -> Iterator[Blocks]:
         yield model
 
 
-def priced(number: float, seconds: float) -> Job:
+def priced(number: float, seconds: float) -> SegmentationRequest:
     one = job(number)
     return replace(one, seconds=seconds)
 
@@ -267,13 +272,13 @@ def test_between__does_nothing_in_other_threads(blocks: Blocks) -> None:
     blocks.batcher.between()
 
 
-def test_a_dear_job__gives_way_to_pictures_that_are_being_read(blocks: Blocks) -> None:
+def test_a_dear_job__gives_way_to_images_that_are_being_read(blocks: Blocks) -> None:
     """Reading and encoding take the same processor."""
     assert blocks.batcher is not None
-    with blocks.batcher.places(1):
+    with blocks.batcher.slots(1):
         dear = blocks.batcher.submit(priced(100, 2 * DEAR))
         alone = dear.result(20).milliseconds
-        with blocks.batcher.places(1):
+        with blocks.batcher.slots(1):
             start = time.monotonic()
             dear = blocks.batcher.submit(priced(100, 2 * DEAR))
             assert dear.result(20).milliseconds < 4 * alone  # pauses are not counted

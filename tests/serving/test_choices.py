@@ -13,7 +13,7 @@ from tests.serving.live import small_model
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.serving.choices import Choices, dialled, place
+from tokenexit.serving.choices import Choices, dial_position, dialled
 
 LIMITS = st.floats(0.002, 0.9)
 
@@ -42,7 +42,7 @@ def test_dial__ends_where_nobody_leaves_and_where_everybody_does() -> None:
 def test_dial__at_a_methods_own_place_gives_its_thresholds(method: Method[Any]) -> None:
     from tokenexit.methods.thresholded import per_exit
 
-    found = thresholds(dialled(method, place(method, 2), 2))
+    found = thresholds(dialled(method, dial_position(method, 2), 2))
     for own, wanted in zip(found, per_exit(thresholds(method), 2)):
         assert own == pytest.approx(wanted, abs=1e-6)
 
@@ -58,7 +58,7 @@ def test_dial__more_compute_never_lowers_a_threshold(a: float, b: float, x: floa
 def test_dial__with_one_threshold_does_not_depend_on_where_it_was(limit: float, compute: float) -> None:
     (found,) = thresholds(dialled(DToP(1 - limit), compute, 1))
     (other,) = thresholds(dialled(DToP(0.97), compute, 1))
-    assert found == pytest.approx(other, abs=0.02) or not 0.05 < place(DToP(1 - limit), 1) < 0.95
+    assert found == pytest.approx(other, abs=0.02) or not 0.05 < dial_position(DToP(1 - limit), 1) < 0.95
 
 
 def test_dial__an_exit_that_is_never_taken_stays_so_until_the_end() -> None:
@@ -72,7 +72,7 @@ def test_dial__keeps_what_else_the_method_has() -> None:
     assert (moved.keep_per_class, moved.boundary_guard) == (2, True)
 
 
-def test_choose__without_wishes_is_dtop(model: ExitSegmenter) -> None:
+def test_choose__without_options_is_dtop(model: ExitSegmenter) -> None:
     assert Choices(model).choose(None) == DToP()
     assert Choices(model).choose("dense", compute=0.3) == Dense()
 
@@ -83,7 +83,7 @@ def test_choose__takes_one_threshold_or_one_for_each_exit(model: ExitSegmenter) 
 
 
 @pytest.mark.parametrize(
-    ("wish", "words"),
+    ("asked", "words"),
     [
         ({"name": "resnet"}, "method 'resnet' is unknown: choose one of dense, dtop"),
         ({"name": "dtop", "threshold": "much"}, "threshold='much' is no number"),
@@ -96,9 +96,9 @@ def test_choose__takes_one_threshold_or_one_for_each_exit(model: ExitSegmenter) 
         ({"name": "truncated", "compute": 0.5}, "has no thresholds"),
     ],
 )
-def test_choose__refuses_in_words(model: ExitSegmenter, wish: dict[str, Any], words: str) -> None:
+def test_choose__refuses_in_words(model: ExitSegmenter, asked: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        Choices(model).choose(**wish)
+        Choices(model).choose(**asked)
     assert words in str(refused.value)
 
 

@@ -28,8 +28,8 @@ def test_counters__add_up_by_label_without_rounding() -> None:
 
 def test_histograms__count_cumulatively_and_bounds_belong_to_their_bucket() -> None:
     metrics = Metrics()
-    for pictures in (1, 2, 3, 100):
-        metrics.observe("tokenexit_batch_pictures", pictures)
+    for images in (1, 2, 3, 100):
+        metrics.observe("tokenexit_batch_pictures", images)
     found = values(metrics.text())
     buckets = [found[f'tokenexit_batch_pictures_bucket{{le="{le}"}}'] for le in ("1", "2", "4", "64", "+Inf")]
     assert buckets == [1, 2, 3, 3, 4]

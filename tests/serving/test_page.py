@@ -103,8 +103,8 @@ def method(page: Browser, name: str) -> Browser:
     return settled(page)
 
 
-def predicted(client: Client, photo: Path, **wish: Any) -> Any:
-    (found,) = client.predict(("street.png", photo.read_bytes()), **wish).json
+def predicted(client: Client, photo: Path, **asked: Any) -> Any:
+    (found,) = client.predict(("street.png", photo.read_bytes()), **asked).json
     return found
 
 
@@ -123,7 +123,7 @@ def test_page__shows_a_sample_at_once_and_asks_nobody_else(page: Browser, client
     assert page.run("document.querySelector('.sample').getAttribute('aria-pressed')") == "true"
 
 
-def test_upload__shows_what_the_api_says_of_the_picture(page: Browser, client: Client, photo: Path) -> None:
+def test_upload__shows_what_the_api_says_of_the_image(page: Browser, client: Client, photo: Path) -> None:
     turned(upload(page, photo), 0.2)
     found = predicted(client, photo, method="dtop", compute=0.2)
     assert text(page, "#share") == f"{round(100 * found['share_of_dense'])} %"
@@ -135,7 +135,7 @@ def test_upload__shows_what_the_api_says_of_the_picture(page: Browser, client: C
     assert f"{largest['name']} {round(100 * largest['share'])} %" in text(page, "#classes").replace("\n", " ")
 
 
-def test_pictures__have_the_colours_of_their_legends(page: Browser, client: Client, photo: Path) -> None:
+def test_images__have_the_colours_of_their_legends(page: Browser, client: Client, photo: Path) -> None:
     turned(upload(page, photo), 0.2)
     shown = page.run(
         "(() => { const c = document.querySelectorAll('.look canvas')[2];"
@@ -196,7 +196,7 @@ def test_click__tells_class_score_and_exit_of_the_pixel(page: Browser, client: C
     assert page.run("document.querySelectorAll('.cross').length") == 4
 
 
-def test_arrow_keys__walk_through_the_picture(page: Browser, photo: Path) -> None:
+def test_arrow_keys__walk_through_the_image(page: Browser, photo: Path) -> None:
     upload(page, photo)
     page.run("document.querySelector('.look').focus()")
     page.press("ArrowRight")
@@ -264,13 +264,13 @@ def test_a_damaged_file__is_said_and_the_page_goes_on(page: Browser, photo: Path
     damaged.write_bytes(photo.read_bytes()[:60])
     page.upload("#file", damaged)
     page.until("!document.getElementById('message').hidden")
-    assert text(page, "#message") == "cat.png cannot be read as a picture."
+    assert text(page, "#message") == "cat.png cannot be read as an image."
     upload(page, photo)
     assert page.run("document.getElementById('message').hidden")
 
 
 @pytest.mark.parametrize("way", ["drop", "paste"])
-def test_pictures__can_be_dropped_and_pasted(page: Browser, way: str) -> None:
+def test_images__can_be_dropped_and_pasted(page: Browser, way: str) -> None:
     event = {
         "drop": "new DragEvent('drop', {dataTransfer: data, bubbles: true, cancelable: true})",
         "paste": "new ClipboardEvent('paste', {clipboardData: data, bubbles: true})",
@@ -292,7 +292,7 @@ def test_what_the_server_says__is_shown(page: Browser) -> None:
     assert text(page, "#message").startswith("Method 'unet' is unknown")
 
 
-def test_large_pictures_and_forgotten_ones__are_sent_as_the_server_takes_them(
+def test_large_images_and_forgotten_ones__are_sent_as_the_server_takes_them(
     browser: Browser, model: ExitSegmenter, tmp_path: Path
 ) -> None:
     large = tmp_path / "large.png"
@@ -301,7 +301,7 @@ def test_large_pictures_and_forgotten_ones__are_sent_as_the_server_takes_them(
         page = upload(opened(browser, client), large)
         assert page.run("document.getElementById('message').hidden")
         assert 25_000 < page.run("views.dtop.width * views.dtop.height") <= 30_000
-        client.form("/images", [("image", ("a.png", png()))])  # takes the place of the page's picture
+        client.form("/images", [("image", ("a.png", png()))])  # takes the place of the page's image
         turned(page, 0.1)
         assert page.run("views.dtop.compute") == 0.1
         assert page.run("document.getElementById('message').hidden")
@@ -352,8 +352,8 @@ def test_page__fits_the_window_and_its_text_is_legible(page: Browser, size: tupl
     )
     assert min(contrasts) >= 4.5, contrasts
     assert (page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)") is dark
-    picture = np.asarray(Image.open(io.BytesIO(page.picture(whole=False))).convert("L"))
-    assert bool(picture.mean() < 128) is dark
+    image = np.asarray(Image.open(io.BytesIO(page.picture(whole=False))).convert("L"))
+    assert bool(image.mean() < 128) is dark
 
 
 def test_without_scripts__a_form_does_it(browser: Browser, client: Client) -> None:

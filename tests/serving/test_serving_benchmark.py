@@ -83,13 +83,13 @@ def test_main__prints_a_table_and_writes_json(
     started = []
 
     @contextmanager
-    def running_already(*wish: Any) -> Iterator[Server]:
-        started.append(wish)
+    def running_already(*asked: Any) -> Iterator[Server]:
+        started.append(asked)
         yield server(client)
 
     monkeypatch.setattr("benchmarks.serving.served", running_already)
-    wish = ["runs/street", "--clients", "2", "--requests", "4", "--size", "32", "48"]
-    assert main([*wish, "--serve=--wait-ms 0 --device cpu", "--json", str(tmp_path / "s.json")]) == 0
+    asked = ["runs/street", "--clients", "2", "--requests", "4", "--size", "32", "48"]
+    assert main([*asked, "--serve=--wait-ms 0 --device cpu", "--json", str(tmp_path / "s.json")]) == 0
     assert started == [(Path("runs/street"), ["--wait-ms", "0", "--device", "cpu"])]
     assert "| clients |" in capsys.readouterr().out
     found = json.loads((tmp_path / "s.json").read_text())

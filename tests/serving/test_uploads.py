@@ -1,4 +1,4 @@
-"""Files that were sent: their names, and which of them are pictures."""
+"""Files that were sent: their names, and which of them are images."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from PIL import Image
 from tests.serving.live import drawing, encoded, small_model
 from tokenexit.errors import DataError
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.serving.uploads import distinct, file_name, read_picture
+from tokenexit.serving.uploads import distinct, file_name, read_image
 
 
 @pytest.fixture(scope="module")
@@ -55,19 +55,19 @@ def test_distinct__keeps_order_and_suffixes_and_no_two_stems_alike(names: list[s
         assert found == names
 
 
-def test_read_picture__weighs_what_the_network_sees(model: ExitSegmenter) -> None:
-    picture, taken = read_picture(model, encoded(drawing(10, 13)), "a.png", 1000)
-    assert (picture.size, taken.size) == ((13, 10), (10, 13))
+def test_read_image__weighs_what_the_network_sees(model: ExitSegmenter) -> None:
+    image, taken = read_image(model, encoded(drawing(10, 13)), "a.png", 1000)
+    assert (image.size, taken.size) == ((13, 10), (10, 13))
     assert taken.image.shape == (3, 10, 13)
     assert taken.tokens == 3 * 4  # patches of 4 pixels
 
 
-def test_read_picture__one_patch_is_never_too_large(model: ExitSegmenter) -> None:
-    assert read_picture(model, encoded(drawing(1, 1)), "dot.png", 1)[1].tokens == 1
+def test_read_image__one_patch_is_never_too_large(model: ExitSegmenter) -> None:
+    assert read_image(model, encoded(drawing(1, 1)), "dot.png", 1)[1].tokens == 1
 
 
 @pytest.mark.parametrize("kind", ["PDF", "EPS", "ICNS", "TGA"])
-def test_read_picture__takes_no_format_that_it_does_not_name(model: ExitSegmenter, kind: str) -> None:
+def test_read_image__takes_no_format_that_it_does_not_name(model: ExitSegmenter, kind: str) -> None:
     data = encoded(Image.new("RGB", (16, 16)), kind)
     with pytest.raises(DataError, match=r"image 'a\.png' cannot be decoded \(no PNG, JPEG, .* or JPEG2000\): check"):
-        read_picture(model, data, "a.png", 1000)
+        read_image(model, data, "a.png", 1000)

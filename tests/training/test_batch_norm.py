@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tests.training.driver import free_port
 from tokenexit.heads.base import TokenBatchNorm
 from tokenexit.training.batch_norm import SyncedBatchNorm, synchronise_batch_norms
@@ -20,7 +20,7 @@ TOKENS = (5, 0), (3, 4), (1, 1), (1, 0), (0, 0)
 
 @pytest.mark.parametrize("head", ["fcn", "dinov2_linear", "setr_pup"])
 def test_synchronised_models_keep_names_values_and_predictions(head: str) -> None:
-    model, images = tiny_segmenter(head), picture(12, 16)[None]
+    model, images = tiny_segmenter(head), random_image(12, 16)[None]
     before, said = {name: value.clone() for name, value in model.state_dict().items()}, model(images).logits
     synchronise_batch_norms(model)
     model.eval()

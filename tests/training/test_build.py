@@ -51,7 +51,7 @@ def test_a_fresh_model_takes_classes_and_normalisation_from_the_data() -> None:
     assert model.preprocessing.std == (0.4, 0.5, 0.6)
 
 
-def test_the_model_later_takes_pictures_at_the_size_and_in_the_windows_of_the_data() -> None:
+def test_the_model_later_takes_images_at_the_size_and_in_the_windows_of_the_data() -> None:
     model, _ = build_model(config(), DataConfig(resize=(30, 40), window=(20, 20), stride=(10, 15)), LABELS)
     asked = model.preprocessing
     assert (asked.resize, asked.window, asked.stride) == ((30, 40), (20, 20), (10, 15))
@@ -60,7 +60,7 @@ def test_the_model_later_takes_pictures_at_the_size_and_in_the_windows_of_the_da
     assert build_preprocessing(DataConfig(resize=32), None).resize == 32
 
 
-def test_training_pictures_are_cut_from_the_size_that_resize_base_says() -> None:
+def test_training_images_are_cut_from_the_size_that_resize_base_says() -> None:
     sample = Sample(Image.new("RGB", (80, 40)), np.zeros((40, 80), np.uint8), "black")
     data = DataConfig(crop=(64, 64), ratio=(1.0, 1.0), resize_base=(60, 20), cat_max_ratio=1.0)
     seen = build_transform(data)(sample, np.random.default_rng(0))

@@ -12,14 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tests.training.test_loop import run, run_until
 from tests.training.tiny import same_weights, silent, tiny_run, weights, write_dataset
 from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.methods import Dense, DoViT, DToP, Stage, build_method
+from tokenexit.methods import Dense, DoViT, DToP, ExitRecord, build_method
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DistillConfig, TrainConfig
@@ -41,10 +41,10 @@ def softmax_divergence(student: Tensor, teacher: Tensor, temperature: float) -> 
     return total / len(student) * temperature**2
 
 
-def atm_divergence(student: Stage, teacher: Stage, image: Sequence[int], temperature: float) -> float:
+def atm_divergence(student: ExitRecord, teacher: ExitRecord, image: Sequence[int], temperature: float) -> float:
     """Each class is a question with the answers yes, of probability presence times sigmoid, and no."""
 
-    def yes(stage: Stage, cell: int, k: int) -> float:
+    def yes(stage: ExitRecord, cell: int, k: int) -> float:
         assert stage.logits is not None
         assert stage.presence is not None
         present = softmax([value / temperature for value in stage.presence[image[cell], k].tolist()])[0]
@@ -59,9 +59,9 @@ def atm_divergence(student: Stage, teacher: Stage, image: Sequence[int], tempera
     return total / cells * temperature**2
 
 
-def atm_stage(cells: int, images: int, classes: int = 3) -> Stage:
+def atm_stage(cells: int, images: int, classes: int = 3) -> ExitRecord:
     logits = torch.randn(cells, classes, dtype=torch.float64)
-    return Stage(logits=logits, presence=torch.randn(images, classes, 2, dtype=torch.float64), kind="atm")
+    return ExitRecord(logits=logits, presence=torch.randn(images, classes, 2, dtype=torch.float64), kind="atm")
 
 
 # --------------------------------------------------------------------------------------------------- single losses
@@ -69,7 +69,7 @@ def atm_stage(cells: int, images: int, classes: int = 3) -> Stage:
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
 def test_divergence_of_softmax_heads_is_that_of_the_slow_loop(temperature: float) -> None:
-    student, teacher = (Stage(logits=2 * torch.randn(7, 4)) for _ in range(2))
+    student, teacher = (ExitRecord(logits=2 * torch.randn(7, 4)) for _ in range(2))
     loss = divergence(student, teacher, torch.zeros(7, dtype=torch.int64), temperature)
     assert student.logits is not None
     assert teacher.logits is not None
@@ -88,8 +88,8 @@ def test_divergence_of_atm_heads_is_that_of_the_slow_loop(temperature: float) ->
 def test_divergence_of_atm_heads_that_are_sure_is_finite_with_a_finite_gradient() -> None:
     logits = torch.tensor([[200.0, -200.0]], requires_grad=True)
     presence = torch.tensor([[[100.0, -100.0], [-100.0, 100.0]]], requires_grad=True)
-    student = Stage(logits=logits, presence=presence, kind="atm")
-    teacher = Stage(logits=-logits.detach(), presence=-presence.detach(), kind="atm")
+    student = ExitRecord(logits=logits, presence=presence, kind="atm")
+    teacher = ExitRecord(logits=-logits.detach(), presence=-presence.detach(), kind="atm")
     loss = divergence(student, teacher, torch.zeros(1, dtype=torch.int64), 1.0)
     loss.backward()
     assert logits.grad is not None
@@ -120,10 +120,10 @@ def test_features_of_nobody_cost_nothing_and_are_part_of_the_graph() -> None:
 
 
 def two_passes(method: Any, head: str = "fcn") -> tuple[SegmentationOutput, SegmentationOutput]:
-    images = torch.stack([picture(12, 16, seed) for seed in range(2)])
+    images = torch.stack([random_image(12, 16, seed) for seed in range(2)])
     student, teacher = tiny_segmenter(head, seed=1).train(), tiny_segmenter(head, seed=2, exits=())
     with torch.no_grad():
-        return student(images, method), teacher(images, with_stages=True)
+        return student(images, method), teacher(images, with_records=True)
 
 
 @pytest.mark.parametrize("head", ["fcn", "atm", "setr_naive"])
@@ -132,10 +132,10 @@ def test_the_loss_is_the_weighted_sum_of_features_decode_head_and_exits(
     head: str, weights: tuple[float, float, float]
 ) -> None:
     output, target = two_passes(Dense(), head)
-    teacher, image = target.stages[-1], torch.arange(2).repeat_interleave(12)
+    teacher, image = target.exit_records[-1], torch.arange(2).repeat_interleave(12)
     features, logits, exits = weights
-    first, second, last = (divergence(stage, teacher, image, 1.5) for stage in output.stages)
-    seen = output.stages[-1].seen, teacher.seen
+    first, second, last = (divergence(stage, teacher, image, 1.5) for stage in output.exit_records)
+    seen = output.exit_records[-1].seen, teacher.seen
     assert seen[0] is not None
     assert seen[1] is not None
     expected = features * (seen[0].x - seen[1].x).square().mean() + logits * last + exits * (first + second)
@@ -165,10 +165,10 @@ def test_logits_may_be_compared_after_the_upsampling_of_the_heads_as_released(
     heads: tuple[str, str], factor: int
 ) -> None:
     """DoViT's release takes the divergence of what its SETR heads give, 4 cells a side for every patch."""
-    images = torch.stack([picture(12, 16, seed) for seed in range(2)])
+    images = torch.stack([random_image(12, 16, seed) for seed in range(2)])
     student, teacher = (tiny_segmenter(head, seed=seed, exits=()) for seed, head in enumerate(heads))
     with torch.no_grad():
-        output, target = (model(images, with_stages=True) for model in (student, teacher))
+        output, target = (model(images, with_records=True) for model in (student, teacher))
     maps = [
         torch.cat([upsampled_by_loops(grid.flatten(1).T, (3, 4), factor) for grid in out.grid_logits])
         for out in (output, target)
@@ -188,16 +188,16 @@ def test_exits_are_compared_after_upsampling_too_and_heads_without_one_as_before
 
 
 def test_a_student_that_is_its_teacher_has_nothing_to_learn() -> None:
-    model, images = tiny_segmenter("fcn"), picture(12, 16)[None]
-    output = model(images, with_stages=True)
+    model, images = tiny_segmenter("fcn"), random_image(12, 16)[None]
+    output = model(images, with_records=True)
     loss = distillation_loss(output, output, DistillConfig("folder"))
     assert loss.item() == pytest.approx(0.0, abs=1e-6)
 
 
 def test_dtop_is_compared_on_the_canvas_and_in_the_features_of_those_who_stayed() -> None:
     output, target = two_passes(DToP(threshold=0.5, keep_per_class=1))
-    left = torch.cat([stage.flatten() for stage in output.exit_stage]) < 2
-    seen = output.stages[-1].seen
+    left = torch.cat([stage.flatten() for stage in output.exit_index]) < 2
+    seen = output.exit_records[-1].seen
     assert seen is not None
     stayed = torch.zeros_like(left).index_fill(0, seen.position, True)
     assert 0 < int(stayed.sum()) < 24
@@ -206,7 +206,7 @@ def test_dtop_is_compared_on_the_canvas_and_in_the_features_of_those_who_stayed(
     wanted = torch.cat([maps.flatten(1).T for maps in target.grid_logits])
     loss = distillation_loss(output, target, DistillConfig("folder", features=0.0))
     assert loss.item() == pytest.approx(softmax_divergence(canvas, wanted, 1.0), rel=1e-4)
-    teacher = target.stages[-1].seen
+    teacher = target.exit_records[-1].seen
     assert teacher is not None
     features = distillation_loss(output, target, DistillConfig("folder", features=1.0, logits=0.0))
     torch.testing.assert_close(features, (seen.x - teacher.x[stayed]).square().mean())
@@ -215,24 +215,24 @@ def test_dtop_is_compared_on_the_canvas_and_in_the_features_of_those_who_stayed(
 @pytest.mark.parametrize("method", [Dense(), DoViT(threshold=0.5)])
 def test_others_are_compared_in_the_features_of_all_cells(method: Any) -> None:
     output, _ = two_passes(method)
-    seen = output.stages[-1].seen
+    seen = output.exit_records[-1].seen
     assert seen is not None
     assert seen.position.tolist() == list(range(24))
 
 
-def test_outputs_without_stages_hold_no_features() -> None:
+def test_outputs_without_records_hold_no_features() -> None:
     for method in (Dense(), DToP(), DoViT()):
-        output = tiny_segmenter("fcn")(picture(12, 16)[None], method)
-        assert all(stage.seen is None for stage in output.stages)
+        output = tiny_segmenter("fcn")(random_image(12, 16)[None], method)
+        assert all(stage.seen is None for stage in output.exit_records)
 
 
 @pytest.mark.parametrize("name", ["dense", "dtop", "dovit"])
 def test_what_is_learnt_from_the_teacher_reaches_backbone_and_heads(name: str) -> None:
     student, teacher = tiny_segmenter("fcn", seed=1).train(), tiny_segmenter("fcn", seed=2, exits=())
-    images = picture(12, 16)[None]
+    images = random_image(12, 16)[None]
     method = build_method(name if name == "dense" else {"name": name, "threshold": 0.5})
     with torch.no_grad():
-        target = teacher(images, with_stages=True)
+        target = teacher(images, with_records=True)
     distillation_loss(student(images, method), target, DistillConfig("folder", exits=0.5)).backward()
     assert [n for n, parameter in student.named_parameters() if parameter.grad is None] == []
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -248,9 +248,9 @@ def test_a_teacher_comes_frozen_and_without_its_exits(tmp_path: Path) -> None:
     assert teacher is not None
     assert not teacher.training
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
-    output = teacher(picture(12, 16)[None], with_stages=True)
-    assert len(output.stages) == 1
-    assert torch.equal(output.logits, original(picture(12, 16)[None]).logits)
+    output = teacher(random_image(12, 16)[None], with_records=True)
+    assert len(output.exit_records) == 1
+    assert torch.equal(output.logits, original(random_image(12, 16)[None]).logits)
     assert load_teacher(DistillConfig(), tiny_segmenter("fcn")) is None
 
 
@@ -348,7 +348,7 @@ def test_a_run_with_a_teacher_resumes_exactly_and_leaves_the_teacher_alone(
 def test_a_student_comes_nearer_to_its_teacher_than_one_that_reads_labels_alone(
     data: Path, tmp_path: Path, teacher: Path
 ) -> None:
-    images = torch.stack([picture(24, 32, seed) for seed in range(4)])
+    images = torch.stack([random_image(24, 32, seed) for seed in range(4)])
     target = load_teacher(DistillConfig(str(teacher)), ExitSegmenter.from_pretrained(teacher))
     assert target is not None
     far = []
@@ -357,8 +357,8 @@ def test_a_student_comes_nearer_to_its_teacher_than_one_that_reads_labels_alone(
         ("alone", tiny_run(data, tmp_path / "alone", methods=["dense"], steps=20, checkpoint_every=0)),
     ):
         student = train(config, say=silent, progress=False)
-        output = student(images, with_stages=True)
-        far.append(distillation_loss(output, target(images, with_stages=True), DistillConfig(name)).item())
+        output = student(images, with_records=True)
+        far.append(distillation_loss(output, target(images, with_records=True), DistillConfig(name)).item())
     assert far[0] < 0.8 * far[1]
 
 

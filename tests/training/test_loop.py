@@ -350,16 +350,16 @@ def validated(values: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     """Let validations find these figures, by step."""
     found = dict(enumerate(values, 1))
 
-    def validate(self: loop.Run, *rest: Any) -> dict[str, float]:
+    def validate(self: loop.TrainingRun, *rest: Any) -> dict[str, float]:
         return {"miou": found[self.step], "gmacs": 1.0}
 
-    original = loop.Run.validate
+    original = loop.TrainingRun.validate
 
-    def at_step(self: loop.Run, *rest: Any) -> float:
+    def at_step(self: loop.TrainingRun, *rest: Any) -> float:
         monkeypatch.setattr(loop, "validate", lambda *args: validate(self))
         return original(self, *rest)
 
-    monkeypatch.setattr(loop.Run, "validate", at_step)
+    monkeypatch.setattr(loop.TrainingRun, "validate", at_step)
 
 
 def weights_by_step(data: Path, out: Path, steps: int, monkeypatch: pytest.MonkeyPatch) -> list[Weights]:
@@ -624,9 +624,9 @@ def test_a_folder_for_the_run_that_cannot_be_made_is_refused(data: Path, tmp_pat
             run(tiny_run(data, out))
 
 
-def test_a_damaged_picture_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
+def test_a_damaged_image_ends_the_run_in_one_sentence(tmp_path: Path) -> None:
     root = write_dataset(tmp_path / "set", {"train": 2})
-    (root / "images" / "train" / "p1.png").write_bytes(b"no picture")
+    (root / "images" / "train" / "p1.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"p1\.png"):
         run(tiny_run(root, tmp_path / "out"))
 
@@ -658,7 +658,7 @@ def test_where_there_is_no_terminal_progress_is_a_few_lines(data: Path, tmp_path
     lines: list[str] = []
     train(tiny_run(data, tmp_path, steps=45, checkpoint_every=0), say=lines.append, progress=True)
     shown = [line for line in lines if line.startswith("step ")]
-    assert lines[0].startswith("training 0.0 M parameters on 6 pictures of folder, 45 steps of 2, on cpu in fp32")
+    assert lines[0].startswith("training 0.0 M parameters on 6 images of folder, 45 steps of 2, on cpu in fp32")
     assert 10 <= len(shown) <= 20
     assert shown[-1].startswith("step 45 of 45: loss ")
 
@@ -684,7 +684,7 @@ def test_lines_of_a_run_reach_a_pipe_at_once(data: Path, tmp_path: Path) -> None
     )
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert ended.returncode == 7, ended.stderr
-    assert ended.stdout.startswith("training 0.0 M parameters on 6 pictures")
+    assert ended.stdout.startswith("training 0.0 M parameters on 6 images")
 
 
 def test_damaged_checkpoints_end_in_one_sentence(data: Path, tmp_path: Path) -> None:

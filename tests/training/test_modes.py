@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenexit.training.loop as loop
-from tests.helpers import picture, tiny_segmenter
+from tests.helpers import random_image, tiny_segmenter
 from tests.training.test_loop import run, run_until
 from tests.training.tiny import (
     EVERYBODY_LEAVES,
@@ -101,14 +101,14 @@ def test_exits_on_a_model_somebody_has_leave_its_dense_prediction_bit_for_bit(
     config.model = replace(config.model, new_exits=True, exits=[2], exit_head={"kind": "linear"})
     lines: list[str] = []
     train(config, say=lines.append, progress=False)
-    assert lines[0].startswith("training 0.0 M of 0.0 M parameters on 6 pictures")
+    assert lines[0].startswith("training 0.0 M of 0.0 M parameters on 6 images")
     original, extended = ExitSegmenter.from_pretrained(saved), ExitSegmenter.from_pretrained(tmp_path)
     assert original.config.exits == (1, 2)
     assert extended.config.exits == (2,)
-    images = picture(24, 32)[None]
+    images = random_image(24, 32)[None]
     assert torch.equal(original(images).logits, extended(images).logits)
     leaving = extended(images, DToP(threshold=0.0, keep_per_class=0))
-    assert bool((leaving.exit_stage[0] == 0).all())
+    assert bool((leaving.exit_index[0] == 0).all())
 
 
 @pytest.mark.parametrize("freeze", ["backbone", "all_but_exit_heads"])
@@ -119,8 +119,8 @@ def test_no_gradient_and_no_chance_goes_through_a_frozen_backbone(freeze: Any, m
     outputs = []
     for seed in (0, 1):
         torch.manual_seed(seed)
-        outputs.append(model(picture(12, 16)[None], build_method(method)))
-    seen = [output.stages[-1].seen.x for output in outputs]
+        outputs.append(model(random_image(12, 16)[None], build_method(method)))
+    seen = [output.exit_records[-1].seen.x for output in outputs]
     assert not seen[0].requires_grad
     assert torch.equal(seen[0], seen[1])
     segmentation_loss(outputs[0], torch.randint(0, 5, (1, 12, 16)), 255, 0.4).backward()
@@ -157,7 +157,7 @@ def test_processes_agree_on_gradients_whatever_is_frozen_and_whoever_leaves(free
     wrapped = DistributedDataParallel(model)
     methods = EVERYBODY_LEAVES[: 1 if head == "atm" else 2]
     for spec in ["dense", *methods, "dense"]:
-        output = wrapped(picture(12, 16)[None], build_method(spec))
+        output = wrapped(random_image(12, 16)[None], build_method(spec))
         segmentation_loss(output, torch.randint(0, 5, (1, 12, 16)), 255, 0.4).backward()
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         assert all(parameter.grad is not None for parameter in trained)
@@ -168,7 +168,7 @@ def test_processes_agree_on_gradients_whatever_is_frozen_and_whoever_leaves(free
 
 
 def without_batch_norm(data: Path, out: Path, **changes: Any) -> TrainConfig:
-    """Every picture has as many judged pixels, and nothing but the pictures decides what is learnt."""
+    """Every image has as many judged pixels, and nothing but the images decides what is learnt."""
     config = tiny_run(data, out, methods=["dense"], batch_size=4, steps=3, **changes)
     config.model = replace(config.model, exit_head="linear", decode_head="linear")
     config.model.options["drop_path"] = 0.0
@@ -206,7 +206,7 @@ def test_blocks_computed_twice_give_the_same_loss_and_gradients(method: Any) -> 
         for block in model.backbone.blocks:
             block.register_forward_pre_hook(lambda *_, again=again: calls.__setitem__(again, calls[again] + 1))
         torch.manual_seed(3)
-        images = torch.stack([picture(12, 16, seed) for seed in range(4)])
+        images = torch.stack([random_image(12, 16, seed) for seed in range(4)])
         loss = segmentation_loss(model(images, build_method(method)), torch.randint(0, 5, (4, 12, 16)), 255, 0.4)
         loss.backward()
         results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])

@@ -44,9 +44,9 @@ def test_dry_run__says_what_would_be_done_and_does_nothing(tmp_path: Path, capsy
         "109.51 GMACs for a crop without exits",
         "data:     ade20k in data/ade20k (not there yet), 150 classes, crops of 512x512",
         "methods:  dense",
-        "steps:    123 of 16 pictures, adamw at 2e-05, heads 10 times that, warm-up over 1500, decay to 0 at step "
+        "steps:    123 of 16 images, adamw at 2e-05, heads 10 times that, warm-up over 1500, decay to 0 at step "
         "160000, validated on val after every 4000",
-        "predicts: pictures with a shortest side of 512, windows of 512x512 every 341x341",
+        "predicts: images with a shortest side of 512, windows of 512x512 every 341x341",
         f"machine:  {'cuda' if torch.cuda.is_available() else 'cpu'} in fp32",
         "writes:   here, its model and checkpoints",
     ]
@@ -128,7 +128,7 @@ def test_plan__takes_a_saved_model_as_it_is(tmp_path: Path) -> None:
     assert labels is not None
     build_model(dense.model, dense.data, labels)[0].save_pretrained(dense.out)
     assert said(tuned)["model"].startswith(f"all of {dense.out}, 0.0 M parameters, exits after 1 and 2 of 3 blocks, ")
-    assert said(tuned)["predicts"] == "pictures of 20x30, windows of 16x16 every 8x12"
+    assert said(tuned)["predicts"] == "images of 20x30, windows of 16x16 every 8x12"
     new = replace(tuned, model=ModelConfig(init_from=dense.out, new_exits=True, exits=[2]))
     assert said(new)["model"].startswith(f"new exits for {dense.out}, ")
     assert "exits after 2 of 3 blocks" in said(new)["model"]

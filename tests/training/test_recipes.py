@@ -284,7 +284,7 @@ DOVIT: dict[str, tuple[Any, ...]] = {
 }
 
 SETTINGS: dict[str, tuple[Any, ...]] = {
-    # crop, resize, stride, mean and std, steps, pictures per step, lr, head factor
+    # crop, resize, stride, mean and std, steps, images per step, lr, head factor
     "setr_cityscapes": (768, (2049, 1025), 512, IMAGENET, 80_000, 8, 0.01, 10.0),
     "setr_ade20k": (512, (2048, 512), 341, IMAGENET, 160_000, 16, 0.01, 10.0),
     "segmenter_cityscapes": (768, (2049, 1025), 512, IMAGENET, 80_000, 8, 0.01, 1.0),
@@ -293,14 +293,14 @@ SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
-def check_settings(run: TrainConfig, setting: str, pictures: int | None = None) -> None:
+def check_settings(run: TrainConfig, setting: str, images: int | None = None) -> None:
     crop, base, stride, norm, steps, batch, lr, factor = SETTINGS[setting]
     assert run.data.name == setting.split("_")[1]
     assert (run.data.crop, run.data.ratio, run.data.resize_base) == ((crop, crop), (0.5, 2.0), base)
     assert (run.data.window, run.data.stride) == ((crop, crop), (stride, stride))
     assert (run.data.mean, run.data.std) == norm
     assert run.data.cat_max_ratio == 0.75
-    assert (run.steps, run.batch_size) == (steps, pictures or batch)
+    assert (run.steps, run.batch_size) == (steps, images or batch)
     assert (run.optim.name, run.optim.lr, run.optim.head_lr_factor) == ("sgd", lr, factor)
     assert (run.optim.momentum, run.optim.weight_decay, run.optim.clip_grad_norm) == (0.9, 0.0, None)
     assert (run.precision, run.freeze, run.ignored_pixels) == ("fp32", "none", "counted")
@@ -377,7 +377,7 @@ def test_dovit_recipes__distil_as_released() -> None:
 
 
 DENSE: dict[str, int] = {
-    # pictures per step: where the release says so twice those of the dynamic twin
+    # images per step: where the release says so twice those of the dynamic twin
     "setr_cityscapes_small_dense": 16,
     "setr_cityscapes_base_dense": 8,
     "setr_cityscapes_large_dense": 8,

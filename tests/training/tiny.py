@@ -1,4 +1,4 @@
-"""A folder of small pictures and a run that takes a second."""
+"""A folder of small images and a run that takes a second."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ HEADS: dict[str, dict[str, Any]] = {
 
 
 def write_dataset(root: Path, splits: dict[str, int] | None = None, size: tuple[int, int] = (24, 32)) -> Path:
-    """Pictures whose classes can be seen: dark and bright grey, and green; a void stripe in every mask."""
+    """Images whose classes can be seen: dark and bright grey, and green; a void stripe in every mask."""
     rng = np.random.default_rng(0)
     for split, count in (splits or {"train": 6, "val": 2, "test": 3}).items():
         for name in ("images", "annotations"):
@@ -30,9 +30,9 @@ def write_dataset(root: Path, splits: dict[str, int] | None = None, size: tuple[
         for i in range(count):
             mask = rng.integers(0, 3, (size[0] // 8, size[1] // 8)).repeat(8, 0).repeat(8, 1).astype(np.uint8)
             colours = np.array([[40, 40, 40], [210, 210, 210], [30, 200, 30]])[mask]
-            picture = (colours + rng.integers(-20, 20, colours.shape)).clip(0, 255).astype(np.uint8)
+            image = (colours + rng.integers(-20, 20, colours.shape)).clip(0, 255).astype(np.uint8)
             mask[:, :2] = 255
-            Image.fromarray(picture).save(root / "images" / split / f"p{i}.png")
+            Image.fromarray(image).save(root / "images" / split / f"p{i}.png")
             Image.fromarray(mask).save(root / "annotations" / split / f"p{i}.png")
     (root / "dataset.yaml").write_text(f"classes: [{', '.join(CLASSES)}]\n")
     return root

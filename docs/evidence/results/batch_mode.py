@@ -1,4 +1,4 @@
-"""DoViT's two batch modes on batches of eight pictures: each for itself, or the release's one count per batch.
+"""DoViT's two batch modes on batches of eight images: each for itself, or the release's one count per batch.
 
 python docs/evidence/results/batch_mode.py MODEL CAMVID_ROOT docs/evidence/results/ablations/dovit_batch_mode.json
 """

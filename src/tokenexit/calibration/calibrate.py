@@ -1,4 +1,4 @@
-"""`calibrate`: from a wish to thresholds, with what was reached and what is promised.
+"""`calibrate`: from a target to thresholds, with what was reached and what is guaranteed.
 
 A *budget* (mean multiply-adds, or milliseconds) is met on all images. A *bound* on what is lost is tested: the path of
 thresholds is fixed on one part of the images and tested on the others, an image being the unit. Neither needs labels,
@@ -11,12 +11,12 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
-from tokenexit.calibration.calibration_set import Bench, labelled
-from tokenexit.calibration.drift import Usual
-from tokenexit.calibration.for_bound import _for_bound, split
-from tokenexit.calibration.for_budget import _for_budget
+from tokenexit.calibration.calibration_set import CalibrationSet, labelled
+from tokenexit.calibration.drift import ReferenceStatistics
+from tokenexit.calibration.for_bound import for_bound, split
+from tokenexit.calibration.for_budget import for_budget
 from tokenexit.calibration.store import Calibration
-from tokenexit.calibration.targets import Average, Bound, Budget, Wish
+from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.errors import ConfigError
 from tokenexit.methods import MethodLike, as_method, spec_of
@@ -24,9 +24,9 @@ from tokenexit.methods.thresholded import calibratable
 
 
 def calibrate(
-    bench: Bench,
+    calibration_set: CalibrationSet,
     method: MethodLike,
-    wish: Wish,
+    target: CalibrationTarget,
     *,
     average: Average = "classes",
     cap: float | None = None,
@@ -35,7 +35,7 @@ def calibrate(
     about: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
-    """Choose thresholds for `wish`, one per exit, and say what they reach on these images.
+    """Choose thresholds for `target`, one per exit, and say what they reach on these images.
 
     method: DToP or DoViT, or its name or specification; its thresholds are replaced, its other options stay.
     average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
@@ -43,7 +43,7 @@ def calibrate(
     temperatures: fit those of the exit heads first, to the labels of the images that fix the path. about: where the
     images are from.
 
-    Raises `ConfigError` in one sentence for wishes out of reach, with what is in reach, and for too few images, with
+    Raises `ConfigError` in one sentence for targets out of reach, with what is in reach, and for too few images, with
     how many are needed.
     """
     rule = calibratable(as_method(method))
@@ -51,27 +51,31 @@ def calibrate(
         raise ConfigError("a method that has a cap keeps it: calibrate one without, and give the cap as cap=.")
     if cap is not None and cap <= 0.0:
         raise ConfigError(f"cap={cap:g} must be above 0: it is a share of dense multiply-adds.")
-    if len(bench) == 0:
+    if len(calibration_set) == 0:
         raise ConfigError("there are no images to calibrate on: give some.")
-    if isinstance(wish, Bound) and wish.needs_labels:
-        bench = labelled(bench)
+    if isinstance(target, Bound) and target.needs_labels:
+        calibration_set = labelled(calibration_set)
     if temperatures:
-        part = bench if isinstance(wish, Budget) else bench.part(split(len(bench), wish, seed)[0])
+        part = (
+            calibration_set
+            if isinstance(target, Budget)
+            else calibration_set.part(split(len(calibration_set), target, seed)[0])
+        )
         fit = fit_temperature(part)
         rule = replace(rule, temperature=fit)
         say(f"temperatures: {'/'.join(map(str, fit))}")
-    if isinstance(wish, Budget):
-        chosen = _for_budget(bench, rule, wish, average, cap)
+    if isinstance(target, Budget):
+        chosen = for_budget(calibration_set, rule, target, average, cap)
     else:
-        chosen = _for_bound(bench, rule, wish, average, cap, seed, say)
-    asked = {f.name: getattr(wish, f.name) for f in fields(wish)}
+        chosen = for_bound(calibration_set, rule, target, average, cap, seed, say)
+    asked = {f.name: getattr(target, f.name) for f in fields(target)}
     asked = {asked.pop("unit", None) or asked.pop("what"): asked.pop("value"), **asked}
     return Calibration(
-        asked={**asked, "path_keeps_agreement_over": average, "cap": cap, "precision": bench.precision},
-        promise=chosen.promise,
+        asked={**asked, "path_keeps_agreement_over": average, "cap": cap, "precision": calibration_set.precision},
+        guarantee=chosen.guarantee,
         method=spec_of(chosen.method),
         reached=chosen.reached,
         images={**(about or {}), **chosen.images},
-        usual=Usual.of(chosen.run.histograms),
-        model=bench.model.fingerprint(),
+        reference_statistics=ReferenceStatistics.of(chosen.run.histograms),
+        model=calibration_set.model.fingerprint(),
     )

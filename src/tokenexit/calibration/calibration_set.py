@@ -1,6 +1,6 @@
 """True runs of a method on calibration images: what they cost, and how far labels are from a reference.
 
-Legend: n images, E exits, K classes, H x W pixels of a picture.
+Legend: n images, E exits, K classes, H x W pixels of an image.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tokenexit.calibration.drift import Histograms, watch
+from tokenexit.calibration.drift import Histograms, hook_scores
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.errors import DataError
 from tokenexit.inputs.images import load_image
 from tokenexit.inputs.labels import Labels
-from tokenexit.inputs.sources import list_pictures
+from tokenexit.inputs.sources import list_images
 from tokenexit.methods import Method
 from tokenexit.outputs.windows import Segmentation, WindowedOutput
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
 BATCH_PIXELS = 1 << 18
-"""Small pictures are run together, up to so many pixels; what a picture gives does not depend on it."""
+"""Small images are run together, up to so many pixels; what an image gives does not depend on it."""
 
 Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
@@ -40,24 +40,24 @@ def drawn(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
     return tuple(sorted(order[:limit].tolist()))
 
 
-class UnlabelledPictures:
-    """Pictures from disk as a dataset whose masks say nothing."""
+class UnlabelledImages:
+    """Images from disk as a dataset whose masks say nothing."""
 
     def __init__(self, sources: Sequence[Path], labels: Labels) -> None:
-        self.paths = list(list_pictures(sources))
+        self.paths = list(list_images(sources))
         self.labels = labels
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, index: int, /) -> Sample:
-        picture = load_image(self.paths[index])
-        mask = np.full((picture.height, picture.width), self.labels.ignore_index)
-        return Sample(picture, mask, str(self.paths[index]))
+        image = load_image(self.paths[index])
+        mask = np.full((image.height, image.width), self.labels.ignore_index)
+        return Sample(image, mask, str(self.paths[index]))
 
 
 @dataclass(frozen=True)
-class Bench:
+class CalibrationSet:
     """A model and the images it is run on.
 
     indices: which images of the dataset. precision: of the forward pass.
@@ -72,12 +72,14 @@ class Bench:
     def __len__(self) -> int:
         return len(self.indices)
 
-    def part(self, indices: Sequence[int]) -> Bench:
-        """The same on some of the images; `indices` count within this bench."""
-        return Bench(self.model, self.data, tuple(self.indices[i] for i in indices), self.precision, self.progress)
+    def part(self, indices: Sequence[int]) -> CalibrationSet:
+        """The same on some of the images; `indices` count within this set."""
+        return CalibrationSet(
+            self.model, self.data, tuple(self.indices[i] for i in indices), self.precision, self.progress
+        )
 
     def batches(self) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-        """Places within this bench, images and masks `(H, W)`, several at once where pictures are small."""
+        """Places within this set, images and masks `(H, W)`, several at once where images are small."""
         places: list[int] = []
         images: list[Tensor] = []
         masks: list[Tensor] = []
@@ -126,7 +128,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Run:
+class TrueRun:
     """One method on n images.
 
     macs, dense_macs: `(n,)` int64 multiply-adds. tokens: `(n,)` patches, live: `(n, E)` of them after each exit.
@@ -141,30 +143,32 @@ class Run:
     histograms: Histograms
 
     @property
-    def share(self) -> float:
+    def mac_ratio(self) -> float:
         """Multiply-adds over dense ones, both summed over all images."""
         return self.macs.sum().item() / self.dense_macs.sum().item()
 
     @property
-    def share_error(self) -> float:
-        """Standard error of `share` over images, by the delta method for a ratio of sums."""
-        n, share = len(self.macs), self.share
+    def mac_ratio_error(self) -> float:
+        """Standard error of `mac_ratio` over images, by the delta method for a ratio of sums."""
+        n, ratio = len(self.macs), self.mac_ratio
         if n < 2:
             return float("nan")
-        rest = self.macs.double() - share * self.dense_macs.double()
+        rest = self.macs.double() - ratio * self.dense_macs.double()
         return float(rest.std() / self.dense_macs.double().mean() / n**0.5)
 
 
-def true_run(bench: Bench, method: Method[Any], reference: Reference, title: str = "running") -> Run:
+def true_run(
+    calibration_set: CalibrationSet, method: Method[Any], reference: Reference, title: str = "running"
+) -> TrueRun:
     """Run a method on every image and compare its labels with the reference's."""
-    classes = bench.model.config.num_classes
-    exits = bench.model.config.exits
+    classes = calibration_set.model.config.num_classes
+    exits = calibration_set.model.config.exits
     macs: list[int] = []
     dense: list[int] = []
     tokens: list[int] = []
     live, confusion, windows = [], [], []
-    with watch(bench.model) as seen:
-        for places, _, output in bench.forward(method, title):
+    with hook_scores(calibration_set.model) as seen:
+        for places, _, output in calibration_set.forward(method, title):
             ledger = output.ledger
             windows += [len(own) for own in output.boxes] if isinstance(output, WindowedOutput) else [1] * len(output)
             macs += ledger.macs
@@ -174,7 +178,7 @@ def true_run(bench: Bench, method: Method[Any], reference: Reference, title: str
             for place, labels in zip(places, output.labels):
                 confusion.append(_confusion(reference[place], labels.cpu(), classes, reference.ignore_index))
     histograms = seen.histograms(windows)
-    return Run(
+    return TrueRun(
         torch.tensor(macs),
         torch.tensor(dense),
         torch.tensor(tokens),
@@ -184,28 +188,35 @@ def true_run(bench: Bench, method: Method[Any], reference: Reference, title: str
     )
 
 
-def dense_reference(bench: Bench) -> Reference:
+def dense_reference(calibration_set: CalibrationSet) -> Reference:
     """What the dense model says of every pixel."""
     from tokenexit.methods import Dense
 
-    return Reference(labels for _, _, output in bench.forward(Dense(), "dense") for labels in output.labels)
+    return Reference(labels for _, _, output in calibration_set.forward(Dense(), "dense") for labels in output.labels)
 
 
-def truth_reference(bench: Bench) -> Reference:
+def truth_reference(calibration_set: CalibrationSet) -> Reference:
     """The truth of every pixel."""
-    return Reference((mask for _, _, masks in bench.batches() for mask in masks), bench.data.labels.ignore_index)
+    return Reference(
+        (mask for _, _, masks in calibration_set.batches() for mask in masks), calibration_set.data.labels.ignore_index
+    )
 
 
-def labelled(bench: Bench) -> Bench:
+def labelled(calibration_set: CalibrationSet) -> CalibrationSet:
     """The images of which some pixel has a label: others would count as images on which nothing is lost.
 
     Raises `DataError` if there is none.
     """
-    ignore = bench.data.labels.ignore_index
-    places = [p for some, _, masks in bench.batches() for p, mask in zip(some, masks) if bool((mask != ignore).any())]
+    ignore = calibration_set.data.labels.ignore_index
+    places = [
+        p
+        for some, _, masks in calibration_set.batches()
+        for p, mask in zip(some, masks)
+        if bool((mask != ignore).any())
+    ]
     if not places:
         raise DataError("these images have no labels: ask for --max-disagreement or a budget, which need none.")
-    return bench.part(places)
+    return calibration_set.part(places)
 
 
 def _confusion(reference: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:

@@ -22,22 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.agreement import fall_off_note
-from tokenexit.calibration.calibration_set import Bench, dense_reference, error, true_run
-from tokenexit.calibration.drift import Usual
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
+from tokenexit.calibration.drift import ReferenceStatistics
 from tokenexit.calibration.planner import costs_of
 from tokenexit.calibration.store import Calibration
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
-from tokenexit.methods import Dense, Method, Stage, spec_of
+from tokenexit.methods import Dense, ExitRecord, Method, spec_of
 from tokenexit.methods.thresholded import calibratable
 from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.runtime.precision import inference
 
 
-def cbt_thresholds(bench: Bench, alpha: float = 0.9, beta: float = 0.998) -> tuple[tuple[float, ...], ...]:
+def cbt_thresholds(
+    calibration_set: CalibrationSet, alpha: float = 0.9, beta: float = 0.998
+) -> tuple[tuple[float, ...], ...]:
     """Thresholds by exit and class, `(E, K)`, from training images, for `DToP(threshold=..., keep_per_class=0)`.
 
     bench: the model in evaluation mode, and training images with their truth. alpha, beta: thresholds of the easiest
@@ -46,31 +48,36 @@ def cbt_thresholds(bench: Bench, alpha: float = 0.9, beta: float = 0.998) -> tup
     """
     if not 0.0 <= alpha <= beta <= 1.0:
         raise ConfigError(f"alpha={alpha:g} and beta={beta:g} are no range in [0, 1]: give alpha <= beta.")
-    check_classes(bench.model, bench.data)
-    by_class = thresholds_by_gap(class_means(bench).mean(dim=0), alpha, beta)
-    return (by_class,) * len(bench.model.config.exits)
+    check_classes(calibration_set.model, calibration_set.data)
+    by_class = thresholds_by_gap(class_means(calibration_set).mean(dim=0), alpha, beta)
+    return (by_class,) * len(calibration_set.model.config.exits)
 
 
 def calibrate_by_class(
-    bench: Bench, method: Method[Any], alpha: float = 0.9, beta: float = 0.998, about: dict[str, Any] | None = None
+    calibration_set: CalibrationSet,
+    method: Method[Any],
+    alpha: float = 0.9,
+    beta: float = 0.998,
+    about: dict[str, Any] | None = None,
 ) -> Calibration:
     """`method` with class-based thresholds, and what it reaches on the same images; raises as `cbt_thresholds` does.
 
     CBT itself keeps nobody: `DToP(keep_per_class=0)`.
     """
-    method = calibratable(method).with_thresholds(cbt_thresholds(bench, alpha, beta))
-    run = true_run(bench, method, dense_reference(bench))
+    method = calibratable(method).with_thresholds(cbt_thresholds(calibration_set, alpha, beta))
+    run = true_run(calibration_set, method, dense_reference(calibration_set))
     unlike = error(run.confusion, "pixels").mean().item()
     return Calibration(
-        asked={"cbt": [alpha, beta], "precision": bench.precision},
-        promise=f"Class-based thresholds from {alpha:g} to {beta:g} (CBT): no budget and no bound was asked for. The "
-        f"mean over these {len(bench)} images is {run.share:.3f} of dense multiply-adds, with {1 - unlike:.2%} of "
-        "pixels as the dense model has them." + fall_off_note(unlike, len(bench)),
+        asked={"cbt": [alpha, beta], "precision": calibration_set.precision},
+        guarantee=f"Class-based thresholds from {alpha:g} to {beta:g} (CBT): no budget and no bound was asked for. The "
+        f"mean over these {len(calibration_set)} images is {run.mac_ratio:.3f} of dense "
+        f"multiply-adds, with {1 - unlike:.2%} of "
+        "pixels as the dense model has them." + fall_off_note(unlike, len(calibration_set)),
         method=spec_of(method),
         reached={**costs_of(run), "pixels_unlike_dense": unlike},
-        images={**(about or {}), "count": len(bench)},
-        usual=Usual.of(run.histograms),
-        model=bench.model.fingerprint(),
+        images={**(about or {}), "count": len(calibration_set)},
+        reference_statistics=ReferenceStatistics.of(run.histograms),
+        model=calibration_set.model.fingerprint(),
     )
 
 
@@ -87,31 +94,31 @@ def thresholds_by_gap(means: Tensor, alpha: float, beta: float) -> tuple[float, 
     return tuple(round(beta - e * (beta - alpha), 6) for e in ease.tolist())
 
 
-def class_means(bench: Bench) -> Tensor:
+def class_means(calibration_set: CalibrationSet) -> Tensor:
     """Mean class probabilities over the pixels of each true class at each exit and at the end, in a dense pass.
 
     Returns `(E + 1, K, K)` fp64, true class by row; NaN for a class that no pixel shows. ATM heads say presence times
     sigmoid. Masks are taken at the size that the network sees, windows one by one.
     """
-    model, labels = bench.model, bench.data.labels
+    model, labels = calibration_set.model, calibration_set.data.labels
     preprocessing, device = model.preprocessing, model.device
     sums = torch.zeros(
         len(model.config.exits) + 1, labels.num_classes, labels.num_classes, dtype=torch.float64, device=device
     )
     pixels = torch.zeros(labels.num_classes, dtype=torch.int64, device=device)
-    for _, images, masks in bench.progress("class probabilities")(bench.batches()):
+    for _, images, masks in calibration_set.progress("class probabilities")(calibration_set.batches()):
         for image, mask in zip(images, masks):
             size = (image.shape[1], image.shape[2])
             truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long().to(device)
             for top, left, bottom, right in window_boxes(size, preprocessing.window, preprocessing.stride):
                 crop, own = image[:, top:bottom, left:right], truth[top:bottom, left:right]
-                with inference(device, bench.precision):
-                    output = model([crop], Dense(), with_stages=True)
+                with inference(device, calibration_set.precision):
+                    output = model([crop], Dense(), with_records=True)
                 members = {k: own == k for k in own.unique().tolist() if k != labels.ignore_index}
                 for k, member in members.items():
                     pixels[k] += member.sum()
-                for n, stage in enumerate(output.stages):
-                    probabilities = _probabilities(output, stage)
+                for n, record in enumerate(output.exit_records):
+                    probabilities = _probabilities(output, record)
                     for k, member in members.items():
                         sums[n, k] += probabilities[:, member].sum(dim=1, dtype=torch.float64)
     if not pixels.any():
@@ -119,15 +126,15 @@ def class_means(bench: Bench) -> Tensor:
     return torch.where(pixels[:, None] > 0, sums / pixels[:, None], torch.nan)
 
 
-def _probabilities(output: SegmentationOutput, stage: Stage) -> Tensor:
-    """What a stage says of every pixel of one picture, `(K, H, W)` fp32."""
-    assert stage.logits is not None, "stages are recorded"
-    values = stage.logits.float()
-    if stage.kind == "atm":
+def _probabilities(output: SegmentationOutput, record: ExitRecord) -> Tensor:
+    """What an exit says of every pixel of one image, `(K, H, W)` fp32."""
+    assert record.logits is not None, "exits are recorded"
+    values = record.logits.float()
+    if record.kind == "atm":
         values = class_scores(
-            "atm", values, stage.presence, torch.zeros(len(values), dtype=torch.long).to(values.device)
+            "atm", values, record.presence, torch.zeros(len(values), dtype=torch.long).to(values.device)
         )
     grid = output.grid(0)
-    ((_, maps),) = unpack_grids(values, [grid], stage.scale)
-    maps = resize_maps(maps, grid, output.patch_size, stage.upscale, output.sizes[0])[0]
-    return maps if stage.kind == "atm" else maps.softmax(dim=0)
+    ((_, maps),) = unpack_grids(values, [grid], record.scale)
+    maps = resize_maps(maps, grid, output.patch_size, record.upscale, output.sizes[0])[0]
+    return maps if record.kind == "atm" else maps.softmax(dim=0)

@@ -8,8 +8,8 @@ Agreement is judged between tokens, too: where neighbours differ, class maps are
 the right class less loudly moves the edge. So each map is sampled at S = 16 places per token. A token's samples are
 taken from a map of one exit alone; that its neighbours may have left elsewhere is the second approximation.
 
-Legend: E exits, N patch tokens of all images, n images, K classes. Doubt is 1 - score: half precision holds it to a
-thousandth of itself near a score of 1, where thresholds live.
+Legend: E exits, N patch tokens of all images, n images, K classes. Uncertainty is 1 - score: half precision holds it to
+a thousandth of itself near a score of 1, where thresholds live.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.heads import Head, HeadOutput, class_scores
-from tokenexit.methods import Dense, Method, Model, Stage, ThresholdMethod
-from tokenexit.methods.base import stage_of
+from tokenexit.methods import Dense, ExitRecord, Method, ModelView, ThresholdMethod
+from tokenexit.methods.base import record_of
 from tokenexit.methods.thresholded import Graded, calibratable
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.outputs.windows import WindowedOutput
@@ -40,14 +40,16 @@ SAMPLES = 4
 class DensePass:
     """The record of a dense pass over n images.
 
-    doubt: `(E, N)` fp16, 1 - score of every token at every exit. label: `(E, N)` int16, the class its exit head names.
+    uncertainty: `(E, N)` fp16, 1 - score of every token at every exit. label: `(E, N)` int16, the class its exit head
+        names.
     said: `(E + 1, N, S)` uint8 (int16 from 256 classes on), classes at S places of every token if it left at an exit,
-    the dense answer last. image: `(N,)` int64. grids: patches of each image. Where pictures are taken in windows, an
+    the dense answer last. image: `(N,)` int64. grids: patches of each image. Where images are taken in windows, an
     image is a window here.
-    groups: for each exit an order of all tokens by image, class and doubt, and where each token's group begins in it.
+    groups: for each exit an order of all tokens by image, class and uncertainty, and where each token's group begins in
+        it.
     """
 
-    doubt: Tensor
+    uncertainty: Tensor
     label: Tensor
     said: Tensor
     image: Tensor
@@ -56,30 +58,32 @@ class DensePass:
     groups: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
-    def of(cls, bench: Bench, method: Method[Any]) -> DensePass:
+    def of(cls, calibration_set: CalibrationSet, method: Method[Any]) -> DensePass:
         """Run the dense model once on every image. Raises `ConfigError` for methods without thresholds."""
         rule = calibratable(method)
         recorder = _Recorder(decoded=rule.decodes_grid)
-        classes, steps = bench.model.config.num_classes, 2 if recorder.decoded else 1
-        doubts, labels, said = [], [], []
+        classes, steps = calibration_set.model.config.num_classes, 2 if recorder.decoded else 1
+        uncertainties, labels, said = [], [], []
         grids: list[Grid] = []
-        for _, _, seen in bench.forward(recorder, "dense pass"):
+        for _, _, seen in calibration_set.forward(recorder, "dense pass"):
             output = seen.windows if isinstance(seen, WindowedOutput) else seen
             own = tuple(output.grid(i) for i in range(len(output)))
-            exits = output.stages[:-1:steps]
-            left = (*output.stages[steps - 1 : -1 : steps], output.stages[-1])
-            scores = [rule.grade(n, stage, _answer(stage, own), own) for n, stage in enumerate(exits)]
-            doubts.append(1.0 - torch.stack(scores).cpu())
-            labels.append(torch.stack([_label(stage, own) for stage in exits]).short().cpu())
-            said.append(torch.stack([_samples(stage, own) for stage in left]).to(_small(classes)).cpu())
+            exits = output.exit_records[:-1:steps]
+            left = (*output.exit_records[steps - 1 : -1 : steps], output.exit_records[-1])
+            scores = [rule.grade(n, record, _answer(record, own), own) for n, record in enumerate(exits)]
+            uncertainties.append(1.0 - torch.stack(scores).cpu())
+            labels.append(torch.stack([_label(record, own) for record in exits]).short().cpu())
+            said.append(torch.stack([_samples(record, own) for record in left]).to(_small(classes)).cpu())
             grids += own
-        return cls.made(torch.cat(doubts, 1).half(), torch.cat(labels, 1), torch.cat(said, 1), grids, classes)
+        return cls.made(torch.cat(uncertainties, 1).half(), torch.cat(labels, 1), torch.cat(said, 1), grids, classes)
 
     @classmethod
-    def made(cls, doubt: Tensor, label: Tensor, said: Tensor, grids: Sequence[Grid], num_classes: int) -> DensePass:
+    def made(
+        cls, uncertainty: Tensor, label: Tensor, said: Tensor, grids: Sequence[Grid], num_classes: int
+    ) -> DensePass:
         image = Packing.of([h * w for h, w in grids], torch.device("cpu")).image_index()
-        groups = tuple(_grouped(image * num_classes + own.long(), d) for own, d in zip(label, doubt))
-        return cls(doubt, label, said, image, tuple(grids), num_classes, groups)
+        groups = tuple(_grouped(image * num_classes + own.long(), d) for own, d in zip(label, uncertainty))
+        return cls(uncertainty, label, said, image, tuple(grids), num_classes, groups)
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -88,7 +92,7 @@ class DensePass:
         """The first so many images."""
         n = sum(h * w for h, w in self.grids[:images])
         return DensePass.made(
-            self.doubt[:, :n], self.label[:, :n], self.said[:, :n], self.grids[:images], self.num_classes
+            self.uncertainty[:, :n], self.label[:, :n], self.said[:, :n], self.grids[:images], self.num_classes
         )
 
     def losses(self, average: str) -> Tensor:
@@ -118,18 +122,18 @@ class _Recorder(Dense):
     decoded: bool = False
 
     def at_exit(
-        self, n: int, tokens: Tokens, state: tuple[Stage, ...], model: Model
-    ) -> tuple[Tokens, tuple[Stage, ...]]:
+        self, n: int, tokens: Tokens, state: tuple[ExitRecord, ...], model: ModelView
+    ) -> tuple[Tokens, tuple[ExitRecord, ...]]:
         patches = tokens.patches()
-        state = (*state, _stage(model.exit_heads[n], patches))
+        state = (*state, _record(model.exit_heads[n], patches))
         if self.decoded:
-            state = (*state, _stage(model.decode_head, patches.with_x(model.norm(patches.x))))
+            state = (*state, _record(model.decode_head, patches.with_x(model.norm(patches.x))))
         return tokens, state
 
 
-def _stage(head: Head, patches: Tokens) -> Stage:
+def _record(head: Head, patches: Tokens) -> ExitRecord:
     out = head(patches)
-    return stage_of(head, patches, out, out.logits)
+    return record_of(head, patches, out, out.logits)
 
 
 def context_price(exits: Sequence[int], depth: int) -> Tensor:
@@ -139,25 +143,25 @@ def context_price(exits: Sequence[int], depth: int) -> Tensor:
     return torch.tensor([(1 - n / depth) ** 2 for n in exits] + [0.0])
 
 
-def _answer(stage: Stage, grids: tuple[Grid, ...]) -> HeadOutput:
+def _answer(record: ExitRecord, grids: tuple[Grid, ...]) -> HeadOutput:
     """What the head said when it was recorded."""
-    assert stage.logits is not None, "the recorder keeps every map"
-    rows = [h * w * stage.scale**2 for h, w in grids]
-    return HeadOutput(stage.logits, Packing.of(rows, stage.logits.device), stage.presence)
+    assert record.logits is not None, "the recorder keeps every map"
+    rows = [h * w * record.scale**2 for h, w in grids]
+    return HeadOutput(record.logits, Packing.of(rows, record.logits.device), record.presence)
 
 
-def _label(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
+def _label(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """Class of every token, `(cells,)`; of a finer grid the class of the mean score over the token."""
-    return _class_scores(stage, grids).argmax(dim=-1)
+    return _class_scores(record, grids).argmax(dim=-1)
 
 
-def _samples(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
+def _samples(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """Classes at S places of every token, `(cells, S)`: the map interpolated as for the full size, sampled."""
-    assert stage.logits is not None, "the recorder keeps every map"
-    maps = stage.logits.float() if stage.kind == "softmax" else _class_scores(replace(stage, scale=1), grids)
+    assert record.logits is not None, "the recorder keeps every map"
+    maps = record.logits.float() if record.kind == "softmax" else _class_scores(replace(record, scale=1), grids)
     batches = []
-    for members, grid_maps in unpack_grids(maps, grids, stage.scale):
-        side = [cells * SAMPLES // stage.scale for cells in grid_maps.shape[2:]]
+    for members, grid_maps in unpack_grids(maps, grids, record.scale):
+        side = [cells * SAMPLES // record.scale for cells in grid_maps.shape[2:]]
         fine = F.interpolate(grid_maps.contiguous(), side, mode="bilinear", align_corners=False).argmax(dim=1)
         places = fine.unflatten(2, (-1, SAMPLES)).unflatten(1, (-1, SAMPLES))  # (b, h, S1, w, S2)
         batches.append((members, places.permute(0, 2, 4, 1, 3).flatten(1, 2)))
@@ -168,20 +172,20 @@ def _small(classes: int) -> torch.dtype:
     return torch.uint8 if classes <= 256 else torch.int16
 
 
-def _class_scores(stage: Stage, grids: tuple[Grid, ...]) -> Tensor:
+def _class_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """`(cells, K)`, averaged over each token where the head speaks of a finer grid."""
-    answer = _answer(stage, grids)
-    scores = class_scores(stage.kind, answer.logits, answer.presence, answer.packing.image_index())
-    if stage.scale == 1:
+    answer = _answer(record, grids)
+    scores = class_scores(record.kind, answer.logits, answer.presence, answer.packing.image_index())
+    if record.scale == 1:
         return scores
-    batches = unpack_grids(scores, grids, stage.scale)
-    return pack_grids([(members, F.avg_pool2d(maps, stage.scale)) for members, maps in batches])
+    batches = unpack_grids(scores, grids, record.scale)
+    return pack_grids([(members, F.avg_pool2d(maps, record.scale)) for members, maps in batches])
 
 
-def _grouped(group: Tensor, doubt: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows by group, least doubt first, ties by row; and for each place in that order the start of its group."""
-    by_doubt = torch.sort(doubt, stable=True).indices
-    order = by_doubt[torch.sort(group[by_doubt], stable=True).indices]
+def _grouped(group: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows by group, least uncertainty first, ties by row; and for each place in that order the start of its group."""
+    by_uncertainty = torch.sort(uncertainty, stable=True).indices
+    order = by_uncertainty[torch.sort(group[by_uncertainty], stable=True).indices]
     ordered = group[order]
     return order, torch.searchsorted(ordered, ordered)
 
@@ -190,7 +194,7 @@ def _grouped(group: Tensor, doubt: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @dataclass(frozen=True)
-class RecordedScores(Graded):
+class DensePassGrades(Graded):
     """What an exit said of all tokens on the dense pass, with the order that was made once.
 
     order: see `DensePass.groups`.
@@ -211,32 +215,36 @@ class RecordedScores(Graded):
 
 
 def compose(dense: DensePass, method: ThresholdMethod[Any], limits: tuple[float, ...]) -> Tensor:
-    """At which exit each token leaves if its doubt must be below `limits` (one per exit): `(N,)` int64, E is never.
+    """At which exit each token leaves if its uncertainty must be below `limits` (one per exit): `(N,)` int64, E is
+    never.
 
     Every exit's decision is the method's own (`decide`), on recorded scores.
     """
     rule = method.with_thresholds(tuple(1.0 - limit for limit in limits))
     cells = Packing.of([h * w for h, w in dense.grids], dense.image.device)
-    stage = torch.full_like(dense.image, len(limits))
+    exit_index = torch.full_like(dense.image, len(limits))
     live = torch.ones_like(dense.image, dtype=torch.bool)
     last_label = dense.label[0].long()  # the class each token had when it was last computed
     earlier: Tensor | None = None
     for n in range(len(limits)):
-        score, label = 1.0 - dense.doubt[n].double(), dense.label[n].long()  # exact: doubts are half precision
+        score, label = (
+            1.0 - dense.uncertainty[n].double(),
+            dense.label[n].long(),
+        )  # exact: uncertainties are half precision
         last_label = torch.where(live, label, last_label)
-        graded = RecordedScores(
+        graded = DensePassGrades(
             score, label, cells, dense.grids, dense.num_classes, last_label, earlier=earlier, order=dense.groups[n]
         )
         leaves = rule.decide(n, graded, live)
-        stage = torch.where(leaves, n, stage)
+        exit_index = torch.where(leaves, n, exit_index)
         live, earlier = live & ~leaves, score
-    return stage
+    return exit_index
 
 
-def live_counts(dense: DensePass, stage: Tensor) -> Tensor:
+def live_counts(dense: DensePass, exit_index: Tensor) -> Tensor:
     """Tokens of each image before the first exit and after each: `(n, E + 1)` int64."""
-    exits = len(dense.doubt)
-    left = torch.bincount(dense.image * (exits + 1) + stage, minlength=len(dense) * (exits + 1))
+    exits = len(dense.uncertainty)
+    left = torch.bincount(dense.image * (exits + 1) + exit_index, minlength=len(dense) * (exits + 1))
     left = left.view(len(dense), exits + 1)
     return left.flip(1).cumsum(1).flip(1)
 
@@ -244,7 +252,7 @@ def live_counts(dense: DensePass, stage: Tensor) -> Tensor:
 # ----------------------------------------------------------------------------------------------------------- costs
 
 
-class Costs:
+class MacTable:
     """Multiply-adds of images from their live counts: the ledger's formulas, tabled over counts once per grid."""
 
     def __init__(self, model: ExitSegmenter, method: ThresholdMethod[Any], grids: tuple[Grid, ...]) -> None:
@@ -285,16 +293,16 @@ class Costs:
             total[rows] = macs
         return total
 
-    def share(self, live: Tensor) -> float:
+    def mac_ratio(self, live: Tensor) -> float:
         """Multiply-adds over dense ones, both summed over images."""
         return self.macs(live).sum().item() / self.dense.sum().item()
 
 
-def with_limits(method: ThresholdMethod[Any], limits: tuple[float, ...]) -> ThresholdMethod[Any]:
-    """The method with thresholds for these limits on doubt; 0 is never."""
+def with_thresholds(method: ThresholdMethod[Any], limits: tuple[float, ...]) -> ThresholdMethod[Any]:
+    """The method with thresholds for these limits on uncertainty; 0 is never."""
     return method.with_thresholds(tuple(threshold_of(limit) for limit in limits))
 
 
 def threshold_of(limit: float) -> float:
-    """A threshold for a limit on doubt."""
+    """A threshold for a limit on uncertainty."""
     return round(min(1.0, max(0.0, 1.0 - limit)), 10)

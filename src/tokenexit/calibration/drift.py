@@ -1,14 +1,14 @@
-"""Are these pictures like those of the calibration? Histograms of scores, image by image.
+"""Are these images like those of the calibration? Histograms of scores, image by image.
 
-Thresholds and guarantees hold for pictures exchangeable with the calibration's. A histogram per image of how sure each
+Thresholds and guarantees hold for images exchangeable with the calibration's. A histogram per image of how sure each
 exit head was shows a good part of what breaks that: weather, blur, noise, another city. The unit is the image. An
 image is *unusual* if its histograms are farther from the calibration's mean than those of 95 % of the calibration
-images; of N exchangeable pictures about 5 % are, so a binomial test says when there are too many. Pictures can also
+images; of N exchangeable images about 5 % are, so a binomial test says when there are too many. Images can also
 be unlike together and none of them for itself, so the mean over many is compared, too.
 
 It sees changes in scores, not in errors: a model that is sure and wrong goes unnoticed.
 
-Legend: n images, E exits, bins of doubt = 1 - score.
+Legend: n images, E exits, bins of uncertainty = 1 - score.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from tokenexit.heads import Head, HeadOutput, class_scores
 from tokenexit.segmenter import ExitSegmenter
 
 EDGES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8)
-"""Inner edges of the bins of doubt, finer where models are sure."""
-USUAL = 0.95
+"""Inner edges of the bins of uncertainty, finer where models are sure."""
+SHARE_WITHIN = 0.95
 ALARM = 1e-3
 """A warning is given if what was seen has at most this probability."""
-LEAST_PICTURES = 20
-"""Before a mean over pictures is compared, here and in the calibration."""
+LEAST_IMAGES = 20
+"""Before a mean over images is compared, here and in the calibration."""
 RARE = 0.03
 """Bins with a smaller share are too skewed to be tested; what goes to them is missed elsewhere."""
 FAR = 0.05
@@ -49,7 +49,7 @@ class Histograms:
         return counts / counts.sum(dim=2, keepdim=True).clamp(min=1)
 
 
-class Seen:
+class RecordedScores:
     """What the exit heads said while they were watched."""
 
     def __init__(self, num_exits: int) -> None:
@@ -69,13 +69,13 @@ class Seen:
 
 
 @contextmanager
-def watch(model: ExitSegmenter) -> Iterator[Seen]:
+def hook_scores(model: ExitSegmenter) -> Iterator[RecordedScores]:
     """Record the scores of the exit heads in every call within the block, which must run in one thread.
 
     Methods differ in what they show a head, live tokens or all, so histograms compare only within one method.
     """
     heads = [head for head in model.exit_heads if isinstance(head, Head)]
-    seen = Seen(len(heads))
+    seen = RecordedScores(len(heads))
 
     def recorder(n: int) -> Any:
         def record(head: Head, args: tuple[Any, ...], out: HeadOutput) -> None:
@@ -97,9 +97,9 @@ def _histogram(head: Head, out: HeadOutput) -> Tensor:
     image = out.packing.image_index()
     if len(out.logits) != len(image):  # a finer grid: several rows per token, image after image
         image = torch.repeat_interleave(image, len(out.logits) // max(1, len(image)))
-    doubt = 1.0 - class_scores(head.kind, out.logits, out.presence, image).amax(dim=-1)
+    uncertainty = 1.0 - class_scores(head.kind, out.logits, out.presence, image).amax(dim=-1)
     bins = len(EDGES) + 1
-    place = torch.bucketize(doubt, torch.tensor(EDGES, device=doubt.device))
+    place = torch.bucketize(uncertainty, torch.tensor(EDGES, device=uncertainty.device))
     counts = torch.bincount(image * bins + place, minlength=len(out.packing.lengths) * bins)
     return counts.view(-1, bins)
 
@@ -116,7 +116,7 @@ def distances(histograms: Histograms, mean: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Usual:
+class ReferenceStatistics:
     """What calibration images look like.
 
     mean: `(E, bins)` shares. limit: the distance from it that 95 % of them keep. deviation: `(E, bins)`, standard
@@ -129,14 +129,14 @@ class Usual:
     images: Tensor
 
     @classmethod
-    def of(cls, histograms: Histograms) -> Usual:
+    def of(cls, histograms: Histograms) -> ReferenceStatistics:
         shares = histograms.shares()
         there = shares.sum(dim=2) > 0
         images = there.sum(dim=0)
         mean = shares.sum(dim=0) / images.clamp(min=1)[:, None]
         squares = ((shares - mean).square() * there[:, :, None]).sum(dim=0)
         deviation = (squares / (images - 1).clamp(min=1)[:, None]).sqrt()
-        return cls(mean, torch.quantile(distances(histograms, mean), USUAL).item(), deviation, images)
+        return cls(mean, torch.quantile(distances(histograms, mean), SHARE_WITHIN).item(), deviation, images)
 
     def to_dict(self) -> dict[str, Any]:
         mean, deviation = ([[round(x, 5) for x in row] for row in t.tolist()] for t in (self.mean, self.deviation))
@@ -146,11 +146,11 @@ class Usual:
             "deviation": deviation,
             "images": self.images.tolist(),
             "limit": round(self.limit, 5),
-            "share_within": USUAL,
+            "share_within": SHARE_WITHIN,
         }
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Usual:
+    def from_dict(cls, values: Mapping[str, Any]) -> ReferenceStatistics:
         mean, deviation = (torch.tensor(values[name], dtype=torch.float64) for name in ("mean", "deviation"))
         images = torch.tensor(values["images"], dtype=torch.int64)
         shape = (len(images), len(EDGES) + 1)
@@ -160,21 +160,21 @@ class Usual:
 
 
 class Monitor:
-    """Counts unusual pictures as they come, and adds up what all of them look like.
+    """Counts unusual images as they come, and adds up what all of them look like.
 
-    shares: `(E, bins)` sum over pictures. seen: `(E,)`, of how many pictures each exit saw tokens.
+    shares: `(E, bins)` sum over images. seen: `(E,)`, of how many images each exit saw tokens.
     """
 
-    def __init__(self, usual: Usual) -> None:
-        self.usual = usual
-        self.pictures = 0
+    def __init__(self, reference: ReferenceStatistics) -> None:
+        self.reference_statistics = reference
+        self.images = 0
         self.unusual = 0
-        self.shares = torch.zeros_like(usual.mean)
-        self.seen = torch.zeros_like(usual.images)
+        self.shares = torch.zeros_like(reference.mean)
+        self.seen = torch.zeros_like(reference.images)
 
     def add(self, histograms: Histograms) -> None:
-        far = distances(histograms, self.usual.mean) > self.usual.limit
-        self.pictures += len(far)
+        far = distances(histograms, self.reference_statistics.mean) > self.reference_statistics.limit
+        self.images += len(far)
         self.unusual += int(far.sum())
         shares = histograms.shares()
         self.shares += shares.sum(dim=0)
@@ -183,48 +183,48 @@ class Monitor:
     def join(self, others: Iterable[Monitor]) -> None:
         """Take over what others saw, too."""
         for other in others:
-            self.pictures += other.pictures
+            self.images += other.images
             self.unusual += other.unusual
             self.shares += other.shares
             self.seen += other.seen
 
     @property
     def apart(self) -> float:
-        """Total variation between the mean of these pictures and the calibration's, at the exit where it is largest;
+        """Total variation between the mean of these images and the calibration's, at the exit where it is largest;
         0 where it is no more than chance: a z-test in every bin, for all bins and exits at once."""
-        usual = self.usual
-        known = (self.seen >= LEAST_PICTURES) & (usual.images >= LEAST_PICTURES)
+        reference = self.reference_statistics
+        known = (self.seen >= LEAST_IMAGES) & (reference.images >= LEAST_IMAGES)
         if not known.any():
             return 0.0
-        seen, images = self.seen[known, None].double(), usual.images[known, None].double()
-        difference = self.shares[known] / seen - usual.mean[known]
-        z = difference.abs() / (usual.deviation[known] * (1 / seen + 1 / images).sqrt())
-        z[usual.mean[known] < RARE] = 0.0
+        seen, images = self.seen[known, None].double(), reference.images[known, None].double()
+        difference = self.shares[known] / seen - reference.mean[known]
+        z = difference.abs() / (reference.deviation[known] * (1 / seen + 1 / images).sqrt())
+        z[reference.mean[known] < RARE] = 0.0
         p = torch.special.erfc(z / 2**0.5).amin(dim=1) * z.numel()
         return float((0.5 * difference.abs().sum(dim=1)).where(p <= ALARM, 0.0).amax())
 
     @property
     def p_value(self) -> float:
-        """Probability of so many unusual pictures or more among pictures like the calibration's."""
+        """Probability of so many unusual images or more among images like the calibration's."""
         from tokenexit.calibration.risk_control import binomial_cdf
 
         if self.unusual == 0:
             return 1.0
         # P(X >= k) for X ~ Bin(N, 1 - USUAL) is P(N - X <= N - k), and N - X ~ Bin(N, USUAL).
-        return float(binomial_cdf(self.pictures, USUAL)[self.pictures - self.unusual])
+        return float(binomial_cdf(self.images, SHARE_WITHIN)[self.images - self.unusual])
 
     def warning(self) -> str | None:
-        """One sentence, if the pictures are unlike the calibration's; else None."""
+        """One sentence, if the images are unlike the calibration's; else None."""
         if self.p_value <= ALARM:
             said = (
-                f"{self.unusual} of {self.pictures} pictures have scores unlike the calibration's, of which about "
-                f"{(1 - USUAL) * self.pictures:.1f} would be"
+                f"{self.unusual} of {self.images} images have scores unlike the calibration's, of which about "
+                f"{(1 - SHARE_WITHIN) * self.images:.1f} would be"
             )
         elif self.apart > FAR:
             said = (
-                f"the scores of these {self.pictures} pictures are on average unlike the calibration's, by "
+                f"the scores of these {self.images} images are on average unlike the calibration's, by "
                 f"{self.apart:.0%} of the tokens"
             )
         else:
             return None
-        return f"{said}: its budget and its bounds may not hold here, so calibrate on pictures like these."
+        return f"{said}: its budget and its bounds may not hold here, so calibrate on images like these."

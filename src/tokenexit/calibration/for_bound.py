@@ -11,74 +11,77 @@ import torch
 from tokenexit.calibration import risk_control
 from tokenexit.calibration.agreement import fall_off_note
 from tokenexit.calibration.calibration_set import (
-    Bench,
+    CalibrationSet,
     Reference,
-    Run,
+    TrueRun,
     dense_reference,
     error,
     true_run,
     truth_reference,
 )
-from tokenexit.calibration.planner import Planner, _cap_words, _Chosen, _figures
+from tokenexit.calibration.planner import Chosen, Planner, cap_sentence, figures_of
 from tokenexit.calibration.targets import Average, Bound
-from tokenexit.calibration.threshold_path import place_where
+from tokenexit.calibration.threshold_path import position_where
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, Method, ThresholdMethod
 
 PATH_SHARE = 0.3
 """Share of the images on which a path to be tested is fixed."""
 LEAST_PATH_IMAGES = 4
-SCOUTS = 6
-"""True runs that relate places on the path to what is lost, before anything is tested."""
+PILOT_RUNS = 6
+"""True runs that relate positions on the path to what is lost, before anything is tested."""
 RATIOS = (0.05, 0.1, 0.2, 0.3, *(0.35 + 0.05 * i for i in range(14)), 1.1, 1.25, 1.5)
-"""Where the path is tested: losses that the scouts expect, over the bound."""
+"""Where the path is tested: losses that the pilot runs expect, over the bound."""
 
-AIM = 0.7
+PILOT_FRACTION = 0.7
 """Share of a bound that a test on several hundred images lets pass, about: where paths are compared."""
 
 
-def _for_bound(
-    bench: Bench,
+def for_bound(
+    calibration_set: CalibrationSet,
     method: ThresholdMethod[Any],
-    wish: Bound,
+    target: Bound,
     average: Average,
     cap: float | None,
     seed: int,
     say: Callable[[str], None],
-) -> _Chosen:
-    path_part, test_part = split(len(bench), wish, seed)
-    scouts, test = bench.part(path_part), bench.part(test_part)
-    planner = Planner(scouts, method, average)
+) -> Chosen:
+    path_part, test_part = split(len(calibration_set), target, seed)
+    pilot, test = calibration_set.part(path_part), calibration_set.part(test_part)
+    planner = Planner(pilot, method, average)
     if cap is not None:
         planner.hold_to(cap, planner.path.end / 2)
-    places = places_to_test(planner, Trial.on(scouts, wish))
-    say(f"path fixed on {len(scouts)} images, testing up to {len(places)} places on {len(test)} others")
+    positions = positions_to_test(planner, SequentialTest.on(pilot, target))
+    say(f"path fixed on {len(pilot)} images, testing up to {len(positions)} positions on {len(test)} others")
 
-    trial = Trial.on(test, wish)
-    count = risk_control.fixed_sequence(len(places), lambda j: trial.passes(planner.at(places[j])))
+    sequential_test = SequentialTest.on(test, target)
+    count = risk_control.fixed_sequence(
+        len(positions), lambda j: sequential_test.passes(planner.method_at(positions[j]))
+    )
     if count == 0:
-        raise ConfigError(trial.out_of_reach())
-    place, run, figures = places[count - 1], trial.accepted, trial.figures
-    assert run is not None, "some place was accepted"
-    reached = {**_figures(run, planner, place), **figures, "places_tested": min(count + 1, len(places))}
-    images = {"count": len(bench), "path": len(scouts), "test": len(test), "seed": seed}
-    promise = promise_of(wish, len(test), figures) + _cap_words(cap)
-    if not wish.needs_labels:  # else runs are compared with the truth, and the bound is on what that says
-        promise += fall_off_note(error(run.confusion, "pixels").mean().item(), len(test))
-    return _Chosen(planner.at(place), run, reached, images, promise)
+        raise ConfigError(sequential_test.out_of_reach())
+    position, run, figures = positions[count - 1], sequential_test.accepted, sequential_test.figures
+    assert run is not None, "some position was accepted"
+    reached = {**figures_of(run, planner, position), **figures, "places_tested": min(count + 1, len(positions))}
+    images = {"count": len(calibration_set), "path": len(pilot), "test": len(test), "seed": seed}
+    guarantee = guarantee_of(target, len(test), figures) + cap_sentence(cap)
+    if not target.needs_labels:  # else runs are compared with the truth, and the bound is on what that says
+        guarantee += fall_off_note(error(run.confusion, "pixels").mean().item(), len(test))
+    return Chosen(planner.method_at(position), run, reached, images, guarantee)
 
 
-def split(count: int, wish: Bound, seed: int) -> tuple[list[int], list[int]]:
+def split(count: int, target: Bound, seed: int) -> tuple[list[int], list[int]]:
     """Images that fix the path and those it is tested on, disjoint, drawn at random.
 
     Raises `ConfigError` where no outcome of the test could pass, with the number of images that could.
     """
-    needed = wish.needed_images()
+    needed = target.needed_images()
     path = min(max(round(PATH_SHARE * count), LEAST_PATH_IMAGES), count - needed)
     if path < LEAST_PATH_IMAGES:
-        kind = "in expectation" if wish.in_expectation else f"at confidence {wish.confidence:g}"
+        kind = "in expectation" if target.in_expectation else f"at confidence {target.confidence:g}"
         raise ConfigError(
-            f"{wish.what}={wish.value:g} {kind} needs at least {needed} images to test on, even if nothing is lost on "
+            f"{target.what}={target.value:g} {kind} needs at least {needed} images to test on, even if "
+            "nothing is lost on "
             f"any of them, and {LEAST_PATH_IMAGES} more to fix the path; there are {count}: give "
             f"{needed + LEAST_PATH_IMAGES} or more, or ask for less."
         )
@@ -86,34 +89,35 @@ def split(count: int, wish: Bound, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[:path]), sorted(order[path:])
 
 
-def places_to_test(planner: Planner, trial: Trial) -> list[float]:
-    """Places in their order on the path that saves most, denser where scouts expect to lose what the bound allows.
+def positions_to_test(planner: Planner, sequential_test: SequentialTest) -> list[float]:
+    """Places in their order on the path that saves most, denser where pilot runs expect to lose what the bound allows.
 
-    trial: on images that are not tested. The path is chosen by what it costs where scouts lose `AIM` of the bound.
+    sequential_test: on images that are not tested. The path is chosen by what it costs where pilot runs lose
+        `PILOT_FRACTION` of the bound.
     """
     found = []
     for path in planner.paths:
         planner.path = path
-        spots, seen = scout(planner, trial)
-        place = _crossing(spots, seen, AIM)
-        found.append((planner.share(place), path, spots, seen))
+        spots, seen = pilot_runs(planner, sequential_test)
+        position = _crossing(spots, seen, PILOT_FRACTION)
+        found.append((planner.mac_ratio(position), path, spots, seen))
     _, planner.path, spots, seen = min(found, key=lambda one: one[0])
-    places = [0.0]
-    for place in sorted({*spots, *(_crossing(spots, seen, wanted) for wanted in RATIOS)}):
-        if place > places[-1] + 1e-2:
-            places.append(place)
-    return places[1:]
+    positions = [0.0]
+    for position in sorted({*spots, *(_crossing(spots, seen, wanted) for wanted in RATIOS)}):
+        if position > positions[-1] + 1e-2:
+            positions.append(position)
+    return positions[1:]
 
 
-def scout(planner: Planner, trial: Trial) -> tuple[list[float], list[float]]:
+def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:
     """Places evenly spaced in predicted compute, and what is lost there over the bound, made to rise."""
-    first, last = planner.share(0.0), planner.share(planner.path.end)
+    first, last = planner.mac_ratio(0.0), planner.mac_ratio(planner.path.end)
     spots, seen = [0.0], [0.0]
-    for i in range(SCOUTS):
-        spot = place_where(planner.share, first + (last - first) * (i + 1) / SCOUTS, planner.path.end)
+    for i in range(PILOT_RUNS):
+        spot = position_where(planner.mac_ratio, first + (last - first) * (i + 1) / PILOT_RUNS, planner.path.end)
         if spot > spots[-1]:
             spots.append(spot)
-            seen.append(max(seen[-1], trial.ratio(planner.at(spot))))
+            seen.append(max(seen[-1], sequential_test.ratio(planner.method_at(spot))))
         if seen[-1] > RATIOS[-1]:
             break
     return spots, seen
@@ -128,32 +132,34 @@ def _crossing(spots: Sequence[float], seen: Sequence[float], wanted: float) -> f
     return spots[-1]
 
 
-class Trial:
+class SequentialTest:
     """Settings of a path put to the test, one after the other, on one set of images."""
 
-    def __init__(self, bench: Bench, wish: Bound, reference: Reference, dense: Run | None) -> None:
-        self.bench, self.wish, self.reference, self.dense = bench, wish, reference, dense
-        self.accepted: Run | None = None
+    def __init__(
+        self, calibration_set: CalibrationSet, target: Bound, reference: Reference, dense: TrueRun | None
+    ) -> None:
+        self.calibration_set, self.target, self.reference, self.dense = calibration_set, target, reference, dense
+        self.accepted: TrueRun | None = None
         self.figures: dict[str, Any] = {}
         self._last: dict[str, Any] = {}
-        self._envelope = torch.zeros(len(bench), dtype=torch.float64)
+        self._envelope = torch.zeros(len(calibration_set), dtype=torch.float64)
 
     @classmethod
-    def on(cls, bench: Bench, wish: Bound) -> Trial:
-        if not wish.needs_labels:
-            return cls(bench, wish, dense_reference(bench), None)
-        truth = truth_reference(bench)
-        return cls(bench, wish, truth, true_run(bench, Dense(), truth, "dense"))
+    def on(cls, calibration_set: CalibrationSet, target: Bound) -> SequentialTest:
+        if not target.needs_labels:
+            return cls(calibration_set, target, dense_reference(calibration_set), None)
+        truth = truth_reference(calibration_set)
+        return cls(calibration_set, target, truth, true_run(calibration_set, Dense(), truth, "dense"))
 
-    def run(self, method: Method[Any]) -> Run:
-        return true_run(self.bench, method, self.reference, "true run")
+    def run(self, method: Method[Any]) -> TrueRun:
+        return true_run(self.calibration_set, method, self.reference, "true run")
 
     def ratio(self, method: Method[Any]) -> float:
         """What a setting loses over what it may."""
         run = self.run(method)
-        if self.wish.what == "max_miou_drop":
-            return self._drop(run)[0] / self.wish.value
-        return self.wish.losses(run, self.dense).mean().item() / self.wish.alpha
+        if self.target.what == "max_miou_drop":
+            return self._drop(run)[0] / self.target.value
+        return self.target.losses(run, self.dense).mean().item() / self.target.alpha
 
     def passes(self, method: Method[Any]) -> bool:
         run = self.run(method)
@@ -162,84 +168,86 @@ class Trial:
             self.accepted, self.figures = run, self._last
         return passed
 
-    def judge(self, run: Run) -> tuple[bool, dict[str, Any]]:
-        """Whether the wish is granted at this setting, and the figures that say so."""
-        wish, delta = self.wish, 1 - self.wish.confidence
-        if wish.what == "max_miou_drop":
+    def judge(self, run: TrueRun) -> tuple[bool, dict[str, Any]]:
+        """Whether the target is met at this setting, and the figures that say so."""
+        target, delta = self.target, 1 - self.target.confidence
+        if target.what == "max_miou_drop":
             drop, low, high = self._drop(run)
-            return high <= wish.value, {"miou_drop": drop, "miou_drop_interval": [low, high]}
-        losses = wish.losses(run, self.dense)
+            return high <= target.value, {"miou_drop": drop, "miou_drop_interval": [low, high]}
+        losses = target.losses(run, self.dense)
         n, mean = len(losses), losses.mean().item()
-        name = "share_of_images_above" if wish.images_above is not None else "mean_loss"
-        figures: dict[str, Any] = {name: mean * (wish.clip if wish.images_above is None else 1.0)}
-        if wish.in_expectation:
+        name = "share_of_images_above" if target.images_above is not None else "mean_loss"
+        figures: dict[str, Any] = {name: mean * (target.clip if target.images_above is None else 1.0)}
+        if target.in_expectation:
             self._envelope = torch.maximum(self._envelope, losses)
-            figures["mean_of_largest_losses"] = self._envelope.mean().item() * wish.clip
-            return risk_control.controls_expectation(self._envelope.mean().item(), n, wish.alpha), figures
-        if wish.images_above is not None:
-            p = risk_control.binomial(round(mean * n), n, wish.alpha).item()
+            figures["mean_of_largest_losses"] = self._envelope.mean().item() * target.clip
+            return risk_control.controls_expectation(self._envelope.mean().item(), n, target.alpha), figures
+        if target.images_above is not None:
+            p = risk_control.binomial(round(mean * n), n, target.alpha).item()
         else:
-            p = risk_control.hoeffding_bentkus(mean, n, wish.alpha).item()
+            p = risk_control.hoeffding_bentkus(mean, n, target.alpha).item()
         return p <= delta, {**figures, "p_value": p}
 
     def out_of_reach(self) -> str:
         """Why not even the first setting passed, and what would."""
-        wish, n = self.wish, len(self.bench)
-        asked = f"{wish.what}={wish.value:g}"
-        if wish.what == "max_miou_drop":
+        target, n = self.target, len(self.calibration_set)
+        asked = f"{target.what}={target.value:g}"
+        if target.what == "max_miou_drop":
             return (
                 f"{asked} is out of reach: the most careful exits may lose {self._last['miou_drop_interval'][1]:.2f}."
             )
-        if wish.images_above is not None:
+        if target.images_above is not None:
             share = self._last["share_of_images_above"]
             return (
-                f"{asked} is out of reach on all but {wish.images_above:g} of images: with the most careful exits "
+                f"{asked} is out of reach on all but {target.images_above:g} of images: with the most careful exits "
                 f"{share:.3f} of {n} exceed it; ask for a larger loss or share, or use --method dense."
             )
-        mean = self._last["mean_loss"] / wish.clip
-        if wish.in_expectation:
-            bound = math.ceil((n * mean + 1) / (n + 1) * wish.clip * 1e4) / 1e4
+        mean = self._last["mean_loss"] / target.clip
+        if target.in_expectation:
+            bound = math.ceil((n * mean + 1) / (n + 1) * target.clip * 1e4) / 1e4
         else:
-            bound = risk_control.smallest_bound(mean, n, wish.confidence) * wish.clip
+            bound = risk_control.smallest_bound(mean, n, target.confidence) * target.clip
         return (
             f"{asked} is out of reach: with the most careful exits {n} images support a bound of {bound:.4g}; ask for "
             "that or more, give more images, or use --method dense."
         )
 
-    def _drop(self, run: Run) -> tuple[float, float, float]:
+    def _drop(self, run: TrueRun) -> tuple[float, float, float]:
         assert self.dense is not None, "mIoU is compared with the dense model's"
-        return risk_control.bootstrap_drop(self.dense.confusion, run.confusion, self.wish.confidence)
+        return risk_control.bootstrap_drop(self.dense.confusion, run.confusion, self.target.confidence)
 
 
-def promise_of(wish: Bound, n: int, figures: dict[str, Any]) -> str:
+def guarantee_of(target: Bound, n: int, figures: dict[str, Any]) -> str:
     """What holds, in words, and what does not."""
-    if wish.what == "max_miou_drop":
+    if target.what == "max_miou_drop":
         low, high = figures["miou_drop_interval"]
         return (
             f"An estimate, not a guarantee: on {n} images mIoU falls by {figures['miou_drop']:.2f} points, and the "
-            f"bootstrap over images puts the fall between {low:.2f} and {high:.2f}, each end with {wish.confidence:g}."
+            f"bootstrap over images puts the fall between {low:.2f} and {high:.2f}, each end with "
+            f"{target.confidence:g}."
         )
     per_image = {"pixels": "of an image's pixels", "classes": "of pixels, averaged over an image's classes,"}[
-        wish.average
+        target.average
     ]
     loss = {
         "max_disagreement": f"the share {per_image} that differ from the dense model",
         "max_error_increase": f"the increase of the share {per_image} that are wrong, over the dense model's "
         "(a decrease counts as none)",
-    }[wish.what]
+    }[target.what]
     like = "Holds for images exchangeable with these, not for other cameras, weather or places."
-    if wish.images_above is not None:
+    if target.images_above is not None:
         return (
-            f"With confidence {wish.confidence:g} over the draw of {n} test images, at most {wish.images_above:g} of "
-            f"images like them have more than {wish.value:g} as {loss}. {like}"
+            f"With confidence {target.confidence:g} over the draw of {n} test images, at most "
+            f"{target.images_above:g} of "
+            f"images like them have more than {target.value:g} as {loss}. {like}"
         )
-    clipped = "" if wish.clip == 1.0 else f", clipped at {wish.clip:g} per image,"
-    if wish.in_expectation:
+    clipped = "" if target.clip == 1.0 else f", clipped at {target.clip:g} per image,"
+    if target.in_expectation:
         return (
-            f"On average over draws of {n} test images and of one more, {loss}{clipped} is at most {wish.value:g} on "
+            f"On average over draws of {n} test images and of one more, {loss}{clipped} is at most {target.value:g} on "
             f"that image. No confidence: for these {n} images in particular the mean may be higher. {like}"
         )
     return (
-        f"With confidence {wish.confidence:g} over the draw of {n} test images, the mean over images like them of "
-        f"{loss}{clipped} is at most {wish.value:g}. It bounds the mean, not every image. {like}"
+        f"With confidence {target.confidence:g} over the draw of {n} test images, the mean over images like them of "
+        f"{loss}{clipped} is at most {target.value:g}. It bounds the mean, not every image. {like}"
     )

@@ -3,7 +3,7 @@
 An exit pays if its head, rule and compaction take less time than the blocks behind it save. On a small image, with a
 narrow backbone or an expensive head, it may not. What that costs is measured once for a model, device and precision and
 kept in the user's cache folder; the choice then follows from the size of the image alone, never from what is in it or
-in the batch, so that the same picture always meets the same exits.
+in the batch, so that the same image always meets the same exits.
 """
 
 from __future__ import annotations

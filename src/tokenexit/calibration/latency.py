@@ -25,11 +25,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.engine.tokens import Tokens
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.methods import Dense, Method
-from tokenexit.methods.base import Model
+from tokenexit.methods.base import ModelView
 from tokenexit.runtime.cache import cached_path, keep, read_cached
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.runtime.schema import Between
@@ -124,23 +124,23 @@ def measure_latency(model: ExitSegmenter, method: Method[Any], precision: Precis
     with inference(device, precision):
         for side in SIDES:
             image = torch.randn(3, side * patch, side * patch, generator=generator).to(device)
-            tokens, around = model.backbone.embed([image]), model.for_methods()
-            blocks.append(_ms(partial(model.backbone.run, tokens, 0, 1), device))
+            tokens, around = model.backbone.embed([image]), model.view()
+            blocks.append(median_ms(partial(model.backbone.run, tokens, 0, 1), device))
             for n, times in enumerate(exits):
-                times.append(_ms(_exit_call(n, tokens, method, around), device))
-            whole = _ms(partial(model, [image], Dense()), device)
+                times.append(median_ms(_exit_call(n, tokens, method, around), device))
+            whole = median_ms(partial(model, [image], Dense()), device)
             rests.append(max(whole - depth * blocks[-1], 1e-3))
     counts = [float(side * side) for side in SIDES]
     through = partial(Curve.through, counts)
     return Latency(through(blocks), tuple(map(through, exits)), through(rests))
 
 
-def _exit_call(n: int, tokens: Tokens, method: Method[Any], around: Model) -> Callable[[], Any]:
+def _exit_call(n: int, tokens: Tokens, method: Method[Any], around: ModelView) -> Callable[[], Any]:
     state = method.start(tokens, around)
     return lambda: method.at_exit(n, tokens, state, around)
 
 
-def _ms(call: Callable[[], Any], device: torch.device) -> float:
+def median_ms(call: Callable[[], Any], device: torch.device) -> float:
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()
@@ -162,12 +162,14 @@ def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision
     return found
 
 
-def timed_runs(bench: Bench, method: Method[Any], title: str = "timing") -> list[float]:
+def timed_runs(calibration_set: CalibrationSet, method: Method[Any], title: str = "timing") -> list[float]:
     """Milliseconds of every image by itself; the first image runs once before."""
     times = []
-    for place in bench.progress(title)(range(len(bench))):
-        image = bench.model.preprocessing.to_tensor(bench.data[bench.indices[place]].image)
-        for _ in range(2 if place == 0 else 1):
-            _, ms = timed_forward(bench.model, image, method, (1, 1), bench.precision)
+    for position in calibration_set.progress(title)(range(len(calibration_set))):
+        image = calibration_set.model.preprocessing.to_tensor(
+            calibration_set.data[calibration_set.indices[position]].image
+        )
+        for _ in range(2 if position == 0 else 1):
+            _, ms = timed_forward(calibration_set.model, image, method, (1, 1), calibration_set.precision)
         times.append(ms)
     return times

@@ -1,7 +1,7 @@
 """Thresholds for what one can afford: a mean over images, and a cap on every image.
 
-The place on the path is found on the dense pass and corrected by a few true runs, since live tokens that lost context
-decide a little differently.
+The position on the path is found on the dense pass and corrected by a few true runs, since live tokens that lost
+context decide a little differently.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from tokenexit.calibration.dense_pass import Costs
-from tokenexit.calibration.threshold_path import place_where
+from tokenexit.calibration.dense_pass import MacTable
+from tokenexit.calibration.threshold_path import position_where
 from tokenexit.errors import ConfigError
 
 TOLERANCE = 0.01
@@ -25,10 +25,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Met(Generic[T]):
-    """The place on the path that was chosen, its predicted and its true cost, and the true run itself."""
+class BudgetFit(Generic[T]):
+    """The position on the path that was chosen, its predicted and its true cost, and the true run itself."""
 
-    place: float
+    position: float
     predicted: float
     reached: float
     run: T
@@ -41,36 +41,36 @@ def meet_budget(
     measured: Callable[[float], tuple[float, T]],
     tolerance: float = TOLERANCE,
     runs: int = TRUE_RUNS,
-) -> Met[T] | None:
+) -> BudgetFit[T] | None:
     """The least saving place of the path `[0, end]` whose true cost is at most `budget`; None if there is none.
 
-    predicted: cost at a place by the dense pass, falling. measured: the same by a true run, and the run. At most
-    `runs` true runs; between places known to be too dear and cheap enough, the next guess moves the prediction by
+    predicted: cost at a position by the dense pass, falling. measured: the same by a true run, and the run. At most
+    `runs` true runs; between positions known to be too dear and cheap enough, the next guess moves the prediction by
     what it was last wrong.
     """
-    best: Met[T] | None = None
+    best: BudgetFit[T] | None = None
     dear, cheap = 0.0, end
-    place = place_where(predicted, budget, end)
+    position = position_where(predicted, budget, end)
     for _ in range(runs):
-        guess = predicted(place)
-        reached, run = measured(place)
+        guess = predicted(position)
+        reached, run = measured(position)
         if reached <= budget:
-            cheap = min(cheap, place)
+            cheap = min(cheap, position)
             if best is None or reached > best.reached:
-                best = Met(place, guess, reached, run)
-            if reached >= (1 - tolerance) * budget or place == 0.0:
+                best = BudgetFit(position, guess, reached, run)
+            if reached >= (1 - tolerance) * budget or position == 0.0:
                 return best
         else:
-            dear = max(dear, place)
-            if place == end:
+            dear = max(dear, position)
+            if position == end:
                 return None
-        place = place_where(predicted, (1 - tolerance / 2) * budget - (reached - guess), end)
-        if not dear < place < cheap:
-            place = (dear + cheap) / 2 if best is not None or cheap < end else end
+        position = position_where(predicted, (1 - tolerance / 2) * budget - (reached - guess), end)
+        if not dear < position < cheap:
+            position = (dear + cheap) / 2 if best is not None or cheap < end else end
     return best
 
 
-def cap_shares(costs: Costs, live: Tensor, cap: float) -> tuple[float, ...]:
+def cap_shares(costs: MacTable, live: Tensor, cap: float) -> tuple[float, ...]:
     """Shares of an image's tokens that may go on after each exit so that no image costs more than `cap` of dense.
 
     live: `(n, E + 1)` counts at the chosen thresholds. Of all shares that keep the cap, those are taken that bind as

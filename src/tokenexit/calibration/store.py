@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from tokenexit.calibration.drift import Usual
+from tokenexit.calibration.drift import ReferenceStatistics
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.pretrained import CALIBRATE, CALIBRATION_FILE, CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
 from tokenexit.runtime.folder import current, replaced_together
@@ -28,17 +28,18 @@ MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE)
 class Calibration:
     """Thresholds chosen by intent.
 
-    asked: the wish and its options. promise: one or two sentences on what holds, and what does not. method: the
+    asked: the target and its options. guarantee: one or two sentences on what holds, and what does not. method: the
     specification that `build_method` takes. reached: figures on the calibration images. images: which they were.
-    usual: what scores look like on them, for the drift monitor. model: fingerprint of the weights. made: when, UTC.
+    reference_statistics: what scores look like on them, for the drift monitor. model: fingerprint of the weights. made:
+        when, UTC.
     """
 
     asked: dict[str, Any]
-    promise: str
+    guarantee: str
     method: dict[str, Any]
     reached: dict[str, Any]
     images: dict[str, Any]
-    usual: Usual
+    reference_statistics: ReferenceStatistics
     model: str
     made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
@@ -46,14 +47,14 @@ class Calibration:
         return {
             "format": FORMAT,
             "asked": self.asked,
-            "promise": self.promise,
+            "promise": self.guarantee,
             "method": self.method,
             "reached": self.reached,
             "images": self.images,
             "made": self.made,
             "made_with": {"tokenexit": __version__, "torch": torch.__version__, "machine": platform.machine()},
             "model": self.model,
-            "scores": self.usual.to_dict(),
+            "scores": self.reference_statistics.to_dict(),
         }
 
 
@@ -79,20 +80,20 @@ def write_calibration(calibration: Calibration, model: Path, out: Path) -> Path:
     return target
 
 
-def usual_of(model: ExitSegmenter) -> Usual:
+def reference_statistics_of(model: ExitSegmenter) -> ReferenceStatistics:
     """What scores looked like when the model was calibrated. Raises `CheckpointError` for a damaged file."""
     assert model.calibration is not None, "asked of calibrated models"
     try:
-        usual = Usual.from_dict(model.calibration["scores"])
+        reference = ReferenceStatistics.from_dict(model.calibration["scores"])
     except KeyError as missing:
         raise CheckpointError(
             f"{CALIBRATION_FILE} lacks {missing}, as of an earlier version: calibrate again."
         ) from None
     except (TypeError, ValueError, RuntimeError) as error:
         raise damaged(CALIBRATION_FILE, str(error).split("\n")[0], CALIBRATE) from None
-    if len(usual.mean) != len(model.config.exits):
+    if len(reference.mean) != len(model.config.exits):
         raise CheckpointError(f"{CALIBRATION_FILE} has scores of another model: calibrate again, or delete it.")
-    return usual
+    return reference
 
 
 def _same(a: Path, b: Path) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from tokenexit.calibration import risk_control
-from tokenexit.calibration.calibration_set import Run, error
+from tokenexit.calibration.calibration_set import TrueRun, error
 from tokenexit.errors import ConfigError
 
 Average = Literal["pixels", "classes"]
@@ -43,7 +43,7 @@ class Bound:
     average: of one image's error, over "pixels" or over the "classes" that its reference has.
     clip: the largest loss that an image counts with.
     images_above: bound the share of images that lose more than `value`, instead of the mean.
-    in_expectation: conformal risk control, a promise on average and without a confidence.
+    in_expectation: conformal risk control, a guarantee on average and without a confidence.
     """
 
     what: What
@@ -91,7 +91,7 @@ class Bound:
             return risk_control.needed_images_in_expectation(self.alpha)
         return risk_control.needed_images(self.alpha, self.confidence)
 
-    def losses(self, run: Run, dense: Run | None) -> Tensor:
+    def losses(self, run: TrueRun, dense: TrueRun | None) -> Tensor:
         """Per image, `(n,)` in [0, 1]: the clipped loss over its bound `clip`, or whether it exceeds `value`."""
         loss = error(run.confusion, self.average)
         if self.what == "max_error_increase":
@@ -102,14 +102,14 @@ class Bound:
         return loss.clamp(max=self.clip) / self.clip
 
 
-Wish = Budget | Bound
+CalibrationTarget = Budget | Bound
 
 
-def wish_of(options: Mapping[str, Any]) -> Wish:
-    """The wish among options by name: exactly one of those of `Budget` and `Bound`, and what goes with a bound."""
+def target_of(options: Mapping[str, Any]) -> CalibrationTarget:
+    """The target among options by name: exactly one of those of `Budget` and `Bound`, and what goes with a bound."""
     asked = {name: options[name] for name in (*UNITS, *WHAT) if options.get(name) is not None}
     if len(asked) != 1:
-        raise ConfigError(f"{len(asked)} wishes are given: give one of {', '.join((*UNITS, *WHAT))}.")
+        raise ConfigError(f"{len(asked)} targets are given: give one of {', '.join((*UNITS, *WHAT))}.")
     ((name, value),) = asked.items()
     own = {f.name: options[f.name] for f in fields(Bound) if options.get(f.name) is not None and f.name in options}
     if name in WHAT:

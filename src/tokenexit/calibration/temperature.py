@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.calibration_set import Bench
+from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
@@ -27,16 +27,16 @@ STEPS = 60
 """Halvings of the search: log T is found to 1e-15 of its range, which is more than enough."""
 
 
-def fit_temperature(bench: Bench, seed: int = 0) -> tuple[float, ...]:
+def fit_temperature(calibration_set: CalibrationSet, seed: int = 0) -> tuple[float, ...]:
     """Temperature of each exit's softmax, fitted to labelled images in a dense pass.
 
     seed: of the pixels that are drawn, up to 2,000 of each image. Raises `ConfigError` for ATM exit heads, whose scores
     are no softmax, and `DataError` for images without labels.
     """
-    check_classes(bench.model, bench.data)
-    if any(head.kind == "atm" for head in bench.model.for_methods().exit_heads):
+    check_classes(calibration_set.model, calibration_set.data)
+    if any(head.kind == "atm" for head in calibration_set.model.view().exit_heads):
         raise ConfigError("scores of ATM heads are no softmax and have no temperature: leave --fit-temperature out.")
-    samples = [_of_all_images(exit) for exit in _sampled(bench, seed)]
+    samples = [_of_all_images(exit) for exit in _sampled(calibration_set, seed)]
     return tuple(round(likeliest_temperature(logits, truth), 4) for logits, truth in samples)
 
 
@@ -60,13 +60,13 @@ def likeliest_temperature(logits: Tensor, truth: Tensor) -> float:
     return math.exp(-(low + high) / 2)
 
 
-def _sampled(bench: Bench, seed: int) -> list[list[tuple[Tensor, Tensor]]]:
+def _sampled(calibration_set: CalibrationSet, seed: int) -> list[list[tuple[Tensor, Tensor]]]:
     """For each exit and image, logits `(n, K)` and truth `(n,)` of the pixels that were drawn."""
-    model, labels = bench.model, bench.data.labels
+    model, labels = calibration_set.model, calibration_set.data.labels
     preprocessing = model.preprocessing
     generator = torch.Generator().manual_seed(seed)
     found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.config.exits]
-    for _, images, masks in bench.progress("temperatures")(bench.batches()):
+    for _, images, masks in calibration_set.progress("temperatures")(calibration_set.batches()):
         for image, mask in zip(images, masks):
             size = (image.shape[1], image.shape[2])
             truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
@@ -74,12 +74,12 @@ def _sampled(bench: Bench, seed: int) -> list[list[tuple[Tensor, Tensor]]]:
                 own = truth[top:bottom, left:right].flatten()
                 drawn = torch.randperm(len(own), generator=generator)[:PIXELS_PER_IMAGE]
                 drawn = drawn[own[drawn] != labels.ignore_index]
-                with inference(model.device, bench.precision):
-                    output = model([image[:, top:bottom, left:right]], Dense(), with_stages=True)
-                for exit, stage in zip(found, output.stages):
-                    assert stage.logits is not None, "stages are recorded"
-                    ((_, maps),) = unpack_grids(stage.logits.float(), [output.grid(0)], stage.scale)
-                    maps = resize_maps(maps, output.grid(0), output.patch_size, stage.upscale, output.sizes[0])
+                with inference(model.device, calibration_set.precision):
+                    output = model([image[:, top:bottom, left:right]], Dense(), with_records=True)
+                for exit, record in zip(found, output.exit_records):
+                    assert record.logits is not None, "exits are recorded"
+                    ((_, maps),) = unpack_grids(record.logits.float(), [output.grid(0)], record.scale)
+                    maps = resize_maps(maps, output.grid(0), output.patch_size, record.upscale, output.sizes[0])
                     exit.append((maps[0].flatten(1).cpu()[:, drawn].T, own[drawn]))
     return found
 

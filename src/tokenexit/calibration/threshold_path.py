@@ -1,11 +1,11 @@
 """A path of threshold vectors, from "nobody leaves" to "everybody leaves at the first exit".
 
-All wishes are granted on one path: a budget is the place where it costs so much, a bound the last place that passes.
+All targets are met on one path: a budget is the position where it costs so much, a bound the last position that passes.
 It is built on a dense pass, greedily: of all ways to let some more tokens leave at some exit, the one is taken that
 loses least agreement with the dense model for each multiply-add it saves. Limits never fall along the path, so
 decisions grow with it and losses nearly do.
 
-Legend: E exits, m points of the path. A limit is 1 - threshold: tokens leave if their doubt is below it.
+Legend: E exits, m points of the path. A limit is 1 - threshold: tokens leave if their uncertainty is below it.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenexit.calibration.dense_pass import Costs, DensePass, compose, live_counts
+from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts
 from tokenexit.methods import ThresholdMethod
 
 LEVELS = 40
-"""Limits that are tried at each exit: quantiles of the doubts of its tokens."""
+"""Limits that are tried at each exit: quantiles of the uncertainties of its tokens."""
 STEPS = (1, 2, 4)
 """How many levels at once a step may take, so that it is not stopped by one that gains nothing."""
 PATH_TOKENS = 60_000
@@ -30,7 +30,7 @@ DIGITS = 4
 
 
 @dataclass(frozen=True)
-class Path:
+class ThresholdPath:
     """limits: `(m, E)` fp64, from zeros on, never falling."""
 
     limits: Tensor
@@ -42,23 +42,27 @@ class Path:
     def end(self) -> float:
         return float(len(self.limits) - 1)
 
-    def at(self, place: float) -> tuple[float, ...]:
-        """Limits at a place in [0, m - 1], linear between points, to four significant digits."""
-        place = min(max(place, 0.0), self.end)
-        low = min(int(place), len(self.limits) - 2)
-        mixed = torch.lerp(self.limits[low], self.limits[low + 1], place - low)
+    def limits_at(self, position: float) -> tuple[float, ...]:
+        """Limits at a position in [0, m - 1], linear between points, to four significant digits."""
+        position = min(max(position, 0.0), self.end)
+        low = min(int(position), len(self.limits) - 2)
+        mixed = torch.lerp(self.limits[low], self.limits[low + 1], position - low)
         return tuple(float(f"{x:.{DIGITS}g}") for x in mixed.tolist())
 
 
-def even_path(num_exits: int) -> Path:
+def even_path(num_exits: int) -> ThresholdPath:
     """One threshold for all exits, from 1 to 0, as methods are set by hand; finer where models are sure."""
     limits = [0.0, *(2.0 ** (n / 2) for n in range(-20, 1))]
-    return Path(torch.tensor(limits, dtype=torch.float64)[:, None].expand(-1, num_exits))
+    return ThresholdPath(torch.tensor(limits, dtype=torch.float64)[:, None].expand(-1, num_exits))
 
 
 def build_path(
-    dense: DensePass, method: ThresholdMethod[Any], costs_of: Callable[[DensePass], Costs], average: str, price: Tensor
-) -> Path:
+    dense: DensePass,
+    method: ThresholdMethod[Any],
+    costs_of: Callable[[DensePass], MacTable],
+    average: str,
+    price: Tensor,
+) -> ThresholdPath:
     """The greedy path on the first images of the dense pass.
 
     average: see `DensePass.losses`. price: what leaving costs beyond a token's own loss, by exit, `(E + 1,)`.
@@ -66,15 +70,15 @@ def build_path(
     images = max(1, round(len(dense) * min(1.0, PATH_TOKENS / len(dense.image))))
     dense = dense.first(images) if images < len(dense) else dense
     costs, losses = costs_of(dense), dense.losses(average) + price[:, None] / len(dense.image)
-    levels = [_levels(doubt) for doubt in dense.doubt]
+    levels = [_levels(uncertainty) for uncertainty in dense.uncertainty]
     exits = range(len(levels))
 
     def limits(at: tuple[int, ...]) -> tuple[float, ...]:
         return tuple(levels[n][at[n]] for n in exits)
 
     def judge(at: tuple[int, ...]) -> tuple[float, float]:
-        stage = compose(dense, method, limits(at))
-        return losses.gather(0, stage[None]).sum().item(), costs.share(live_counts(dense, stage))
+        exit_index = compose(dense, method, limits(at))
+        return losses.gather(0, exit_index[None]).sum().item(), costs.mac_ratio(live_counts(dense, exit_index))
 
     here = (0,) * len(levels)
     loss, cost = judge(here)
@@ -93,19 +97,19 @@ def build_path(
                 if best is None or worth < best[0]:
                     best = worth, there, new_loss, new_cost
         if best is None:
-            return Path(torch.tensor(points, dtype=torch.float64))
+            return ThresholdPath(torch.tensor(points, dtype=torch.float64))
         _, here, loss, cost = best
         points.append(limits(here))
 
 
-def _levels(doubt: Tensor) -> list[float]:
+def _levels(uncertainty: Tensor) -> list[float]:
     """Limits that about 0/40, 1/40, ... of the tokens are below; the last lets everybody leave."""
-    ordered = doubt.float().sort().values
-    places = torch.linspace(0, len(ordered) - 1, LEVELS + 1).round().long()[1:-1]
-    return [0.0, *ordered[places].double().tolist(), 1.0]
+    ordered = uncertainty.float().sort().values
+    positions = torch.linspace(0, len(ordered) - 1, LEVELS + 1).round().long()[1:-1]
+    return [0.0, *ordered[positions].double().tolist(), 1.0]
 
 
-def place_where(value: Callable[[float], float], target: float, end: float) -> float:
+def position_where(value: Callable[[float], float], target: float, end: float) -> float:
     """The first place of the path at which a falling value is at most `target`, to a thousandth of a point; `end`
     if it never is."""
     low, high = 0.0, end

@@ -40,13 +40,13 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   train        train or fine-tune a model as a YAML says
   evaluate     accuracy and compute of a model on a dataset, several methods in one table
   calibrate    thresholds for a budget or a bounded loss, saved with the model
-  sweep        curves of mIoU against compute, several methods in one picture
-  report       one HTML file: curve, classes, compute by picture, cheapest and dearest pictures
-  predict      segment pictures: masks, overlays, exit maps
+  sweep        curves of mIoU against compute, several methods in one chart
+  report       one HTML file: curve, classes, compute by image, cheapest and dearest images
+  predict      segment images: masks, overlays, exit maps
   serve        a page to try a model on, and an HTTP API
   cost         multiply-adds of a model, without weights
   export       ONNX or a torch.export program, exits included, compared with the model first
-  gate         which exits pay on this machine at a picture's size, and why
+  gate         which exits pay on this machine at an image's size, and why
   convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
   data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
   doctor       what this machine and installation can do

@@ -26,20 +26,22 @@ def calibrate(arguments: list[str]) -> int:
     parser.add_argument("--data", help="dataset to calibrate on; that of the training if not given")
     parser.add_argument("--data-root", type=Path, help="folder of the dataset")
     parser.add_argument("--split", default="val", help="part of the dataset")
-    parser.add_argument("--images", nargs="+", type=Path, metavar="IMAGE|DIR", help="pictures without labels instead")
+    parser.add_argument("--images", nargs="+", type=Path, metavar="IMAGE|DIR", help="images without labels instead")
     parser.add_argument("--limit", type=int, help="so many images only, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn at random")
     parser.add_argument("--method", choices=method_names(), default="dtop", help="dtop, dovit or paumer")
     add_method_options(parser, without=("cap",))
     add_window_options(parser)
-    wish = parser.add_argument_group("what you wish for, one of").add_mutually_exclusive_group(required=True)
-    wish.add_argument("--budget", type=share, help="mean multiply-adds, at most this share of dense: 0.6, or 60%%")
-    wish.add_argument("--budget-gmacs", type=float, help="mean GMACs per image at most this")
-    wish.add_argument("--latency-ms", type=float, help="mean milliseconds per image at most this, on this machine")
-    wish.add_argument("--max-disagreement", type=share, help="share of pixels unlike the dense model; needs no labels")
-    wish.add_argument("--max-error-increase", type=share, help="share of wrong pixels over the dense model's")
-    wish.add_argument("--max-miou-drop", type=float, help="points of mIoU; an estimate, no guarantee")
-    wish.add_argument(
+    target = parser.add_argument_group("target, one of").add_mutually_exclusive_group(required=True)
+    target.add_argument("--budget", type=share, help="mean multiply-adds, at most this share of dense: 0.6, or 60%%")
+    target.add_argument("--budget-gmacs", type=float, help="mean GMACs per image at most this")
+    target.add_argument("--latency-ms", type=float, help="mean milliseconds per image at most this, on this machine")
+    target.add_argument(
+        "--max-disagreement", type=share, help="share of pixels unlike the dense model; needs no labels"
+    )
+    target.add_argument("--max-error-increase", type=share, help="share of wrong pixels over the dense model's")
+    target.add_argument("--max-miou-drop", type=float, help="points of mIoU; an estimate, no guarantee")
+    target.add_argument(
         "--cbt",
         type=float,
         nargs=2,
@@ -61,19 +63,19 @@ def calibrate(arguments: list[str]) -> int:
     if options.threshold is not None:
         raise ConfigError("--threshold is what calibrate chooses: leave it out, or give it to predict and evaluate.")
     if options.images is not None and (options.data is not None or options.data_root is not None):
-        raise ConfigError("--images are pictures and --data is a dataset: give one of the two.")
+        raise ConfigError("--images are files and --data is a dataset: give one of the two.")
     from tokenexit.calibration.calibrate import calibrate as run
-    from tokenexit.calibration.calibration_set import Bench, UnlabelledPictures, drawn
+    from tokenexit.calibration.calibration_set import CalibrationSet, UnlabelledImages, drawn
     from tokenexit.calibration.cbt import calibrate_by_class
     from tokenexit.calibration.store import write_calibration
-    from tokenexit.calibration.targets import wish_of
+    from tokenexit.calibration.targets import target_of
     from tokenexit.evaluation.evaluate import check_classes
     from tokenexit.inputs.labels import default_labels
     from tokenexit.methods import build_method
     from tokenexit.runtime.precision import inference
     from tokenexit.segmenter import ExitSegmenter
 
-    asked = None if options.cbt is not None else wish_of(vars(options))
+    asked = None if options.cbt is not None else target_of(vars(options))
     if asked is None and (options.fit_temperature or options.cap is not None):
         raise ConfigError("--cbt follows from labels alone: leave --cap and --fit-temperature out.")
     if options.fit_temperature and options.temperature is not None:
@@ -86,17 +88,17 @@ def calibrate(arguments: list[str]) -> int:
         about = {"data": name, "split": options.split}
     else:
         labels = model.preprocessing.labels or default_labels(model.config.num_classes)
-        data = UnlabelledPictures(options.images, labels)
+        data = UnlabelledImages(options.images, labels)
         about = {"data": ", ".join(map(str, options.images))}
     check_classes(model, data)
     indices = drawn(len(data), options.limit, options.seed)
-    bench = Bench(model, data, indices, options.precision, progress_bars())
+    calibration_set = CalibrationSet(model, data, indices, options.precision, progress_bars())
     with inference(model.device, options.precision):
         if asked is None:
-            result = calibrate_by_class(bench, method, options.cbt[0], options.cbt[1], about)
+            result = calibrate_by_class(calibration_set, method, options.cbt[0], options.cbt[1], about)
         else:
             result = run(
-                bench,
+                calibration_set,
                 method,
                 asked,
                 average=options.keep,
@@ -107,7 +109,7 @@ def calibrate(arguments: list[str]) -> int:
                 say=print,
             )
     path = write_calibration(result, options.model, options.out or options.model)
-    print(result.promise)
+    print(result.guarantee)
     predicted = result.reached.get("dense_pass_share_of_dense")
     beside = "" if predicted is None else f"; the dense pass predicted {predicted:.1%}"
     chosen = build_method(result.method).label

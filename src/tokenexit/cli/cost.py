@@ -23,7 +23,7 @@ def cost(arguments: list[str]) -> int:
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     positive("--num-classes", options.num_classes)
-    size = _size(options.image_size)
+    size = image_size(options.image_size)
     from tokenexit.outputs.ledger import dense_gmacs
 
     figures = dense_gmacs(options.backbone, options.head, options.num_classes, size, options.convention)
@@ -35,7 +35,7 @@ def cost(arguments: list[str]) -> int:
     return 0
 
 
-def _size(sides: list[int]) -> tuple[int, int]:
+def image_size(sides: list[int]) -> tuple[int, int]:
     for side in sides:
         positive("--image-size", side)
     if len(sides) > 2:

@@ -19,16 +19,16 @@ from tokenexit.cli.options import (
     in_windows,
     is_calibrated,
     machine_of,
-    one_voice,
     positive,
     progress_bar,
+    report_once,
     say_if_uncalibrated,
     set_windows,
 )
 from tokenexit.errors import ConfigError
 
 
-@one_voice()
+@report_once()
 def evaluate(arguments: list[str]) -> int:
     parser = command_parser("evaluate", "Accuracy and compute of a model on a dataset; all methods share one table.")
     parser.add_argument("model", type=Path, help="folder of a saved model")
@@ -45,7 +45,7 @@ def evaluate(arguments: list[str]) -> int:
     )
     add_method_options(parser, several=True)
     parser.add_argument(
-        "--gate", action="store_true", help="pass over exits that do not pay at a picture's size, see `tokenexit gate`"
+        "--gate", action="store_true", help="pass over exits that do not pay at an image's size, see `tokenexit gate`"
     )
     parser.add_argument(
         "--input-scale",
@@ -53,7 +53,7 @@ def evaluate(arguments: list[str]) -> int:
         nargs="+",
         default=[1.0],
         metavar="SCALE",
-        help="multiply the pictures' sides, predict at their own size; of several, each is a row of every method",
+        help="multiply the images' sides, predict at their own size; of several, each is a row of every method",
     )
     add_window_options(parser)
     parser.add_argument(
@@ -71,18 +71,18 @@ def evaluate(arguments: list[str]) -> int:
     from tokenexit.evaluation.evaluate import evaluate as run
     from tokenexit.evaluation.results import Scaled
     from tokenexit.report.evaluations import class_table, late_blocks_note, main_table, write_json
-    from tokenexit.runtime.distributed import from_first, joined, place, together
+    from tokenexit.runtime.distributed import all_or_none, from_first, process_group, rank_and_size
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method, options)
-    with joined():
-        with together():
+    with process_group():
+        with all_or_none():
             model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
             set_windows(model, options)
             name, data = dataset_of(options)
             methods = chosen_methods(model, asked)
             notes = [CALIBRATED if is_calibrated(model, method) else "" for method in methods]
-            if options.gate and place()[0] == 0:
+            if options.gate and rank_and_size()[0] == 0:
                 methods = [gated_by_size(model, method, options.precision) for method in methods]
         methods = from_first(methods)
         named = list(zip(methods, notes))
@@ -96,7 +96,7 @@ def evaluate(arguments: list[str]) -> int:
             references=("random", "oracle", "depths") if options.references else (),
             progress=progress_bar("evaluating"),
         )
-        if place()[0] != 0:
+        if rank_and_size()[0] != 0:
             return 0
     from rich.console import Console
 

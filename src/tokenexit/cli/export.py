@@ -27,13 +27,13 @@ def export(arguments: list[str]) -> int:
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file: name a folder.")
     from tokenexit.exporting.export import export_model
-    from tokenexit.exporting.pictures import compared_pictures
+    from tokenexit.exporting.pictures import compared_images
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method and [options.method], options)
     model = ExitSegmenter.from_pretrained(options.model)
     (method,) = chosen_methods(model, asked)
-    made = export_model(model, method, compared_pictures(model, options.images), options.out, options.format)
+    made = export_model(model, method, compared_images(model, options.images), options.out, options.format)
     say_if_uncalibrated(model, asked)
     print(
         f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\nin {made.runs} runs beside the model exits were the "

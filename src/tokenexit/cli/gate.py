@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tokenexit.cli.cost import _size
+from tokenexit.cli.cost import image_size
 from tokenexit.cli.method_options import add_method_options, method_names
 from tokenexit.cli.options import add_machine_options, asked_methods, chosen_methods, command_parser, machine_of
 
@@ -17,7 +17,7 @@ def gate(arguments: list[str]) -> int:
     add_method_options(parser)
     add_machine_options(parser)
     options = parser.parse_args(arguments)
-    size = _size(options.image_size)
+    size = image_size(options.image_size)
     from tokenexit.calibration.gating import gate as run
     from tokenexit.segmenter import ExitSegmenter
 

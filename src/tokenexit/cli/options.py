@@ -406,7 +406,7 @@ def exit_status(error: TokenExitError) -> int:
 
 
 @contextmanager
-def one_voice() -> Iterator[None]:
+def report_once() -> Iterator[None]:
     """Of several processes that fail alike, the first says why."""
     try:
         yield

@@ -16,9 +16,9 @@ from tokenexit.cli.options import (
     command_parser,
     is_calibrated,
     machine_of,
-    one_voice,
     positive,
     progress_bar,
+    report_once,
     say_if_uncalibrated,
     set_windows,
 )
@@ -34,7 +34,7 @@ PATIENCE = timedelta(days=30)
 """Processes meet at the end, when the slowest has done its share."""
 
 
-@one_voice()
+@report_once()
 def predict(arguments: list[str]) -> int:
     parser = command_parser(
         "predict",
@@ -82,21 +82,21 @@ def predict(arguments: list[str]) -> int:
     if not 0.1 <= options.fps <= 1000.0:
         raise ConfigError(f"--fps {options.fps:g} is no rate of frames: give one from 0.1 to 1000.")
     from tokenexit.calibration.drift import Monitor
-    from tokenexit.calibration.store import usual_of
+    from tokenexit.calibration.store import reference_statistics_of
     from tokenexit.prediction.outputs import OUTPUTS
     from tokenexit.prediction.predict_files import predict_files
-    from tokenexit.runtime.distributed import joined, place, together
+    from tokenexit.runtime.distributed import all_or_none, process_group, rank_and_size
     from tokenexit.segmenter import ExitSegmenter
 
     asked = asked_methods(options.method and [options.method], options)
-    with joined(PATIENCE):
-        with together():
+    with process_group(PATIENCE):
+        with all_or_none():
             model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
             set_windows(model, options)
             (method,) = chosen_methods(model, asked)
             calibrated = is_calibrated(model, method)
             gate = method.may_gate and not calibrated if options.gate is None else options.gate
-            monitor = Monitor(usual_of(model)) if calibrated and not gate else None
+            monitor = Monitor(reference_statistics_of(model)) if calibrated and not gate else None
         done = predict_files(
             model,
             options.images,
@@ -114,7 +114,7 @@ def predict(arguments: list[str]) -> int:
             progress=progress_bar("predicting"),
             say=_say,
         )
-        first = place()[0] == 0
+        first = rank_and_size()[0] == 0
     status = 1 if done.failed else 0
     if not first:
         return status
@@ -124,7 +124,7 @@ def predict(arguments: list[str]) -> int:
     if done.skipped:
         print(f"already there and left as they are: {done.skipped} (--overwrite makes them again)")
     if done.failed:
-        print(f"images segmented: {done.pictures}, failed: {len(done.failed)}")
+        print(f"images segmented: {done.images}, failed: {len(done.failed)}")
     else:
         *others, last = [OUTPUTS[name].title if name in OUTPUTS else "videos" for name in dict.fromkeys(options.save)]
         say_if_uncalibrated(model, asked)

@@ -34,7 +34,7 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
     second call starts anew.
     """
     from tokenexit.calibration.calibrate import calibrate
-    from tokenexit.calibration.calibration_set import Bench
+    from tokenexit.calibration.calibration_set import CalibrationSet
     from tokenexit.calibration.store import write_calibration
     from tokenexit.calibration.targets import Budget
     from tokenexit.data.registry import open_dataset
@@ -57,8 +57,8 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
 
     tune = open_dataset("scenes", None, "val", length=TUNE_IMAGES, size=SIZE)
     test = open_dataset("scenes", None, "test", length=TEST_IMAGES, size=SIZE)
-    bench, about = Bench(model, tune, range(TUNE_IMAGES)), {"data": "scenes", "split": "val"}
-    found = [calibrate(bench, method, Budget("budget", BUDGET), about=about) for method in (DToP(), DoViT())]
+    calibration_set, about = CalibrationSet(model, tune, range(TUNE_IMAGES)), {"data": "scenes", "split": "val"}
+    found = [calibrate(calibration_set, method, Budget("budget", BUDGET), about=about) for method in (DToP(), DoViT())]
     write_calibration(found[0], out / "model", out / "model")
     methods = [Dense(), *(build_method(one.method) for one in found)]
     console.print(
@@ -108,13 +108,13 @@ def write_results(
     names = data.labels.names
     write_json(out / "results.json", results, names, {"data": "scenes", "split": "test", "steps": steps})
     rows = [example(model, data[i], methods, data.labels) for i in range(min(SHOWN_IMAGES, len(data)))]
-    scenes, pictures = out / "scenes", out / "pictures"
-    for folder in (scenes, pictures):
+    scenes, images = out / "scenes", out / "pictures"
+    for folder in (scenes, images):
         folder.mkdir(parents=True, exist_ok=True)
     for i, figures in enumerate(rows):
         save_atomically(data[i].image, scenes / f"scene-{i}.png")
         sheet = panel([(figure.caption, figure.image) for figure in figures], height=256)
-        save_atomically(sheet, pictures / f"scene-{i}.png")
+        save_atomically(sheet, images / f"scene-{i}.png")
     report = write_report(
         out / "report.html",
         "Where the compute went",
@@ -122,7 +122,7 @@ def write_results(
         summary=summary(results),
         footer="Made by tokenexit quickstart.",
     )
-    paths = {"model": out / "model", "scenes": scenes, "pictures": pictures}
+    paths = {"model": out / "model", "scenes": scenes, "pictures": images}
     return {**paths, "figures": out / "results.json", "report": report}
 
 

@@ -24,7 +24,7 @@ from tokenexit.cli.options import (
 
 
 def report(arguments: list[str]) -> int:
-    parser = command_parser("report", "One HTML file: what a model reaches, what it costs, and on which pictures.")
+    parser = command_parser("report", "One HTML file: what a model reaches, what it costs, and on which images.")
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("--data", help="dataset, such as scenes, camvid, folder; that of the training if not given")
     parser.add_argument("--data-root", type=Path, help="folder of the dataset")
@@ -43,7 +43,7 @@ def report(arguments: list[str]) -> int:
         nargs="*",
         default=[0.9, 0.8, 0.7],
         metavar="SCALE",
-        help="dense on smaller pictures",
+        help="dense on smaller images",
     )
     parser.add_argument(
         "--references",
@@ -51,7 +51,7 @@ def report(arguments: list[str]) -> int:
         default="yes",
         help="lines of random exits and of a stop after each exit: a run more for each DToP row, and one for all stops",
     )
-    parser.add_argument("--examples", type=int, default=3, help="of the cheapest and of the dearest pictures")
+    parser.add_argument("--examples", type=int, default=3, help="of the cheapest and of the dearest images")
     add_window_options(parser)
     add_machine_options(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file")

@@ -20,9 +20,9 @@ def serve(arguments: list[str]) -> int:
     parser.add_argument("--token", help="that clients must send; better in the environment, as TOKENEXIT_TOKEN")
     limits = parser.add_argument_group("limits; what goes beyond is refused in one sentence")
     limits.add_argument("--max-upload-mb", type=int, default=20, help="of a request")
-    limits.add_argument("--max-pixels", type=int, default=2048 * 1024, help="of a picture; the page scales down to it")
+    limits.add_argument("--max-pixels", type=int, default=2048 * 1024, help="of an image; the page scales down to it")
     limits.add_argument("--max-pictures", type=int, default=16, help="of a request")
-    limits.add_argument("--queue", type=int, default=64, help="pictures under way at once")
+    limits.add_argument("--queue", type=int, default=64, help="images under way at once")
     limits.add_argument("--timeout", type=float, default=30.0, help="seconds for an upload, and for its answer")
     limits.add_argument(
         "--max-seconds", type=float, help="of the model for a request, as this machine is measured; half of --timeout"
@@ -31,7 +31,7 @@ def serve(arguments: list[str]) -> int:
     limits.add_argument("--connections", type=int, default=512, help="open at once; some more for health checks")
     limits.add_argument("--connections-per-address", type=int, default=128, help="open at once of one client")
     limits.add_argument("--silence", type=float, default=10.0, help="seconds in which a connection sends nothing")
-    limits.add_argument("--wait-ms", type=float, default=4.0, help="how long a picture waits to share a batch")
+    limits.add_argument("--wait-ms", type=float, default=4.0, help="how long an image waits to share a batch")
     add_window_options(parser)
     add_machine_options(parser)
     options = parser.parse_args(arguments)
@@ -54,7 +54,7 @@ def serve(arguments: list[str]) -> int:
             upload_bytes=options.max_upload_mb * 1_000_000,
             pixels=options.max_pixels,
             pictures=options.max_pictures,
-            places=options.queue,
+            slots=options.queue,
             seconds=options.timeout,
             work=options.timeout / 2 if options.max_seconds is None else options.max_seconds,
             drain=options.drain,

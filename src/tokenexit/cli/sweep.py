@@ -42,7 +42,7 @@ def sweep(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     for name in ("limit", "tune_limit", "points"):
         positive(f"--{name.replace('_', '-')}", getattr(options, name))
-    from tokenexit.calibration.calibration_set import Bench, drawn
+    from tokenexit.calibration.calibration_set import CalibrationSet, drawn
     from tokenexit.evaluation.evaluate import check_classes
     from tokenexit.report.sweep import sweep as run
     from tokenexit.runtime.precision import inference
@@ -61,8 +61,8 @@ def sweep(arguments: list[str]) -> int:
     progress = progress_bars()
     with inference(model.device, options.precision):
         rows = run(
-            Bench(model, data, tuple(range(count)), options.precision, progress),
-            Bench(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress),
+            CalibrationSet(model, data, tuple(range(count)), options.precision, progress),
+            CalibrationSet(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress),
             methods,
             by_hand,
             options.input_scale,

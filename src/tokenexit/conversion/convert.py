@@ -20,14 +20,14 @@ from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, source_named
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, under
-from tokenexit.conversion.sidecar import Beside, read_beside
+from tokenexit.conversion.sidecar import Sidecar, read_sidecar
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.heads import HEADS
 from tokenexit.hub.fetch import DEFAULT_FILES, HUB_PREFIX, resolve_weights
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 
 SHOWN = 5
@@ -126,7 +126,7 @@ class _Weights:
     what: str
     state: State
     meta: Mapping[str, Any]
-    beside: Beside
+    beside: Sidecar
 
 
 def convert(
@@ -231,7 +231,7 @@ def _read(source: str | Path, kind: str) -> _Weights:
     origin = source_named(found)
     if found == "timm" and any(key.startswith(HEADS_IN_STATE) for key in state):
         raise CheckpointError(f"{what} are those of a tokenexit model: load its folder as it is.")
-    beside = read_beside(found, lambda name: _find_beside(source, path, name))
+    beside = read_sidecar(found, lambda name: _find_beside(source, path, name))
     with _readable(what):
         renamed = origin.rename(state)
     return _Weights(found, origin, what, renamed, meta, beside)
@@ -391,7 +391,7 @@ def _put_file(target: Path, write: Callable[[Path], None]) -> None:
     """Write beside the target and rename, so that no half file ever has its name."""
     with _writable(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole(target) as unfinished:
+        with atomic_write(target) as unfinished:
             write(unfinished)
 
 

@@ -57,7 +57,7 @@ Find = Callable[[str], Path | None]
 
 
 @dataclass(frozen=True)
-class Beside:
+class Sidecar:
     """The files that were found say this.
 
     settings: fields of `ViTConfig`. normalisation: mean and std. files: names of those that were read."""
@@ -67,13 +67,13 @@ class Beside:
     files: tuple[str, ...] = ()
 
 
-def read_beside(kind: str, find: Find) -> Beside:
+def read_sidecar(kind: str, find: Find) -> Sidecar:
     """Read what belongs to weights of this kind. Raises `CheckpointError` for a damaged file."""
     readers = {"huggingface": _huggingface, "timm": _timm, "segmenter": _segmenter}
-    return readers[kind](find) if kind in readers else Beside()
+    return readers[kind](find) if kind in readers else Sidecar()
 
 
-def _huggingface(find: Find) -> Beside:
+def _huggingface(find: Find) -> Sidecar:
     config, processor = _read(find(HF_CONFIG), _HFConfig), _read(find(HF_PREPROCESSOR), _HFProcessor)
     settings: dict[str, Any] = {}
     files = [HF_CONFIG] if config is not None else []
@@ -92,23 +92,23 @@ def _huggingface(find: Find) -> Beside:
     if processor is not None and "image_mean" in processor and "image_std" in processor:
         files.append(HF_PREPROCESSOR)
         normalisation = (tuple(processor["image_mean"]), tuple(processor["image_std"]))
-    return Beside(settings, normalisation, tuple(files))
+    return Sidecar(settings, normalisation, tuple(files))
 
 
-def _timm(find: Find) -> Beside:
+def _timm(find: Find) -> Sidecar:
     pretrained = (_read(find(HF_CONFIG), _TimmConfig) or {}).get("pretrained_cfg", {})
     if "mean" not in pretrained or "std" not in pretrained:
-        return Beside()
-    return Beside({}, (tuple(pretrained["mean"]), tuple(pretrained["std"])), (HF_CONFIG,))
+        return Sidecar()
+    return Sidecar({}, (tuple(pretrained["mean"]), tuple(pretrained["std"])), (HF_CONFIG,))
 
 
-def _segmenter(find: Find) -> Beside:
+def _segmenter(find: Find) -> Sidecar:
     net = (_read(find(SEGMENTER_VARIANT), _SegmenterVariant) or {}).get("net_kwargs")
     if net is None:
-        return Beside()
+        return Sidecar()
     settings = {"num_heads": net["n_heads"]} if "n_heads" in net else {}
     known = {"vit": ((0.5,) * 3, (0.5,) * 3), "deit": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))}
-    return Beside(settings, known.get(net.get("normalization", "")), (SEGMENTER_VARIANT,))
+    return Sidecar(settings, known.get(net.get("normalization", "")), (SEGMENTER_VARIANT,))
 
 
 def _pair(value: Any) -> tuple[int, int]:

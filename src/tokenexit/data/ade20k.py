@@ -1,4 +1,4 @@
-"""ADE20K, the scene parsing challenge of 2016: 150 classes, 20,210 pictures to train and 2,000 to validate.
+"""ADE20K, the scene parsing challenge of 2016: 150 classes, 20,210 images to train and 2,000 to validate.
 
 Zhou et al.: Scene parsing through ADE20K dataset (2017). 0 in the mask files is void, 1 the first class.
 """

@@ -17,10 +17,10 @@ Mask: TypeAlias = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One picture and its truth.
+    """One image and its truth.
 
     image: RGB, H pixels high and W wide. mask: (H, W) class indices, void pixels at the dataset's ignore_index.
-    name: identifies the picture within its split.
+    name: identifies the image within its split.
 
     Raises `DataError` where image and mask do not belong together.
     """
@@ -52,7 +52,7 @@ class Sample:
 @runtime_checkable
 class SegmentationDataset(Protocol):
     """Samples by index, and what their mask values mean. Reading is lazy: opening a dataset decodes no
-    picture."""
+    image."""
 
     @property
     def labels(self) -> Labels: ...

@@ -1,6 +1,6 @@
 """CamVid: street scenes of 360x480 pixels, 11 classes, in the selection of the SegNet tutorial.
 
-367 pictures to train, 101 val, 233 test. Brostow, Fauqueur, Cipolla: Semantic object classes in video (2009).
+367 images to train, 101 val, 233 test. Brostow, Fauqueur, Cipolla: Semantic object classes in video (2009).
 Layout: `images/SPLIT`, `annotations/SPLIT`; void is 11 in the mask files. `val` shares its drive with `train`: choose
 settings on it, report on `test`.
 """

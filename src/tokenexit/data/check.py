@@ -66,7 +66,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Pictures in the order of their pixels: the first, the middle and the last; how many sizes there are."""
+    """Images in the order of their pixels: the first, the middle and the last; how many sizes there are."""
 
     smallest: Size
     median: Size

@@ -1,4 +1,4 @@
-"""Cityscapes, fine annotations: 19 classes, 2,975 pictures of 1024x2048 pixels to train and 500 to validate.
+"""Cityscapes, fine annotations: 19 classes, 2,975 images of 1024x2048 pixels to train and 500 to validate.
 
 Cordts et al.: The Cityscapes dataset for semantic urban scene understanding (2016). Masks are the files of train ids.
 """

@@ -1,4 +1,4 @@
-"""COCO-Stuff with 171 classes: the 10K pictures of 2014 (9,000 and 1,000) and the 164K of 2017 (118,287 and 5,000).
+"""COCO-Stuff with 171 classes: the 10K images of 2014 (9,000 and 1,000) and the 164K of 2017 (118,287 and 5,000).
 
 Caesar, Uijlings, Ferrari: COCO-Stuff: thing and stuff classes in context (2018). Masks are the files of train ids: in
 10K 0 is void and 1 the first class, in 164K 0 is the first class and 255 void.

@@ -23,7 +23,7 @@ _SHOWN = 3
 
 
 class Pair(NamedTuple):
-    """A picture and its mask; paths are text, since a dataset may hold hundreds of thousands."""
+    """An image and its mask; paths are text, since a dataset may hold hundreds of thousands."""
 
     name: str
     image: str
@@ -58,7 +58,7 @@ class Pairing:
 
 
 class FileDataset:
-    """Pairs of files; pictures and masks are decoded when asked for.
+    """Pairs of files; images and masks are decoded when asked for.
 
     unpaired: "refuse" files without partner, or "skip" them; `pairing.unpaired` lists them. note: a sentence on what
     was decided without being asked, such as how images were split.
@@ -122,7 +122,7 @@ def pair_folders(
     """
     image_files, mask_files = files_by_name(images, image_suffixes), files_by_name(masks, mask_suffixes)
     for folder, files, things, suffixes in (
-        (images, image_files, "pictures", image_suffixes),
+        (images, image_files, "images", image_suffixes),
         (masks, mask_files, "masks", mask_suffixes),
     ):
         if not files:

@@ -30,7 +30,7 @@ class Folders:
         return [home / folder for folder in (self.images, self.masks) if not (home / folder).is_dir()]
 
     def begun(self, home: Path) -> bool:
-        """Whether there are pictures, be the rest missing or not."""
+        """Whether there are images, be the rest missing or not."""
         return (home / self.images).is_dir()
 
     def pair(self, home: Path, hint: str) -> Pairing:

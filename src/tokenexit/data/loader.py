@@ -1,7 +1,7 @@
 """From samples to batches, in an order and with an augmentation that any run can repeat.
 
 Everything here is a pure function of the seed and of where training stands. Training reads one endless line
-of pictures: epoch 0 in its order, then epoch 1 in its order, and so on. Batch number `step` is the piece of
+of images: epoch 0 in its order, then epoch 1 in its order, and so on. Batch number `step` is the piece of
 that line from `step * batch_size` on; process r of N takes the r-th of N equal parts of the piece. To resume
 is to ask for the next step; nothing has to be saved but its number.
 
@@ -27,20 +27,20 @@ from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import Labels
 from tokenexit.inputs.preprocessing import Preprocessing
 
-# Two lines of random numbers grow from one seed: the order of pictures, and what happens to each picture.
+# Two lines of random numbers grow from one seed: the order of images, and what happens to each image.
 _ORDER, _AUGMENTATION = 0, 1
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Picture `index` in its turn of `epoch`."""
+    """Image `index` in its turn of `epoch`."""
 
     epoch: int
     index: int
 
 
 class Item(TypedDict):
-    """One picture for a model: image (3, H, W) float32 normalised, mask (H, W) int64 with void."""
+    """One image for a model: image (3, H, W) float32 normalised, mask (H, W) int64 with void."""
 
     image: torch.Tensor
     mask: torch.Tensor
@@ -64,7 +64,7 @@ class EvaluationBatch(TypedDict):
 
 
 class TrainingSet(Dataset[Item]):
-    """Augmented pictures of a dataset: `transform`, then the mean and std of `preprocessing`, not its resize.
+    """Augmented images of a dataset: `transform`, then the mean and std of `preprocessing`, not its resize.
 
     Ask with a `Draw(epoch, index)`, as `ResumableSampler` does, or with a plain index, which means the epoch
     of `set_epoch`. The draw is the safer way: worker processes that live on between epochs do not hear of
@@ -94,7 +94,7 @@ class TrainingSet(Dataset[Item]):
 
 
 class EvaluationSet(Dataset[Item]):
-    """Pictures as a user would give them: image through `preprocessing.to_tensor`, mask in its own size."""
+    """Images as a user would give them: image through `preprocessing.to_tensor`, mask in its own size."""
 
     def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
@@ -111,8 +111,8 @@ class EvaluationSet(Dataset[Item]):
 class ResumableSampler(Sampler[list[Draw]]):
     """Batches of draws, step after step, for `DataLoader(training_set, batch_sampler=..., collate_fn=...)`.
 
-    length: pictures in the dataset.
-    batch_size: pictures per step, over all processes; a multiple of `num_processes`.
+    length: images in the dataset.
+    batch_size: images per step, over all processes; a multiple of `num_processes`.
     seed: of the order; usually that of the TrainingSet.
     start_step, stop_step: the steps whose batches are yielded, stop excluded; None never ends.
     rank, num_processes: this process and how many there are. Together they see the batches of a single one,
@@ -166,7 +166,7 @@ class ResumableSampler(Sampler[list[Draw]]):
 
 
 class Cached:
-    """A dataset that decodes each picture once and keeps it, up to `max_bytes` in all.
+    """A dataset that decodes each image once and keeps it, up to `max_bytes` in all.
 
     What no longer fits is decoded each time.
     Kept masks are read-only, so that a transform that writes into its input fails loudly instead of spoiling
@@ -201,7 +201,7 @@ class Cached:
         return sample
 
     def preload(self) -> Cached:
-        """Decode all pictures that fit, now."""
+        """Decode all images that fit, now."""
         for index in range(len(self)):
             self[index]
             if index not in self._kept:
@@ -236,9 +236,9 @@ def epoch_order(length: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
 
 
 def step_draws(length: int, seed: int, step: int, batch_size: int) -> list[Draw]:
-    """The pictures of batch `step`: batch_size of the endless line, from step * batch_size on.
+    """The images of batch `step`: batch_size of the endless line, from step * batch_size on.
 
-    A batch may end one epoch and begin the next, so every batch is full and no picture is left out.
+    A batch may end one epoch and begin the next, so every batch is full and no image is left out.
     """
     first = step * batch_size
     return [
@@ -248,17 +248,16 @@ def step_draws(length: int, seed: int, step: int, batch_size: int) -> list[Draw]
 
 
 def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator that picture `index` draws its augmentation from in `epoch`."""
+    """The generator that image `index` draws its augmentation from in `epoch`."""
     return _generator(seed, _AUGMENTATION, epoch, index)
 
 
 def collate_training(items: Sequence[Item]) -> TrainingBatch:
-    """B pictures of one size -> one batch. Raises `DataError` where sizes differ."""
+    """B images of one size -> one batch. Raises `DataError` where sizes differ."""
     sizes = {tuple(item["mask"].shape) for item in items}
     if len(sizes) > 1:
         raise DataError(
-            f"training pictures of sizes {sorted(sizes)} cannot form one batch: let the transform end with "
-            "Pad or Resize."
+            f"training images of sizes {sorted(sizes)} cannot form one batch: let the transform end with Pad or Resize."
         )
     return TrainingBatch(
         image=torch.stack([item["image"] for item in items]),
@@ -268,7 +267,7 @@ def collate_training(items: Sequence[Item]) -> TrainingBatch:
 
 
 def collate_evaluation(items: Sequence[Item]) -> EvaluationBatch:
-    """B pictures, each of its own size, as lists."""
+    """B images, each of its own size, as lists."""
     return EvaluationBatch(
         image=[item["image"] for item in items],
         mask=[item["mask"] for item in items],

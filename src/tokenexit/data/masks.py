@@ -111,7 +111,7 @@ class IndexMasks:
 
 @dataclass(frozen=True)
 class ColourMasks:
-    """Files that paint every class in its colour of the palette: RGB, RGBA, palette or grey pictures.
+    """Files that paint every class in its colour of the palette: RGB, RGBA, palette or grey images.
 
     labels: the classes; each needs a colour of its own.
     ignore_colours: colours that are void.
@@ -197,7 +197,7 @@ def decode(mask_format: MaskFormat, codes: Codes, what: str) -> Mask:
 
 
 def read_index_image(path: str | Path) -> Codes:
-    """A one-channel picture as (H, W) integers, palette indices untouched.
+    """A one-channel image as (H, W) integers, palette indices untouched.
 
     Raises `DataError` for anything else.
     """

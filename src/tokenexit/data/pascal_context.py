@@ -1,4 +1,4 @@
-"""Pascal Context: 59 classes, or 60 with the background; 4,998 pictures to train and 5,105 to validate.
+"""Pascal Context: 59 classes, or 60 with the background; 4,998 images to train and 5,105 to validate.
 
 Mottaghi et al.: The role of context for object detection and semantic segmentation in the wild (2014). 0 in the mask
 files is the background: void with 59 classes, the first class with 60.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # so that names are known before torch is loaded
     from tokenexit.inputs.labels import Labels
 
 # name: "module:opener". The module is imported when the dataset is opened; the opener is called with root, split and
-# options. One without the parameter `root` makes its pictures itself. One with an attribute `splits(root)` says
+# options. One without the parameter `root` makes its images itself. One with an attribute `splits(root)` says
 # which splits there are; others have train, val and test. One with `known_split(split)` refuses unknown ones by it.
 DATASETS = {
     "ade20k": "tokenexit.data.ade20k:ADE20K",
@@ -46,7 +46,7 @@ def open_dataset(name: str, root: str | Path | None, split: str, **options: Any)
     return opener(split=split, **options) if home is None else opener(root=home, split=split, **options)
 
 
-def check_dataset(name: str, root: str | Path | None, split: str, **options: Any) -> None:
+def check_dataset_options(name: str, root: str | Path | None, split: str, **options: Any) -> None:
     """Raise what `open_dataset` would whatever lies in the folder, which need not be there."""
     opener = _opener(name)
     _check_options(name, options)

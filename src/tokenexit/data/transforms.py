@@ -1,4 +1,4 @@
-"""Joint transforms of a picture and its mask, with mmsegmentation's names and meanings.
+"""Joint transforms of an image and its mask, with mmsegmentation's names and meanings.
 
 Each is a frozen value called as `transform(sample, rng)`; all randomness comes from `rng`, so equal
 generators give equal samples. Images are resized bilinearly (with antialiasing where they shrink), masks by
@@ -76,8 +76,8 @@ class Resize:
 class RandomResize:
     """Scale by a factor drawn evenly from `ratio`, aspect ratio kept.
 
-    base: (long, short) in pixels, the box that factor 1 fits the picture into: the longer side reaches at
-    most `long`, the shorter at most `short`, as mmsegmentation's `scale`. None: the picture's own size.
+    base: (long, short) in pixels, the box that factor 1 fits the image into: the longer side reaches at
+    most `long`, the shorter at most `short`, as mmsegmentation's `scale`. None: the image's own size.
     """
 
     ratio: tuple[float, float] = (0.5, 2.0)
@@ -99,7 +99,7 @@ class RandomResize:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A window of (height, width), or of what the picture has where it is smaller (see `Pad`).
+    """A window of (height, width), or of what the image has where it is smaller (see `Pad`).
 
     A window in which one class holds `cat_max_ratio` or more of the judged pixels is drawn again, ten times
     at most; 1.0 takes the first. Pixels at `ignore_index` are not counted.

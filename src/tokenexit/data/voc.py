@@ -1,7 +1,7 @@
-"""PASCAL VOC 2012: 20 classes and the background; 1,464 pictures to train, 1,449 to validate.
+"""PASCAL VOC 2012: 20 classes and the background; 1,464 images to train, 1,449 to validate.
 
 Everingham et al.: The PASCAL visual object classes challenge (2010). Split "trainaug" adds the masks of Hariharan et
-al.: Semantic contours from inverse detectors (2011), 10,582 pictures in all; VOC's own masks come first.
+al.: Semantic contours from inverse detectors (2011), 10,582 images in all; VOC's own masks come first.
 """
 
 from tokenexit.data.layout import Layout, Listed, read_names

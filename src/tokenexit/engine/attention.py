@@ -25,10 +25,10 @@ from tokenexit.engine.tokens import Packing
 SCORES_IN_CACHE = 2**20
 """Attention scores that one piece of `_products` holds: 2 MiB in bf16, about a core's own cache."""
 
-Path = Literal["batched", "loop", "varlen", "padded"]
+AttentionPath = Literal["batched", "loop", "varlen", "padded"]
 
 
-def attention_path(device: torch.device, dtype: torch.dtype, uniform: bool = False) -> Path:
+def attention_path(device: torch.device, dtype: torch.dtype, uniform: bool = False) -> AttentionPath:
     """The implementation that `packed_attention` uses for this device and precision."""
     if uniform:
         return "batched"

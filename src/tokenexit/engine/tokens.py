@@ -144,7 +144,7 @@ def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:
     return canvas.index_copy(0, position, value.to(canvas.dtype))
 
 
-def alike(values: Sequence[object]) -> list[list[int]]:
+def group_equal(values: Sequence[object]) -> list[list[int]]:
     """Indices of equal values together, groups in the order of their first members; values need no hash."""
     groups: list[list[int]] = []
     for i, value in enumerate(values):
@@ -164,7 +164,7 @@ def unpack_grids(packed: Tensor, grids: Sequence[Grid], scale: int = 1) -> list[
     sizes = [h * w * scale * scale for h, w in grids]
     parts = packed.split(sizes)
     batches = []
-    for members in alike(grids):
+    for members in group_equal(grids):
         grid = grids[members[0]]
         rows = torch.stack([parts[i] for i in members]) if len(members) < len(grids) else packed
         height, width = grid[0] * scale, grid[1] * scale

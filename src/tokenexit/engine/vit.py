@@ -22,7 +22,7 @@ from tokenexit.engine import ops
 from tokenexit.engine.attention import packed_attention
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.tokens import Grid, Packing, Tokens, alike
+from tokenexit.engine.tokens import Grid, Packing, Tokens, group_equal
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, Share, check_fields
 
@@ -394,7 +394,7 @@ class ViT(nn.Module):
         shapes = [(image.shape[1], image.shape[2]) for image in images]
         grids = tuple(self.patch_embed.grid(*shape) for shape in shapes)
         rows: list[Tensor] = [torch.empty(0)] * len(images)
-        for members in alike(shapes):
+        for members in group_equal(shapes):
             batch = self.patch_embed(torch.stack([images[i] for i in members]))  # (b, C, h, w)
             embedded = self._embed_grid(batch)
             for i, image in zip(members, embedded):

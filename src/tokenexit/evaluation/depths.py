@@ -11,7 +11,7 @@ import torch
 
 from tokenexit.engine.tokens import Packing
 from tokenexit.heads import class_scores
-from tokenexit.methods import Stage
+from tokenexit.methods import ExitRecord
 from tokenexit.methods.base import Value
 from tokenexit.outputs.ledger import write_ledger
 from tokenexit.outputs.segmentation import SegmentationOutput
@@ -36,19 +36,22 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
     grids = [dense.grid(i) for i in range(len(dense))]
     tokens = dense.ledger.tokens
     outputs = []
-    for n, stage in enumerate(dense.stages):
-        ran = [replace(Stage(), head_tokens=tokens) if m == n else Stage() for m in range(len(dense.stages))]
+    for n, stage in enumerate(dense.exit_records):
+        ran = [
+            replace(ExitRecord(), head_tokens=tokens) if m == n else ExitRecord()
+            for m in range(len(dense.exit_records))
+        ]
         blocks = exits[n] if n < len(exits) else depth
         lengths = [[count + prefix for count in tokens]] * blocks + [[prefix] * len(tokens)] * (depth - blocks)
-        heads = model.for_methods().exit_heads
+        heads = model.view().exit_heads
         out = replace(
             dense,
-            exit_stage=tuple(torch.full_like(own, n) for own in dense.exit_stage),
+            exit_index=tuple(torch.full_like(own, n) for own in dense.exit_index),
             ledger=write_ledger(model.backbone, heads, model.decode_head, grids, lengths, ran),
-            stages=(),
+            exit_records=(),
         )
         if n < len(exits):
-            assert stage.logits is not None, "a pass with stages has the maps of all exits"
+            assert stage.logits is not None, "a pass with exit records has the maps of all exits"
             cells = [count * stage.scale**2 for count in tokens]
             softmax = stage.kind == "softmax"
             image = Packing.of(cells, stage.logits.device).image_index()

@@ -24,11 +24,11 @@ from tokenexit.evaluation.metrics import boundary_counts, boundary_iou, confusio
 from tokenexit.evaluation.results import Evaluation, Scaled
 from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Dense, Method, MethodLike, Truncated, as_method
-from tokenexit.methods.reference import Imposed, agreement_exits, random_counterpart, random_exits
+from tokenexit.methods.reference import PrescribedExits, agreement_exits, random_counterpart, random_exits
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.outputs.windows import Segmentation, WindowedOutput, window_boxes
-from tokenexit.runtime.distributed import gather, place, together
+from tokenexit.runtime.distributed import all_or_none, gather, rank_and_size
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
@@ -58,7 +58,7 @@ class Tally:
     def add(
         self,
         output: Segmentation,
-        picture: _Picture,
+        image: _EvaluatedImage,
         ignore_index: int,
         exits: Sequence[int],
         ms: float,
@@ -66,13 +66,13 @@ class Tally:
         """Count one image."""
         (label,) = output.labels
         classes = len(self.confusion)
-        confusion = confusion_matrix(label.cpu(), picture.truth, classes, ignore_index)
+        confusion = confusion_matrix(label.cpu(), image.truth, classes, ignore_index)
         self.confusion += confusion
-        self.boundary += torch.stack(boundary_counts(label.cpu(), picture.truth, classes, ignore_index))
+        self.boundary += torch.stack(boundary_counts(label.cpu(), image.truth, classes, ignore_index))
         ledger = output.ledger
         live = tuple(ledger.live[0][n] / ledger.tokens[0] for n in exits)
-        dense = picture.dense_macs / GIGA
-        self.images[picture.index] = ImageFigures(ledger.gmacs[0], dense, live, ms, class_counts(confusion))
+        dense = image.dense_macs / GIGA
+        self.images[image.index] = ImageFigures(ledger.gmacs[0], dense, live, ms, class_counts(confusion))
 
     def merge(self, other: Tally) -> None:
         """Take in the counts of other images."""
@@ -109,7 +109,7 @@ def evaluate(
 ) -> list[Evaluation]:
     """Run every method on every image, one image at a time and the methods in turn, so that their times compare.
 
-    methods: one for each row, or its name or specification; `Scaled` gives a method smaller pictures. limit: the first
+    methods: one for each row, or its name or specification; `Scaled` gives a method smaller images. limit: the first
     so many images only.
     references: reference lines behind the methods. "random": random exits at the counts of every DToP method; "oracle":
     the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop after each exit, and
@@ -137,17 +137,15 @@ def evaluate(
         _Row(row if isinstance(row, Scaled) else Scaled(as_method(row)), classes, "random" in lines) for row in methods
     ]
     scales = {row.tally.input_scale for row in rows}
-    oracle = Tally(Imposed(), "agreement oracle", classes) if "oracle" in lines else None
+    oracle = Tally(PrescribedExits(), "agreement oracle", classes) if "oracle" in lines else None
     depths = _depths(model) if "depths" in lines else []
-    rank, processes = place()
+    rank, processes = rank_and_size()
     with inference(model.device, precision):
         for first in (progress if rank == 0 else iter)(range(0, count, processes)):
-            with together():
+            with all_or_none():
                 if first + rank < count:
-                    picture = _Picture.of(data, first + rank, model, scales)
-                    _judge(
-                        model, picture, rows, oracle, depths, precision, data.labels.ignore_index, warm_up=first == 0
-                    )
+                    image = _EvaluatedImage.of(data, first + rank, model, scales)
+                    _judge(model, image, rows, oracle, depths, precision, data.labels.ignore_index, warm_up=first == 0)
     at_random = [row.at_random for row in rows if row.at_random is not None]
     has_dense = any(row.tally.method == Dense() and row.tally.input_scale == 1.0 for row in rows)
     tallies = [*(row.tally for row in rows), *at_random, *([oracle] if oracle else [])]
@@ -161,7 +159,7 @@ def evaluate(
 
 def _judge(
     model: ExitSegmenter,
-    picture: _Picture,
+    image: _EvaluatedImage,
     rows: Sequence[_Row],
     oracle: Tally | None,
     depths: Sequence[Tally],
@@ -172,29 +170,29 @@ def _judge(
     """Run all rows on one image and count what they say."""
 
     def run(tally: Tally, method: Method[Any]) -> Segmentation:
-        output, ms = timed_forward(model, picture.images[tally.input_scale], method, picture.size, precision)
-        tally.add(output, picture, ignore_index, model.config.exits, ms)
+        output, ms = timed_forward(model, image.images[tally.input_scale], method, image.size, precision)
+        tally.add(output, image, ignore_index, model.config.exits, ms)
         return output
 
     if warm_up:
         for row in rows:
-            timed_forward(model, picture.images[row.tally.input_scale], row.tally.method, (1, 1), precision)
+            timed_forward(model, image.images[row.tally.input_scale], row.tally.method, (1, 1), precision)
     for row in rows:
         output = run(row.tally, row.tally.method)
         if row.at_random is not None and row.counterpart is not None:
             # Seeded by the image alone, so that no other row changes what is drawn.
-            generator = torch.Generator().manual_seed(picture.index)
-            stages = [random_exits(stage, generator).flatten() for stage in _seen(output).exit_stage]
-            run(row.at_random, replace(row.counterpart, exit_stage=torch.cat(stages)))
+            generator = torch.Generator().manual_seed(image.index)
+            shuffled = [random_exits(exits, generator).flatten() for exits in _seen(output).exit_index]
+            run(row.at_random, replace(row.counterpart, exit_index=torch.cat(shuffled)))
     if oracle is None and not depths:
         return
     with inference(model.device, precision):
-        dense = model.segment([picture.images[1.0].to(model.device)], targets=[picture.size], with_stages=True)
+        dense = model.segment([image.images[1.0].to(model.device)], targets=[image.size], with_records=True)
         for tally, output in zip(depths, stopped(model, dense) if depths else []):
-            tally.add(output, picture, ignore_index, model.config.exits, math.nan)
+            tally.add(output, image, ignore_index, model.config.exits, math.nan)
     if oracle is not None:
         seen = _seen(dense)
-        run(oracle, Imposed(exit_stage=agreement_exits(seen.stages, seen.ledger.tokens)))
+        run(oracle, PrescribedExits(exit_index=agreement_exits(seen.exit_records, seen.ledger.tokens)))
 
 
 def _depths(model: ExitSegmenter) -> list[Tally]:
@@ -212,7 +210,7 @@ def _seen(output: Segmentation) -> SegmentationOutput:
 
 
 @dataclass(frozen=True)
-class _Picture:
+class _EvaluatedImage:
     """One image of the dataset: what the network is given, by input scale, its truth `(H, W)`, and the cost of dense
     at full size."""
 
@@ -222,7 +220,9 @@ class _Picture:
     dense_macs: int
 
     @classmethod
-    def of(cls, data: SegmentationDataset, index: int, model: ExitSegmenter, scales: Iterable[float]) -> _Picture:
+    def of(
+        cls, data: SegmentationDataset, index: int, model: ExitSegmenter, scales: Iterable[float]
+    ) -> _EvaluatedImage:
         sample, preprocessing = data[index], model.preprocessing
         images = {scale: preprocessing.to_tensor(sample.image, scale) for scale in {1.0, *scales}}
         height, width = images[1.0].shape[1:]

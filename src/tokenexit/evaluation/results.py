@@ -20,9 +20,9 @@ from tokenexit.methods import Method, spec_of
 class Evaluation:
     """What one method reached on one dataset.
 
-    gmacs, dense_gmacs, latency_ms: of every image; dense is the model without exits on pictures of full size. live:
+    gmacs, dense_gmacs, latency_ms: of every image; dense is the model without exits on images of full size. live:
     share of all patch tokens still computed after each exit, per image and exit. boundary_iou: percent. confusion:
-    `(K, K)` counts, truth by row. input_scale: what the sides of the pictures were multiplied by. counts: `(n, 3, K)`
+    `(K, K)` counts, truth by row. input_scale: what the sides of the images were multiplied by. counts: `(n, 3, K)`
     of every image, see `class_counts`; None where only totals are known.
     """
 
@@ -83,7 +83,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Scaled:
-    """A method on pictures whose sides are multiplied by `input_scale`; its maps come back at the full size.
+    """A method on images whose sides are multiplied by `input_scale`; its maps come back at the full size.
 
     Dense at a lower resolution is what early exits have to beat: it costs its user nothing. note: what the row's label
     adds in brackets, such as where thresholds are from.

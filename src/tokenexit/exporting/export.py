@@ -21,7 +21,7 @@ from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
 from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import Method, MethodLike, as_method, spec_of
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 
@@ -48,7 +48,7 @@ INPUT_STEPS = {
 `preprocessing`."""
 OUTPUT_STEPS = {
     "labels": "class of every pixel of the graph's input: of the image itself only where nothing is resized or cut",
-    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_stage), both "
+    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_index), both "
     "bilinear without aligned corners, cut to the window's size; windows are added up and divided by how many see a "
     "pixel; then bilinear to the image's own size, and the largest class",
     "exit_stage": "the exit at which each token left; the number of exits for those that stayed",
@@ -83,7 +83,7 @@ def export_model(
     written, if a file does not say what the model says.
     """
     if not images:
-        raise ConfigError("there is no picture to compare the file with the model on: give one.")
+        raise ConfigError("there is no image to compare the file with the model on: give one.")
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     method = as_method(method)
     check_exportable(model, method)
@@ -91,7 +91,7 @@ def export_model(
     path = out / FILES[format]
     program = trace(model, method)
     about = metadata(model, method)
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         write, open_file = (_write_onnx, _open_onnx) if format == "onnx" else (_write_torch, _open_torch)
         write(program, about, unfinished)
         runs = _compare(model, method, images, open_file(unfinished))
@@ -113,7 +113,7 @@ def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedPro
 def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
     """What a program that runs the file must know to say what `ExitSegmenter.predict` says."""
     labels = model.preprocessing.labels or default_labels(model.config.num_classes)
-    kinds = sorted({head.kind for head in (*model.for_methods().exit_heads, model.decode_head)})
+    kinds = sorted({head.kind for head in (*model.view().exit_heads, model.decode_head)})
     return {
         "tokenexit": __version__,
         "method": spec_of(method),
@@ -168,8 +168,8 @@ def _open_onnx(path: Path) -> Runner:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
     def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
-        labels, logits, stages = session.run(list(OUTPUTS), {"image": image, "thresholds": thresholds})
-        return labels, logits, stages
+        labels, logits, exit_index = session.run(list(OUTPUTS), {"image": image, "thresholds": thresholds})
+        return labels, logits, exit_index
 
     return run
 
@@ -180,8 +180,8 @@ def _open_torch(path: Path) -> Runner:
 
     @torch.no_grad()
     def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
-        labels, logits, stages = graph(torch.from_numpy(image), torch.from_numpy(thresholds))
-        return labels.numpy(), logits.numpy(), stages.numpy()
+        labels, logits, exit_index = graph(torch.from_numpy(image), torch.from_numpy(thresholds))
+        return labels.numpy(), logits.numpy(), exit_index.numpy()
 
     return run
 
@@ -220,10 +220,10 @@ def _run(
     for nudge in NUDGES:
         tried = np.clip(thresholds + np.float32(nudge), 0.0, 1.0).astype(np.float32)
         held = _held_to(method, tried)
-        labels, logits, stages = run(image[None].numpy(), tried)
+        labels, logits, exit_index = run(image[None].numpy(), tried)
         with torch.no_grad():
             ours, truth = model([image], held), exact([image.double()], held)
-        if all(np.array_equal(stages[0], other.exit_stage[0].numpy()) for other in (ours, truth)):
+        if all(np.array_equal(exit_index[0], other.exit_index[0].numpy()) for other in (ours, truth)):
             reference = truth.grid_logits[0].double().numpy()
             scale = max(1.0, float(np.abs(reference).max()))
             error, own_error = (

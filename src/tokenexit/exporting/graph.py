@@ -54,7 +54,7 @@ class ExitGraph(nn.Module):
 
     image: `(1, 3, H, W)`, as `Preprocessing` makes it; any height and width. thresholds: `(E,)` of the exits, or
     `(E, K)` if the method has one for each class. Returns labels `(1, H, W)` int64, the decode grid's logits or scores
-    `(1, K, h s, w s)`, and exit stages `(1, h, w)` int64.
+    `(1, K, h s, w s)`, and exit indices `(1, h, w)` int64.
     """
 
     def __init__(self, model: ExitSegmenter, method: Method[Any]) -> None:
@@ -68,13 +68,13 @@ class ExitGraph(nn.Module):
         embedded = backbone.embed([image[0]])
         values = {field.name: getattr(embedded, field.name) for field in fields(Tokens)}
         tokens = OneImage(**values, min_live=method.min_live)
-        result, _ = run_tokens(backbone, model.config.exits, tokens, method, model.for_methods())
+        result, _ = run_tokens(backbone, model.config.exits, tokens, method, model.view())
         ((h, w),) = tokens.grids
         head = model.decode_head
         maps = result.logits.view(1, h * head.scale, w * head.scale, -1).permute(0, 3, 1, 2).float()
         size = (image.shape[2], image.shape[3])
         labels = resize_maps(maps, (h, w), backbone.config.patch_size, head.upscale, size).argmax(dim=1)
-        return labels, maps.contiguous(), result.exit_stage.view(1, h, w)
+        return labels, maps.contiguous(), result.exit_index.view(1, h, w)
 
 
 def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:

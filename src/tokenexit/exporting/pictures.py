@@ -1,4 +1,4 @@
-"""Pictures that an exported file is compared with the model on."""
+"""Images that an exported file is compared with the model on."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from torch import Tensor
 
 from tokenexit.data.scenes import Scenes
 from tokenexit.inputs.images import load_image
-from tokenexit.inputs.sources import list_pictures
+from tokenexit.inputs.sources import list_images
 from tokenexit.segmenter import ExitSegmenter
 
 COUNT = 3
 SIZES = ((128, 192), (160, 120), (96, 96))
 
 
-def compared_pictures(model: ExitSegmenter, sources: Sequence[Path] | None = None) -> list[Tensor]:
-    """The first three pictures of `sources`, or three drawn scenes of different sizes, as the model takes them; of a
+def compared_images(model: ExitSegmenter, sources: Sequence[Path] | None = None) -> list[Tensor]:
+    """The first three images of `sources`, or three drawn scenes of different sizes, as the model takes them; of a
     model that takes windows, the first window of each."""
     if sources is None:
-        pictures = [Scenes(1, size, seed)[0].image for seed, size in enumerate(SIZES)]
+        images = [Scenes(1, size, seed)[0].image for seed, size in enumerate(SIZES)]
     else:
-        pictures = [load_image(path) for path in list(list_pictures(sources))[:COUNT]]
+        images = [load_image(path) for path in list(list_images(sources))[:COUNT]]
     height, width = model.preprocessing.window or (None, None)
-    return [model.preprocessing.to_tensor(picture)[:, :height, :width] for picture in pictures]
+    return [model.preprocessing.to_tensor(image)[:, :height, :width] for image in images]

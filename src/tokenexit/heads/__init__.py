@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.heads.atm import ATMHead
-from tokenexit.heads.base import Head, HeadKind, HeadOutput, class_scores, presence_probability
+from tokenexit.heads.base import Head, HeadOutput, ScoreKind, class_scores, presence_probability
 from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.pointwise import DINOv2LinearHead, FCNHead, LinearHead, SETRNaiveHead
 from tokenexit.heads.setr import SETRUpHead
@@ -57,13 +57,13 @@ __all__ = [
     "DINOv2LinearHead",
     "FCNHead",
     "Head",
-    "HeadKind",
     "HeadOutput",
     "HeadSpec",
     "LinearHead",
     "MaskTransformerHead",
     "SETRNaiveHead",
     "SETRUpHead",
+    "ScoreKind",
     "build_head",
     "class_scores",
     "normalize_head",

@@ -16,8 +16,8 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.heads.base import (
     Head,
-    HeadKind,
     HeadOutput,
+    ScoreKind,
     attention_heads,
     check_head_options,
     check_head_rate,
@@ -32,7 +32,7 @@ class ATMHead(Head):
     channels each if not given. dropout: in self-attention, cross-attention and MLP, 0.1 as published.
     """
 
-    kind: HeadKind = "atm"  # type: ignore[misc]
+    kind: ScoreKind = "atm"  # type: ignore[misc]
 
     def __init__(
         self,

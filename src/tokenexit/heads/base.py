@@ -21,7 +21,7 @@ from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, check
 
-HeadKind = Literal["softmax", "atm"]
+ScoreKind = Literal["softmax", "atm"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Head(nn.Module, ABC):
     upscale: bilinear step that belongs to the head and is still to be applied to its logits.
     """
 
-    kind: ClassVar[HeadKind] = "softmax"
+    kind: ClassVar[ScoreKind] = "softmax"
     needs_grid: ClassVar[bool] = False
     pointwise: ClassVar[bool] = False
     scale: int = 1
@@ -146,7 +146,7 @@ def presence_probability(presence: Tensor) -> Tensor:
     return presence.float().softmax(dim=-1)[..., 0]
 
 
-def class_scores(kind: HeadKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
+def class_scores(kind: ScoreKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
     """Return scores of the classes in [0, 1], fp32: softmax, or for ATM heads presence times sigmoid.
 
     The latter is that of DToP's release (`mmseg_custom/decode_heads/prune_head.py`).

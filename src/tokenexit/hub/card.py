@@ -82,7 +82,7 @@ def _what(config: Mapping[str, Any], parameters: int, trained_on: str | None) ->
         f"{backbone['patch_size']} pixels, {parameters / 1e6:.1f} million parameters with all heads.",
     ]
     if exits:
-        sentences.append(f"Tokens that are decided leave it after block {exits}: easy pictures cost less.")
+        sentences.append(f"Tokens that are decided leave it after block {exits}: easy images cost less.")
     return " ".join(sentences)
 
 
@@ -120,7 +120,7 @@ def _table(
         return ""
     about = _at(evaluation, "about")
     if isinstance(about, Mapping):
-        words = f"On {about.get('data')} ({about.get('split')}), {about.get('precision')}, mean of all pictures."
+        words = f"On {about.get('data')} ({about.get('split')}), {about.get('precision')}, mean of all images."
     else:
         words = f"On {_at(training, 'config', 'data', 'name')} (validation), at the end of training."
     cells = [["method", "mIoU", "GMACs", "of dense"], ["---", "---:", "---:", "---:"], *rows]
@@ -130,11 +130,11 @@ def _table(
 def _calibrated(calibration: Mapping[str, Any] | None) -> str:
     if calibration is None:
         return ""
-    wish, method, reached = (calibration.get(key) or {} for key in ("asked", "method", "reached"))
-    lines = [f"Asked for: {_pairs(wish)}.", f"Chosen: {_pairs(method)}.", str(calibration.get("promise", ""))]
+    target, method, reached = (calibration.get(key) or {} for key in ("asked", "method", "reached"))
+    lines = [f"Asked for: {_pairs(target)}.", f"Chosen: {_pairs(method)}.", str(calibration.get("promise", ""))]
     share = _number(reached.get("share_of_dense"))
     if share is not None:
-        lines.append(f"Compute on the calibration pictures: {share:.1%} of dense.")
+        lines.append(f"Compute on the calibration images: {share:.1%} of dense.")
     return "\n\n".join(line for line in lines if line)
 
 
@@ -161,7 +161,7 @@ def _classes(config: Mapping[str, Any]) -> str:
 
 
 def _licence(license: str | None, trained_on: str | None) -> str:
-    of = f" Pictures and labels of {trained_on} have terms of their own." if trained_on else ""
+    of = f" Images and labels of {trained_on} have terms of their own." if trained_on else ""
     return f"Weights: {license or 'not stated'}. Code: Apache-2.0.{of}"
 
 

@@ -1,4 +1,4 @@
-"""Images come in: any usual picture as RGB, 8 bits per channel, upright."""
+"""Reads images: any usual file as RGB, 8 bits per channel, upright."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import numpy.typing as npt
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.inputs.labels import Colour, _is_int
+from tokenexit.inputs.labels import Colour, is_int
 
 ImageSource: TypeAlias = str | Path | bytes | BinaryIO | Image.Image | npt.NDArray[Any]
 
-MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing a picture: 2 * (1 GiB / 4 / 3)
+MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing an image: 2 * (1 GiB / 4 / 3)
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 """Formats that are read, whatever a file is called: those that Pillow decodes itself, in this process.
 
@@ -43,7 +43,7 @@ def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, background: Co
     Raises `DataError` for everything else: missing, damaged or truncated files, other formats, too many pixels, no
     pixels, odd shapes, types and values; and `ConfigError` for a background that is no colour.
     """
-    if len(background) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in background):
+    if len(background) != 3 or not all(is_int(c) and 0 <= c <= 255 for c in background):
         raise ConfigError(f"background must be three whole numbers from 0 to 255, got {background!r}: give RGB.")
     if isinstance(source, Image.Image):
         return _to_rgb(source, f"image of mode {source.mode!r}", max_pixels, background)
@@ -92,7 +92,7 @@ def _decode(file: str | Path | BinaryIO, what: str, max_pixels: int, background:
 
 
 def _undecodable(what: str, error: Exception) -> DataError:
-    return DataError(f"{what} cannot be decoded ({decoder_reason(error)}): check that it is an undamaged picture.")
+    return DataError(f"{what} cannot be decoded ({decoder_reason(error)}): check that it is an undamaged image.")
 
 
 def decoder_reason(error: Exception) -> str:
@@ -172,7 +172,7 @@ def _array_to_rgb(array: npt.NDArray[Any], max_pixels: int, background: Colour) 
         )
     if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise DataError(
-            f"{what} is no picture: give (height, width) or (height, width, channels) with 1, 3 or 4 channels."
+            f"{what} is no image: give (height, width) or (height, width, channels) with 1, 3 or 4 channels."
         )
     _check_size(array.shape[0], array.shape[1], what, max_pixels)
     if array.ndim == 3 and array.shape[2] == 1:

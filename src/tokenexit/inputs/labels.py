@@ -27,8 +27,8 @@ class Labels:
 
     def __post_init__(self) -> None:
         # Lists (from JSON or YAML) become tuples, so that equal labels compare and hash equal.
-        object.__setattr__(self, "names", _as_tuple("names", self.names))
-        object.__setattr__(self, "palette", tuple(_as_tuple("palette", c) for c in _as_tuple("palette", self.palette)))
+        object.__setattr__(self, "names", as_tuple("names", self.names))
+        object.__setattr__(self, "palette", tuple(as_tuple("palette", c) for c in as_tuple("palette", self.palette)))
         if not self.names:
             raise ConfigError("labels.names is empty: name at least one class.")
         for name in self.names:
@@ -43,12 +43,12 @@ class Labels:
                 "colour per class."
             )
         for name, colour in zip(self.names, self.palette):
-            if len(colour) != 3 or not all(_is_int(c) and 0 <= c <= 255 for c in colour):
+            if len(colour) != 3 or not all(is_int(c) and 0 <= c <= 255 for c in colour):
                 raise ConfigError(
                     f"labels.palette gives {shown(colour)} for class {name!r}: a colour is three whole numbers "
                     "from 0 to 255."
                 )
-        if not _is_int(self.ignore_index):
+        if not is_int(self.ignore_index):
             raise ConfigError(f"labels.ignore_index is {shown(self.ignore_index)}: it must be a whole number.")
         if 0 <= self.ignore_index < len(self.names):
             raise ConfigError(
@@ -78,7 +78,7 @@ class Labels:
 
 def default_labels(num_classes: int) -> Labels:
     """Labels for a model without names: class_0, class_1, ..., each with its own colour, always the same."""
-    if not _is_int(num_classes) or num_classes < 1:
+    if not is_int(num_classes) or num_classes < 1:
         raise ConfigError(f"num_classes={num_classes!r} cannot be labelled: give a whole number of at least 1.")
     ignore_index = 255 if num_classes <= 255 else 65535
     return Labels(
@@ -104,11 +104,11 @@ def _spread_colour(code: int) -> Colour:
     return channels[0], channels[1], channels[2]
 
 
-def _is_int(value: object) -> bool:
+def is_int(value: object) -> bool:
     return fits(value, int)
 
 
-def _as_tuple(name: str, value: Any) -> tuple[Any, ...]:
+def as_tuple(name: str, value: Any) -> tuple[Any, ...]:
     if isinstance(value, (list, tuple)):
         return tuple(value)
     raise ConfigError(f"labels.{name} is {shown(value)}: give a list.")

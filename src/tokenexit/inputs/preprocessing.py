@@ -1,4 +1,4 @@
-"""From a picture to the tensor a model was trained on: size, mean and std, class names, colours.
+"""From an image to the tensor a model was trained on: size, mean and std, class names, colours.
 
 All of it is saved with the model, which gives wrong answers without a word under another preprocessing.
 
@@ -17,25 +17,25 @@ from PIL import Image
 
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.images import load_image
-from tokenexit.inputs.labels import Labels, _is_int
+from tokenexit.inputs.labels import Labels, is_int
 from tokenexit.runtime.schema import check_keys, fits, shown
 
 Resize: TypeAlias = Literal["none"] | int | tuple[int, int]
 
 MAX_SIDE = 8192
-"""The largest side in pixels that a model may resize pictures to, or cut them in."""
+"""The largest side in pixels that a model may resize images to, or cut them in."""
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an RGB picture to the model's input: resize, scale to 0..1, subtract `mean`, divide by `std`.
+    """From an RGB image to the model's input: resize, scale to 0..1, subtract `mean`, divide by `std`.
 
     mean, std: per channel (red, green, blue), in the pixel range 0..1.
-    resize: "none" keeps the picture's size; one number is the shortest side in pixels, aspect ratio kept;
+    resize: "none" keeps the image's size; one number is the shortest side in pixels, aspect ratio kept;
         (height, width) is exactly that size. Bilinear, with antialiasing where it shrinks.
     labels: what the model's class indices mean, if known.
-    window, stride: height and width of the windows in which the resized picture is segmented, and their distance;
-        one number stands for both. Without a stride windows touch; without a window the picture is taken as a whole.
+    window, stride: height and width of the windows in which the resized image is segmented, and their distance;
+        one number stands for both. Without a stride windows touch; without a window the image is taken as a whole.
 
     Raises `ConfigError` for values that cannot work.
     """
@@ -150,7 +150,7 @@ def _checked_pair(name: str, size: object) -> tuple[int, int]:
 
 
 def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
-    """(height, width) of a picture of `size` after `resize`; the long side is rounded, and at least one pixel."""
+    """(height, width) of an image of `size` after `resize`; the long side is rounded, and at least one pixel."""
     if isinstance(resize, str):
         return size
     if isinstance(resize, tuple):
@@ -161,7 +161,7 @@ def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
 
 
 def _is_side(value: Any) -> bool:
-    return _is_int(value) and 1 <= value <= MAX_SIDE
+    return is_int(value) and 1 <= value <= MAX_SIDE
 
 
 def _three_floats(name: str, value: Any) -> tuple[float, float, float]:

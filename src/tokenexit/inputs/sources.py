@@ -59,7 +59,7 @@ def list_sources(
     return named
 
 
-def list_pictures(sources: Sequence[Path], out: Path | None = None) -> dict[Path, str]:
+def list_images(sources: Sequence[Path], out: Path | None = None) -> dict[Path, str]:
     """List images as `list_sources` does, for callers that take no videos: raises `DataError` for one."""
     named = list_sources(sources, out)
     for path in filter(is_video, named):
@@ -181,39 +181,39 @@ def at_most(words: Sequence[str], most: int = 20) -> str:
 
 
 @dataclass(frozen=True)
-class Job:
+class WorkItem:
     """What one process takes: an image, images that are the frames of a film, or a video.
 
-    name: of its results. pictures: paths of images and the names of their results. video: a file to decode instead.
+    name: of its results. images: paths of images and the names of their results. video: a file to decode instead.
     """
 
     name: str
-    pictures: tuple[tuple[Path, str], ...] = ()
+    images: tuple[tuple[Path, str], ...] = ()
     video: Path | None = None
 
     @property
     def path(self) -> Path:
         """The video, or the first image."""
-        return self.video or self.pictures[0][0]
+        return self.video or self.images[0][0]
 
     @property
     def size(self) -> int:
         """Number of images, a video counting as one."""
-        return len(self.pictures) or 1
+        return len(self.images) or 1
 
 
-def jobs_of(named: Mapping[Path, str], films: bool) -> list[Job]:
+def jobs_of(named: Mapping[Path, str], films: bool) -> list[WorkItem]:
     """Make jobs of sources and the names of their results: images first, then videos.
 
     films: whether the images of a folder are the frames of one, in the order of their names.
     """
-    videos = [Job(name, video=path) for path, name in named.items() if is_video(path)]
+    videos = [WorkItem(name, video=path) for path, name in named.items() if is_video(path)]
     images = [(path, name) for path, name in named.items() if not is_video(path)]
     if not films:
-        return [*(Job(name, ((path, name),)) for path, name in images), *videos]
+        return [*(WorkItem(name, ((path, name),)) for path, name in images), *videos]
     folders = groupby(sorted(images), lambda image: image[0].parent)
     return [
-        *(Job(_name_of_film(folder, name), ((path, name), *rest)) for folder, ((path, name), *rest) in folders),
+        *(WorkItem(_name_of_film(folder, name), ((path, name), *rest)) for folder, ((path, name), *rest) in folders),
         *videos,
     ]
 

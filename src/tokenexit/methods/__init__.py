@@ -5,14 +5,14 @@ from dataclasses import fields
 from typing import Any
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods.base import Method, Model, Result, Stage
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result
 from tokenexit.methods.baselines import FixedRatio, Truncated
 from tokenexit.methods.dense import Dense
 from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.paumer import PAUMER
-from tokenexit.methods.reference import Imposed
+from tokenexit.methods.reference import PrescribedExits
 from tokenexit.methods.thresholded import ThresholdMethod
 from tokenexit.runtime.schema import check, hints
 
@@ -57,7 +57,7 @@ def as_method(method: MethodLike) -> Method[Any]:
 def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
     """The specification that `build_method` takes, as JSON has it: name and options that are not at their defaults,
     or all of them. Of prescribed exits it is the name alone."""
-    if isinstance(method, Imposed):
+    if isinstance(method, PrescribedExits):
         return {"name": method.name}
     if isinstance(method, Gated | GatedBySize):
         return {"name": method.name, "method": spec_of(method.method, whole), "closed": method.closed}
@@ -78,15 +78,15 @@ __all__ = [
     "DToP",
     "Dense",
     "DoViT",
+    "ExitRecord",
     "FixedRatio",
     "Gated",
     "GatedBySize",
     "Method",
     "MethodLike",
     "MethodSpec",
-    "Model",
+    "ModelView",
     "Result",
-    "Stage",
     "ThresholdMethod",
     "Truncated",
     "as_method",

@@ -19,17 +19,17 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadKind, HeadOutput, class_scores
+from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
 
 Value = Literal["logits", "scores"]
 """What a result holds: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
 
 
 @dataclass(frozen=True)
-class Model:
+class ModelView:
     """What a method may know of the model it runs on, for one call.
 
-    norm: the backbone's final LayerNorm. with_stages: record the full map of every exit, for losses and studies.
+    norm: the backbone's final LayerNorm. with_records: record the full map of every exit, for losses and studies.
     """
 
     exit_heads: Sequence[Head]
@@ -37,7 +37,7 @@ class Model:
     norm: Callable[[Tensor], Tensor]
     num_classes: int
     has_class_token: bool
-    with_stages: bool
+    with_records: bool
 
     @property
     def num_exits(self) -> int:
@@ -45,11 +45,11 @@ class Model:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ExitRecord:
     """What happened at one exit.
 
     head_tokens: patch tokens the exit head was run on, per image; empty if it did not run.
-    logits: if asked for, the full map at this stage `(cells scale^2, K)`: what exited earlier as stored, the rest
+    logits: if asked for, the full map at this exit `(cells scale^2, K)`: what exited earlier as stored, the rest
         from this head; else None.
     presence: the head's presence logits `(B, K, 2)` (ATM).
     seen: if maps are asked for, the tokens that the decode head was run on, after the final norm, for losses on
@@ -59,7 +59,7 @@ class Stage:
     head_tokens: tuple[int, ...] = ()
     logits: Tensor | None = None
     presence: Tensor | None = None
-    kind: HeadKind = "softmax"
+    kind: ScoreKind = "softmax"
     scale: int = 1
     upscale: int = 1
     seen: Tokens | None = None
@@ -70,15 +70,15 @@ class Result:
     """The finished map.
 
     logits: `(cells scale^2, K)`, class logits or scores as `value` says.
-    stages: one for each exit, and in the last place the decode head's, whose `logits` are those its loss is taken on;
-        empty for a head that did not run.
-    exit_stage: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+    exit_records: one for each exit, and in the last place the decode head's, whose `logits` are those its loss is taken
+        on; empty for a head that did not run.
+    exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
     """
 
     logits: Tensor
     value: Value
-    stages: tuple[Stage, ...]
-    exit_stage: Tensor
+    exit_records: tuple[ExitRecord, ...]
+    exit_index: Tensor
 
 
 Threshold = float | Sequence[float] | Tensor
@@ -180,19 +180,19 @@ class Method(ABC, Generic[State]):
         return ((run, self) for run in packs([h * w for h, w in grids], max_tokens))
 
     @abstractmethod
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         """Raise ConfigError, in one sentence, for a model the method cannot run on."""
 
     @abstractmethod
-    def start(self, tokens: Tokens, model: Model) -> State:
+    def start(self, tokens: Tokens, model: ModelView) -> State:
         """State before the first block; `tokens` are all tokens."""
 
     @abstractmethod
-    def at_exit(self, n: int, tokens: Tokens, state: State, model: Model) -> tuple[Tokens, State]:
+    def at_exit(self, n: int, tokens: Tokens, state: State, model: ModelView) -> tuple[Tokens, State]:
         """Exit `n`: grade, store, and return the tokens that go on."""
 
     @abstractmethod
-    def result(self, tokens: Tokens, state: State, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: State, model: ModelView) -> Result:
         """After the last block: the map of the whole grid."""
 
 
@@ -208,22 +208,24 @@ def packs(tokens: Sequence[int], max_tokens: int | None) -> list[range]:
 
 
 def all_stay(tokens: Tokens, num_exits: int) -> Tensor:
-    """`exit_stage` before anybody left, `(cells,)`."""
+    """`exit_index` before anybody left, `(cells,)`."""
     return torch.full((tokens.cells,), num_exits, dtype=torch.int64, device=tokens.x.device)
 
 
-def stage_of(head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None) -> Stage:
+def record_of(
+    head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None
+) -> ExitRecord:
     """The record of one run of `head` on `tokens`, with the map its loss is taken on."""
-    return Stage(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
+    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
 
 
-def decode_grid(patches: Tokens, stages: tuple[Stage, ...], exit_stage: Tensor, model: Model) -> Result:
+def decode_grid(patches: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
     """The decode head on the complete grid, as in every ordinary segmenter: final norm, head, scores for ATM."""
     patches = patches.with_x(model.norm(patches.x))
     head = model.decode_head
     out = head(patches)
-    final = stage_of(head, patches, out, out.logits, patches if model.with_stages else None)
+    final = record_of(head, patches, out, out.logits, patches if model.with_records else None)
     if head.kind == "softmax":
-        return Result(out.logits, "logits", (*stages, final), exit_stage)
+        return Result(out.logits, "logits", (*records, final), exit_index)
     scores = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
-    return Result(scores, "scores", (*stages, final), exit_stage)
+    return Result(scores, "scores", (*records, final), exit_index)

@@ -18,7 +18,7 @@ import torch
 from tokenexit.engine.tokens import Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import Method, Model, PerExit, Result, Stage, option, stage_of
+from tokenexit.methods.base import ExitRecord, Method, ModelView, PerExit, Result, option, record_of
 from tokenexit.methods.dtop import DToP, DToPState, Finish
 from tokenexit.methods.selection import Score
 from tokenexit.methods.thresholded import NEVER, per_exit
@@ -54,7 +54,7 @@ class FixedRatio(Method[DToPState]):
     def _dtop(self, cap: tuple[float, ...]) -> DToP:
         return DToP(NEVER, score=self.score, temperature=self.temperature, finish=self.finish, cap=cap)
 
-    def _for(self, model: Model) -> DToP:
+    def _for(self, model: ModelView) -> DToP:
         return self._dtop(per_exit(self.ratios, model.num_exits, "ratios"))
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
@@ -66,16 +66,16 @@ class FixedRatio(Method[DToPState]):
     def for_export(self) -> Method[Any]:
         self.refuse("a cap counts tokens on the host and cannot be exported: export dense, dtop or dovit.")
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         self._for(model).check(model)
 
-    def start(self, tokens: Tokens, model: Model) -> DToPState:
+    def start(self, tokens: Tokens, model: ModelView) -> DToPState:
         return self._for(model).start(tokens, model)
 
-    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: Model) -> tuple[Tokens, DToPState]:
+    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
         return self._for(model).at_exit(n, tokens, state, model)
 
-    def result(self, tokens: Tokens, state: DToPState, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
         return self._for(model).result(tokens, state, model)
 
 
@@ -99,33 +99,33 @@ class Truncated(Method[Result | None]):
         """Every exit as the end, the last one first."""
         return [replace(self, after=n) for n in range(num_exits, 0, -1)]
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         if self.after > model.num_exits:
             raise ConfigError(f"after={self.after} names no exit: the model has {model.num_exits}.")
-        if model.with_stages:
-            raise ConfigError("Truncated leaves no map at later exits: train and record stages with dense instead.")
+        if model.with_records:
+            raise ConfigError("Truncated leaves no map at later exits: train and record exits with dense instead.")
         head, decode_head = model.exit_heads[self.after - 1], model.decode_head
         if (head.scale, head.upscale) != (decode_head.scale, decode_head.upscale):
             raise ConfigError(
                 f"Truncated needs exit {self.after} and the end to have heads of one resolution: use the same head."
             )
 
-    def start(self, tokens: Tokens, model: Model) -> Result | None:
+    def start(self, tokens: Tokens, model: ModelView) -> Result | None:
         return None
 
-    def at_exit(self, n: int, tokens: Tokens, state: Result | None, model: Model) -> tuple[Tokens, Result | None]:
+    def at_exit(self, n: int, tokens: Tokens, state: Result | None, model: ModelView) -> tuple[Tokens, Result | None]:
         if n != self.after - 1:
             return tokens, state
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
         softmax = head.kind == "softmax"
         scores = out.logits if softmax else class_scores("atm", out.logits, out.presence, out.packing.image_index())
-        stages = [Stage()] * (model.num_exits + 1)
-        stages[n] = stage_of(head, patches, out, None)
-        exit_stage = torch.full((tokens.cells,), n, dtype=torch.int64, device=patches.x.device)
-        result = Result(scores, "logits" if softmax else "scores", tuple(stages), exit_stage)
+        records = [ExitRecord()] * (model.num_exits + 1)
+        records[n] = record_of(head, patches, out, None)
+        exit_index = torch.full((tokens.cells,), n, dtype=torch.int64, device=patches.x.device)
+        result = Result(scores, "logits" if softmax else "scores", tuple(records), exit_index)
         return tokens.keep(torch.zeros_like(patches.position, dtype=torch.bool)), result
 
-    def result(self, tokens: Tokens, state: Result | None, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: Result | None, model: ModelView) -> Result:
         assert state is not None, "check() has seen that the exit exists"
         return state

@@ -9,31 +9,31 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenexit.engine.tokens import Tokens
-from tokenexit.methods.base import Method, Model, Result, Stage, all_stay, decode_grid, stage_of
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, all_stay, decode_grid, record_of
 
 
 @dataclass(frozen=True)
-class Dense(Method[tuple[Stage, ...]]):
-    """No token leaves. The state is the stages seen so far."""
+class Dense(Method[tuple[ExitRecord, ...]]):
+    """No token leaves. The state is the exit records so far."""
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "Dense"
     has_exits: ClassVar[bool] = False
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         """Every model will do."""
 
-    def start(self, tokens: Tokens, model: Model) -> tuple[Stage, ...]:
+    def start(self, tokens: Tokens, model: ModelView) -> tuple[ExitRecord, ...]:
         return ()
 
     def at_exit(
-        self, n: int, tokens: Tokens, state: tuple[Stage, ...], model: Model
-    ) -> tuple[Tokens, tuple[Stage, ...]]:
-        if not model.with_stages:
-            return tokens, (*state, Stage())
+        self, n: int, tokens: Tokens, state: tuple[ExitRecord, ...], model: ModelView
+    ) -> tuple[Tokens, tuple[ExitRecord, ...]]:
+        if not model.with_records:
+            return tokens, (*state, ExitRecord())
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
-        return tokens, (*state, stage_of(head, patches, out, out.logits))
+        return tokens, (*state, record_of(head, patches, out, out.logits))
 
-    def result(self, tokens: Tokens, state: tuple[Stage, ...], model: Model) -> Result:
+    def result(self, tokens: Tokens, state: tuple[ExitRecord, ...], model: ModelView) -> Result:
         return decode_grid(tokens.patches(), state, all_stay(tokens, model.num_exits), model)

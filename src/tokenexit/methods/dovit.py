@@ -28,7 +28,17 @@ from torch import Tensor
 from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput
-from tokenexit.methods.base import Method, Model, Result, Stage, Thresholds, all_stay, decode_grid, option, stage_of
+from tokenexit.methods.base import (
+    ExitRecord,
+    Method,
+    ModelView,
+    Result,
+    Thresholds,
+    all_stay,
+    decode_grid,
+    option,
+    record_of,
+)
 from tokenexit.methods.selection import pooled_label, pooled_score
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_class
 
@@ -45,9 +55,9 @@ class DoViTState:
     full: Tokens
     keep: Tensor
     score: Tensor | None
-    exit_stage: Tensor
+    exit_index: Tensor
     label: Tensor
-    stages: tuple[Stage, ...] = ()
+    exit_records: tuple[ExitRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,7 @@ class DoViT(ThresholdMethod[DoViTState]):
     blend_weight: weight of the stopped tokens' mean in the class token, 0.5 as published, 0 without blend.
     batch_mode: "exact", or "mean" for the release's one token count per batch.
     scoring: "grid" scores all patches, as published; "live" skips stopped ones at inference, same result with heads
-        that look at one token at a time. Where stages are recorded, as in training, the grid is always scored.
+        that look at one token at a time. Where exits are recorded, as in training, the grid is always scored.
     detach_aux: stop the exit heads' losses from reaching the backbone; published: no.
     threshold_warmup: 0.875 in the Segmenter recipes.
     """
@@ -112,7 +122,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             raise ConfigError("batch_mode='mean' means nothing for one image: export with batch_mode='exact'.")
         return super().for_export()
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         super().check(model)
         if any(head.kind != "softmax" for head in model.exit_heads):
             raise ConfigError(
@@ -129,7 +139,7 @@ class DoViT(ThresholdMethod[DoViTState]):
                 "scoring='live' needs exit heads that look at one token at a time (linear, fcn): use scoring='grid'."
             )
 
-    def start(self, tokens: Tokens, model: Model) -> DoViTState:
+    def start(self, tokens: Tokens, model: ModelView) -> DoViTState:
         if self.batch_mode == "mean" and not tokens.packing.uniform:
             raise ConfigError(
                 "batch_mode='mean' needs images of one size in a batch: resize them, or use batch_mode='exact'."
@@ -139,13 +149,13 @@ class DoViT(ThresholdMethod[DoViTState]):
             tokens, keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
         )
 
-    def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: Model) -> tuple[Tokens, DoViTState]:
+    def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: ModelView) -> tuple[Tokens, DoViTState]:
         # Reconstruction: all tokens in grid order, stopped ones with stale features.
         full = _put_back(state.full, tokens)
         patches, live = full.patches(), tokens.patches()
 
         # Score, and decide; the decision carries no gradient.
-        score, label, stage = self._score_and_label(n, patches, live, model)
+        score, label, record = self._score_and_label(n, patches, live, model)
         with torch.no_grad():
             cells = cell_packing(tokens)
             was_live = scatter(torch.zeros_like(state.keep), live.position, torch.ones_like(live.position))
@@ -153,8 +163,8 @@ class DoViT(ThresholdMethod[DoViTState]):
             graded = Graded(score, label, cells, tokens.grids, model.num_classes, last_label, earlier=state.score)
             keep = state.keep & ~self.decide(n, graded, state.keep)
             chosen = keep if self.batch_mode == "exact" else _mean_count(keep, cells)
-            left = torch.where(was_live, n, state.exit_stage)
-            exit_stage = torch.where(chosen, model.num_exits, left)
+            left = torch.where(was_live, n, state.exit_index)
+            exit_index = torch.where(chosen, model.num_exits, left)
 
         # Carrier: the class token takes up the mean of everything stopped so far.
         if self.blend_weight > 0.0:
@@ -162,12 +172,12 @@ class DoViT(ThresholdMethod[DoViTState]):
             full = blend(full, mean, share > self.blend_trigger, self.blend_weight)
 
         # Separate: only the chosen tokens go on.
-        state = DoViTState(full, keep, score, exit_stage, last_label, (*state.stages, stage))
+        state = DoViTState(full, keep, score, exit_index, last_label, (*state.exit_records, record))
         return full.keep(chosen), state
 
-    def result(self, tokens: Tokens, state: DoViTState, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: DoViTState, model: ModelView) -> Result:
         full = _put_back(state.full, tokens)
-        return decode_grid(full.patches(), state.stages, state.exit_stage, model)
+        return decode_grid(full.patches(), state.exit_records, state.exit_index, model)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Patches above tau stop, and those whose score no longer grows (release, `do_vit.py`)."""
@@ -176,16 +186,18 @@ class DoViT(ThresholdMethod[DoViTState]):
             stop |= graded.score - graded.earlier < self.min_improvement
         return self.limit(n, graded, live & self.guard(graded, stop), live)
 
-    def grade(self, n: int, head: Head | Stage, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
+    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
         return pooled_score(out.logits, grids, head.scale, head.upscale, self.score, of_exit(self.temperature, n))
 
-    def _score_and_label(self, n: int, patches: Tokens, live: Tokens, model: Model) -> tuple[Tensor, Tensor, Stage]:
+    def _score_and_label(
+        self, n: int, patches: Tokens, live: Tokens, model: ModelView
+    ) -> tuple[Tensor, Tensor, ExitRecord]:
         """Score and class of every patch, `(cells,)` each, detached, and the record of the head's run.
 
         Patches that were not scored have a score of 0. Classes are named where a rule asks for them, else they are 0.
         """
         head = model.exit_heads[n]
-        on_grid = self.scores_grid or model.with_stages
+        on_grid = self.scores_grid or model.with_records
         seen = patches if on_grid else live
         if self.detach_aux:
             seen = seen.with_x(seen.x.detach())
@@ -198,7 +210,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             if not on_grid:
                 score = scatter(score.new_zeros(patches.cells), live.position, score)
                 label = scatter(label.new_zeros(patches.cells), live.position, label)
-        return score, label, stage_of(head, seen, out, out.logits if model.with_stages else None)
+        return score, label, record_of(head, seen, out, out.logits if model.with_records else None)
 
 
 def blend(full: Tokens, mean: Tensor, applies: Tensor, weight: float) -> Tokens:

@@ -26,7 +26,7 @@ from torch import Tensor
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput, class_scores
-from tokenexit.methods.base import Method, Model, Result, Stage, Value, all_stay, option, stage_of
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, Value, all_stay, option, record_of
 from tokenexit.methods.selection import confidence, scale_logits
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, of_exit, per_exit
 
@@ -45,9 +45,9 @@ class DToPState:
     logits: Tensor
     scores: Tensor | None
     presence: Tensor | None
-    exit_stage: Tensor
+    exit_index: Tensor
     label: Tensor
-    stages: tuple[Stage, ...] = ()
+    exit_records: tuple[ExitRecord, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class DToP(ThresholdMethod[DToPState]):
             )
         return super().for_export()
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         super().check(model)
         heads = (*model.exit_heads, model.decode_head)
         temperatures = per_exit(self.temperature, model.num_exits, "temperature")
@@ -111,24 +111,24 @@ class DToP(ThresholdMethod[DToPState]):
             raise ConfigError(
                 "finish='presence_last' needs ATM heads at every exit and at the end: use finish='frozen'."
             )
-        if model.with_stages and len(_kinds(model)) > 1:
+        if model.with_records and len(_kinds(model)) > 1:
             raise ConfigError(
-                "DToP cannot record stages of a model that mixes ATM and softmax heads, as training does: "
+                "DToP cannot record exits of a model that mixes ATM and softmax heads, as training does: "
                 "use one kind of head throughout."
             )
 
-    def start(self, tokens: Tokens, model: Model) -> DToPState:
+    def start(self, tokens: Tokens, model: ModelView) -> DToPState:
         empty = tokens.x.new_zeros((tokens.cells, model.num_classes), dtype=torch.float32)
         keeps_scores = _canvas_value(model, self.finish) == "scores"
         return DToPState(
             logits=empty,
             scores=empty if keeps_scores else None,
             presence=None,
-            exit_stage=all_stay(tokens, model.num_exits),
+            exit_index=all_stay(tokens, model.num_exits),
             label=torch.zeros(tokens.cells, dtype=torch.int64, device=tokens.x.device),
         )
 
-    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: Model) -> tuple[Tokens, DToPState]:
+    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
         # Score: the exit head sees live tokens only and writes what it says to the canvas.
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
@@ -142,11 +142,11 @@ class DToP(ThresholdMethod[DToPState]):
                 score, label, patches.packing, patches.grids, model.num_classes, state.label, patches.position
             )
             leaves = self.decide(n, graded, torch.ones_like(label, dtype=torch.bool))
-            stages = torch.where(leaves, n, model.num_exits)
-            exit_stage = state.exit_stage.index_copy(0, patches.position, stages)
+            left_at = torch.where(leaves, n, model.num_exits)
+            exit_index = state.exit_index.index_copy(0, patches.position, left_at)
 
         # Carrier: none but the tokens kept; whoever leaves is gone for later blocks.
-        return tokens.keep(~leaves), replace(state, exit_stage=exit_stage)
+        return tokens.keep(~leaves), replace(state, exit_index=exit_index)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Easy tokens leave, but for the k most confident of each predicted class (release, `PruneHead`)."""
@@ -154,17 +154,17 @@ class DToP(ThresholdMethod[DToPState]):
         stay = graded.most_confident(easy, self.keep_per_class)
         return self.limit(n, graded, easy & ~stay, live)
 
-    def grade(self, n: int, head: Head | Stage, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
+    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
         return self._score_and_label(n, head, out)[0]
 
-    def _score_and_label(self, n: int, head: Head | Stage, out: HeadOutput) -> tuple[Tensor, Tensor]:
+    def _score_and_label(self, n: int, head: Head | ExitRecord, out: HeadOutput) -> tuple[Tensor, Tensor]:
         """Score and predicted class of the tokens that the head saw, `(P,)` each."""
         logits = scale_logits(out.logits, of_exit(self.temperature, n))
         probabilities = class_scores(head.kind, logits, out.presence, out.packing.image_index())
         best, label = probabilities.max(dim=-1)
         return best if self.score == "probability" else confidence(probabilities, self.score), label
 
-    def result(self, tokens: Tokens, state: DToPState, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
         patches = tokens.patches()
         patches = patches.with_x(model.norm(patches.x))
         out = model.decode_head(patches)
@@ -173,11 +173,11 @@ class DToP(ThresholdMethod[DToPState]):
         if value == "logits" and model.decode_head.kind == "atm":  # presence_last
             image = cell_packing(tokens).image_index()
             scores = class_scores("atm", state.logits, state.presence, image)
-            return Result(scores, "scores", state.stages, state.exit_stage)
+            return Result(scores, "scores", state.exit_records, state.exit_index)
         canvas = state.logits if state.scores is None else state.scores
-        return Result(canvas, value, state.stages, state.exit_stage)
+        return Result(canvas, value, state.exit_records, state.exit_index)
 
-    def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: Model) -> DToPState:
+    def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
         """Write a head's output to the live cells of the canvas; exited cells stay as they are."""
         earlier = state.logits.detach() if self.detach_canvas else state.logits
         logits = scatter(earlier, patches.position, out.logits)
@@ -186,16 +186,18 @@ class DToP(ThresholdMethod[DToPState]):
             live = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
             scores = scatter(scores, patches.position, live)
         presence = _latest_presence(out, state.presence)
-        recorded = (logits, patches) if model.with_stages else (None, None)
-        stage = stage_of(head, patches, replace(out, presence=presence), *recorded)
-        return replace(state, logits=logits, scores=scores, presence=presence, stages=(*state.stages, stage))
+        recorded = (logits, patches) if model.with_records else (None, None)
+        record = record_of(head, patches, replace(out, presence=presence), *recorded)
+        return replace(
+            state, logits=logits, scores=scores, presence=presence, exit_records=(*state.exit_records, record)
+        )
 
 
-def _kinds(model: Model) -> set[str]:
+def _kinds(model: ModelView) -> set[str]:
     return {head.kind for head in (*model.exit_heads, model.decode_head)}
 
 
-def _canvas_value(model: Model, finish: str) -> Value:
+def _canvas_value(model: ModelView, finish: str) -> Value:
     """What the canvas must hold so that all its cells mean the same."""
     kinds = _kinds(model)
     if kinds == {"softmax"} or (kinds == {"atm"} and finish != "frozen"):

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.methods.base import Method, Model, Result, Stage, Thresholds
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, Thresholds
 
 
 @dataclass(frozen=True)
@@ -59,22 +59,22 @@ class Gated(_Wrapper):
 
     closed: tuple[int, ...] = ()
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         if any(not 0 <= n < model.num_exits for n in self.closed):
             raise ConfigError(f"closed={self.closed} names exits that are not there: this model has {model.num_exits}.")
-        if self.closed and model.with_stages:
+        if self.closed and model.with_records:
             raise ConfigError("closed exits leave no map for losses and studies: run the method itself instead.")
         self.method.check(model)
 
-    def start(self, tokens: Tokens, model: Model) -> Any:
+    def start(self, tokens: Tokens, model: ModelView) -> Any:
         return self.method.start(tokens, model)
 
-    def at_exit(self, n: int, tokens: Tokens, state: Any, model: Model) -> tuple[Tokens, Any]:
+    def at_exit(self, n: int, tokens: Tokens, state: Any, model: ModelView) -> tuple[Tokens, Any]:
         if n in self.closed:
-            return tokens, replace(state, stages=(*state.stages, Stage()))
+            return tokens, replace(state, exit_records=(*state.exit_records, ExitRecord()))
         return self.method.at_exit(n, tokens, state, model)
 
-    def result(self, tokens: Tokens, state: Any, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: Any, model: ModelView) -> Result:
         return self.method.result(tokens, state, model)
 
 
@@ -107,18 +107,18 @@ class GatedBySize(_Wrapper):
                 closed = numbers
         return Gated(self.method, closed) if closed else self.method
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         for _, closed in self.closed:
             Gated(self.method, closed).check(model)
         self.method.check(model)
 
-    def start(self, tokens: Tokens, model: Model) -> Any:
+    def start(self, tokens: Tokens, model: ModelView) -> Any:
         return self._of(tokens).start(tokens, model)
 
-    def at_exit(self, n: int, tokens: Tokens, state: Any, model: Model) -> tuple[Tokens, Any]:
+    def at_exit(self, n: int, tokens: Tokens, state: Any, model: ModelView) -> tuple[Tokens, Any]:
         return self._of(tokens).at_exit(n, tokens, state, model)
 
-    def result(self, tokens: Tokens, state: Any, model: Model) -> Result:
+    def result(self, tokens: Tokens, state: Any, model: ModelView) -> Result:
         return self._of(tokens).result(tokens, state, model)
 
     def _of(self, tokens: Tokens) -> Method[Any]:

@@ -1,6 +1,7 @@
 """Reference lines: the same engine with prescribed exits.
 
-`Imposed` lets every token leave at a given exit and is otherwise DToP. From it follow the lines that every result is
+`PrescribedExits` lets every token leave at a given exit and is otherwise DToP. From it follow the lines that every
+result is
 read against: random exits at matched counts, and the dense-pass agreement oracle.
 
 Legend: cells = all patches of all images, P live patch tokens, K classes.
@@ -19,16 +20,16 @@ from torch import Tensor
 from tokenexit.engine.tokens import Grid, Packing
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import Method, Stage
+from tokenexit.methods.base import ExitRecord, Method
 from tokenexit.methods.dtop import DToP
 from tokenexit.methods.thresholded import Graded
 
 
 @dataclass(frozen=True, eq=False)
-class Imposed(DToP):
+class PrescribedExits(DToP):
     """Every token leaves where it is told to, whatever its score; nobody is retained.
 
-    exit_stage: `(cells,)` int64 over the batch's flat canvas; `num_exits` is "stays to the end".
+    exit_index: `(cells,)` int64 over the batch's flat canvas; `num_exits` is "stays to the end".
     """
 
     name: ClassVar[str] = "imposed"
@@ -36,7 +37,7 @@ class Imposed(DToP):
     calibrates: ClassVar[bool] = False
     may_gate: ClassVar[bool] = False
 
-    exit_stage: Tensor | None = None
+    exit_index: Tensor | None = None
 
     def for_export(self) -> Method[Any]:
         self.refuse("exits imposed from outside are no method to export: choose dense, dtop or dovit.")
@@ -46,43 +47,43 @@ class Imposed(DToP):
         first_cell = [0, *accumulate(h * w for h, w in grids)]
         for run, _ in super().runs(grids, max_tokens):
             cells = slice(first_cell[run.start], first_cell[run.stop])
-            yield run, self if self.exit_stage is None else replace(self, exit_stage=self.exit_stage[cells])
+            yield run, self if self.exit_index is None else replace(self, exit_index=self.exit_index[cells])
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
-        assert self.exit_stage is not None, "Imposed is made with the stages it imposes"
+        assert self.exit_index is not None, "PrescribedExits is made with the exits it prescribes"
         assert graded.position is not None, "exits run on live tokens alone"
-        return self.exit_stage.to(graded.position.device).index_select(0, graded.position) == n
+        return self.exit_index.to(graded.position.device).index_select(0, graded.position) == n
 
 
-def random_counterpart(method: Method[Any]) -> Imposed | None:
+def random_counterpart(method: Method[Any]) -> PrescribedExits | None:
     """DToP with the exits still to be prescribed, for the line of random exits; None for other methods, whose carriers
     and results differ."""
-    return Imposed(finish=method.finish) if type(method) is DToP else None
+    return PrescribedExits(finish=method.finish) if type(method) is DToP else None
 
 
-def random_exits(exit_stage: Tensor, generator: torch.Generator) -> Tensor:
+def random_exits(exit_index: Tensor, generator: torch.Generator) -> Tensor:
     """The exits of one image in random places: as many tokens leave at each exit, but not the same ones."""
-    order = torch.randperm(exit_stage.numel(), generator=generator).to(exit_stage.device)
-    return exit_stage.flatten()[order].view_as(exit_stage)
+    order = torch.randperm(exit_index.numel(), generator=generator).to(exit_index.device)
+    return exit_index.flatten()[order].view_as(exit_index)
 
 
-def agreement_exits(stages: tuple[Stage, ...], cells: Sequence[int]) -> Tensor:
+def agreement_exits(records: tuple[ExitRecord, ...], cells: Sequence[int]) -> Tensor:
     """The dense-pass agreement oracle: each token's earliest exit whose class is the final one there and at all
     later exits.
 
-    stages: of a dense pass with every exit's map recorded, the decode head's last. cells: patches of each image.
+    records: of a dense pass with every exit's map recorded, the decode head's last. cells: patches of each image.
     Returns `(cells,)` int64. It knows the final answer, so it is a reference line and no method; nor is it a bound.
     Raises `ConfigError` for heads with more than one logit per token.
     """
-    if any(stage.scale > 1 for stage in stages):
+    if any(record.scale > 1 for record in records):
         raise ConfigError("the agreement oracle needs heads with one answer per token: use token heads.")
-    labels = torch.stack([_stage_labels(stage, cells) for stage in stages])  # (exits + 1, cells)
+    labels = torch.stack([_record_labels(record, cells) for record in records])  # (exits + 1, cells)
     agrees = (labels[:-1] == labels[-1]).long()
     to_the_end = agrees.flip(0).cumprod(0).sum(0)  # consecutive exits, counted from the last, that agree
     return len(agrees) - to_the_end
 
 
-def _stage_labels(stage: Stage, cells: Sequence[int]) -> Tensor:
-    assert stage.logits is not None, "the oracle is judged on a pass with stages"
-    image = Packing.of(cells, stage.logits.device).image_index()
-    return class_scores(stage.kind, stage.logits, stage.presence, image).argmax(dim=1)
+def _record_labels(record: ExitRecord, cells: Sequence[int]) -> Tensor:
+    assert record.logits is not None, "the oracle is judged on a pass with exit records"
+    image = Packing.of(cells, record.logits.device).image_index()
+    return class_scores(record.kind, record.logits, record.presence, image).argmax(dim=1)

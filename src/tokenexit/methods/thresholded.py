@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenexit.engine.tokens import Grid, Packing
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput
-from tokenexit.methods.base import Method, Model, PerExit, Stage, State, Threshold, Thresholds, option
+from tokenexit.methods.base import ExitRecord, Method, ModelView, PerExit, State, Threshold, Thresholds, option
 from tokenexit.methods.selection import Score, exceeds, keep_at_most, on_boundary, retain_top_k
 
 NEVER = 1.0
@@ -161,7 +161,7 @@ class ThresholdMethod(Method[State]):
             return self
         return replace(self, threshold=warmed_up(self.threshold, progress, self.threshold_warmup))
 
-    def check(self, model: Model) -> None:
+    def check(self, model: ModelView) -> None:
         check_threshold_sizes(self.threshold, model.num_exits, model.num_classes)
         check_cap_length(self.cap, model.num_exits)
         per_exit(self.temperature, model.num_exits, "temperature")
@@ -177,7 +177,7 @@ class ThresholdMethod(Method[State]):
         return label_of_thresholds(self.threshold) if name == "threshold" else super().option_label(name)
 
     @abstractmethod
-    def grade(self, n: int, head: Head | Stage, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
+    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
         """Scores of the tokens that an exit head answered for, `(P,)` fp32.
 
         head: the exit head, or the record of its run: how logits are to be read. out: what it said.

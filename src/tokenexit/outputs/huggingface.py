@@ -17,21 +17,21 @@ from tokenexit.outputs.windows import Segmentation
 
 
 def label_maps(outputs: Segmentation, target_sizes: Sequence[Size] | None = None) -> list[Tensor]:
-    """Class of every pixel, one `(H, W)` map per picture, as `post_process_semantic_segmentation` of their processors.
+    """Class of every pixel, one `(H, W)` map per image, as `post_process_semantic_segmentation` of their processors.
 
     target_sizes: height and width of each; those that were asked for in the call if not given.
     """
     if target_sizes is not None:
         if len(target_sizes) != len(outputs):
             raise ConfigError(
-                f"target_sizes has {len(target_sizes)} sizes for {len(outputs)} pictures: give one for each."
+                f"target_sizes has {len(target_sizes)} sizes for {len(outputs)} images: give one for each."
             )
         outputs = replace(outputs, targets=tuple((int(height), int(width)) for height, width in target_sizes))
     return list(outputs.labels)
 
 
 def segments(output: Segmentation, id2label: Mapping[int, str]) -> list[dict[str, Any]]:
-    """What their `image-segmentation` pipeline returns of one picture: for every class in it, in order, `label`, `mask`
+    """What their `image-segmentation` pipeline returns of one image: for every class in it, in order, `label`, `mask`
     (PIL, mode L, 255 in it and 0 elsewhere) and `score`, here the mean of the class's pixels (theirs is None)."""
     labels, scores = output.labels[0].cpu().numpy(), output.scores[0].cpu().numpy()
     return [
@@ -46,7 +46,7 @@ def segments(output: Segmentation, id2label: Mapping[int, str]) -> list[dict[str
 
 @dataclass(frozen=True)
 class ImageSegmentation:
-    """Called with a picture (path, PIL image, array) it returns its segments, with a list of them a list of these."""
+    """Called with an image (path, PIL image, array) it returns its segments, with a list of them a list of these."""
 
     predict: Callable[[ImageSource], Segmentation]
     id2label: Mapping[int, str]

@@ -12,13 +12,13 @@ from tokenexit.engine.ops import GIGA, Ops
 from tokenexit.engine.tokens import Grid
 from tokenexit.engine.vit import ViT, vit_config
 from tokenexit.heads import Head, HeadSpec, build_head
-from tokenexit.methods.base import Stage
+from tokenexit.methods.base import ExitRecord
 
 Size = tuple[int, int]
 
 
 @dataclass(frozen=True)
-class Parts:
+class MacsByPart:
     """Multiply-adds of one image by part of the network."""
 
     embed: int
@@ -42,7 +42,7 @@ class Ledger:
 
     live: tuple[tuple[int, ...], ...]
     tokens: tuple[int, ...]
-    parts: tuple[Parts, ...]
+    parts: tuple[MacsByPart, ...]
     dense_macs: tuple[int, ...]
 
     @property
@@ -70,24 +70,25 @@ def write_ledger(
     decode_head: Head,
     grids: Sequence[Grid],
     lengths: Sequence[Sequence[int]],
-    stages: Sequence[Stage],
+    records: Sequence[ExitRecord],
 ) -> Ledger:
     """Add up one call.
 
-    lengths: `[block][image]` tokens in every block, prefix included. stages: one for each exit, then the decode head's.
+    lengths: `[block][image]` tokens in every block, prefix included. records: one for each exit, then the decode
+        head's.
     """
     prefix = backbone.config.num_prefix_tokens
     live, parts, dense = [], [], []
     for i, grid in enumerate(grids):
         blocks = sum((backbone.block_ops(block[i]) for block in lengths), Ops())
         heads = Ops()
-        for head, stage in zip(exit_heads, stages):
-            if stage.head_tokens:
-                heads += head.ops(stage.head_tokens[i], grid)
-        final = decode_head.ops(stages[-1].head_tokens[i], grid) if stages[-1].head_tokens else Ops()
+        for head, record in zip(exit_heads, records):
+            if record.head_tokens:
+                heads += head.ops(record.head_tokens[i], grid)
+        final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
         embed = backbone.embed_ops(grid)
         live.append(tuple(block[i] - prefix for block in lengths))
-        parts.append(Parts(embed.macs, blocks.macs, heads.macs, final.macs))
+        parts.append(MacsByPart(embed.macs, blocks.macs, heads.macs, final.macs))
         dense.append(dense_ops(backbone, decode_head, grid).macs)
     return Ledger(tuple(live), tuple(h * w for h, w in grids), tuple(parts), tuple(dense))
 

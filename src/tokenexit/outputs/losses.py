@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.methods import Stage
+from tokenexit.methods import ExitRecord
 from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
 
 IgnoredPixels = Literal["left_out", "counted"]
@@ -41,7 +41,7 @@ def segmentation_loss(
 ) -> Tensor:
     """Return the loss to train a model with: that of the decode head plus `aux_weight` times that of every exit.
 
-    output: of a batch of images of one size, from a model in training mode, or called with `with_stages=True`.
+    output: of a batch of images of one size, from a model in training mode, or called with `with_records=True`.
     masks: `(B, H, W)` whole numbers, classes from 0 and `ignore_index`, usually at the size of the images; maps are
         resized to theirs.
     ignore_index: value of pixels that take part in no loss.
@@ -55,7 +55,7 @@ def segmentation_loss(
     without the decode head's map, `DataError` for masks that do not belong to the output.
     """
     _check_masks(output, masks, ignore_index)
-    *exits, final = output.stages
+    *exits, final = output.exit_records
     if final.logits is None:
         raise ConfigError("this output has no map of the decode head to take a loss of: run the model with Dense.")
     if aux_weight is None:
@@ -93,7 +93,7 @@ def _warn_without_gradient(exits: int, recorded: int, aux_weight: float) -> None
     if recorded < exits:
         warnings.warn(
             f"{exits - recorded} of {exits} exit heads get no gradient, as this output has no maps of them: call "
-            "model.train(), or the model with with_stages=True.",
+            "model.train(), or the model with with_records=True.",
             stacklevel=3,
         )
     elif aux_weight == 0:
@@ -102,7 +102,7 @@ def _warn_without_gradient(exits: int, recorded: int, aux_weight: float) -> None
 
 def stage_loss(
     output: SegmentationOutput,
-    stage: Stage,
+    stage: ExitRecord,
     masks: Tensor,
     ignore_index: int,
     class_weights: Sequence[float] | None = None,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid
 from tokenexit.errors import DataError
-from tokenexit.methods.base import Stage, Value
+from tokenexit.methods.base import ExitRecord, Value
 from tokenexit.outputs.ledger import Ledger, Size
 from tokenexit.outputs.upsampling import can_skip, labels_of_grid
 
@@ -30,25 +30,25 @@ class SegmentationOutput:
     grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale).
     value: "logits" before a softmax, or "scores" in [0, 1]: those of ATM heads (presence times sigmoid, not
         normalised over classes) and of models that mix kinds of heads.
-    exit_stage: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first;
+    exit_index: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first;
         `num_exits` where it stayed to the end.
     ledger: live tokens in every block and multiply-adds, per image.
     sizes: height and width of the images as the network saw them. targets: of the maps that `labels` and `logits`
         return. patch_size, upscale: how the grid lies on the image.
-    stages: records of the exits and the decode head, from which losses are taken in training.
+    exit_records: records of the exits and the decode head, from which losses are taken in training.
     loss: of the batch, where the model was called with `labels`.
     """
 
     grid_logits: tuple[Tensor, ...]
     value: Value
-    exit_stage: tuple[Tensor, ...]
+    exit_index: tuple[Tensor, ...]
     num_exits: int
     ledger: Ledger
     sizes: tuple[Size, ...]
     targets: tuple[Size, ...]
     patch_size: int
     upscale: int
-    stages: tuple[Stage, ...] = ()
+    exit_records: tuple[ExitRecord, ...] = ()
     loss: Tensor | None = None
 
     def __len__(self) -> int:
@@ -62,7 +62,7 @@ class SegmentationOutput:
         return SegmentationOutput(
             self.grid_logits[one],
             self.value,
-            self.exit_stage[one],
+            self.exit_index[one],
             self.num_exits,
             self.ledger[image],
             self.sizes[one],
@@ -105,7 +105,7 @@ class SegmentationOutput:
         return resized[0]
 
     def grid(self, image: int) -> Grid:
-        h, w = self.exit_stage[image].shape
+        h, w = self.exit_index[image].shape
         return h, w
 
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
@@ -181,7 +181,7 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     """Grid maps `(B, K, h s, w s)` to image size `(B, K, H, W)`, bilinear without aligned corners.
 
     The head's own `upscale` comes first; padding added for the patch size is cut off. out: another resolution of the
-    same picture to sample at, such as half of `size`.
+    same image to sample at, such as half of `size`.
     """
     # Packed rows arrive with classes innermost; interpolation and all that follows are faster on planes.
     maps = maps.contiguous()
@@ -200,13 +200,13 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
 # ------------------------------------------------------------------------------------------- results put together
 
 
-def joined(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
+def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
     """Several calls of one model as if they had been one; their outputs have the same exits and kind of values."""
     ledgers = [out.ledger for out in outputs]
     return replace(
         outputs[0],
         grid_logits=_chained(out.grid_logits for out in outputs),
-        exit_stage=_chained(out.exit_stage for out in outputs),
+        exit_index=_chained(out.exit_index for out in outputs),
         ledger=Ledger(
             live=_chained(ledger.live for ledger in ledgers),
             tokens=_chained(ledger.tokens for ledger in ledgers),
@@ -215,17 +215,17 @@ def joined(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
         ),
         sizes=_chained(out.sizes for out in outputs),
         targets=_chained(out.targets for out in outputs),
-        stages=tuple(map(_joined_stages, zip(*(out.stages for out in outputs)))),
+        exit_records=tuple(map(_concatenated_records, zip(*(out.exit_records for out in outputs)))),
     )
 
 
-def _joined_stages(stages: Sequence[Stage]) -> Stage:
+def _concatenated_records(records: Sequence[ExitRecord]) -> ExitRecord:
     """One exit in several calls."""
-    logits = [stage.logits for stage in stages if stage.logits is not None]
-    presence = [stage.presence for stage in stages if stage.presence is not None]
+    logits = [record.logits for record in records if record.logits is not None]
+    presence = [record.presence for record in records if record.presence is not None]
     return replace(
-        stages[0],
-        head_tokens=_chained(stage.head_tokens for stage in stages),
+        records[0],
+        head_tokens=_chained(record.head_tokens for record in records),
         logits=torch.cat(logits) if logits else None,
         presence=torch.cat(presence) if presence else None,
         seen=None,  # features of overlapping windows are not one map

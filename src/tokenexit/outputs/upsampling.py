@@ -3,7 +3,7 @@
 A pixel's logits are a mean of those of the four tokens around it, with weights that are not negative. If one class is
 the highest at all four, it is the highest of every such mean, whatever the weights. Only where corners differ, at the
 borders of things, is anything interpolated. The answer is that of `F.interpolate(...).argmax(0)`, for a fifth of its
-time on real pictures.
+time on real images.
 """
 
 from __future__ import annotations

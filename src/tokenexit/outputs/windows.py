@@ -1,11 +1,11 @@
-"""Pictures in windows: where they lie, how they are run, and one map of them all.
+"""Images in windows: where they lie, how they are run, and one map of them all.
 
 A window grid as mmsegmentation's: windows start at multiples of the stride; one that would cross the border is moved
-back inside, so that all keep their size; a picture smaller than the window is taken whole along that axis. Maps of the
+back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Maps of the
 windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the target.
 
 Windows of all images run packed, so many at a time that a budget of tokens is kept. What is kept of them are grid
-logits; maps of the whole picture are made on access, a few classes at a time, and never all classes at once. As with
+logits; maps of the whole image are made on access, a few classes at a time, and never all classes at once. As with
 images, a window's result does not depend on its companions (except DoViT's `batch_mode="mean"`).
 
 Legend: H, W height and width in pixels; K classes, k of them.
@@ -24,12 +24,12 @@ from torch import Tensor
 
 from tokenexit.methods import Method
 from tokenexit.methods.base import Value
-from tokenexit.outputs.ledger import Ledger, Parts, Size
+from tokenexit.outputs.ledger import Ledger, MacsByPart, Size
 from tokenexit.outputs.segmentation import (
     SegmentationOutput,
     argmax_by_tiles,
     check_finite,
-    joined,
+    concatenated,
     resize_maps,
     scores_by_tiles,
     stack_equal,
@@ -83,7 +83,7 @@ def segment_windows(
     crops = [image[:, top:bottom, left:right] for image, own in zip(images, boxes) for top, left, bottom, right in own]
     grids = [(-(-crop.shape[1] // patch_size), -(-crop.shape[2] // patch_size)) for crop in crops]
     outputs = [forward(crops[run.start : run.stop], own) for run, own in method.runs(grids, max_tokens)]
-    return WindowedOutput(joined(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
+    return WindowedOutput(concatenated(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class WindowedOutput:
     targets: tuple[Size, ...]
 
     patch_size: ClassVar[int] = 1
-    """Pixels along a cell of `exit_stage`."""
+    """Pixels along a cell of `exit_index`."""
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -110,7 +110,7 @@ class WindowedOutput:
             raise IndexError(f"image {image} of an output of {len(self)} images")
         image %= len(self)
         one, own = slice(image, image + 1), self._own(image)
-        windows = joined([self.windows[n] for n in range(own.start, own.stop)])
+        windows = concatenated([self.windows[n] for n in range(own.start, own.stop)])
         return WindowedOutput(windows, self.boxes[one], self.sizes[one], self.targets[one])
 
     def __iter__(self) -> Iterator[WindowedOutput]:
@@ -138,15 +138,15 @@ class WindowedOutput:
         return Ledger(
             live=tuple(tuple(map(sum, zip(*windows.live[part]))) for part in own),
             tokens=tuple(sum(windows.tokens[part]) for part in own),
-            parts=tuple(Parts(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in own),
+            parts=tuple(MacsByPart(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in own),
             dense_macs=tuple(sum(windows.dense_macs[part]) for part in own),
         )
 
     @property
-    def exit_stage(self) -> tuple[Tensor, ...]:
+    def exit_index(self) -> tuple[Tensor, ...]:
         """`(H, W)` int64 per image: the exit at which a pixel's tokens left, mean over the windows that see it.
 
-        Halves are rounded up, to the later exit. The maps of single windows are `windows.exit_stage`.
+        Halves are rounded up, to the later exit. The maps of single windows are `windows.exit_index`.
         """
         return tuple(self._exit_stage(image) for image in range(len(self)))
 
@@ -195,7 +195,7 @@ class WindowedOutput:
 
     def _seen(self, image: int) -> Tensor:
         """How many windows see each pixel: `(H, W)` int64."""
-        device = self.windows.exit_stage[0].device
+        device = self.windows.exit_index[0].device
         seen = torch.zeros(self.sizes[image], dtype=torch.int64, device=device)
         for box in self.boxes[image]:
             _inside(seen, box).add_(1)
@@ -204,15 +204,15 @@ class WindowedOutput:
     def _exit_stage(self, image: int) -> Tensor:
         seen, patch = self._seen(image), self.windows.patch_size
         total = torch.zeros_like(seen)
-        for box, stages in zip(self.boxes[image], self.windows.exit_stage[self._own(image)]):
+        for box, exit_index in zip(self.boxes[image], self.windows.exit_index[self._own(image)]):
             height, width = _size(box)
-            pixels = stages.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
+            pixels = exit_index.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
             _inside(total, box).add_(pixels[:height, :width])
         return (2 * total + seen) // (2 * seen)
 
 
 Segmentation: TypeAlias = SegmentationOutput | WindowedOutput
-"""A result whichever way the network saw the pictures: whole, or in windows."""
+"""A result whichever way the network saw the images: whole, or in windows."""
 
 
 def _size(box: Box) -> Size:

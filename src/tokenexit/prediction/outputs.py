@@ -27,35 +27,36 @@ PARTS = ".parts"
 class Prediction:
     """A model's answer for one image.
 
-    file: the image's own name, relative to the folder that was given. picture: the image. labels: `(H, W)` classes.
-    scores: `(H, W)` in [0, 1], of these classes, where they were asked for. stages: `(h, w)`, the exit each token left
+    file: the image's own name, relative to the folder that was given. image: the image. labels: `(H, W)` classes.
+    scores: `(H, W)` in [0, 1], of these classes, where they were asked for. exit_index: `(h, w)`, the exit each token
+        left
     at. extent: height and width of the image in tokens. exits: whether the method has any.
     """
 
     file: str
-    picture: Image.Image
+    image: Image.Image
     labels: npt.NDArray[Any]
     scores: npt.NDArray[np.float32] | None
-    stages: npt.NDArray[np.int64]
+    exit_index: npt.NDArray[np.int64]
     num_exits: int
     extent: tuple[float, float]
     exits: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
-        return self.picture.height, self.picture.width
+        return self.image.height, self.image.width
 
     def certainty(self) -> npt.NDArray[np.float64] | None:
         """Return `(H, W)`: 1 where a token left at the first exit, 0 where it stayed to the end; None without exits."""
         if not self.exits or self.num_exits == 0:
             return None
-        rows, columns = (token_of_pixels(self.size[i], self.extent[i], self.stages.shape[i]) for i in range(2))
-        grid: npt.NDArray[np.float64] = 1.0 - self.stages / self.num_exits
+        rows, columns = (token_of_pixels(self.size[i], self.extent[i], self.exit_index.shape[i]) for i in range(2))
+        grid: npt.NDArray[np.float64] = 1.0 - self.exit_index / self.num_exits
         return grid[rows[:, None], columns[None, :]]
 
 
 @dataclass(frozen=True)
-class About:
+class CallInfo:
     """Facts that all predictions of a call share. model: its name and weights. url: see `label_studio.task`."""
 
     classes: Labels
@@ -63,7 +64,7 @@ class About:
     url: str = label_studio.LOCAL_FILES
 
 
-Save: TypeAlias = Callable[[Prediction, About, Path], None]
+Save: TypeAlias = Callable[[Prediction, CallInfo, Path], None]
 
 
 @dataclass(frozen=True)
@@ -79,51 +80,51 @@ class Output:
     save: Save
     folder: str = "."
     files_of_all: tuple[str, ...] = ()
-    of_all: Callable[[list[Any], About], tuple[str, ...]] = lambda parts, about: ()
+    of_all: Callable[[list[Any], CallInfo], tuple[str, ...]] = lambda parts, about: ()
 
     def file(self, name: str) -> str:
         """Return the path of an image's file, relative to the results."""
         return str(Path(self.folder) / f"{name}{self.suffix}")
 
 
-def _mask(seen: Prediction, about: About, path: Path) -> None:
+def _mask(seen: Prediction, about: CallInfo, path: Path) -> None:
     palette = about.classes.palette
     wide = len(palette) > 255  # a palette ends there
     (Image.fromarray(seen.labels.astype(np.uint16)) if wide else palette_png(seen.labels, palette)).save(path)
 
 
-def _overlay(seen: Prediction, about: About, path: Path) -> None:
+def _overlay(seen: Prediction, about: CallInfo, path: Path) -> None:
     blended(seen, about).save(path)
 
 
-def blended(seen: Prediction, about: About) -> Image.Image:
-    return overlay(seen.picture, seen.labels, about.classes.palette)
+def blended(seen: Prediction, about: CallInfo) -> Image.Image:
+    return overlay(seen.image, seen.labels, about.classes.palette)
 
 
-def _exits(seen: Prediction, about: About, path: Path) -> None:
-    exit_map(seen.stages, seen.num_exits, seen.size, image=seen.picture, extent=seen.extent).save(path)
+def _exits(seen: Prediction, about: CallInfo, path: Path) -> None:
+    exit_map(seen.exit_index, seen.num_exits, seen.size, image=seen.image, extent=seen.extent).save(path)
 
 
-def _scores(seen: Prediction, about: About, path: Path) -> None:
+def _scores(seen: Prediction, about: CallInfo, path: Path) -> None:
     assert seen.scores is not None, "asked for with this output"
     Image.fromarray((255.0 * seen.scores).round().clip(0, 255).astype(np.uint8)).save(path)
 
 
-def _coco(seen: Prediction, about: About, path: Path) -> None:
+def _coco(seen: Prediction, about: CallInfo, path: Path) -> None:
     height, width = seen.size
     _write(path, {"file_name": seen.file, "height": height, "width": width, "masks": coco.masks(seen.labels)})
 
 
-def _coco_of_all(parts: list[Any], about: About) -> tuple[str, str]:
+def _coco_of_all(parts: list[Any], about: CallInfo) -> tuple[str, str]:
     found, index = coco.results(parts, about.classes)
     return _text(found), _text(index)
 
 
-def _label_studio(seen: Prediction, about: About, path: Path) -> None:
+def _label_studio(seen: Prediction, about: CallInfo, path: Path) -> None:
     _write(path, label_studio.task(seen.file, seen.labels, about.classes, seen.certainty(), about.model, about.url))
 
 
-def _label_studio_of_all(parts: list[Any], about: About) -> tuple[str, str]:
+def _label_studio_of_all(parts: list[Any], about: CallInfo) -> tuple[str, str]:
     return _text(parts), label_studio.labelling_config(about.classes)
 
 

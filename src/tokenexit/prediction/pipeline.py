@@ -25,19 +25,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tokenexit.calibration.drift import Monitor, watch
+from tokenexit.calibration.drift import Monitor, hook_scores
 from tokenexit.errors import DataError
 from tokenexit.inputs import heic
 from tokenexit.inputs.images import MAX_PIXELS, load_image
 from tokenexit.inputs.preprocessing import Preprocessing, resized_size
-from tokenexit.inputs.sources import Job, Say, frame_name, quiet
+from tokenexit.inputs.sources import Say, WorkItem, frame_name, quiet
 from tokenexit.methods import Method
 from tokenexit.outputs.ledger import Size, dense_ops
 from tokenexit.outputs.windows import PACK_TOKENS, Segmentation, WindowedOutput, window_boxes
 from tokenexit.prediction import video
-from tokenexit.prediction.outputs import PARTS, VIDEO_SUFFIX, About, Output, Prediction, blended
-from tokenexit.prediction.store import Place
-from tokenexit.runtime.atomic import whole
+from tokenexit.prediction.outputs import PARTS, VIDEO_SUFFIX, CallInfo, Output, Prediction, blended
+from tokenexit.prediction.store import OutputFolder
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
@@ -73,7 +73,7 @@ class Frame:
     name: str
     file: str
     words: str
-    picture: Image.Image
+    image: Image.Image
     tensor: Tensor
 
 
@@ -86,7 +86,7 @@ class Failure:
 class End:
     """The end of a job, with the number of its frames."""
 
-    job: Job
+    job: WorkItem
     frames: int
 
 
@@ -96,7 +96,7 @@ Outcome: TypeAlias = Future[Image.Image | None] | Failure | End
 
 
 def frames_of(
-    jobs: Iterable[Job],
+    jobs: Iterable[WorkItem],
     preprocessing: Preprocessing,
     patch_size: int,
     wanted: Callable[[str], bool],
@@ -118,9 +118,9 @@ def frames_of(
         yield End(job, count)
 
 
-def _images(job: Job, max_pixels: int) -> Iterator[tuple[str, str, str, Callable[[], Image.Image]]]:
+def _images(job: WorkItem, max_pixels: int) -> Iterator[tuple[str, str, str, Callable[[], Image.Image]]]:
     if job.video is None:
-        for path, name in job.pictures:
+        for path, name in job.images:
             yield name, _file(path, name), f"image {str(path)!r}", lambda path=path: _load(path, max_pixels)  # type: ignore[misc]
     else:
         for number, load in enumerate(video.frames(job.video, max_pixels), start=1):
@@ -176,7 +176,7 @@ def _check_tokens(words: str, size: Size, preprocessing: Preprocessing, patch_si
         )
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
+def prefetch(items: Iterable[T]) -> Iterator[T]:
     """Yield the same items, each made in a thread while the one before it is used."""
     source = iter(items)
     with ThreadPoolExecutor(1) as thread:
@@ -259,16 +259,16 @@ class Engine:
         # Outside the block, where the memory of the failed call is free again.
         if len(pack) > 1:
             return [answer for frame in pack for answer in self.predict([frame])]
-        words = f"{pack[0].words} of {pack[0].picture.height}x{pack[0].picture.width} pixels"
+        words = f"{pack[0].words} of {pack[0].image.height}x{pack[0].image.width} pixels"
         return [Failure(f"{words} does not fit into memory: shrink it, or take it in windows.")]
 
     def _predict(self, pack: Sequence[Frame]) -> Sequence[Prediction | Failure]:
         if not pack:
             return []
         model = self.model
-        with nullcontext() if self.monitor is None else watch(model) as seen:
+        with nullcontext() if self.monitor is None else hook_scores(model) as seen:
             tensors = [frame.tensor.to(model.device) for frame in pack]
-            out = model.segment(tensors, self.method, [(frame.picture.height, frame.picture.width) for frame in pack])
+            out = model.segment(tensors, self.method, [(frame.image.height, frame.image.width) for frame in pack])
             found = [self._prediction(frame, out[i]) for i, frame in enumerate(pack)]
         if self.monitor is not None and seen is not None:
             windows = [len(own) for own in out.boxes] if isinstance(out, WindowedOutput) else [1] * len(pack)
@@ -283,10 +283,10 @@ class Engine:
             return Failure(f"{frame.words} cannot be segmented: {error}")
         return Prediction(
             frame.file,
-            frame.picture,
+            frame.image,
             labels.cpu().numpy(),
             None if scores is None else scores.cpu().numpy(),
-            out.exit_stage[0].cpu().numpy(),
+            out.exit_index[0].cpu().numpy(),
             out.num_exits,
             extent=(height / patch, width / patch),  # without the padding to whole patches
             exits=self.method.has_exits,
@@ -300,9 +300,9 @@ class Engine:
 class Keep:
     """Where results go and which of them. film: whether each job makes one, of `fps` frames a second."""
 
-    results: Place
+    results: OutputFolder
     outputs: Mapping[str, Output]
-    about: About
+    about: CallInfo
     film: bool = False
     fps: float = 25.0
 
@@ -310,16 +310,16 @@ class Keep:
         """Write all files of an image or none. Returns its frame of a film, if there is one."""
         with ExitStack() as files:
             for output in self.outputs.values():
-                output.save(seen, self.about, files.enter_context(whole(self.results.path(output.file(name)))))
+                output.save(seen, self.about, files.enter_context(atomic_write(self.results.path(output.file(name)))))
         return blended(seen, self.about) if self.film else None
 
-    def film_of(self, job: Job) -> AbstractContextManager[Callable[[Image.Image], None]]:
+    def film_of(self, job: WorkItem) -> AbstractContextManager[Callable[[Image.Image], None]]:
         """Open the film of a job: see `video.encoder`."""
         rate = Fraction(self.fps).limit_denominator(1001) if job.video is None else video.rate_of(job.video)
         return video.encoder(self.results.path(job.name + VIDEO_SUFFIX), rate)
 
 
-def count_file(job: Job) -> str:
+def count_file(job: WorkItem) -> str:
     """Name the file that says how many frames a video has, once all of them are done."""
     return f"{PARTS}/{job.name}.frames.json"
 
@@ -332,19 +332,19 @@ class _Spoiled(Exception):
 class Worker:
     """The work of one process. say: is told failures, and of images that take long, as they come.
 
-    pictures: how many images it segmented. failed: the index of a job and a sentence, for each failure.
+    images: how many images it segmented. failed: the index of a job and a sentence, for each failure.
     """
 
     engine: Engine
     keep: Keep
     say: Say = quiet
-    pictures: int = 0
+    images: int = 0
     failed: list[tuple[int, str]] = field(default_factory=list)
     announced: float = field(default_factory=lambda: SLOW_SECONDS / 2)
 
     def do(
         self,
-        jobs: Sequence[Job],
+        jobs: Sequence[WorkItem],
         wanted: Callable[[str], bool],
         limits: Limits,
         progress: Callable[[Iterable[Path]], Iterable[Path]],
@@ -353,7 +353,7 @@ class Worker:
         model = self.engine.model
         patch_size = model.config.backbone.patch_size
         items = frames_of(jobs, model.preprocessing, patch_size, wanted, limits)
-        packs = ahead(packed(items, patch_size, self.engine.max_tokens))
+        packs = prefetch(packed(items, patch_size, self.engine.max_tokens))
         try:
             with inference(model.device, self.engine.precision), ThreadPoolExecutor(WRITERS) as writers:
                 outcomes = self._outcomes(packs, writers)
@@ -380,7 +380,7 @@ class Worker:
                 self.announced = seconds
                 cure = "" if self.engine.model.preprocessing.window else "; smaller images or --window take less"
                 self.say(
-                    f"{frame.words} of {frame.picture.height}x{frame.picture.width} pixels has {tokens} tokens, which "
+                    f"{frame.words} of {frame.image.height}x{frame.image.width} pixels has {tokens} tokens, which "
                     f"take up to about {in_words(seconds)} here{cure}."
                 )
 
@@ -408,7 +408,7 @@ class Worker:
             waiting = coming
         yield from waiting
 
-    def _take(self, index: int, job: Job, outcomes: Iterator[Outcome]) -> None:
+    def _take(self, index: int, job: WorkItem, outcomes: Iterator[Outcome]) -> None:
         """Take the outcomes of one job, up to its end. Its film is there whole or not at all."""
         with ExitStack() as film:
             add: Callable[[Image.Image], None] | None = None
@@ -431,7 +431,7 @@ class Worker:
         if isinstance(each, Failure):
             raise DataError(each.sentence)
         frame = each.result()
-        self.pictures += 1
+        self.images += 1
         return frame
 
 

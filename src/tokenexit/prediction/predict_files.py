@@ -25,8 +25,8 @@ from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.sources import (
     RECORD,
     SUFFIXES,
-    Job,
     Say,
+    WorkItem,
     at_most,
     frame_name,
     is_video,
@@ -37,11 +37,11 @@ from tokenexit.inputs.sources import (
 )
 from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.prediction.label_studio import LOCAL_FILES
-from tokenexit.prediction.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, About, Output
+from tokenexit.prediction.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, CallInfo, Output
 from tokenexit.prediction.pipeline import MAX_TOKENS, Engine, Keep, Limits, Worker, count_file
-from tokenexit.prediction.store import Place
-from tokenexit.runtime.atomic import whole
-from tokenexit.runtime.distributed import from_first, gather, place, together
+from tokenexit.prediction.store import OutputFolder
+from tokenexit.runtime.atomic import atomic_write
+from tokenexit.runtime.distributed import all_or_none, from_first, gather, rank_and_size
 from tokenexit.runtime.precision import Precision
 from tokenexit.segmenter import ExitSegmenter
 
@@ -50,11 +50,11 @@ from tokenexit.segmenter import ExitSegmenter
 class Predicted:
     """The result of a call.
 
-    pictures: number of segmented images, frames of videos included. skipped: number of images and videos whose files
+    images: number of segmented images, frames of videos included. skipped: number of images and videos whose files
     were all there. failed: a sentence for each that could not be segmented.
     """
 
-    pictures: int
+    images: int
     skipped: int
     failed: tuple[str, ...]
 
@@ -119,11 +119,11 @@ def predict_files(
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}.")
     films = VIDEO in save
     outputs = chosen_outputs(save)
-    results = Place(out)
-    rank, processes = place()
-    jobs: list[Job] = []
+    results = OutputFolder(out)
+    rank, processes = rank_and_size()
+    jobs: list[WorkItem] = []
     skipped = 0
-    with together():
+    with all_or_none():
         if rank == 0:
             named = list_sources(sources, out, say, SUFFIXES | heic.SUFFIXES if heic.is_available() else SUFFIXES)
             check_sources(named, results)
@@ -137,22 +137,22 @@ def predict_files(
             jobs = _open(results, listed, outputs, films, made_with, overwrite)
             skipped = sum(job.size for job in listed) - sum(job.size for job in jobs)
     jobs, method = from_first((jobs, method))
-    about = About(classes_of(model), f"tokenexit {model.fingerprint()}", image_url)
+    about = CallInfo(classes_of(model), f"tokenexit {model.fingerprint()}", image_url)
     engine = Engine(model, method, precision, "scores" in outputs, monitor)
     worker = Worker(engine, Keep(results, outputs, about, films, fps), say)
-    with together():
+    with all_or_none():
         mine = jobs[rank::processes]
         done = results.files() if any(job.video for job in mine) and not films else set()
         limits = Limits(max_pixels, max_tokens)
         worker.do(mine, lambda name: not _are_there(name, outputs, done), limits, progress if rank == 0 else iter)
-    told = gather((worker.pictures, worker.failed, monitor))
-    with together():
+    told = gather((worker.images, worker.failed, monitor))
+    with all_or_none():
         if rank == 0:
             _close(results, outputs, about)
     if monitor:
         monitor.join(theirs for process, (_, _, theirs) in enumerate(told) if theirs and process != rank)
     failed = sorted((n, process, text) for process, (_, texts, _) in enumerate(told) for n, text in texts)
-    return Predicted(sum(pictures for pictures, _, _ in told), skipped, tuple(text for _, _, text in failed))
+    return Predicted(sum(images for images, _, _ in told), skipped, tuple(text for _, _, text in failed))
 
 
 def classes_of(model: ExitSegmenter) -> Labels:
@@ -162,7 +162,7 @@ def classes_of(model: ExitSegmenter) -> Labels:
 
 def save_atomically(image: Image.Image, path: Path) -> None:
     """Write an image so that the file is there whole or not at all."""
-    with whole(path) as unfinished:
+    with atomic_write(path) as unfinished:
         image.save(unfinished)
 
 
@@ -187,7 +187,7 @@ def may_leave(path: Path, name: str) -> Iterator[str]:
         yield name + VIDEO_SUFFIX
 
 
-def check_sources(named: Mapping[Path, str], results: Place) -> None:
+def check_sources(named: Mapping[Path, str], results: OutputFolder) -> None:
     """Refuse sources that lie where results will be, as results of earlier calls do.
 
     Results that take the suffixes of their sources could not overwrite them, and would be taken for images next time.
@@ -210,7 +210,7 @@ def check_sources(named: Mapping[Path, str], results: Place) -> None:
         )
 
 
-def check_jobs(jobs: Sequence[Job], results: Place, outputs: Mapping[str, Output], films: bool) -> None:
+def check_jobs(jobs: Sequence[WorkItem], results: OutputFolder, outputs: Mapping[str, Output], films: bool) -> None:
     """Refuse results that would overwrite each other, and videos where images are needed."""
     taken: dict[str, Path] = {}
     meeting: dict[tuple[Path, Path], Path] = {}
@@ -229,9 +229,9 @@ def check_jobs(jobs: Sequence[Job], results: Place, outputs: Mapping[str, Output
         )
 
 
-def _targets(job: Job, outputs: Mapping[str, Output], films: bool, frames: int) -> Iterator[tuple[Path, str]]:
+def _targets(job: WorkItem, outputs: Mapping[str, Output], films: bool, frames: int) -> Iterator[tuple[Path, str]]:
     """Yield every file that a job leaves, with the path that it is made of. frames: number of them in a video."""
-    images = job.pictures or [(job.path, frame_name(job.name, n)) for n in range(1, frames + 1)]
+    images = job.images or [(job.path, frame_name(job.name, n)) for n in range(1, frames + 1)]
     for path, name in images:
         for output in outputs.values():
             yield path, output.file(name)
@@ -240,13 +240,13 @@ def _targets(job: Job, outputs: Mapping[str, Output], films: bool, frames: int) 
 
 
 def _open(
-    results: Place,
-    jobs: Sequence[Job],
+    results: OutputFolder,
+    jobs: Sequence[WorkItem],
     outputs: Mapping[str, Output],
     films: bool,
     made_with: dict[str, Any],
     overwrite: bool,
-) -> list[Job]:
+) -> list[WorkItem]:
     """Return the jobs that are left to do, and make `out` ready for them."""
     there, record = results.files(), results.read(RECORD)
     known = isinstance(record, dict)
@@ -276,7 +276,9 @@ def _open(
     return left
 
 
-def _is_whole(job: Job, outputs: Mapping[str, Output], films: bool, results: Place, there: set[str]) -> bool:
+def _is_whole(
+    job: WorkItem, outputs: Mapping[str, Output], films: bool, results: OutputFolder, there: set[str]
+) -> bool:
     frames = results.read(count_file(job)) if job.video is not None and count_file(job) in there else 0
     if job.video is not None and not frames:
         return False
@@ -287,7 +289,7 @@ def _are_there(name: str, outputs: Mapping[str, Output], there: set[str]) -> boo
     return all(output.file(name) in there for output in outputs.values()) if there else False
 
 
-def _left_of(job: Job, outputs: Mapping[str, Output], films: bool, there: set[str]) -> set[str]:
+def _left_of(job: WorkItem, outputs: Mapping[str, Output], films: bool, there: set[str]) -> set[str]:
     """List the files of an earlier call that a job makes again."""
     if job.video is None:
         return there.intersection(file for _, file in _targets(job, outputs, films, 0))
@@ -318,7 +320,7 @@ def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) 
     return plain
 
 
-def _close(results: Place, outputs: Mapping[str, Output], about: About) -> None:
+def _close(results: OutputFolder, outputs: Mapping[str, Output], about: CallInfo) -> None:
     """Write the files that are one for all images."""
     if results.is_packed:
         return

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.schema import parse_json
 
 
-class Place:
+class OutputFolder:
     """Files by their names below `out`, each whole or not there.
 
     A zip's files gather in the folder `NAME.zip.parts`, which the next call goes on with if one is killed.
@@ -85,7 +85,7 @@ class Place:
 
     def write(self, file: str, text: str) -> None:
         try:
-            with whole(self.path(file)) as unfinished:
+            with atomic_write(self.path(file)) as unfinished:
                 unfinished.write_text(text, encoding="utf-8")
         except OSError as error:
             raise self.unwritable(error) from None
@@ -103,7 +103,7 @@ class Place:
         if not self.is_zip or not self.folder.exists():
             return
         try:
-            with whole(self.out) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+            with atomic_write(self.out) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
                 for file in sorted(self.files()):
                     if not Path(file).name.startswith("."):
                         is_compressed = file.endswith((".png", ".jpg", ".mp4"))

@@ -12,7 +12,7 @@ from PIL import Image
 
 from tokenexit.errors import DataError
 from tokenexit.inputs.images import MAX_PIXELS, decoder_reason, load_image
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 
 CODECS = ("libx264", "mpeg4")
 """The first one that PyAV was built with encodes: H.264, which browsers play, or what every build has."""
@@ -54,7 +54,7 @@ def encoder(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], None
     All images have one size. Encoders want even sides; an odd one is cut by a pixel.
     """
     av = _av(path.name, "save overlays")
-    with whole(path) as unfinished, av.open(str(unfinished), "w") as container:
+    with atomic_write(path) as unfinished, av.open(str(unfinished), "w") as container:
         codec = next(name for name in CODECS if name in av.codecs_available)
         stream: Any = None
 

@@ -1,4 +1,4 @@
-"""One picture and what methods make of it, side by side."""
+"""One image and what methods make of it, side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenexit.segmenter import ExitSegmenter
 
 
 def example(model: ExitSegmenter, sample: Sample, methods: Sequence[Method[Any]], labels: Labels) -> list[Figure]:
-    """Picture, truth, and for every method its prediction and, but for dense, where tokens left."""
+    """Image, truth, and for every method its prediction and, but for dense, where tokens left."""
     figures = [
         Figure(sample.image, "image"),
         Figure(colorize(sample.mask, labels.palette, labels.ignore_index), "truth"),
@@ -25,8 +25,8 @@ def example(model: ExitSegmenter, sample: Sample, methods: Sequence[Method[Any]]
         predicted = colorize(output.labels[0].cpu().numpy(), labels.palette)
         figures.append(Figure(predicted, method.name, note=f"{output.ledger.gmacs[0]:.3f} GMACs"))
         if method.name != "dense":
-            stages = output.exit_stage[0].cpu().numpy()
+            exit_index = output.exit_index[0].cpu().numpy()
             extent = (output.sizes[0][0] / output.patch_size, output.sizes[0][1] / output.patch_size)
-            picture = exit_map(stages, output.num_exits, sample.size, image=sample.image, extent=extent)
-            figures.append(Figure(picture, f"{method.name} exits", note=f"{share:.0%} of dense"))
+            image = exit_map(exit_index, output.num_exits, sample.size, image=sample.image, extent=extent)
+            figures.append(Figure(image, f"{method.name} exits", note=f"{share:.0%} of dense"))
     return figures

@@ -1,6 +1,6 @@
-"""One HTML file that needs nothing else: text, tables, pictures and a chart, for light and dark, desk and phone.
+"""One HTML file that needs nothing else: text, tables, images and a chart, for light and dark, desk and phone.
 
-Pictures travel inside the file as data URIs; there is no script, no font and no address to load from.
+Images travel inside the file as data URIs; there is no script, no font and no address to load from.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image
 from tokenexit.errors import ConfigError
 from tokenexit.report.pictures import data_uri
 from tokenexit.report.tables import Swatch, swatch_html
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 
 
 class Renders(Protocol):
@@ -74,7 +74,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Figure:
-    """A picture with its caption, a quieter note below it, and a text for those who do not see it."""
+    """An image with its caption, a quieter note below it, and a text for those who do not see it."""
 
     image: Image.Image
     caption: str
@@ -84,7 +84,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class FigureRow:
-    """Pictures side by side on a grid of `columns` (two on a phone); more figures than columns go on below."""
+    """Images side by side on a grid of `columns` (two on a phone); more figures than columns go on below."""
 
     figures: Sequence[Figure]
     title: str = ""
@@ -128,7 +128,7 @@ def write_report(
     page = report_html(title, sections, summary, footer)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(page, encoding="utf-8", newline="\n")
     except OSError as error:
         reason = error.strerror or type(error).__name__

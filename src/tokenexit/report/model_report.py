@@ -1,4 +1,4 @@
-"""The report of a trained model: one HTML file with what it reaches, what it costs, and on which pictures."""
+"""The report of a trained model: one HTML file with what it reaches, what it costs, and on which images."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def report_model(
 ) -> Path:
     """Evaluate dense and `methods` on a dataset and write the report to `out`.
 
-    methods: the first one is looked at closely, class by class and picture by picture; all are in the table and the
-    curve; `Scaled` gives one a note. scales: of the pictures' sides, for dense on smaller pictures. references: with
+    methods: the first one is looked at closely, class by class and image by image; all are in the table and the
+    curve; `Scaled` gives one a note. scales: of the images' sides, for dense on smaller images. references: with
     lines of random exits at the counts of every DToP method (a run more for each) and of a stop after each exit (one
-    dense pass more for all). examples: how many of the cheapest and of the dearest pictures are shown. what: the data
+    dense pass more for all). examples: how many of the cheapest and of the dearest images are shown. what: the data
     in words. Raises `ConfigError` as `evaluate` does, and for no method.
     """
     named = [method if isinstance(method, Scaled) else Scaled(method) for method in methods]
@@ -66,12 +66,12 @@ def report_model(
         Section(
             "Classes", [_classes(dense, chosen, data.labels.names), *_confusions(dense, chosen, data.labels.names)]
         ),
-        Section("Compute by picture", [_histogram(chosen), _time(dense, chosen), *shown]),
+        Section("Compute by image", [_histogram(chosen), _time(dense, chosen), *shown]),
         Section("How it was made", [_how(model, dense, precision, what), *([Code(command)] if command else [])]),
     ]
     summary = (
         f"{chosen.label} takes {chosen.share_of_dense:.0%} of dense multiply-adds at "
-        f"{chosen.scores.miou - dense.scores.miou:+.2f} mIoU on {len(dense.gmacs)} pictures{what and f' of {what}'}."
+        f"{chosen.scores.miou - dense.scores.miou:+.2f} mIoU on {len(dense.gmacs)} images{what and f' of {what}'}."
     )
     return write_report(out, "Where the compute went", sections, summary=summary, footer="Made by tokenexit report.")
 
@@ -83,7 +83,7 @@ def _facts(dense: Evaluation, chosen: Evaluation) -> Facts:
             (f"{chosen.share_of_dense:.0%}", f"of dense multiply-adds, {chosen.label}"),
             (f"{chosen.scores.miou:.2f}", f"mIoU, dense {dense.scores.miou:.2f}{_difference(dense, chosen)}"),
             (f"{boundary:+.2f}", "boundary IoU to dense"),
-            (f"{_speedups(dense, chosen)[0]:.2f}x", "as fast as dense, median over pictures"),
+            (f"{_speedups(dense, chosen)[0]:.2f}x", "as fast as dense, median over images"),
         ]
     )
 
@@ -98,17 +98,17 @@ TITLES = {"imposed": "random exits", "truncated": "stopped after an exit"}
 
 
 def _curve(results: Sequence[Evaluation]) -> Chart:
-    """mIoU against GMACs: thresholds of one method are joined, and dense with its smaller pictures."""
+    """mIoU against GMACs: thresholds of one method are joined, and dense with its smaller images."""
     dense = results[0]
     ordered = sorted(results, key=lambda r: r.method.name)
     series = []
     for name, group in groupby(ordered, key=lambda r: r.method.name):
         members = sorted(group, key=lambda r: r.gmacs_mean)
         smaller = name == "dense" and len(members) > 1
-        title = "dense, and on smaller pictures" if smaller else TITLES.get(name, name)
+        title = "dense, and on smaller images" if smaller else TITLES.get(name, name)
         series.append(Series(title, [_point(result, dense) for result in members]))
     floor = collapse_floor([result.scores.miou for result in results], dense.scores.miou)
-    chart = line_chart_svg(series, "GMACs per picture", "mIoU, percent", floor=floor)
+    chart = line_chart_svg(series, "GMACs per image", "mIoU, percent", floor=floor)
     caption = "Whiskers: 95 % interval over images of the difference to dense, around dense mIoU."
     return Chart(chart, caption + (" Arrows stand for points below the chart." if floor is not None else ""))
 
@@ -161,12 +161,12 @@ def _share(result: Evaluation, truth: int, taken_for: int) -> float:
 
 def _histogram(chosen: Evaluation) -> Chart:
     shares = [100 * own / dense for own, dense in zip(chosen.gmacs, chosen.dense_gmacs)]
-    caption = f"{chosen.label}: from {min(shares):.0f} to {max(shares):.0f} percent of a picture's dense multiply-adds."
-    return Chart(histogram_svg(shares, "multiply-adds, percent of dense", "pictures"), caption)
+    caption = f"{chosen.label}: from {min(shares):.0f} to {max(shares):.0f} percent of an image's dense multiply-adds."
+    return Chart(histogram_svg(shares, "multiply-adds, percent of dense", "images"), caption)
 
 
 def _speedups(dense: Evaluation, chosen: Evaluation) -> tuple[float, float, float]:
-    """Median, 5th and 95th percentile over pictures."""
+    """Median, 5th and 95th percentile over images."""
     ratios = np.array(dense.latency_ms) / np.array(chosen.latency_ms)
     median, low, high = np.percentile(ratios, (50, 5, 95))
     return float(median), float(low), float(high)
@@ -181,11 +181,11 @@ def _time(dense: Evaluation, chosen: Evaluation) -> Table:
         [r.label, *(float(x) for x in np.percentile(r.latency_ms, (50, 95))), max(r.latency_ms)]
         for r in (dense, chosen)
     ]
-    return Table(columns, rows, caption="One picture at a time, dense and the method in turn")
+    return Table(columns, rows, caption="One image at a time, dense and the method in turn")
 
 
 def _examples(model: ExitSegmenter, data: SegmentationDataset, chosen: Evaluation, count: int) -> list[Block]:
-    """The pictures that cost least and those that cost most, with their exit maps."""
+    """The images that cost least and those that cost most, with their exit maps."""
     shares = np.array(chosen.gmacs) / np.array(chosen.dense_gmacs)
     order = [int(i) for i in np.argsort(shares, kind="stable")]
     count = min(count, len(order) // 2 or 1)
@@ -204,7 +204,7 @@ def _how(model: ExitSegmenter, dense: Evaluation, precision: Precision, what: st
     backbone = model.config.backbone
     return (
         f"A ViT of {backbone.depth} blocks and width {backbone.embed_dim} with exits after blocks "
-        f"{', '.join(map(str, model.config.exits))}, on {len(dense.gmacs)} pictures{what and f' of {what}'}, in "
+        f"{', '.join(map(str, model.config.exits))}, on {len(dense.gmacs)} images{what and f' of {what}'}, in "
         f"{precision} on {model.device}. Multiply-adds include exit heads and decode head, from true counts of "
         "tokens. Milliseconds are those of this machine while the report was made."
     )

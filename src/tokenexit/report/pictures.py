@@ -1,4 +1,4 @@
-"""Label maps and exit maps as pictures, with numpy and Pillow alone.
+"""Label maps and exit maps as images, with numpy and Pillow alone.
 
 Legend: H, W height and width in pixels; h, w the token grid; K classes. Sizes are (height, width), as everywhere
 but inside Pillow. Maps are anything that `numpy.asarray` reads, tensors on the CPU among them.
@@ -21,7 +21,7 @@ from tokenexit.report.tables import Colour, Swatch
 VOID_COLOUR: Colour = (0, 0, 0)
 """Pixels without a class are black, as in the mask files of most data sets."""
 
-VOID_INDEX = 255  # of index pictures, which hold one byte per pixel
+VOID_INDEX = 255  # of index images, which hold one byte per pixel
 
 EXIT_RAMP: tuple[Colour, ...] = ((222, 240, 246), (124, 190, 224), (104, 134, 206), (152, 52, 134), (86, 0, 26))
 """From the first exit (pale ice) to the end of the network (dark red).
@@ -30,9 +30,9 @@ Its lightness falls all the way, so that the order survives colour blindness and
 """
 
 MAX_SIDE = 1024
-"""Pictures inside a page are shrunk to this many pixels, still sharp at twice the width of a column."""
+"""Images inside a page are shrunk to this many pixels, still sharp at twice the width of a column."""
 
-_FLAT_COLOURS = 160  # pictures of fewer colours are drawings: PNG keeps their edges, and is smaller there
+_FLAT_COLOURS = 160  # images of fewer colours are drawings: PNG keeps their edges, and is smaller there
 _INK, _PAPER = (32, 34, 38), (255, 255, 255)
 
 
@@ -46,21 +46,21 @@ def colorize(labels: npt.ArrayLike, palette: Sequence[Colour], ignore_index: int
 
 
 def palette_png(labels: npt.ArrayLike, palette: Sequence[Colour], ignore_index: int = VOID_INDEX) -> Image.Image:
-    """An index picture (mode P): pixel values are the classes, 255 is void, the palette gives the colours.
+    """An index image (mode P): pixel values are the classes, 255 is void, the palette gives the colours.
 
-    Saved as PNG, it is a mask file and a picture at once. Raises `DataError` for values without a colour, and
+    Saved as PNG, it is a mask file and an image at once. Raises `DataError` for values without a colour, and
     `ConfigError` for more than 255 classes.
     """
     if len(palette) > VOID_INDEX:
         raise ConfigError(
-            f"palette has {len(palette)} colours, an index picture holds {VOID_INDEX} and void: use colorize."
+            f"palette has {len(palette)} colours, an index image holds {VOID_INDEX} and void: use colorize."
         )
     indices = _void_last(labels, len(palette), ignore_index)
     indices[indices == len(palette)] = VOID_INDEX
-    picture = Image.fromarray(indices.astype(np.uint8))
+    image = Image.fromarray(indices.astype(np.uint8))
     unused = [VOID_COLOUR] * (256 - len(palette))
-    picture.putpalette([int(channel) for colour in [*palette, *unused] for channel in colour])
-    return picture
+    image.putpalette([int(channel) for colour in [*palette, *unused] for channel in colour])
+    return image
 
 
 def overlay(
@@ -70,12 +70,12 @@ def overlay(
     alpha: float = 0.5,
     ignore_index: int = VOID_INDEX,
 ) -> Image.Image:
-    """The picture seen through its label map, RGB: `alpha` 0 is the picture, 1 the map; void pixels stay as they are.
+    """The image seen through its label map, RGB: `alpha` 0 is the image, 1 the map; void pixels stay as they are.
 
-    labels: `(H, W)` of the picture's size.
+    labels: `(H, W)` of the image's size.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"alpha={alpha} is outside [0, 1]: 0 shows the picture alone, 1 the labels alone.")
+        raise ConfigError(f"alpha={alpha} is outside [0, 1]: 0 shows the image alone, 1 the labels alone.")
     colours = colorize(labels, palette, ignore_index)
     _check_same_size(image, (colours.height, colours.width), "labels")
     blended = Image.blend(image.convert("RGB"), colours, alpha)
@@ -121,7 +121,7 @@ def exit_legend(num_exits: int, blocks: Sequence[int] | None = None) -> list[Swa
 
 
 def exit_map(
-    exit_stage: npt.ArrayLike,
+    exit_index: npt.ArrayLike,
     num_exits: int,
     size: tuple[int, int],
     image: Image.Image | None = None,
@@ -129,21 +129,21 @@ def exit_map(
     extent: tuple[float, float] | None = None,
     grid: bool = False,
 ) -> Image.Image:
-    """Where tokens left: `(h, w)` exit stages to an RGB picture of `size`, each token one flat tile.
+    """Where tokens left: `(h, w)` exit indices to an RGB image of `size`, each token one flat tile.
 
-    exit_stage: 0 for the first exit, `num_exits` where a token stayed to the end.
-    image: a picture of `size` to show in grey underneath; `alpha` is the share of the exit colours.
-    extent: height and width of the picture in tokens (pixels that the network saw / patch size), where that is
-        less than the grid because the picture was padded; the whole grid by default.
+    exit_index: 0 for the first exit, `num_exits` where a token stayed to the end.
+    image: an image of `size` to show in grey underneath; `alpha` is the share of the exit colours.
+    extent: height and width of the image in tokens (pixels that the network saw / patch size), where that is
+        less than the grid because the image was padded; the whole grid by default.
     grid: thin lines between tokens.
     """
-    stage = np.asarray(exit_stage)
-    if stage.ndim != 2 or stage.size == 0 or stage.min() < 0 or stage.max() > num_exits:
+    index = np.asarray(exit_index)
+    if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > num_exits:
         raise DataError(
-            f"exit_stage of shape {stage.shape} is no (h, w) map of values 0..{num_exits}: check num_exits."
+            f"exit_index of shape {index.shape} is no (h, w) map of values 0..{num_exits}: check num_exits."
         )
-    rows, columns = (token_of_pixels(size[i], (extent or stage.shape)[i], stage.shape[i]) for i in range(2))
-    tiles = np.array(exit_colours(num_exits), dtype=np.float32)[stage[rows[:, None], columns[None, :]]]  # (H, W, 3)
+    rows, columns = (token_of_pixels(size[i], (extent or index.shape)[i], index.shape[i]) for i in range(2))
+    tiles = np.array(exit_colours(num_exits), dtype=np.float32)[index[rows[:, None], columns[None, :]]]  # (H, W, 3)
     if image is not None:
         _check_same_size(image, size, "size")
         grey = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
@@ -171,33 +171,33 @@ def _starts(tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
 
 
 def panel(images: Sequence[tuple[str, Image.Image]], height: int | None = None, gap: int = 12) -> Image.Image:
-    """Pictures side by side under their titles, RGB on white.
+    """Images side by side under their titles, RGB on white.
 
-    height: of every picture in pixels; that of the first one by default. gap: pixels between and around them.
+    height: of every image in pixels; that of the first one by default. gap: pixels between and around them.
     """
     if not images:
-        raise ConfigError("images is empty: give at least one (title, picture) pair.")
+        raise ConfigError("images is empty: give at least one (title, image) pair.")
     height = height or images[0][1].height
-    pictures = [_to_height(picture, height) for _, picture in images]
+    scaled = [_to_height(image, height) for _, image in images]
     text_height = max(12, height // 18)
     font = ImageFont.load_default(text_height)
     top = gap + text_height + text_height // 2
-    width = sum(picture.width for picture in pictures) + gap * (len(pictures) + 1)
+    width = sum(image.width for image in scaled) + gap * (len(scaled) + 1)
     sheet = Image.new("RGB", (width, top + height + gap), _PAPER)
     draw = ImageDraw.Draw(sheet)
     left = gap
-    for (title, _), picture in zip(images, pictures):
-        draw.text((left, gap), _fitting(title, font, picture.width), fill=_INK, font=font)
-        sheet.paste(picture, (left, top))
-        left += picture.width + gap
+    for (title, _), image in zip(images, scaled):
+        draw.text((left, gap), _fitting(title, font, image.width), fill=_INK, font=font)
+        sheet.paste(image, (left, top))
+        left += image.width + gap
     return sheet
 
 
-def _to_height(picture: Image.Image, height: int) -> Image.Image:
-    width = max(1, round(picture.width * height / picture.height))
-    # Index pictures keep their flat colours; an interpolated index would be another class.
-    resample = Image.Resampling.NEAREST if picture.mode == "P" else Image.Resampling.LANCZOS
-    return picture.resize((width, height), resample).convert("RGB")
+def _to_height(image: Image.Image, height: int) -> Image.Image:
+    width = max(1, round(image.width * height / image.height))
+    # Index images keep their flat colours; an interpolated index would be another class.
+    resample = Image.Resampling.NEAREST if image.mode == "P" else Image.Resampling.LANCZOS
+    return image.resize((width, height), resample).convert("RGB")
 
 
 def _fitting(text: str, font: Any, width: int) -> str:
@@ -210,7 +210,7 @@ def _fitting(text: str, font: Any, width: int) -> str:
 
 
 def data_uri(image: Image.Image, max_side: int = MAX_SIDE) -> tuple[str, tuple[int, int]]:
-    """A picture as text for `src`, with its (width, height) in pixels: PNG for drawings, WebP or JPEG for photographs.
+    """An image as text for `src`, with its (width, height) in pixels: PNG for drawings, WebP or JPEG for photographs.
 
     Sides beyond `max_side` pixels are shrunk; flat colours stay flat.
     """
@@ -234,5 +234,5 @@ def data_uri(image: Image.Image, max_side: int = MAX_SIDE) -> tuple[str, tuple[i
 def _check_same_size(image: Image.Image, size: tuple[int, int], what: str) -> None:
     if (image.height, image.width) != size:
         raise DataError(
-            f"the picture is {image.height}x{image.width} (height x width), {what} is {size[0]}x{size[1]}: resize one."
+            f"the image is {image.height}x{image.width} (height x width), {what} is {size[0]}x{size[1]}: resize one."
         )

@@ -1,4 +1,4 @@
-"""Accuracy against compute: one checkpoint, many budgets, methods beside each other and beside smaller pictures.
+"""Accuracy against compute: one checkpoint, many budgets, methods beside each other and beside smaller images.
 
 Every point is a true run on the evaluation images; only the thresholds come from the dense pass, on other images.
 `sweep.json` is written after every point, and a call with the same settings goes on where the last one ended.
@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from tokenexit.calibration.agreement import FALL_OFF
-from tokenexit.calibration.calibration_set import Bench, Reference, dense_reference, error, true_run
+from tokenexit.calibration.calibration_set import CalibrationSet, Reference, dense_reference, error, true_run
 from tokenexit.calibration.planner import COMPARED_IMAGES, Planner
 from tokenexit.calibration.targets import Average
-from tokenexit.calibration.threshold_path import place_where
+from tokenexit.calibration.threshold_path import position_where
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.results import Scaled
@@ -28,7 +28,7 @@ from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.methods.thresholded import calibratable
 from tokenexit.report.chart import collapse_floor
 from tokenexit.report.evaluations import without_nan
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 
 FIELDS = (
     "series",
@@ -48,49 +48,49 @@ FIELDS = (
 """Columns of `sweep.csv`."""
 CHOSEN = "{}, thresholds chosen"
 BY_HAND = "{}, one threshold"
-SMALLER = "dense, smaller pictures"
+SMALLER = "dense, smaller images"
 HALVINGS = 5
 """True runs that find where agreement falls off, to a 32nd of the path's range of compute."""
 STYLES = (("#1f6fb4", "o"), ("#c8501e", "s"), ("#0f7f6b", "^"), ("#7a4fb5", "D"), ("#8a6d00", "v"), ("#b03060", "P"))
 
 
 @dataclass(frozen=True)
-class Job:
-    """One point: the line it belongs to, the method's specification, and the scale of the pictures' sides."""
+class SweepPoint:
+    """One point: the line it belongs to, the method's specification, and the scale of the images' sides."""
 
     series: str
     method: dict[str, Any]
     input_scale: float = 1.0
 
 
-def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[Job] | None:
+def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[SweepPoint] | None:
     """Points of a method without thresholds, from dear to cheap; None for one that has them."""
     chosen = method.curve(points, num_exits)
-    return [Job(method.name, spec_of(one)) for one in chosen] or None
+    return [SweepPoint(method.name, spec_of(one)) for one in chosen] or None
 
 
 def plan_method(
-    bench: Bench,
+    calibration_set: CalibrationSet,
     method: Method[Any],
     points: int,
     average: Average,
     full_range: bool = False,
     say: Callable[[str], None] = lambda line: None,
-) -> list[Job]:
+) -> list[SweepPoint]:
     """Points of one method, evenly spaced in predicted compute, from behind "nobody leaves", which is dense with heads
     that cost, to where agreement with dense falls off.
 
     full_range: on to before "everybody leaves at once", which is a truncation at the first exit.
     """
-    planner = Planner(bench, calibratable(method), average)
-    reference = dense_reference(bench)
-    middle = (planner.share(0.0) + planner.share(planner.path.end)) / 2
-    planner.compare(bench, reference, middle, average)
+    planner = Planner(calibration_set, calibratable(method), average)
+    reference = dense_reference(calibration_set)
+    middle = (planner.mac_ratio(0.0) + planner.mac_ratio(planner.path.end)) / 2
+    planner.compare(calibration_set, reference, middle, average)
     end = planner.path.end
-    first, last = planner.share(0.0), planner.share(end)
+    first, last = planner.mac_ratio(0.0), planner.mac_ratio(end)
     steps = points + 1  # without the ends
     if not full_range:
-        reach, unlike, images = agreeing(planner, bench, reference)
+        reach, unlike, images = agreeing(planner, calibration_set, reference)
         if reach < 1.0:
             last, steps = first + (last - first) * reach, points
             say(
@@ -98,24 +98,26 @@ def plan_method(
                 f"{unlike:.1%} of the pixels of {images} tuning images unlike dense (--full-range goes on)"
             )
     wanted = [first + (last - first) * i / steps for i in range(1, points + 1)]
-    places = dict.fromkeys(place_where(planner.share, share, end) for share in wanted)
-    return [Job(CHOSEN.format(method.name), spec_of(planner.at(place))) for place in places]
+    positions = dict.fromkeys(position_where(planner.mac_ratio, share, end) for share in wanted)
+    return [SweepPoint(CHOSEN.format(method.name), spec_of(planner.method_at(position))) for position in positions]
 
 
-def agreeing(planner: Planner, bench: Bench, reference: Reference) -> tuple[float, float, int]:
+def agreeing(planner: Planner, calibration_set: CalibrationSet, reference: Reference) -> tuple[float, float, int]:
     """How far down in compute, as a share of the path's range, true runs on a few images keep to dense labels: at most
     `FALL_OFF` of the pixels unlike them. With the pixels unlike dense there, and how many images that are.
 
     A dense pass alone cannot say: what the loss of context does to the tokens that stay is not in it. At least
     `1 / 2^HALVINGS`, so that a method which never keeps to them has its points, too.
     """
-    places = torch.linspace(0, len(bench) - 1, min(len(bench), COMPARED_IMAGES)).round().long().tolist()
-    few, said, end = bench.part(places), reference.part(places), planner.path.end
-    first, last = planner.share(0.0), planner.share(end)
+    positions = (
+        torch.linspace(0, len(calibration_set) - 1, min(len(calibration_set), COMPARED_IMAGES)).round().long().tolist()
+    )
+    few, said, end = calibration_set.part(positions), reference.part(positions), planner.path.end
+    first, last = planner.mac_ratio(0.0), planner.mac_ratio(end)
 
     def unlike(reach: float) -> float:
-        place = place_where(planner.share, first + (last - first) * reach, end)
-        run = true_run(few, planner.at(place), said, "looking where agreement falls off")
+        position = position_where(planner.mac_ratio, first + (last - first) * reach, end)
+        run = true_run(few, planner.method_at(position), said, "looking where agreement falls off")
         return error(run.confusion, "pixels").mean().item()
 
     seen = {1.0: unlike(1.0)}
@@ -125,12 +127,12 @@ def agreeing(planner: Planner, bench: Bench, reference: Reference) -> tuple[floa
         seen[middle] = unlike(middle)
         low, high = (middle, high) if seen[middle] <= FALL_OFF else (low, middle)
     reach = low if low > 0.0 else high
-    return reach, seen[reach], len(places)
+    return reach, seen[reach], len(positions)
 
 
 def sweep(
-    bench: Bench,
-    tune: Bench,
+    calibration_set: CalibrationSet,
+    tune: CalibrationSet,
     methods: Sequence[Method[Any]],
     by_hand: Sequence[Method[Any]],
     scales: Sequence[float],
@@ -146,7 +148,7 @@ def sweep(
 
     bench: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without labels.
     methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one line for
-    each name. scales: of the pictures' sides, for the line of dense models on smaller pictures. full_range: see
+    each name. scales: of the images' sides, for the line of dense models on smaller images. full_range: see
     `plan_method`. settings: what else
     decides the figures, such as model and data. Returns the rows. Raises `ConfigError` if `out` holds a sweep of other
     settings.
@@ -155,24 +157,24 @@ def sweep(
     path = out / "sweep.json"
     settings = {
         **settings,
-        "model": bench.model.fingerprint(),
+        "model": calibration_set.model.fingerprint(),
         "methods": [spec_of(method) for method in methods],
         "by_hand": [spec_of(method) for method in by_hand],
         "scales": list(scales),
         "points": points,
         "average": average,
         "full_range": full_range,
-        "images": len(bench),
+        "images": len(calibration_set),
         "tuned_on": len(tune),
-        "precision": bench.precision,
+        "precision": calibration_set.precision,
     }
     kept = _read(path, settings)
     if kept["jobs"] is None:
-        jobs = [Job("dense", {"name": "dense"})]
-        jobs += [Job(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
-        jobs += [Job(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
+        jobs = [SweepPoint("dense", {"name": "dense"})]
+        jobs += [SweepPoint(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
+        jobs += [SweepPoint(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
         for method in methods:
-            planned = plan_rule(method, points, len(bench.model.config.exits))
+            planned = plan_rule(method, points, len(calibration_set.model.config.exits))
             if planned is None:
                 say(f"choosing thresholds of {method.name} on {len(tune)} images")
                 planned = plan_method(tune, method, points, average, full_range, say)
@@ -180,20 +182,20 @@ def sweep(
         kept["jobs"] = [asdict(job) for job in jobs]
         _write(path, kept)
     for n, values in enumerate(kept["jobs"]):
-        job = Job(**values)
+        job = SweepPoint(**values)
         if n < len(kept["rows"]):
             continue
         row = Scaled(build_method(job.method), job.input_scale)
         title = f"{n + 1}/{len(kept['jobs'])} {row.label}"
         (result,) = evaluate(
-            bench.model,
-            bench.data,
+            calibration_set.model,
+            calibration_set.data,
             [row],
-            limit=len(bench),
-            precision=bench.precision,
-            progress=bench.progress(title),
+            limit=len(calibration_set),
+            precision=calibration_set.precision,
+            progress=calibration_set.progress(title),
         )
-        kept["rows"].append({"series": job.series, **result.to_dict(bench.data.labels.names)})
+        kept["rows"].append({"series": job.series, **result.to_dict(calibration_set.data.labels.names)})
         _write(path, kept)
     rows: list[dict[str, Any]] = kept["rows"]
     _write_csv(out / "sweep.csv", rows)
@@ -222,12 +224,12 @@ def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
 
 def _write(path: Path, kept: dict[str, Any]) -> None:
     text = json.dumps(without_nan(kept), indent=1) + "\n"
-    with _writable(path), whole(path) as unfinished:
+    with _writable(path), atomic_write(path) as unfinished:
         unfinished.write_text(text)
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with _writable(path), whole(path) as unfinished, unfinished.open("w", newline="") as file:
+    with _writable(path), atomic_write(path) as unfinished, unfinished.open("w", newline="") as file:
         table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
@@ -266,13 +268,13 @@ def _pyplot() -> Any:
 
 def _draw(plt: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = figure_of(plt, rows)
-    with _writable(path), whole(path) as unfinished:
+    with _writable(path), atomic_write(path) as unfinished:
         figure.savefig(unfinished, dpi=130)
     plt.close(figure)
 
 
 def figure_of(plt: Any, rows: Sequence[dict[str, Any]]) -> Any:
-    """mIoU against GMACs, a line for each series; dense is a point, and begins the line of smaller pictures.
+    """mIoU against GMACs, a line for each series; dense is a point, and begins the line of smaller images.
 
     Points of a collapse stand on the lower edge as an arrow with their value, and do not flatten the rest.
     """

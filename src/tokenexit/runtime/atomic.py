@@ -11,7 +11,7 @@ from stat import S_IMODE
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`, which is moved there if the block ends well and removed if it does not.
 
     The temporary name keeps the suffix, which tells Pillow the format. The file ends with the permissions of any new

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tokenexit.errors import CheckpointError
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.schema import fits, read_json
 
 
@@ -37,7 +37,7 @@ def keep(path: Path, values: Any) -> None:
     """Keep for the next time; where the cache cannot be written, the next time measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with whole(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(json.dumps(values) + "\n")
     except OSError:
         return

@@ -15,7 +15,7 @@ from tokenexit.errors import ConfigError, TokenExitError
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """The number of this process, from 0, and how many there are; (0, 1) where there is one."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
@@ -27,7 +27,7 @@ def gather(value: T) -> list[T]:
 
     Raises `ConfigError` if one of them has ended.
     """
-    _, count = place()
+    _, count = rank_and_size()
     if count == 1:
         return [value]
     values: list[T] = [value] * count
@@ -44,7 +44,7 @@ def _ended() -> ConfigError:
 
 def from_first(value: T) -> T:
     """What the first process gave; all must call it."""
-    rank, count = place()
+    rank, count = rank_and_size()
     if count == 1:
         return value
     values = [value if rank == 0 else None]
@@ -56,7 +56,7 @@ def from_first(value: T) -> T:
 
 
 @contextmanager
-def together() -> Iterator[None]:
+def all_or_none() -> Iterator[None]:
     """A block that all processes enter and that succeeds in all or in none.
 
     What a user can cause in one process is raised in all of them: the error of the first process that has one.
@@ -72,7 +72,7 @@ def together() -> Iterator[None]:
 
 
 @contextmanager
-def joined(patience: timedelta | None = None) -> Iterator[None]:
+def process_group(patience: timedelta | None = None) -> Iterator[None]:
     """Connect with the other processes that torchrun started, if there are others; leave them at the end.
 
     patience: how long one waits for the others, torch's half an hour if not given.

@@ -1,6 +1,6 @@
-"""From a result to what is sent: figures, maps for the page, pictures.
+"""From a result to what is sent: figures, maps for the page, images.
 
-Legend: H, W height and width of the picture in pixels; h, w of the token grid; K classes.
+Legend: H, W height and width of the image in pixels; h, w of the token grid; K classes.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one picture cost and what is in it.
+    """What one image cost and what is in it.
 
     method: its name and thresholds, those of each exit. share_of_dense: multiply-adds over those of the dense model.
-    milliseconds: of the call of the model it ran in, with `batch` pictures. stayed: tokens that saw every block.
+    milliseconds: of the call of the model it ran in, with `batch` images. stayed: tokens that saw every block.
     classes: those that were found, largest first.
     """
 
@@ -75,7 +75,7 @@ class Figures:
 
 
 @dataclass(frozen=True)
-class Prediction(Figures):
+class PredictionFigures(Figures):
     """Figures of a file. exit_stage: `h` rows of `w` tokens, the exit each left at, 0 the first; the number of exits
     for those that stayed."""
 
@@ -89,7 +89,7 @@ class View(Figures):
 
     size: height and width of the maps. labels: class of each pixel, a byte, or two, low first, beyond 256 classes.
     scores: of that class, 255 for certain. grid: rows and columns of `exit_stage`, a byte for each token. extent:
-    height and width of the picture in tokens, less than the grid's where the picture was padded.
+    height and width of the image in tokens, less than the grid's where the image was padded.
     """
 
     size: tuple[int, int]
@@ -101,7 +101,7 @@ class View(Figures):
 
 
 def figures(model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], size: Size) -> Figures:
-    """size: of the picture; labels: its label map at any size."""
+    """size: of the image; labels: its label map at any size."""
     return Figures(**_figures(model, method, answer, labels, size))
 
 
@@ -140,11 +140,11 @@ def _per_exit(threshold: Any, num_exits: int) -> list[Any]:
 
 def prediction(
     model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], name: str
-) -> Prediction:
+) -> PredictionFigures:
     height, width = labels.shape
     values = _figures(model, method, answer, labels, (height, width))
-    stages, _ = token_grid(model, answer)
-    return Prediction(**values, name=name, exit_stage=stages.tolist())
+    exit_index, _ = token_grid(model, answer)
+    return PredictionFigures(**values, name=name, exit_stage=exit_index.tolist())
 
 
 @torch.inference_mode()
@@ -173,20 +173,20 @@ def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) 
 
 
 def shown_size(size: Size, num_classes: int) -> Size:
-    """Size of the page's maps of a picture: its own, or smaller in proportion."""
+    """Size of the page's maps of an image: its own, or smaller in proportion."""
     height, width = size
     factor = min(1.0, SHOWN_SIDE / max(size), (SHOWN_ELEMENTS / (height * width * num_classes)) ** 0.5)
     return max(1, int(height * factor)), max(1, int(width * factor))
 
 
 def token_grid(model: ExitSegmenter, answer: Answer) -> tuple[npt.NDArray[Any], tuple[float, float]]:
-    """Where tokens left, `(h, w)`, and the picture's height and width in tokens. Of overlapping windows, their mean."""
+    """Where tokens left, `(h, w)`, and the image's height and width in tokens. Of overlapping windows, their mean."""
     output, patch = answer.output, model.config.backbone.patch_size
-    stages: Tensor = output.exit_stage[0]
+    exit_index: Tensor = output.exit_index[0]
     cell = patch // output.patch_size  # windows tell it for every pixel
-    middle = min(cell // 2, *(side - 1 for side in stages.shape))
+    middle = min(cell // 2, *(side - 1 for side in exit_index.shape))
     height, width = output.sizes[0]
-    return stages[middle::cell, middle::cell].cpu().numpy(), (height / patch, width / patch)
+    return exit_index[middle::cell, middle::cell].cpu().numpy(), (height / patch, width / patch)
 
 
 def labels_of(model: ExitSegmenter) -> Labels:
@@ -198,15 +198,15 @@ def _base64(values: npt.NDArray[Any]) -> str:
     return base64.b64encode(np.ascontiguousarray(values).tobytes()).decode()
 
 
-# ------------------------------------------------------------------------------------------------------- pictures
+# ------------------------------------------------------------------------------------------------------- images
 
 
 def mask_png(model: ExitSegmenter, labels: npt.NDArray[Any]) -> bytes:
     """A palette PNG whose values are the classes; 16-bit grey beyond 255 classes."""
     palette = labels_of(model).palette
-    picture = palette_png(labels, palette) if len(palette) <= 255 else Image.fromarray(labels.astype(np.uint16))
+    image = palette_png(labels, palette) if len(palette) <= 255 else Image.fromarray(labels.astype(np.uint16))
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
+    image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
@@ -219,14 +219,14 @@ def zipped(files: dict[str, bytes]) -> bytes:
 
 
 def plain_page(
-    model: ExitSegmenter, picture: Image.Image, labels: npt.NDArray[Any], answer: Answer, found: Figures, title: str
+    model: ExitSegmenter, image: Image.Image, labels: npt.NDArray[Any], answer: Answer, found: Figures, title: str
 ) -> str:
-    """One picture's result as a page without scripts."""
+    """One image's result as a page without scripts."""
     classes = labels_of(model)
     grid, extent = token_grid(model, answer)
     exits = model.config.exits
-    size = (picture.height, picture.width)
-    shown = exit_map(grid, len(exits), size, image=picture, extent=extent)
+    size = (image.height, image.width)
+    shown = exit_map(grid, len(exits), size, image=image, extent=extent)
     present = [Swatch(f"{c.name}, {c.share:.1%}", classes.palette[c.id]) for c in found.classes]
     left = [*(exit.left for exit in found.exits), found.stayed]
     where = [Swatch(f"{name}: {n} tokens", colour) for n, (name, colour) in zip(left, exit_legend(len(exits), exits))]
@@ -240,9 +240,9 @@ def plain_page(
         ),
         FigureRow(
             [
-                Figure(picture, "Image"),
+                Figure(image, "Image"),
                 Figure(colorize(labels, classes.palette, classes.ignore_index), "Prediction"),
-                Figure(overlay(picture, labels, classes.palette, ignore_index=classes.ignore_index), "Overlay"),
+                Figure(overlay(image, labels, classes.palette, ignore_index=classes.ignore_index), "Overlay"),
                 Figure(shown, "Exit map"),
             ],
             columns=2,

@@ -92,7 +92,7 @@ def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
         app.add_api_route(path, endpoint, methods=[method], **options)
 
     asks: dict[str, Any] = {"dependencies": [Security(HTTPBearer(auto_error=False))]} if with_token else {}
-    pictures: dict[str, Any] = {"image/png": {}, "application/zip": {}}
+    images: dict[str, Any] = {"image/png": {}, "application/zip": {}}
     add("/", service.index, include_in_schema=False)
     add("/page.css", service.page_css, include_in_schema=False)
     add("/page.js", service.page_js, include_in_schema=False)
@@ -106,8 +106,8 @@ def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
         "/predict",
         service.predict,
         "POST",
-        response_model=list[answers.Prediction] | dict[str, Any],
-        responses={200: {"content": pictures}, **ERRORS},
+        response_model=list[answers.PredictionFigures] | dict[str, Any],
+        responses={200: {"content": images}, **ERRORS},
         **asks,
     )
     add("/images", service.keep, "POST", responses=ERRORS, **asks)
@@ -124,8 +124,8 @@ def _add_routes(app: FastAPI, service: Service, with_token: bool) -> None:
 ERRORS: dict[int | str, dict[str, Any]] = {
     401: {"description": "The token is missing or wrong."},
     413: {"description": "More bytes or work than the server takes, or than fit into memory."},
-    422: {"description": "An option or a picture that cannot be used; `detail` says why."},
-    429: {"description": "Too many pictures are under way: try again after a second."},
+    422: {"description": "An option or an image that cannot be used; `detail` says why."},
+    429: {"description": "Too many images are under way: try again after a second."},
     503: {"description": "No answer within the time limit, or the server is ending."},
 }
 
@@ -151,7 +151,7 @@ def _add_errors(app: FastAPI) -> None:
     add(Expired, 503, lambda error: "there was no answer within the time limit: try again.", lambda error: 1)
     add(Saturated, 503, str, lambda error: error.seconds)
     for kind in (MemoryError, torch.OutOfMemoryError):
-        add(kind, 413, lambda error: "the pictures do not fit into memory: send fewer or smaller ones.")
+        add(kind, 413, lambda error: "the images do not fit into memory: send fewer or smaller ones.")
     add(Exception, 500, lambda error: "something went wrong on the server: its log says what.")
 
 

@@ -1,6 +1,6 @@
-"""Pictures of many requests in one batch: a bounded queue, one thread that runs the model, a future for each picture.
+"""Images of many requests in one batch: a bounded queue, one thread that runs the model, a future for each image.
 
-The engine is exact: a picture's result does not depend on its companions, so whoever comes at the same time and asks
+The engine is exact: an image's result does not depend on its companions, so whoever comes at the same time and asks
 for the same method shares a call of the model. A queue that is full refuses at once; waiting longer would help nobody.
 
 A dear job, of more than a second, runs alone and does not take the model from the others: before each of its blocks the
@@ -49,7 +49,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True)
 class Answer:
-    """The result of one picture. milliseconds: of the call of the model it ran in, with `batch` pictures."""
+    """The result of one image. milliseconds: of the call of the model it ran in, with `batch` images."""
 
     output: Segmentation
     milliseconds: float
@@ -57,8 +57,8 @@ class Answer:
 
 
 @dataclass(frozen=True, eq=False)
-class Job:
-    """One picture to segment. image: `(3, H, W)`. target: size of its maps. tokens: what it weighs in a batch.
+class SegmentationRequest:
+    """One image to segment. image: `(3, H, W)`. target: size of its maps. tokens: what it weighs in a batch.
 
     deadline: on the monotonic clock, after which nobody wants the answer. seconds: what it is expected to take.
     gone: set when nobody waits for the answer any more.
@@ -74,8 +74,8 @@ class Job:
     arrived: float = field(default_factory=time.monotonic)
     answer: Future[Answer] = field(default_factory=Future)
 
-    def goes_with(self, other: Job) -> bool:
-        """Whether both may share a batch; not where a method looks beyond the picture (DoViT's release mode)."""
+    def goes_with(self, other: SegmentationRequest) -> bool:
+        """Whether both may share a batch; not where a method looks beyond the image (DoViT's release mode)."""
         alone = self.dear or other.dear or not self.method.batch_independent
         return self.method == other.method and not alone
 
@@ -92,7 +92,7 @@ class Job:
 class _Call:
     """A call of the model under way. since: when it last had its turn. given: seconds in which it gave way."""
 
-    jobs: Sequence[Job]
+    jobs: Sequence[SegmentationRequest]
     start: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.monotonic)
     given: float = 0.0
@@ -105,8 +105,8 @@ class _Call:
 class Batcher:
     """Runs jobs in one thread, those that fit together at once.
 
-    forward: the model. max_tokens: patch tokens of a batch; a larger picture runs alone. max_places: pictures that may
-    be under way at once. max_wait: seconds the first picture of a batch waits for companions. observe: told of each
+    forward: the model. max_tokens: patch tokens of a batch; a larger image runs alone. max_slots: images that may
+    be under way at once. max_wait: seconds the first image of a batch waits for companions. observe: told of each
     batch its output and its seconds. around: held by the thread for as long as it lives.
     """
 
@@ -115,14 +115,14 @@ class Batcher:
         forward: Forward,
         *,
         max_tokens: int = PACK_TOKENS,
-        max_places: int = 64,
+        max_slots: int = 64,
         max_wait: float = 0.004,
         observe: Callable[[Segmentation, float], None] = lambda output, seconds: None,
         around: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._forward, self._observe, self._around = forward, observe, around
-        self._max_tokens, self._max_places, self._max_wait = max_tokens, max_places, max_wait
-        self._queue: deque[Job] = deque()
+        self._max_tokens, self._max_slots, self._max_wait = max_tokens, max_slots, max_wait
+        self._queue: deque[SegmentationRequest] = deque()
         self._changed = threading.Condition()
         self._calls: list[_Call] = []  # the last one runs; one before it gives way
         self._taken = 0
@@ -132,17 +132,17 @@ class Batcher:
 
     @property
     def taken(self) -> int:
-        """Pictures under way: read, waiting, running or being encoded."""
+        """Images under way: read, waiting, running or being encoded."""
         return self._taken
 
     @contextmanager
-    def places(self, count: int) -> Iterator[None]:
-        """Hold room for pictures from reading them to answering, so that all memory they need is bounded.
+    def slots(self, count: int) -> Iterator[None]:
+        """Hold room for images from reading them to answering, so that all memory they need is bounded.
 
         Raises `Overloaded` where there is none.
         """
         with self._changed:
-            if self._taken + count > self._max_places:
+            if self._taken + count > self._max_slots:
                 raise Overloaded
             self._taken += count
         try:
@@ -152,8 +152,8 @@ class Batcher:
                 self._taken -= count
                 self._changed.notify_all()
 
-    def submit(self, job: Job) -> Future[Answer]:
-        """Queue a picture. Its future raises what the model raised, or `Expired`."""
+    def submit(self, job: SegmentationRequest) -> Future[Answer]:
+        """Queue an image. Its future raises what the model raised, or `Expired`."""
         with self._changed:
             if self._closed:
                 raise Overloaded
@@ -211,7 +211,7 @@ class Batcher:
             while jobs := self._next():
                 self._run(jobs)
 
-    def _next(self) -> list[Job]:
+    def _next(self) -> list[SegmentationRequest]:
         """The oldest job and those that go with it; empty at the end."""
         with self._changed:
             while not self._queue and not self._closed:
@@ -223,11 +223,11 @@ class Batcher:
                 self._changed.wait(left)
             return self._taken_out(self._pack(self._queue)[0])
 
-    def _cheap(self, seconds: float) -> list[Job] | None:
+    def _cheap(self, seconds: float) -> list[SegmentationRequest] | None:
         """The oldest job that is not dear and those that go with it.
 
-        Empty if none came in so many seconds, in which pictures are being read or encoded, which takes the same
-        processor; None if there are no such pictures.
+        Empty if none came in so many seconds, in which images are being read or encoded, which takes the same
+        processor; None if there are no such images.
         """
         with self._changed:
             waiting = [job for job in self._queue if not job.dear]
@@ -238,11 +238,11 @@ class Batcher:
             self._changed.wait(seconds)
             return []
 
-    def _taken_out(self, jobs: list[Job]) -> list[Job]:
+    def _taken_out(self, jobs: list[SegmentationRequest]) -> list[SegmentationRequest]:
         self._queue = deque(job for job in self._queue if job not in jobs)
         return jobs
 
-    def _pack(self, queue: Iterable[Job]) -> tuple[list[Job], bool]:
+    def _pack(self, queue: Iterable[SegmentationRequest]) -> tuple[list[SegmentationRequest], bool]:
         """Jobs for the next batch, in their order, and whether there is room for more."""
         first, *others = queue
         jobs, tokens, seconds = [first], first.tokens, first.seconds
@@ -254,12 +254,12 @@ class Batcher:
                 jobs.append(job)
         return jobs, tokens < self._max_tokens and not first.dear
 
-    def _run(self, queued: Sequence[Job]) -> None:
+    def _run(self, queued: Sequence[SegmentationRequest]) -> None:
         jobs = [job for job in queued if _wanted(job)]
         if jobs:
             self._call(jobs)
 
-    def _call(self, jobs: Sequence[Job]) -> None:
+    def _call(self, jobs: Sequence[SegmentationRequest]) -> None:
         call = _Call(jobs)
         self._calls.append(call)
         try:
@@ -276,18 +276,18 @@ class Batcher:
         for job, own in zip(jobs, outputs):
             job.answer.set_result(Answer(own, 1e3 * seconds, len(jobs)))
 
-    def _failed(self, jobs: Sequence[Job], error: Exception) -> None:
+    def _failed(self, jobs: Sequence[SegmentationRequest], error: Exception) -> None:
         if isinstance(error, Stopped):
             for job in jobs:
                 job.answer.set_exception(Expired())
         elif len(jobs) == 1:
             jobs[0].answer.set_exception(error)
         else:
-            for job in jobs:  # one picture that fails does not take the others with it
+            for job in jobs:  # one image that fails does not take the others with it
                 self._call([job])
 
 
-def _wanted(job: Job) -> bool:
+def _wanted(job: SegmentationRequest) -> bool:
     """False for a job that was cancelled or comes too late, which is told so."""
     if not job.answer.set_running_or_notify_cancel():
         return False

@@ -85,7 +85,7 @@ class Choices:
 
     def _offer(self, name: str) -> Offer:
         method = self._named(name)
-        compute = place(method, self._num_exits) if method.has_exits else None
+        compute = dial_position(method, self._num_exits) if method.has_exits else None
         return Offer(name, method.title, compute, method is self.calibrated, self._refusal(method))
 
     def _refusal(self, method: Method[Any]) -> str | None:
@@ -100,7 +100,7 @@ def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
     """The method with thresholds for a place on the dial, `compute` in [0, 1]."""
     if not 0.0 <= compute <= 1.0:
         raise ConfigError(f"compute={compute:g} is outside [0, 1]: 1 is all of the network for every token.")
-    power = compute / place(method, num_exits)
+    power = compute / dial_position(method, num_exits)
 
     def moved(tau: float) -> float:
         return NEVER if compute == 1.0 else round(1.0 - (1.0 - tau) ** power, 6)
@@ -111,7 +111,7 @@ def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
     )
 
 
-def place(method: Method[Any], num_exits: int) -> float:
+def dial_position(method: Method[Any], num_exits: int) -> float:
     """Where on the dial a method's thresholds are: the mean over its exits, away from the ends."""
     octaves = [-math.log2(max(1.0 - tau, 2.0**-OCTAVES)) for tau in _flat(_thresholds(method, num_exits))]
     return min(max(sum(octaves) / len(octaves) / OCTAVES, 0.05), 0.95) if octaves else 0.5

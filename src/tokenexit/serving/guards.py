@@ -22,7 +22,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/page.css", "/page.js", "/healthz", "/openapi.json", "/docs")
-"""Need no token, nor do the drawn samples: none says more of the model than its name, or anything of pictures."""
+"""Need no token, nor do the drawn samples: none says more of the model than its name, or anything of images."""
 FULL = "too many images are under way: try again in a second."
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -152,7 +152,7 @@ class Guard:
 
     @property
     def _too_large(self) -> str:
-        return f"the upload is larger than {self._body_bytes} bytes: send fewer or smaller pictures."
+        return f"the upload is larger than {self._body_bytes} bytes: send fewer or smaller images."
 
 
 class _Body:

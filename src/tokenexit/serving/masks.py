@@ -1,4 +1,4 @@
-"""Label maps as others read them: COCO's layout, one annotation per class in a picture.
+"""Label maps as others read them: COCO's layout, one annotation per class in an image.
 
 Legend: H, W height and width in pixels.
 """
@@ -15,14 +15,14 @@ from tokenexit.inputs.labels import Labels
 from tokenexit.prediction.coco import masks
 
 
-def coco(pictures: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, Any]:
+def coco(maps: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, Any]:
     """Label maps `(H, W)` by file name in COCO's layout: images, categories, and one annotation per class in an image.
 
     Numbers of images begin at 1; those of categories are the model's classes.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for number, (name, map_) in enumerate(pictures.items(), start=1):
+    for number, (name, map_) in enumerate(maps.items(), start=1):
         height, width = map_.shape
         images.append({"id": number, "file_name": name, "height": height, "width": width})
         for mask in masks(map_):

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-PICTURES = (1, 2, 4, 8, 16, 32, 64)
+IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 COUNTERS = {
     "tokenexit_requests_total": "Requests by route and status.",
-    "tokenexit_pictures_total": "Pictures segmented, by method.",
+    "tokenexit_pictures_total": "Images segmented, by method.",
     "tokenexit_macs_total": "Multiply-adds done for them.",
     "tokenexit_dense_macs_total": "Multiply-adds that Dense would have taken for them.",
     "tokenexit_tokens_total": "Patch tokens of them, by the exit they left at; end for those that stayed.",
@@ -20,7 +20,7 @@ COUNTERS = {
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "tokenexit_request_seconds": ("From the first byte of a request to the last of its answer, by route.", SECONDS),
     "tokenexit_batch_seconds": ("Calls of the model.", SECONDS),
-    "tokenexit_batch_pictures": ("Pictures that shared a call of the model.", PICTURES),
+    "tokenexit_batch_pictures": ("Images that shared a call of the model.", IMAGES),
 }
 
 Series = tuple[str, tuple[tuple[str, str], ...]]

@@ -12,7 +12,7 @@ let views = {};         // by method: the last answer, with its decoded maps
 let point = null;       // what was clicked: [x, y] in [0, 1]
 let busy = false;       // one request is under way
 let stale = false;      // and what it was asked for has changed since
-let edge = 0;           // number of the last picture that was chosen: answers for others are dropped
+let edge = 0;           // number of the last image that was chosen: answers for others are dropped
 
 // ---------------------------------------------------------------------------------------------------- the server
 
@@ -62,7 +62,7 @@ async function fetchView(chosen, method, compute) {
     return await fetched();
   } catch (error) {
     if (error.status !== 404) throw error;
-    await send(chosen);                 // the server made room for other pictures
+    await send(chosen);                 // the server made room for other images
     return fetched();
   }
 }
@@ -126,7 +126,7 @@ async function choose(blob, name, sample = null) {
     document.querySelectorAll(".sample").forEach((b) => b.setAttribute("aria-pressed", String(b.value === String(sample))));
     await refresh();
   } catch (error) {
-    say(error instanceof Refused ? error : new Error(`${name} cannot be read as a picture.`));
+    say(error instanceof Refused ? error : new Error(`${name} cannot be read as an image.`));
   }
 }
 
@@ -140,7 +140,7 @@ async function shrunk(bitmap, factor) {
   return { blob, bitmap: canvas };
 }
 
-// ---------------------------------------------------------------------------------------------------- pictures
+// ---------------------------------------------------------------------------------------------------- images
 
 function painted(width, height, paint) {
   const canvas = document.createElement("canvas");

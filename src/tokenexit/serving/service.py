@@ -1,7 +1,7 @@
 """What the server does for a request: the endpoints of the page and of the API, and what they share.
 
-A request reads its pictures, queues them for the batcher, waits, and encodes what it is sent: reading and encoding in
-threads of their own, the model in one. Nothing is kept of a request but, for the page, its last pictures in memory.
+A request reads its images, queues them for the batcher, waits, and encodes what it is sent: reading and encoding in
+threads of their own, the model in one. Nothing is kept of a request but, for the page, its last images in memory.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from tokenexit.report.pictures import exit_colours
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving import answers
-from tokenexit.serving.batching import Answer, Batcher, Expired, Forward, Job
+from tokenexit.serving.batching import Answer, Batcher, Expired, Forward, SegmentationRequest
 from tokenexit.serving.choices import Choices, Offer
 from tokenexit.serving.guards import Ending
 from tokenexit.serving.masks import coco
 from tokenexit.serving.metrics import Metrics
 from tokenexit.serving.pace import Pace
 from tokenexit.serving.page import SAMPLES, asset, knows_scenes, page_html, sample_png, sample_size
-from tokenexit.serving.uploads import Picture, distinct, file_name, read_picture
+from tokenexit.serving.uploads import UploadedImage, distinct, file_name, read_image
 from tokenexit.version import __version__
 
 T = TypeVar("T")
@@ -54,11 +54,11 @@ CLOSING = 5.0
 class Limits:
     """What the server takes.
 
-    upload_bytes: of a request. pixels: of a picture, and of what the network sees of it, padding included. pictures: of
-    a request. places: pictures under way at once; more are refused with status 429. seconds: for an upload, and for its
+    upload_bytes: of a request. pixels: of an image, and of what the network sees of it, padding included. images: of
+    a request. slots: images under way at once; more are refused with status 429. seconds: for an upload, and for its
     answer. work: seconds of this machine that the model may be expected to take for a request, at full compute. wait:
-    seconds that a picture waits for others to share its batch. batch_tokens: patch tokens of a batch. kept_bytes:
-    pictures that the page may come back to. held_bytes: uploads under way. connections: open at once; per_address:
+    seconds that an image waits for others to share its batch. batch_tokens: patch tokens of a batch. kept_bytes:
+    images that the page may come back to. held_bytes: uploads under way. connections: open at once; per_address:
     of one client; silence: seconds in which a connection sends nothing. drain: seconds for what is under way when the
     server ends.
     """
@@ -66,7 +66,7 @@ class Limits:
     upload_bytes: int = 20_000_000
     pixels: int = 2048 * 1024
     pictures: int = 16
-    places: int = 64
+    slots: int = 64
     seconds: float = 30.0
     work: float = 15.0
     wait: float = 0.004
@@ -100,8 +100,8 @@ class Saturated(Exception):
 class Health:
     """What the server is about to do.
 
-    status: "ok"; "saturated" where a picture that comes now is refused; "ending" after SIGTERM, with status 503.
-    busy: pictures under way, of `places`. wait_seconds: until a small picture that comes now would have its turn.
+    status: "ok"; "saturated" where an image that comes now is refused; "ending" after SIGTERM, with status 503.
+    busy: images under way, of `places`. wait_seconds: until a small image that comes now would have its turn.
     running_seconds: how long the call of the model under way has been running.
     """
 
@@ -115,7 +115,7 @@ class Health:
 
 
 @dataclass(frozen=True)
-class About:
+class ModelInfo:
     """What the page needs to know of the model. colours: RGB of the exits in their order, the last for the end."""
 
     name: str
@@ -131,7 +131,7 @@ class About:
 
 @dataclass(frozen=True)
 class Kept:
-    """A picture that the page may ask for again."""
+    """An image that the page may ask for again."""
 
     id: str
     height: int
@@ -139,8 +139,8 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Wish:
-    """image: `id` of a picture that was sent before. compute: 1 all of the network for every token, 0 as little as
+class ViewRequest:
+    """image: `id` of an image that was sent before. compute: 1 all of the network for every token, 0 as little as
     can be; the method's own thresholds if it is not given."""
 
     image: str
@@ -156,11 +156,11 @@ class Service:
         self.model = _labelled(model)
         self.pace = Pace.measured(model, precision)
         self.choices = Choices(model)
-        self.metrics = Metrics({"tokenexit_busy_pictures": ("Pictures under way.", lambda: self.batcher.taken)})
+        self.metrics = Metrics({"tokenexit_busy_pictures": ("Images under way.", lambda: self.batcher.taken)})
         self.batcher = Batcher(
             _forward(model),
             max_tokens=limits.batch_tokens,
-            max_places=limits.places,
+            max_slots=limits.slots,
             max_wait=limits.wait,
             observe=self._observe_batch,
             around=lambda: inference(model.device, precision),  # for good: weights are lowered once
@@ -172,7 +172,7 @@ class Service:
         ]
         self.samples = SAMPLES if knows_scenes(self.model) else ()
         self.page = page_html(name, self.choices.offers(), len(self.samples))
-        self._kept: OrderedDict[str, Picture] = OrderedDict()
+        self._kept: OrderedDict[str, UploadedImage] = OrderedDict()
         # Few at once: full-size maps of many classes are large, and cores are few.
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "tokenexit-pictures")
 
@@ -201,10 +201,10 @@ class Service:
         png = await self._in_thread(sample_png, number, sample_size(self.model))
         return Response(png, media_type="image/png", headers={"Cache-Control": "max-age=3600"})
 
-    async def about(self) -> About:
+    async def about(self) -> ModelInfo:
         """The model: classes, exits, methods."""
         labels, exits = answers.labels_of(self.model), self.model.config.exits
-        return About(
+        return ModelInfo(
             name=self.name,
             classes=list(labels.names),
             palette=list(labels.palette),
@@ -217,30 +217,30 @@ class Service:
         )
 
     async def keep(self, image: Annotated[UploadFile, File()]) -> Kept:
-        """Send a picture to view it several times. It is kept in memory until others need the room."""
-        with self.batcher.places(1):
+        """Send an image to view it several times. It is kept in memory until others need the room."""
+        with self.batcher.slots(1):
             data = await image.read()
-            _, picture = await self._read(data, file_name(image.filename, 0))
+            _, uploaded = await self._read(data, file_name(image.filename, 0))
             key = await self._in_thread(_fingerprint, data)
-        self._kept[key] = picture
+        self._kept[key] = uploaded
         self._kept.move_to_end(key)
         while sum(kept.image.nbytes for kept in self._kept.values()) > self.limits.kept_bytes and len(self._kept) > 1:
             self._kept.popitem(last=False)
-        return Kept(key, *picture.size)
+        return Kept(key, *uploaded.size)
 
-    async def view(self, wish: Wish, accept_encoding: Annotated[str, Header()] = "") -> Response:
-        """Maps and figures of a picture that was sent before, for a method and a place on the dial."""
-        picture = self._kept.get(wish.image)
-        if picture is None:
-            raise HTTPException(404, "this picture is no longer kept: send it again.")
-        self._kept.move_to_end(wish.image)
-        method = self.choices.choose(wish.method, compute=wish.compute)
-        with self.batcher.places(1):
-            size = answers.shown_size(picture.size, self.model.config.num_classes)
-            (answer,) = await self._segment([picture], method, [size])
+    async def view(self, asked: ViewRequest, accept_encoding: Annotated[str, Header()] = "") -> Response:
+        """Maps and figures of an image that was sent before, for a method and a place on the dial."""
+        uploaded = self._kept.get(asked.image)
+        if uploaded is None:
+            raise HTTPException(404, "this image is no longer kept: send it again.")
+        self._kept.move_to_end(asked.image)
+        method = self.choices.choose(asked.method, compute=asked.compute)
+        with self.batcher.slots(1):
+            size = answers.shown_size(uploaded.size, self.model.config.num_classes)
+            (answer,) = await self._segment([uploaded], method, [size])
 
             def encoded() -> bytes:
-                shown = answers.view(self.model, method, answer, picture.size)
+                shown = answers.view(self.model, method, answer, uploaded.size)
                 body = json.dumps(asdict(shown)).encode()
                 return gzip.compress(body, 1) if "gzip" in accept_encoding else body
 
@@ -255,22 +255,22 @@ class Service:
         method: Annotated[str | None, Form()] = None,
         compute: Annotated[float | None, Form()] = None,
     ) -> HTMLResponse:
-        """The result of one picture as a page, for browsers without scripts."""
+        """The result of one image as a page, for browsers without scripts."""
         if sample is not None and 0 <= sample < len(self.samples):
             data = await self._in_thread(sample_png, sample, sample_size(self.model))
             name = f"Sample {sample + 1}"
         elif image is not None and image.filename:
             data, name = await image.read(), file_name(image.filename, 0)
         else:
-            raise DataError("no picture was sent: choose a file or a sample.")
+            raise DataError("no image was sent: choose a file or a sample.")
         chosen = self.choices.choose(None if method == "compare" else method, compute=compute)
-        with self.batcher.places(1):
-            shown, picture = await self._read(data, name)
-            (answer,) = await self._segment([picture], chosen, [picture.size])
+        with self.batcher.slots(1):
+            shown, uploaded = await self._read(data, name)
+            (answer,) = await self._segment([uploaded], chosen, [uploaded.size])
 
             def rendered() -> str:
                 labels = answers.label_map(answer)
-                found = answers.figures(self.model, chosen, answer, labels, picture.size)
+                found = answers.figures(self.model, chosen, answer, labels, uploaded.size)
                 return answers.plain_page(self.model, shown, labels, answer, found, name)
 
             return HTMLResponse(await self._in_thread(rendered))
@@ -290,14 +290,14 @@ class Service:
             self.name,
             __version__,
             self.batcher.taken,
-            self.limits.places,
+            self.limits.slots,
             round(wait, 3),
             round(self.batcher.running_seconds, 3),
         )
 
     def full(self) -> bool:
-        """Whether there is no room for another picture."""
-        return self.batcher.taken >= self.limits.places
+        """Whether there is no room for another image."""
+        return self.batcher.taken >= self.limits.slots
 
     async def prometheus(self) -> Response:
         """Figures since the start, in Prometheus' text format."""
@@ -305,7 +305,7 @@ class Service:
 
     async def predict(
         self,
-        images: Annotated[list[UploadFile], File(description="One picture or several: JPEG, PNG, WebP, TIFF, ...")],
+        images: Annotated[list[UploadFile], File(description="One image or several: JPEG, PNG, WebP, TIFF, ...")],
         method: Annotated[
             str | None, Form(description="dense, dtop, dovit, ...; the calibrated one, else dtop")
         ] = None,
@@ -313,17 +313,17 @@ class Service:
         compute: Annotated[float | None, Form(description="in [0, 1] instead: from as little as can be to all")] = None,
         format: Annotated[Literal["json", "png", "coco"], Form(description="figures, masks, or run lengths")] = "json",
     ) -> Any:
-        """Segment pictures at their own sizes. json: figures and exit maps, a list. png: a palette PNG whose values are
-        the classes; of several pictures a zip of them. coco: images, categories and compressed run lengths."""
-        most = min(self.limits.pictures, self.limits.places)
+        """Segment images at their own sizes. json: figures and exit maps, a list. png: a palette PNG whose values are
+        the classes; of several images a zip of them. coco: images, categories and compressed run lengths."""
+        most = min(self.limits.pictures, self.limits.slots)
         if len(images) > most:
-            raise HTTPException(422, f"{len(images)} pictures are more than {most}: send them in parts.")
+            raise HTTPException(422, f"{len(images)} images are more than {most}: send them in parts.")
         chosen = self.choices.choose(method, threshold, compute)
         names = distinct([file_name(image.filename, n) for n, image in enumerate(images)])
-        with self.batcher.places(len(images)):
+        with self.batcher.slots(len(images)):
             read = [await self._read(await image.read(), name) for image, name in zip(images, names)]
-            pictures = [picture for _, picture in read]
-            found = await self._segment(pictures, chosen, [picture.size for picture in pictures])
+            uploads = [uploaded for _, uploaded in read]
+            found = await self._segment(uploads, chosen, [uploaded.size for uploaded in uploads])
             return await self._in_thread(self._encoded, format, chosen, dict(zip(names, found)))
 
     def _encoded(self, format: str, method: Method[Any], found: dict[str, Answer]) -> Any:
@@ -340,19 +340,21 @@ class Service:
 
     # -------------------------------------------------------------------------------------------- on the way
 
-    async def _read(self, data: bytes, name: str) -> tuple[Image.Image, Picture]:
-        return await self._in_thread(read_picture, self.model, data, name, self.limits.pixels)
+    async def _read(self, data: bytes, name: str) -> tuple[Image.Image, UploadedImage]:
+        return await self._in_thread(read_image, self.model, data, name, self.limits.pixels)
 
     async def _in_thread(self, work: Callable[..., T], *given: Any) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *given)
 
-    async def _segment(self, pictures: Sequence[Picture], method: Method[Any], targets: Sequence[Size]) -> list[Answer]:
-        costs = [self.pace.seconds(picture.macs) for picture in pictures]
+    async def _segment(
+        self, uploads: Sequence[UploadedImage], method: Method[Any], targets: Sequence[Size]
+    ) -> list[Answer]:
+        costs = [self.pace.seconds(uploaded.macs) for uploaded in uploads]
         self._check_time(sum(costs), max(costs))
         deadline = time.monotonic() + self.limits.seconds
         jobs = [
-            Job(picture.image, method, target, picture.tokens, deadline, seconds)
-            for picture, target, seconds in zip(pictures, targets, costs)
+            SegmentationRequest(uploaded.image, method, target, uploaded.tokens, deadline, seconds)
+            for uploaded, target, seconds in zip(uploads, targets, costs)
         ]
         try:
             async with asyncio.timeout(self.limits.seconds):
@@ -367,12 +369,12 @@ class Service:
         return list(found)
 
     def _check_time(self, seconds: float, longest: float) -> None:
-        """Raise `TooDear` or `Saturated` where the pictures cannot be done in time."""
+        """Raise `TooDear` or `Saturated` where the images cannot be done in time."""
         limits = self.limits
         if seconds > limits.work:
             raise TooDear(
                 f"this would take about {seconds:.2g} seconds of this machine, more than the {limits.work:g} that a "
-                "request may: send fewer or smaller pictures."
+                "request may: send fewer or smaller images."
             )
         late = self.batcher.wait(longest) + seconds - limits.seconds
         if late > 0:

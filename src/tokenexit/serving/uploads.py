@@ -21,8 +21,8 @@ from tokenexit.serving.pace import dense_macs
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture as the network takes it.
+class UploadedImage:
+    """An image as the network takes it.
 
     size: its own height and width. tokens: what it weighs in a batch. macs: what the dense model takes for it.
     """
@@ -33,14 +33,14 @@ class Picture:
     macs: int
 
 
-def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, Picture]:
-    """The picture in a file, and as the network takes it. Raises `DataError` for what is none, or too large.
+def read_image(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, UploadedImage]:
+    """The image in a file, and as the network takes it. Raises `DataError` for what is none, or too large.
 
-    max_pixels: of the picture, which is not decoded beyond that, and of what the network sees of it. A thin strip is
+    max_pixels: of the image, which is not decoded beyond that, and of what the network sees of it. A thin strip is
     small until its short side is resized or padded to a patch.
     """
-    picture = load_image(_Named(data, name), max_pixels)
-    size, patch = (picture.height, picture.width), model.config.backbone.patch_size
+    image = load_image(_Named(data, name), max_pixels)
+    size, patch = (image.height, image.width), model.config.backbone.patch_size
     height, width = resized_size(size, model.preprocessing.resize)
     tokens = -(-height // patch) * -(-width // patch)
     if tokens * patch**2 > max(max_pixels, patch**2):
@@ -48,7 +48,7 @@ def read_picture(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) 
             f"image '{name}' of {size[0]}x{size[1]} pixels is too large for the network, which would see {tokens} "
             f"patches of {patch}x{patch} pixels: crop it."
         )
-    return picture, Picture(model.preprocessing.to_tensor(picture), size, tokens, dense_macs(model, (height, width)))
+    return image, UploadedImage(model.preprocessing.to_tensor(image), size, tokens, dense_macs(model, (height, width)))
 
 
 def keep_in_memory(size: int) -> None:

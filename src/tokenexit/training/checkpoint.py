@@ -26,7 +26,7 @@ from tokenexit.training.config import TrainConfig, as_begun, differing_key, flat
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 STATE, RUN = "state.pt", "run.json"
 
-Parts = Mapping[str, nn.Module | torch.optim.Optimizer]
+CheckpointParts = Mapping[str, nn.Module | torch.optim.Optimizer]
 """What a run is made of, by name."""
 
 
@@ -40,7 +40,7 @@ class Best:
 
 
 @dataclass(frozen=True)
-class Stand:
+class Progress:
     """Where a run stands: `step` steps are done by `processes` processes; `history` holds what was logged so far.
 
     best: None before the first validation."""
@@ -51,18 +51,18 @@ class Stand:
     best: Best | None = None
 
 
-def save_checkpoint(folder: Path, stand: Stand, parts: Parts, config: TrainConfig) -> None:
+def save_checkpoint(folder: Path, progress: Progress, parts: CheckpointParts, config: TrainConfig) -> None:
     """Write the checkpoint of `parts` as they stand, and forget all others, finished or not."""
-    step = stand.step
+    step = progress.step
     unfinished = folder / f".step-{step:07d}"
     try:
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
         state: dict[str, Any] = {"step": step} | {name: part.state_dict() for name, part in parts.items()}
-        if stand.best is not None:
-            state["best"] = vars(stand.best)
+        if progress.best is not None:
+            state["best"] = vars(progress.best)
         torch.save(state, unfinished / STATE)
-        run = {"config": flat(config), "history": stand.history, "processes": stand.processes}
+        run = {"config": flat(config), "history": progress.history, "processes": progress.processes}
         (unfinished / RUN).write_text(json.dumps(run))
         final = _free_name(folder / f"step-{step:07d}")
         os.replace(unfinished, final)
@@ -80,7 +80,7 @@ def save_checkpoint(folder: Path, stand: Stand, parts: Parts, config: TrainConfi
             shutil.rmtree(other, ignore_errors=True)
 
 
-def load_checkpoint(folder: Path, parts: Parts, config: TrainConfig) -> Stand | None:
+def load_checkpoint(folder: Path, parts: CheckpointParts, config: TrainConfig) -> Progress | None:
     """Restore `parts` from the last complete checkpoint; None if there is none.
 
     Raises `ConfigError` if it belongs to a run of another configuration, `CheckpointError` if it is damaged.
@@ -94,7 +94,7 @@ def load_checkpoint(folder: Path, parts: Parts, config: TrainConfig) -> Stand | 
         for name, part in parts.items():
             part.load_state_dict(state[name])
         best = Best(**state["best"]) if "best" in state else None
-        return Stand(int(state["step"]), run["history"], run["processes"], best)
+        return Progress(int(state["step"]), run["history"], run["processes"], best)
     except Exception as error:  # a cut or foreign file ends in any of a dozen types
         raise _damaged(path, error) from None
 

@@ -40,7 +40,7 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """Where pictures come from and what happens to them in training."""
+    """Where images come from and what happens to them in training."""
 
     name: str = "scenes"
     """A registered dataset, such as scenes (drawn by a program), camvid, ade20k, cityscapes or folder."""
@@ -57,7 +57,7 @@ class DataConfig:
     ratio: tuple[float, float] = (0.5, 2.0)
     """Range of the random resize."""
     resize_base: tuple[int, int] | None = None
-    """Long and short side, in pixels, that the random resize takes as 1; the picture's own if not given."""
+    """Long and short side, in pixels, that the random resize takes as 1; the image's own if not given."""
     cat_max_ratio: float = 0.75
     """Largest share of one class in a crop; crops beyond are drawn again, as in mmsegmentation."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -65,16 +65,16 @@ class DataConfig:
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     """Pixels in 0..1 are divided by it; AugReg weights need 0.5."""
     resize: int | tuple[int, int] | None = None
-    """Shortest side, or height and width, in pixels, that pictures are given for the model later; their own if not
+    """Shortest side, or height and width, in pixels, that images are given for the model later; their own if not
     given."""
     window: tuple[int, int] | None = None
-    """Height and width of the windows in which the model segments later; the whole picture if not given."""
+    """Height and width of the windows in which the model segments later; the whole image if not given."""
     stride: tuple[int, int] | None = None
     """Distance of these windows; they touch if not given."""
     workers: int = 0
-    """Processes that load pictures; 0 loads them between the steps."""
+    """Processes that load images; 0 loads them between the steps."""
     cache: bool = False
-    """Keep decoded pictures in memory, up to 2 GiB."""
+    """Keep decoded images in memory, up to 2 GiB."""
 
     def __post_init__(self) -> None:
         _at_least("data", self, workers=0)
@@ -176,9 +176,9 @@ class TrainConfig:
     steps: int = 1000
     """Steps of the optimiser; the schedule of rates ends with them."""
     batch_size: int = 8
-    """Pictures per step, of all processes together."""
+    """Images per step, of all processes together."""
     accumulate: int = 1
-    """Parts that a process takes its pictures of a step in, one after the other, to save memory; they weigh alike, as
+    """Parts that a process takes its images of a step in, one after the other, to save memory; they weigh alike, as
     processes do, and each has batch statistics of its own."""
     checkpoint_blocks: bool = False
     """Compute each block a second time in the backward pass instead of keeping what it held; the result is the same."""
@@ -268,7 +268,7 @@ def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
 
 
 def check_parts(config: TrainConfig, processes: int) -> None:
-    """Every process must get as many pictures of a step, in as many equal parts."""
+    """Every process must get as many images of a step, in as many equal parts."""
     if config.batch_size % (processes * config.accumulate):
         raise ConfigError(
             f"batch_size={config.batch_size} is no multiple of {processes} processes x accumulate={config.accumulate}: "

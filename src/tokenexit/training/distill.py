@@ -1,7 +1,7 @@
 """Distillation: beside the labels, a student learns from a dense model (DoViT's release, `mmseg/distillation`).
 
 Methods know nothing of it. It reads what every pass in training mode records: the tokens that the decode head was run
-on, and the full map of every stage on the patch grid. If asked, it applies the bilinear step of a SETR head before it
+on, and the full map of every exit on the patch grid. If asked, it applies the bilinear step of a SETR head before it
 compares, as the release does, whose heads upsample before they classify.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, C channels, K classes.
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head
-from tokenexit.methods import Stage
+from tokenexit.methods import ExitRecord
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DistillConfig
@@ -45,16 +45,16 @@ def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter
 def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, config: DistillConfig) -> Tensor:
     """Return the weighted sum of the losses on features, on the decode head's logits and on those of every exit.
 
-    Both outputs hold recorded stages of the same images; `target` is the teacher's and carries no gradient.
+    Both outputs hold exit records of the same images; `target` is the teacher's and carries no gradient.
     """
-    *exits, final = output.stages
-    teacher = target.stages[-1]
-    loss = torch.zeros((), device=target.exit_stage[0].device)
+    *exits, final = output.exit_records
+    teacher = target.exit_records[-1]
+    loss = torch.zeros((), device=target.exit_index[0].device)
     if config.features:
         loss = loss + config.features * feature_loss(_features(final), _features(teacher))
-    for weight, stage in ((config.logits, final), *((config.exits, stage) for stage in exits)):
+    for weight, record in ((config.logits, final), *((config.exits, record) for record in exits)):
         if weight:
-            ours, theirs, image = _compared(stage, teacher, target, config.upsampled)
+            ours, theirs, image = _compared(record, teacher, target, config.upsampled)
             loss = loss + weight * divergence(ours, theirs, image, config.temperature)
     return loss
 
@@ -69,12 +69,12 @@ def feature_loss(student: Tokens, teacher: Tokens) -> Tensor:
     return difference.square().sum() / max(difference.numel(), 1)
 
 
-def _features(stage: Stage) -> Tokens:
-    assert stage.seen is not None, "distillation needs recorded stages"
-    return stage.seen
+def _features(record: ExitRecord) -> Tokens:
+    assert record.seen is not None, "distillation needs exit records"
+    return record.seen
 
 
-def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float) -> Tensor:
+def divergence(student: ExitRecord, teacher: ExitRecord, image: Tensor, temperature: float) -> Tensor:
     """Return the Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells.
 
     It is multiplied by temperature^2.
@@ -83,25 +83,25 @@ def divergence(student: Stage, teacher: Stage, image: Tensor, temperature: float
     with presence times sigmoid: the sum over classes of the divergences of these answers.
     image: `(cells,)` image of each row of the maps.
     """
-    said, wanted = (_log_probability(stage, image, temperature) for stage in (student, teacher))
+    said, wanted = (_log_probability(record, image, temperature) for record in (student, teacher))
     return F.kl_div(said, wanted, reduction="sum", log_target=True) / said.shape[0] * temperature**2
 
 
-def _log_probability(stage: Stage, image: Tensor, temperature: float) -> Tensor:
+def _log_probability(record: ExitRecord, image: Tensor, temperature: float) -> Tensor:
     """Return log-probabilities `(cells, K)` of the classes; of ATM heads `(cells, 2 K)`, yes and no to every class."""
-    assert stage.logits is not None, "distillation needs recorded stages"
-    logits = stage.logits.float() / temperature
-    if stage.kind == "softmax":
+    assert record.logits is not None, "distillation needs exit records"
+    logits = record.logits.float() / temperature
+    if record.kind == "softmax":
         return logits.log_softmax(dim=1)
-    assert stage.presence is not None
-    present = (stage.presence.float() / temperature).log_softmax(dim=2)[..., 0]
+    assert record.presence is not None
+    present = (record.presence.float() / temperature).log_softmax(dim=2)[..., 0]
     yes = (present.index_select(0, image) + F.logsigmoid(logits)).clamp(max=SURE)
     return torch.cat([yes, torch.log(-torch.expm1(yes))], dim=1)
 
 
 def _compared(
-    student: Stage, teacher: Stage, output: SegmentationOutput, upsampled: bool
-) -> tuple[Stage, Stage, Tensor]:
+    student: ExitRecord, teacher: ExitRecord, output: SegmentationOutput, upsampled: bool
+) -> tuple[ExitRecord, ExitRecord, Tensor]:
     """Return the two stages with maps of one resolution, and the image of each of their rows.
 
     upsampled: at that of the finer of the two heads after its bilinear step; on the grid before it otherwise.
@@ -109,18 +109,18 @@ def _compared(
     factor = max(student.upscale, teacher.upscale) if upsampled else 1
     grids = [output.grid(i) for i in range(len(output))]
     cells = [h * w * (teacher.scale * factor) ** 2 for h, w in grids]
-    image = Packing.of(cells, output.exit_stage[0].device).image_index()
+    image = Packing.of(cells, output.exit_index[0].device).image_index()
     return _upsampled(student, grids, factor), _upsampled(teacher, grids, factor), image
 
 
-def _upsampled(stage: Stage, grids: Sequence[Grid], factor: int) -> Stage:
+def _upsampled(record: ExitRecord, grids: Sequence[Grid], factor: int) -> ExitRecord:
     """Interpolate the map `(cells, K)` of a stage, bilinear, to `factor` times its rows and columns."""
     if factor == 1:
-        return stage
-    assert stage.logits is not None, "distillation needs recorded stages"
-    batches = unpack_grids(stage.logits.float(), grids, stage.scale)
+        return record
+    assert record.logits is not None, "distillation needs exit records"
+    batches = unpack_grids(record.logits.float(), grids, record.scale)
     finer = [(i, F.interpolate(maps, scale_factor=factor, mode="bilinear", align_corners=False)) for i, maps in batches]
-    return replace(stage, logits=pack_grids(finer), scale=stage.scale * factor, upscale=1)
+    return replace(record, logits=pack_grids(finer), scale=record.scale * factor, upscale=1)
 
 
 def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig) -> None:

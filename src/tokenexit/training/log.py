@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenexit.errors import ConfigError
-from tokenexit.runtime.atomic import whole
+from tokenexit.runtime.atomic import atomic_write
 from tokenexit.training.config import TrainConfig
 
 LOG_FILE, EVENTS = "log.csv", "events"
@@ -76,7 +76,7 @@ class CsvLog:
         try:
             if not self.begun:
                 rows = [COLUMNS, *_rows_until(self.path, self.done)]
-                target = whole(self.path) if len(rows) > 1 else nullcontext(self.path)
+                target = atomic_write(self.path) if len(rows) > 1 else nullcontext(self.path)
                 with target as path, path.open("w", newline="") as file:
                     csv.writer(file).writerows(rows)
                 self.begun = True

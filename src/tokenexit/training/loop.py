@@ -31,7 +31,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.methods import Method, build_method
 from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.pretrained import TRAINING_FILE, WEIGHTS_FILE
-from tokenexit.runtime.distributed import gather, together
+from tokenexit.runtime.distributed import all_or_none, gather
 from tokenexit.runtime.folder import current
 from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
@@ -40,8 +40,8 @@ from tokenexit.training.build import build_dataset, build_model, build_transform
 from tokenexit.training.checkpoint import (
     CHECKPOINTS,
     Best,
-    Parts,
-    Stand,
+    CheckpointParts,
+    Progress,
     begun_with,
     load_checkpoint,
     save_checkpoint,
@@ -75,7 +75,7 @@ def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitS
     # On a CPU several processes find each other only if it is asked for. Autocast is ours, as accelerate would fix the
     # precision of the whole process.
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
-    with together():
+    with all_or_none():
         begun = begun_with(Path(config.out) / CHECKPOINTS) if config.resume else None
         config = settled(config, begun, accelerator.device)
         run, report = _set_up(config, accelerator, say if accelerator.is_main_process else _silent)
@@ -122,7 +122,7 @@ def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitS
     return run.result.eval()
 
 
-def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Run, LoadReport | None]:
+def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[TrainingRun, LoadReport | None]:
     """Everything that a run is made of, before its first step; and what was loaded to start from."""
     check_run(config, accelerator.num_processes)
     methods = [build_method(spec) for spec in config.methods]
@@ -134,7 +134,7 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Ru
     if _syncs(config, accelerator):
         synchronise_batch_norms(model)
     training_mode(model, config.freeze)
-    run = Run(
+    run = TrainingRun(
         config=config,
         out=_checked_out(config),
         accelerator=accelerator,
@@ -150,7 +150,7 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Ru
 
 
 @dataclass
-class Run:
+class TrainingRun:
     """A run and where it stands: `step` steps are done, the checkpoint holds `saved` of them."""
 
     config: TrainConfig
@@ -173,7 +173,7 @@ class Run:
         return self.out / CHECKPOINTS
 
     @property
-    def parts(self) -> Parts:
+    def parts(self) -> CheckpointParts:
         """What a checkpoint holds."""
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         return parts if self.average is None else parts | {"average": self.average}
@@ -192,7 +192,7 @@ class Run:
             f"training {trained / 1e6:.1f} M",
             f" of {total / 1e6:.1f} M" if trained < total else "",
             " parameters",
-            f" on {len(self.data)} pictures of {config.data.name}, {config.steps} steps of {config.batch_size}",
+            f" on {len(self.data)} images of {config.data.name}, {config.steps} steps of {config.batch_size}",
             f" in {config.accumulate} parts" if config.accumulate > 1 else "",
             f", on {self.accelerator.device.type} in {config.precision}",
             f", taught by {config.distill.teacher}" if self.teacher else "",
@@ -213,8 +213,8 @@ class Run:
                 torch.distributed.broadcast(buffer, 0)
 
     def save(self) -> None:
-        stand = Stand(self.step, self.history, self.accelerator.num_processes, self.best)
-        save_checkpoint(self.checkpoints, stand, self.parts, self.config)
+        progress = Progress(self.step, self.history, self.accelerator.num_processes, self.best)
+        save_checkpoint(self.checkpoints, progress, self.parts, self.config)
         self.saved = self.step
 
     def validate(self, data: SegmentationDataset, loss: float, seconds: float) -> float:
@@ -238,7 +238,7 @@ class Run:
         return self.best.step
 
 
-def _run_steps(run: Run, progress: bool) -> None:
+def _run_steps(run: TrainingRun, progress: bool) -> None:
     """The steps that are left."""
     config, accelerator = run.config, run.accelerator
     validation, every = _validation_set(run), validation_steps(config)
@@ -274,7 +274,9 @@ def _run_steps(run: Run, progress: bool) -> None:
                 run.save()
 
 
-def train_step(model: torch.nn.Module, optimizer: Any, batch: TrainingBatch, method: Method[Any], run: Run) -> float:
+def train_step(
+    model: torch.nn.Module, optimizer: Any, batch: TrainingBatch, method: Method[Any], run: TrainingRun
+) -> float:
     """One step of the optimiser; returns the mean loss over all parts of the batch, those of other processes too."""
     config, accelerator = run.config, run.accelerator
     parts = config.accumulate
@@ -294,14 +296,14 @@ def train_step(model: torch.nn.Module, optimizer: Any, batch: TrainingBatch, met
     return float(accelerator.reduce(total, "mean"))
 
 
-def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[Any], run: Run) -> Tensor:
+def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[Any], run: TrainingRun) -> Tensor:
     """The loss of one part of a batch."""
     config, target = run.config, None
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(images, method)
         if run.teacher is not None:
             with torch.no_grad():
-                target = run.teacher(images, with_stages=True)
+                target = run.teacher(images, with_records=True)
     void = run.data.labels.ignore_index
     loss = segmentation_loss(
         *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels)
@@ -339,7 +341,7 @@ def validate(
     return {"miou": result.scores.miou, "gmacs": result.gmacs_mean}
 
 
-def _validation_set(run: Run) -> SegmentationDataset | None:
+def _validation_set(run: TrainingRun) -> SegmentationDataset | None:
     """Opened before the first step, so that what is wrong with it does not show hours later."""
     if not validation_steps(run.config):
         return None
@@ -350,7 +352,7 @@ def _validation_set(run: Run) -> SegmentationDataset | None:
     return data
 
 
-def _loader(run: Run) -> DataLoader[Any]:
+def _loader(run: TrainingRun) -> DataLoader[Any]:
     """Batches from the run's step to the end; each process reads its own part of every batch."""
     config = run.config
     transform = build_transform(config.data, run.data.labels.ignore_index)
@@ -387,7 +389,7 @@ def _checked_out(config: TrainConfig) -> Path:
     return out
 
 
-def _check_same_step(run: Run, resumed: Stand | None) -> None:
+def _check_same_step(run: TrainingRun, resumed: Progress | None) -> None:
     """Machines that do not share the run's folder would go on from different steps, and wait for each other forever."""
     steps = sorted(set(gather(resumed.step if resumed else 0)))
     if len(steps) > 1:
@@ -397,7 +399,7 @@ def _check_same_step(run: Run, resumed: Stand | None) -> None:
         )
 
 
-def _other_processes(run: Run, resumed: Stand) -> str:
+def _other_processes(run: TrainingRun, resumed: Progress) -> str:
     now = run.accelerator.num_processes
     return f", processes: {now}, before {resumed.processes}" if now != resumed.processes else ""
 

@@ -11,7 +11,7 @@ import torch
 
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import note_of
-from tokenexit.data.registry import check_dataset, dataset_labels
+from tokenexit.data.registry import check_dataset_options, dataset_labels
 from tokenexit.engine.ops import GIGA
 from tokenexit.inputs.labels import Labels
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -64,7 +64,7 @@ def plan(config: TrainConfig) -> str:
     data = config.data
     validates = bool(validation_steps(config))
     for split in (data.train_split, data.val_split) if validates else (data.train_split,):
-        check_dataset(data.name, data.root, split, **data.options)
+        check_dataset_options(data.name, data.root, split, **data.options)
     opened = build_dataset(data, data.train_split) if _is_there(data) else None
     validation = open_validation(config) if opened is not None and validates else None
     build_transform(data)
@@ -86,7 +86,7 @@ def plan(config: TrainConfig) -> str:
         "splits": ", ".join(_splits(data, opened, validation)),
         "methods": ", ".join(method.label for method in methods),
         "steps": ", ".join(_steps(config)),
-        "predicts": ", ".join(_pictures(preprocessing)),
+        "predicts": ", ".join(_images(preprocessing)),
         "machine": f"{device.type} in {config.precision}",
         "warning": slow_precision(training_precision(config.precision, device), device) or "",
         "teacher": "" if config.distill.teacher is None else _model_place(config.distill.teacher),
@@ -155,7 +155,7 @@ def _splits(
 
 def _steps(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
-    yield f"{config.steps} of {config.batch_size} pictures"
+    yield f"{config.steps} of {config.batch_size} images"
     yield f"{optim.name} at {optim.lr:g}, heads {optim.head_lr_factor:g} times that"
     if optim.warmup_steps:
         yield f"warm-up over {optim.warmup_steps}"
@@ -164,12 +164,12 @@ def _steps(config: TrainConfig) -> Iterator[str]:
         yield f"validated on {config.data.val_split} after every {validation_steps(config)}"
 
 
-def _pictures(preprocessing: Preprocessing) -> Iterator[str]:
-    """How the model later takes the pictures it is given."""
+def _images(preprocessing: Preprocessing) -> Iterator[str]:
+    """How the model later takes the images it is given."""
     if isinstance(preprocessing.resize, int):
-        yield f"pictures with a shortest side of {preprocessing.resize}"
+        yield f"images with a shortest side of {preprocessing.resize}"
     elif isinstance(preprocessing.resize, tuple):
-        yield f"pictures of {_size(preprocessing.resize)}"
+        yield f"images of {_size(preprocessing.resize)}"
     if preprocessing.window and preprocessing.stride:
         yield f"windows of {_size(preprocessing.window)} every {_size(preprocessing.stride)}"
 

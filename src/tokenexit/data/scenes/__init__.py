@@ -1,4 +1,4 @@
-"""Street scenes drawn by a program: pictures with exact masks, any size and number, no download.
+"""Street scenes drawn by a program: images with exact masks, any size and number, no download.
 
 A scene is laid out in metres on a road and projected by a pinhole camera. Everything is drawn back to front as
 *material numbers* on one canvas of twice the size; a material knows its class and colour. Image and mask are look-ups

@@ -37,7 +37,7 @@ SPLIT_SEEDS = {"train": 0, "val": 1, "test": 2}
 SPLIT_LENGTHS = {"train": 4000, "val": 200, "test": 500}
 MIN_SIDE, MAX_SIDE, NUM_SEEDS = 16, 2048, 2**32
 
-SCALE = 2  # canvas pixels per picture pixel
+SCALE = 2  # canvas pixels per image pixel
 NEAR, FAR = 1.2, 110.0  # metres: the part of the street that is drawn
 CIRCLE = (
     (1.0, 0.0), (0.87, 0.5), (0.5, 0.87), (0.0, 1.0), (-0.5, 0.87), (-0.87, 0.5),
@@ -216,7 +216,7 @@ class Street:
 
 
 class Painter:
-    """The canvas: shapes made of materials. size: (H, W) of the picture."""
+    """The canvas: shapes made of materials. size: (H, W) of the image."""
 
     def __init__(self, dice: Dice, size: tuple[int, int], camera: Camera, light: Light) -> None:
         self.dice, self.size, self.camera, self.light = dice, size, camera, light

@@ -1,4 +1,4 @@
-"""The whole picture: light, camera and street are chosen, things placed back to front, image and mask developed."""
+"""The whole image: light, camera and street are chosen, things placed back to front, image and mask developed."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ from tokenexit.data.scenes.things import (
 )
 from tokenexit.errors import ConfigError, DataError
 
-# ------------------------------------------------------------------------------------------------ the whole picture
+# ------------------------------------------------------------------------------------------------ the whole image
 
 
 def choose_light(dice: Dice, difficulty: float) -> Light:

@@ -161,11 +161,11 @@ def draw_building(p: Painter, side: int, s: float, z0: float, z1: float, gap: bo
         a, b = z0 + step * (bay + 0.2), z0 + step * (bay + (1.15 if ribbon else 0.75))
         (ua, va), (ub, _) = point(s, 0, a), point(s, 0, b)
         if abs(ua - ub) < 2.5 or max(ua, ub) < 0 or min(ua, ub) > p.width:
-            continue  # too narrow to see, or beside the picture
+            continue  # too narrow to see, or beside the image
         for k in range(floors):
             y = k * floor + low
             if va - p.pixels(y, a) < 0:
-                break  # above the picture
+                break  # above the image
             material, y0, y1 = dice.pick(glass), y, y + tall
             if k == 0 and shop:
                 y0, y1 = 0.3, floor - 0.7
@@ -299,7 +299,7 @@ def draw_person(p: Painter, s: float, z: float) -> None:
 
 
 def draw_post(p: Painter, s: float, z: float, high: float, thick: float) -> None:
-    """An upright post, at least one picture pixel wide: thinner ones would leave holes in the mask."""
+    """An upright post, at least one image pixel wide: thinner ones would leave holes in the mask."""
     plane, half, colour = p.upright(s, z), max(thick / 2, SCALE * z / p.camera.focal / 2), p.dice.grey(50, 160)
     draw_cast_shadow(p, s, z, thick, high)
     p.box(p.material(POLE, colour, z), plane, -half, half, 0, high)
