@@ -12,6 +12,7 @@ import torch
 from tokenexit.heads import class_scores
 from tokenexit.ledger import write_ledger
 from tokenexit.methods import Stage
+from tokenexit.methods.base import Value
 from tokenexit.output import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.tokens import Packing
@@ -56,7 +57,7 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
                 own.view(h * stage.scale, w * stage.scale, -1).permute(2, 0, 1)
                 for own, (h, w) in zip(torch.split(scores, cells), grids)
             ]
-            value = "logits" if softmax else "scores"
+            value: Value = "logits" if softmax else "scores"
             out = replace(out, grid_logits=tuple(maps), value=value, upscale=stage.upscale)
         outputs.append(out)
     return outputs
