@@ -21,7 +21,6 @@ from tokenexit.calibration.agreement import fall_off_note
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cli import main
-from tokenexit.evaluation.results import label_of
 from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import DToP, build_method
 from tokenexit.report import sweep as sweeping
@@ -211,7 +210,7 @@ def test_evaluate__takes_a_calibrations_thresholds_for_its_method_beside_dense_a
 ) -> None:
     calibrated(capsys, model, pictures)
     method = json.loads((model / "calibration.json").read_text())["method"]
-    own = label_of(build_method(method)) + " (calibrated)"
+    own = build_method(method).label + " (calibrated)"
     out = tmp_path / "figures.json"
     rows = rows_of(capsys, model, pictures, out, "dense", "dtop", "dovit")
     assert [row["label"] for row in rows] == ["dense", own, "dovit 0.985"]
