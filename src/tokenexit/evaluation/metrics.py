@@ -162,7 +162,7 @@ def agreement_counts(a: Tensor, b: Tensor, ignore: Tensor | None = None) -> tupl
 
 
 def pixel_agreement(a: Tensor, b: Tensor, ignore: Tensor | None = None) -> float:
-    """Return the share in [0, 1] of pixels where two label maps agree; NaN where none is left. See `agreement_counts`."""
+    """Return the share in [0, 1] of pixels where two label maps agree; NaN without pixels. See `agreement_counts`."""
     equal, compared = agreement_counts(a, b, ignore)
     return equal / compared if compared else math.nan
 
