@@ -4,7 +4,7 @@
     out = model.predict("street.jpg", method=tokenexit.DToP(threshold=0.95))
     print(out.labels.shape, out.ledger.gmacs)
 
-Names are loaded when first used, so that `import tokenexit` and `tokenexit --help` stay fast.
+Public names are loaded when first used, so that `import tokenexit` and `tokenexit --help` stay fast.
 """
 
 from __future__ import annotations
