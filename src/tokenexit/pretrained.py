@@ -136,7 +136,7 @@ class SegmenterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SegmenterConfig:
-        """Build a configuration from what `to_dict` returns. Raises `ConfigError` for unknown, missing, wrong values."""
+        """Build a configuration from what `to_dict` returns. Raises `ConfigError` for unknown or wrong values."""
         names = [f.name for f in fields(cls)]
         check_keys("model", values, known=names, needed=names)
         check_keys("backbone", values["backbone"], known=[f.name for f in fields(ViTConfig)])
