@@ -109,19 +109,30 @@ def evaluate(
 ) -> list[Evaluation]:
     """Run every method on every image, one image at a time and the methods in turn, so that their times compare.
 
-    methods: one for each row, or its name or specification; `Scaled` gives a method smaller images. limit: the first
-    so many images only.
-    references: reference lines behind the methods. "random": random exits at the counts of every DToP method; "oracle":
-    the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop after each exit, and
-    dense if it is no row, all from one dense pass and without a time. True stands for the first two. progress: wraps
-    the loop over images.
-
-    Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method. Raises
-    `ConfigError` if the classes differ or a method cannot run on the model.
+    Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method.
 
     Connected processes (torch.distributed) must all call it, with the same weights and buffers. They take the images in
     turn and all return the same: what one process returns, but for its times. They wait for each other after every
     image, so that what fails in one fails in all at once.
+
+    Args:
+        model: the segmenter, in evaluation mode.
+        data: a dataset with the model's classes.
+        methods: a method, its name or its specification, or a list with one for each row; `Scaled` gives a method
+            smaller images.
+        limit: number of images, the first ones; all if not given.
+        precision: precision of the forward pass.
+        references: reference lines behind the methods. "random": random exits at the counts of every DToP method;
+            "oracle": the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop
+            after each exit, and dense if it is no row, all from one dense pass and without a time. True stands for
+            the first two.
+        progress: wraps the loop over images.
+
+    Returns:
+        One `Evaluation` for each method, and then one for each reference line.
+
+    Raises:
+        ConfigError: if the classes differ, a method cannot run on the model, or there is no image or method.
     """
     check_classes(model, data)
     if isinstance(methods, Method | Scaled | str | Mapping):

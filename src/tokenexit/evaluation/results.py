@@ -18,12 +18,20 @@ from tokenexit.methods import Method, spec_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The figures of one method on one dataset.
+    """The accuracy and cost of one method on one dataset.
 
-    gmacs, dense_gmacs, latency_ms: of every image; dense is the model without exits on images of full size. live:
-    share of all patch tokens still computed after each exit, per image and exit. boundary_iou: percent. confusion:
-    `(K, K)` counts, truth by row. input_scale: what the sides of the images were multiplied by. counts: `(n, 3, K)`
-    of every image, see `class_counts`; None where only totals are known.
+    Attributes:
+        method: the method.
+        label: the name of its row.
+        scores: mIoU and other figures, in percent.
+        boundary_iou: boundary IoU in percent.
+        gmacs: giga multiply-adds of every image.
+        dense_gmacs: the same of the model without exits on images of full size.
+        live: share of all patch tokens still computed after each exit, `[image][exit]`.
+        latency_ms: milliseconds of the forward pass of every image.
+        confusion: `(K, K)` pixel counts, truth by row.
+        input_scale: factor on the sides of the images.
+        counts: `(n, 3, K)` of every image, see `class_counts`; None where only totals are known.
     """
 
     method: Method[Any]
@@ -46,6 +54,7 @@ class Evaluation:
 
     @property
     def gmacs_mean(self) -> float:
+        """Giga multiply-adds, mean over images."""
         return float(np.mean(self.gmacs))
 
     @property

@@ -65,12 +65,24 @@ def speak(line: str) -> None:
 
 
 def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitSegmenter:
-    """Train a model as configured, save it in `config.out` and return it in evaluation mode.
+    """Train a model as configured, and save it in `config.out`.
 
     The model is validated meanwhile, and the weights of the best validation are kept, see `validate_every` and `keep`.
+    A second call with the same configuration continues from the last checkpoint.
 
-    A second call with the same configuration continues from the last checkpoint; with another configuration it is
-    refused with a `ConfigError`, except for the keys in `FREE_KEYS`. say: receives one line per event.
+    Args:
+        config: model, data, methods, schedule and the folder of the results.
+        say: shows one line per event.
+        progress: show a progress bar.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ConfigError: for options that cannot work, and for a folder of a training with another configuration, except
+            for the keys in `FREE_KEYS`.
+        DataError: for a dataset that cannot be used.
+        CheckpointError: for weights or checkpoints that cannot be read.
     """
     # On a CPU several processes find each other only if it is asked for. Autocast is ours, as accelerate would fix the
     # precision of the whole process.
