@@ -175,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.other is not None:
         other = open_dataset(options.other, options.other_root, options.split)
         rows.append(measure(CalibrationSet(model, other, drawn(len(other), options.limit, 0)), options.other))
-    bound = model.calibration["asked"].get("max_disagreement")
+    bound = model.calibration.asked.get("max_disagreement")
     print(table(rows, bound))
     if options.json is not None:
         options.json.parent.mkdir(parents=True, exist_ok=True)

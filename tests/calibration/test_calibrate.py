@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -158,6 +159,12 @@ def test_calibrate__keeps_every_image_below_its_cap() -> None:
     assert (run.macs.double() / run.dense_macs).max() <= 0.87
     with pytest.raises(ConfigError, match=r"a cap of 0\.1 cannot be kept: an image costs at least 0\.\d+ of dense"):
         calibrate(images, DToP(), Budget("budget", 0.9), cap=0.1)
+
+
+@pytest.mark.parametrize("cap", [0.0, -0.5, math.nan, math.inf])
+def test_calibrate__refuses_a_cap_that_is_no_share(cap: float) -> None:
+    with pytest.raises(ConfigError, match=r"^cap=.* must be a number above 0: it is a share of dense"):
+        calibrate(calibration_set(2), DToP(), Budget("budget", 0.9), cap=cap)
 
 
 def test_cap_shares__bind_no_image_if_they_need_not() -> None:

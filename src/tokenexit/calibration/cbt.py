@@ -23,14 +23,14 @@ from torch import Tensor
 
 from tokenexit.calibration.agreement import fall_off_note
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
-from tokenexit.calibration.drift import ReferenceStatistics
 from tokenexit.calibration.planner import costs_of
-from tokenexit.calibration.store import Calibration
+from tokenexit.calibration.store import calibration_of
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
-from tokenexit.methods import Dense, ExitRecord, Method, spec_of
+from tokenexit.methods import Dense, ExitRecord, Method
 from tokenexit.methods.thresholded import calibratable
 from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
 from tokenexit.outputs.windows import window_boxes
@@ -67,17 +67,17 @@ def calibrate_by_class(
     method = calibratable(method).with_thresholds(cbt_thresholds(calibration_set, alpha, beta))
     run = true_run(calibration_set, method, dense_reference(calibration_set))
     unlike = error(run.confusion, "pixels").mean().item()
-    return Calibration(
+    return calibration_of(
+        calibration_set.model,
+        method,
+        run,
         asked={"cbt": [alpha, beta], "precision": calibration_set.precision},
         guarantee=f"Class-based thresholds from {alpha:g} to {beta:g} (CBT): no budget and no bound was asked for. The "
         f"mean over these {len(calibration_set)} images is {run.mac_ratio:.3f} of dense "
         f"multiply-adds, with {1 - unlike:.2%} of "
         "pixels as the dense model has them." + fall_off_note(unlike, len(calibration_set)),
-        method=spec_of(method),
         reached={**costs_of(run), "pixels_unlike_dense": unlike},
         images={**(about or {}), "count": len(calibration_set)},
-        reference_statistics=ReferenceStatistics.of(run.histograms),
-        model=calibration_set.model.fingerprint(),
     )
 
 
