@@ -141,7 +141,7 @@ class PretrainedMixin(nn.Module):
                 f"{CALIBRATION_FILE} was made for other weights: run `tokenexit calibrate` again, delete it, or name a "
                 "--method."
             )
-        if self.calibration.method is None:
+        if not self.calibration.method:
             raise damaged(CALIBRATION_FILE, "it lacks 'method'", CALIBRATE)
         try:
             return build_method(self.calibration.method)

@@ -125,7 +125,7 @@ def test_meet_budget__stays_below_a_step_and_says_when_nothing_will_do() -> None
     assert fit is not None
     assert fit.reached == 0.5
     assert meet_budget(0.3, 10.0, lambda x: 1 - 0.08 * x, lambda x: (0.4, None)) is None
-    assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).place == 0.0  # type: ignore[union-attr]
+    assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).position == 0.0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", [DToP(keep_per_class=1), DoViT()], ids=["dtop", "dovit"])

@@ -73,7 +73,7 @@ def write_calibration(calibration: Calibration, model: Path, out: Path) -> Path:
 
 
 def reference_statistics_of(model: ExitSegmenter) -> ReferenceStatistics:
-    """What scores looked like when the model was calibrated. Raises `CheckpointError` for a damaged file."""
+    """Statistics of the scores with which the model was calibrated. Raises `CheckpointError` for a damaged file."""
     assert model.calibration is not None, "asked of calibrated models"
     if model.calibration.scores is None:
         raise CheckpointError(f"{CALIBRATION_FILE} lacks 'scores', as of an earlier version: calibrate again.")

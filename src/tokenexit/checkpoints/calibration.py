@@ -44,7 +44,7 @@ class Calibration:
     """Thresholds that were chosen for a target, with what they reach and what is guaranteed.
 
     asked: the target and its options. guarantee: one or two sentences on what holds, and what does not. method: the
-    specification that `build_method` takes, None in a file that lacks it. reached: figures on the calibration images.
+    specification that `build_method` takes, empty in a file that lacks it. reached: figures on the calibration images.
     images: which they were. model: fingerprint of the weights. made: when, UTC. made_with: versions and machine.
     scores: `ReferenceStatistics.to_dict` of these images, for the drift monitor, None in a file that lacks them.
     others: entries that this version does not know, kept as they are.
@@ -52,7 +52,7 @@ class Calibration:
 
     asked: Mapping[str, Any] = field(default_factory=dict)
     guarantee: str = ""
-    method: str | Mapping[str, Any] | None = None
+    method: str | Mapping[str, Any] = ""
     reached: Mapping[str, Any] = field(default_factory=dict)
     images: Mapping[str, Any] = field(default_factory=dict)
     made: Any = None
@@ -65,7 +65,7 @@ class Calibration:
     def method_name(self) -> str | None:
         """The name in `method`, None where it has none."""
         name = self.method.get("name") if isinstance(self.method, Mapping) else self.method
-        return name if isinstance(name, str) else None
+        return name if isinstance(name, str) and name else None
 
     @property
     def mac_ratio(self) -> float | None:

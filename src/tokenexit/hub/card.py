@@ -20,7 +20,7 @@ class Calibrated(Protocol):
     @property
     def asked(self) -> Mapping[str, Any]: ...
     @property
-    def method(self) -> str | Mapping[str, Any] | None: ...
+    def method(self) -> str | Mapping[str, Any]: ...
     @property
     def guarantee(self) -> str: ...
     @property
@@ -143,7 +143,7 @@ def _table(
 def _calibrated(calibration: Calibrated | None) -> str:
     if calibration is None:
         return ""
-    method = {"name": calibration.method} if isinstance(calibration.method, str) else calibration.method or {}
+    method = calibration.method if isinstance(calibration.method, Mapping) else {"name": calibration.method}
     lines = [f"Asked for: {_pairs(calibration.asked)}.", f"Chosen: {_pairs(method)}.", calibration.guarantee]
     if calibration.mac_ratio is not None:
         lines.append(f"Compute on the calibration images: {calibration.mac_ratio:.1%} of dense.")
