@@ -236,7 +236,7 @@ def test_images_that_take_long_are_announced_before_they_run(
         other.preprocessing = replace(other.preprocessing, window=(20, 20), stride=(20, 20))
     folder = folder_of(tmp_path, (8, 8), (40, 40), (40, 40), (80, 80))
     monkeypatch.setattr(pipeline, "PACK_TOKENS", 10)
-    monkeypatch.setattr(pipeline.Engine, "rate", 1e6)  # multiply-adds a second
+    monkeypatch.setattr(pipeline.Engine, "seconds_per_mac", 1e-6)
     events: list[str] = []
     segment = ExitSegmenter.segment
 
