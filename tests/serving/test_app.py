@@ -59,7 +59,7 @@ def labels_of(body: bytes) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(
     ("fields", "method"),
     [
-        ({}, DToP()),
+        ({}, Dense()),
         ({"method": "dense"}, Dense()),
         ({"method": "dtop", "threshold": "0.6"}, DToP(0.6)),
         ({"method": "dovit", "threshold": "0.7/0.6"}, DoViT((0.7, 0.6))),

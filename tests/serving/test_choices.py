@@ -73,8 +73,9 @@ def test_dial__keeps_what_else_the_method_has() -> None:
     assert (moved.keep_per_class, moved.boundary_guard) == (2, True)
 
 
-def test_choose__without_options_is_dtop(model: ExitSegmenter) -> None:
-    assert Choices(model).choose(None) == DToP()
+def test_choose__without_options_is_dense_on_an_uncalibrated_model_as_in_every_command(model: ExitSegmenter) -> None:
+    assert Choices(model).choose(None) == Choices(model).usual == Dense()
+    assert Choices(model).choose(None, compute=0.3) == Dense()
     assert Choices(model).choose("dense", compute=0.3) == Dense()
 
 
@@ -109,7 +110,7 @@ def test_offers__say_what_a_model_cannot_run() -> None:
     assert refusals["dense"] is None
     assert refusals["dovit"] is None
     assert "grid" in str(refusals["dtop"])
-    assert choices.usual == DoViT()
+    assert choices.usual == Dense()
 
 
 def test_calibration__is_what_runs_and_where_the_dial_begins() -> None:

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods import METHODS, Dense, DoViT, DToP, Method, build_method
+from tokenexit.methods import METHODS, Dense, Method, build_method
 from tokenexit.methods.base import Threshold
 from tokenexit.methods.thresholded import NEVER, per_exit
 from tokenexit.segmenter import ExitSegmenter
 
 OCTAVES = 10.0
 """The dial spans doubts from 2^-10, a threshold of 0.999, to 1."""
-OFFERED = ("dense", "dtop", "dovit")
-"""Methods on the page."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,12 @@ class Choices:
 
     @property
     def usual(self) -> Method[Any]:
-        """What runs if nothing is asked for: the calibrated method, else DToP or what the model can."""
-        if self.calibrated is not None:
-            return self.calibrated
-        return next(method for method in (DToP(), DoViT(), Dense()) if self._refusal(method) is None)
+        """What runs if nothing is asked for, as in all commands: the calibrated method, else dense."""
+        return Dense() if self.calibrated is None else self.calibrated
 
     def offers(self) -> list[Offer]:
-        return [self._offer(name) for name in OFFERED]
+        """What the page offers, of all registered methods."""
+        return [self._offer(name) for name, kind in METHODS.items() if kind.offered]
 
     def choose(self, name: str | None, threshold: str | None = None, compute: float | None = None) -> Method[Any]:
         """The method that a request names.
