@@ -94,6 +94,16 @@ def test_pages__link_to_pages_that_exist(repo_root: Path) -> None:
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_readme__leads_to_the_loop_and_to_every_decision_in_two_hops(repo_root: Path) -> None:
+    section = (repo_root / "README.md").read_text().partition("\n## Map of the code\n")[2].partition("\n## ")[0]
+    lines = re.findall(r"^\d\. .+", section, re.MULTILINE)
+    assert len(lines) == 8
+    for line, name in zip(lines, ("run_tokens", "decide", "decide")):
+        (file,) = re.findall(r"\]\(([\w/.]+)\)", line)
+        assert f"`{name}`" in line
+        assert re.search(rf"def {name}\b", (repo_root / file).read_text())
+
+
 def test_own_data_page__names_the_datasets_that_there_are(repo_root: Path) -> None:
     from tokenexit.data.registry import DATASETS
 
