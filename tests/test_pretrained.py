@@ -50,7 +50,7 @@ def which(folder: Path, models: list[ExitSegmenter]) -> int:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_save__killed_at_any_moment_leaves_one_model_whole(tmp_path: Path) -> None:
     folder, copies = tmp_path / "model", tmp_path / "copies"
-    driver = [sys.executable, "-m", "tests.saving_driver", folder, copies, str(KILLS), "20261124"]
+    driver = [sys.executable, "-m", "tests.saving_driver", str(folder), str(copies), str(KILLS), "20261124"]
     subprocess.run(driver, check=True, timeout=300)
     models = versions()
     seen = [which(copy, models) for copy in copies.iterdir()]
@@ -262,7 +262,7 @@ def test_records__of_other_types_are_passed_over_and_numbers_that_are_none_are_n
 
 # ------------------------------------------------------------------------------------------------------------ attack
 
-ODD = (
+ODD: tuple[Any, ...] = (
     *(None, True, False, "", "x", "x" * 5000, [], {}, [[]], [None], {"a": {"b": []}}, {"kind": "atm"}),
     *(0, 1, -1, 2, 3.0, 4.5, 1e300, -1e300, 1e-300, 255, 65536, 10**6, 2**31, 2**63, 10**25, 30_000),
     *(["fcn"] * 3, [1, 2, 3], [2.0, 4, 6], [30_000, 30_000], [1e300, 1, 1], "dtop", "atm"),

@@ -269,8 +269,8 @@ def test_predict__warns_once_of_images_unlike_the_calibrations(
 def sweep(capsys: Captured, model: Path, pictures: Path, out: Path, *more: Any) -> str:
     data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 3, "--tune-limit", 4)
     lines = ("--method", "dtop", "dovit", "fixed_ratio", "truncated", "--points", 3, "--input-scale", 0.5, "--out", out)
-    lines += ("--full-range",)  # weights drawn at random agree with dense nowhere
-    return fine(capsys, "sweep", model, *data, *lines, *more)
+    full = "--full-range"  # weights drawn at random agree with dense nowhere
+    return fine(capsys, "sweep", model, *data, *lines, full, *more)
 
 
 def test_sweep__writes_curves_and_goes_on_where_it_was(

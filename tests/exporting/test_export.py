@@ -196,7 +196,7 @@ def photos(folder: Path) -> dict[str, Path]:
     clear = rgb.convert("RGBA")
     clear.putalpha(Image.fromarray(rng.integers(0, 256, (22, 31), dtype=np.uint8)))
     few = rgb.quantize(20)
-    made = {
+    made: dict[str, tuple[Image.Image, dict[str, Any]]] = {
         "rgb.png": (rgb, {}),
         "turned.jpg": (rgb, {"exif": exif, "quality": 95}),
         "sixteen.png": (Image.fromarray(rng.integers(0, 65536, (22, 31)).astype(np.uint16)), {}),

@@ -37,14 +37,26 @@ def calibrate(
 ) -> Calibration:
     """Choose thresholds for `target`, one per exit, and say what they reach on these images.
 
-    method: DToP or DoViT, or its name or specification; its thresholds are replaced, its other options stay.
-    average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
-    guarded. cap: no image may cost more than this share of its dense multiply-adds. seed: of the split into parts.
-    temperatures: fit those of the exit heads first, to the labels of the images that fix the path. about: where the
-    images are from.
+    Args:
+        calibration_set: a model and the images it is run on.
+        method: a method with thresholds, its name or its specification; its thresholds are replaced, its other options
+            stay.
+        target: a `Budget` of compute, or a `Bound` on the loss.
+        average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
+            guarded.
+        cap: no image may cost more than this share of its dense multiply-adds.
+        seed: seed of the split of the images into parts.
+        temperatures: fit the temperatures of the exit heads first, to the labels of the images that fix the path.
+        about: where the images are from, as the record keeps it.
+        say: shows what was chosen on the way, a line at a time.
 
-    Raises `ConfigError` in one sentence for targets out of reach, with what is in reach, and for too few images, with
-    how many are needed.
+    Returns:
+        The method with its thresholds, what it reached on these images, and what is guaranteed.
+
+    Raises:
+        ConfigError: for a target out of reach, with what is in reach; for too few images, with how many are needed; and
+            for a method that cannot be calibrated.
+        DataError: if labels are needed and no image has any.
     """
     rule = calibratable(as_method(method))
     if rule.cap is not None:

@@ -60,7 +60,12 @@ class UnlabelledImages:
 class CalibrationSet:
     """A model and the images it is run on.
 
-    indices: which images of the dataset. precision: of the forward pass.
+    Attributes:
+        model: the segmenter, in evaluation mode.
+        data: the dataset; masks are read only where a target needs labels.
+        indices: images of the dataset that are used.
+        precision: precision of the forward pass.
+        progress: wraps each loop over images, given its title.
     """
 
     model: ExitSegmenter

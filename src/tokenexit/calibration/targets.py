@@ -21,7 +21,16 @@ UNITS, WHAT = get_args(Unit), get_args(What)
 
 @dataclass(frozen=True)
 class Budget:
-    """Mean cost over images at most `value`: a share of dense multiply-adds, GMACs, or milliseconds on this machine."""
+    """A limit on the mean cost over images.
+
+    Attributes:
+        unit: "budget", a share of dense multiply-adds; "budget_gmacs", giga multiply-adds; or "latency_ms",
+            milliseconds on this machine.
+        value: the largest mean cost in that unit.
+
+    Raises:
+        ConfigError: for a value that is not above 0, and for a share above 1.
+    """
 
     unit: Unit
     value: float
@@ -36,14 +45,20 @@ class Budget:
 
 @dataclass(frozen=True)
 class Bound:
-    """What may be lost: `value` in [0, 1] of the pixels, or points of mIoU.
+    """Largest loss that is allowed: `value` in [0, 1] of the pixels, or points of mIoU.
 
-    what: "max_disagreement" with dense (no labels), "max_error_increase" over dense (an image where the error falls
-        counts as 0), or "max_miou_drop", an estimate.
-    average: of one image's error, over "pixels" or over the "classes" that its reference has.
-    clip: the largest loss that an image counts with.
-    images_above: bound the share of images that lose more than `value`, instead of the mean.
-    in_expectation: conformal risk control, a guarantee on average and without a confidence.
+    Attributes:
+        what: "max_disagreement" with dense (no labels), "max_error_increase" over dense (an image where the error falls
+            counts as 0), or "max_miou_drop", an estimate.
+        value: the largest loss, a share in (0, 1) of the pixels, or points of mIoU.
+        confidence: probability in (0, 1) with which the bound holds.
+        average: mean of one image's error over "pixels", or over the "classes" that its reference has.
+        clip: the largest loss in (0, 1] that an image counts with.
+        images_above: bound this share of images that lose more than `value`, instead of the mean.
+        in_expectation: conformal risk control, a guarantee on average and without a confidence.
+
+    Raises:
+        ConfigError: for a value out of range, and for options that do not go together.
     """
 
     what: What

@@ -23,11 +23,11 @@ def model_card(
     calibration: Mapping[str, Any] | None = None,
     license: str | None = None,
 ) -> str:
-    """The card of a model in Markdown.
+    """Write the card of a model in Markdown.
 
-    config: what `config.json` holds. training, evaluation, calibration: contents of `training.json`, of
-    `evaluation.json` (from `tokenexit evaluate --json`) and `calibration.json`, where they are known. license: of the
-    weights, by the hub's names, such as "apache-2.0".
+    config: contents of `config.json`. training, evaluation, calibration: contents of `training.json`, of
+    `evaluation.json` (from `tokenexit evaluate --json`) and `calibration.json`, where they are known. license:
+    licence of the weights, by the hub's names, such as "apache-2.0".
     """
     trained_on = _at(training, "config", "data", "name")
     rows = _rows(training, evaluation)
@@ -47,7 +47,7 @@ def model_card(
 
 
 def may_write(path: Path) -> bool:
-    """Whether there is no card of somebody's own."""
+    """Return whether there is no card, or one that this module wrote."""
     return not path.exists() or MARK in path.read_text(errors="replace")
 
 
@@ -97,7 +97,7 @@ print(out.labels[0].shape, out.ledger.share_of_dense[0])
 
 
 def _rows(training: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[list[str]]:
-    """Method, mIoU, GMACs and share of the dense model's, of the evaluation, else of the last validation."""
+    """List method, mIoU, GMACs and share of dense, from the evaluation, else from the last validation."""
     rows = [
         [str(row.get("label")), _text(row.get("mIoU"), ".2f"), _text(row.get("gmacs_mean"), ".3f"),
          _text(row.get("share_of_dense"), ".1%")]
@@ -108,7 +108,7 @@ def _rows(training: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | No
         return rows
     method = _at(training, "config", "methods")
     name = method[0].get("name", "?") if isinstance(method, list) and method else "?"
-    kept = _at(training, "step")  # of the weights that were kept; the last ones where nothing is said
+    kept = _at(training, "step")  # step of the kept weights; the last ones if unknown
     last = next((entry for entry in history if kept is not None and _at(entry, "step") == kept), history[-1])
     return [[str(name), _text(_at(last, "miou"), ".2f"), _text(_at(last, "gmacs"), ".3f"), ""]]
 
@@ -179,7 +179,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _at(values: Any, *keys: str) -> Any:
-    """What stands there, None where nothing does."""
+    """Return the value at nested keys, None where one is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values

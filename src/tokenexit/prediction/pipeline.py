@@ -1,4 +1,4 @@
-"""A pipeline of images through a model: decoded ahead of it, packed for it, drawn and written behind it.
+"""The pipeline of prediction: images are decoded ahead of the model, packed for it, drawn and written behind it.
 
     jobs -> items (a thread) -> packs -> predictions -> files (threads), films and failures
 
@@ -59,7 +59,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest image that is taken. pixels: of the file. tokens: of what runs at once, an image or a window."""
+    """The largest image that is accepted. pixels: of the file. tokens: in one forward pass, an image or a window."""
 
     pixels: int = MAX_PIXELS
     tokens: int = MAX_TOKENS
@@ -67,8 +67,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Frame:
-    """An image, or a frame of a video. name: of its results; file: of itself; words: for messages; tensor: for the
-    network."""
+    """An image, or a frame of a video.
+
+    name: the name of its results. file: its own. words: how messages call it. tensor: the input of the network.
+    """
 
     name: str
     file: str
@@ -92,7 +94,7 @@ class End:
 
 Item: TypeAlias = Frame | Failure | End
 Outcome: TypeAlias = Future[Image.Image | None] | Failure | End
-"""For an image that was predicted, a future that ends when its files are written, with its frame of a film or None."""
+"""For a predicted image: a future that ends when its files are written, with its frame of the video or None."""
 
 
 def frames_of(
@@ -102,9 +104,9 @@ def frames_of(
     wanted: Callable[[str], bool],
     limits: Limits,
 ) -> Iterator[Item]:
-    """Yield the images of all jobs, in order, or why they failed; behind each job its end.
+    """Yield images and failures of all work items in order, and an `End` behind each item.
 
-    wanted: says by the name of an image's results whether they are.
+    wanted: whether the results of this name are to be made.
     """
     for job in jobs:
         count = 0
@@ -129,7 +131,7 @@ def _images(job: WorkItem, max_pixels: int) -> Iterator[tuple[str, str, str, Cal
 
 
 def _file(path: Path, name: str) -> str:
-    """The image's own name, as deep as that of its results."""
+    """Return the image's own file name, with as many folders as its results have."""
     return str(Path(*Path(os.path.abspath(path)).parts[-len(Path(name).parts) :]))
 
 
@@ -163,7 +165,7 @@ def _frame(
 
 
 def _check_tokens(words: str, size: Size, preprocessing: Preprocessing, patch_size: int, max_tokens: int) -> None:
-    """Refuse an image of which more than `max_tokens` would run at once, before it is resized."""
+    """Reject an image of which more than `max_tokens` would run at once, before it is resized."""
     height, width = resized_size(size, preprocessing.resize)
     window = preprocessing.window
     if window is not None:
@@ -208,8 +210,10 @@ def packed(items: Iterable[Item], patch_size: int, max_tokens: int) -> Iterator[
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and how it segments images. scores: whether those of the classes are wanted. monitor: sees every
-    image."""
+    """A model and how it segments images.
+
+    scores: whether outputs need class scores. monitor: the drift monitor, which sees every image.
+    """
 
     model: ExitSegmenter
     method: Method[Any]
@@ -219,12 +223,12 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """The number of tokens that run at once; an image runs alone where companions would change its answer."""
+        """The number of tokens of a pack; an image runs alone where others in the batch would change its prediction."""
         return PACK_TOKENS if self.method.batch_independent else 1
 
     @cached_property
     def rate(self) -> float:
-        """Multiply-adds a second on this machine, in a block of `inference`; measured on one block of the backbone."""
+        """Multiply-adds per second on this machine, measured on one block of the backbone within `inference`."""
         backbone = self.model.backbone
         side = RATE_SIDE * backbone.config.patch_size
         try:
@@ -243,7 +247,7 @@ class Engine:
         return time.perf_counter()
 
     def tokens_and_seconds(self, frame: Frame) -> tuple[int, float]:
-        """Patch tokens of all windows of an image, and how long they take if none leaves."""
+        """Return the patch tokens of all windows of an image, and the seconds that they take if none exits."""
         model = self.model
         window, stride = model.preprocessing.window, model.preprocessing.stride
         boxes = window_boxes((frame.tensor.shape[1], frame.tensor.shape[2]), window, stride)
@@ -307,14 +311,14 @@ class Keep:
     fps: float = 25.0
 
     def write(self, name: str, seen: Prediction) -> Image.Image | None:
-        """Write all files of an image or none. Returns its frame of a film, if there is one."""
+        """Write all files of an image or none. Returns its frame of the video, if one is made."""
         with ExitStack() as files:
             for output in self.outputs.values():
                 output.save(seen, self.about, files.enter_context(atomic_write(self.results.path(output.file(name)))))
         return blended(seen, self.about) if self.film else None
 
     def film_of(self, job: WorkItem) -> AbstractContextManager[Callable[[Image.Image], None]]:
-        """Open the film of a job: see `video.encoder`."""
+        """Open the video of a work item: see `video.encoder`."""
         rate = Fraction(self.fps).limit_denominator(1001) if job.video is None else video.rate_of(job.video)
         return video.encoder(self.results.path(job.name + VIDEO_SUFFIX), rate)
 
@@ -325,7 +329,7 @@ def count_file(job: WorkItem) -> str:
 
 
 class _Spoiled(Exception):
-    """Ends a film that lacks a frame."""
+    """A frame is missing, so that the video is not written."""
 
 
 @dataclass
@@ -371,7 +375,7 @@ class Worker:
         self.say(sentence)
 
     def _announce(self, frames: Sequence[Frame]) -> None:
-        """Say how long large images will take, if that is long, and twice as long as was said before."""
+        """Announce how long a large image will take, if that is long, and twice as long as was announced before."""
         for frame in frames:
             if frame.tensor[0].numel() <= self._unmeasured_pixels:
                 continue
@@ -386,7 +390,7 @@ class Worker:
 
     @property
     def _unmeasured_pixels(self) -> int:
-        """Images of so few pixels are not worth the measurement."""
+        """Return the number of pixels up to which an image is not worth the measurement."""
         return PACK_TOKENS * self.engine.model.config.backbone.patch_size**2
 
     def _outcomes(self, packs: Iterable[Sequence[Item]], writers: ThreadPoolExecutor) -> Iterator[Outcome]:
@@ -409,7 +413,7 @@ class Worker:
         yield from waiting
 
     def _take(self, index: int, job: WorkItem, outcomes: Iterator[Outcome]) -> None:
-        """Take the outcomes of one job, up to its end. Its film is there whole or not at all."""
+        """Take the outcomes of one work item, up to its end. Its video is written whole or not at all."""
         with ExitStack() as film:
             add: Callable[[Image.Image], None] | None = None
             whole_so_far = True
@@ -436,7 +440,7 @@ class Worker:
 
 
 def in_words(seconds: float) -> str:
-    """A duration to two digits or so: `40 s`, `12 min`, `3 h`."""
+    """Write a duration to two digits or so: `40 s`, `12 min`, `3 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, with the permissions that the user's umask grants."""
+"""Atomic writes: a file is there whole or not at all, with the permissions that the user's umask grants."""
 
 from __future__ import annotations
 
