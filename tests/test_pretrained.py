@@ -21,6 +21,7 @@ from tests.saving_driver import versions
 from tokenexit.calibration.calibrate import calibrate
 from tokenexit.calibration.store import reference_statistics_of
 from tokenexit.calibration.targets import Budget
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, TokenExitError
 from tokenexit.methods import DToP
 from tokenexit.pretrained import read_record
@@ -112,7 +113,7 @@ def test_fingerprint__follows_changes_after_it_was_taken() -> None:
 
 def test_calibration__of_another_backbone_under_the_same_heads_is_refused() -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=model.fingerprint(), method={"name": "dtop"})
     assert model.calibrated_method() == DToP()
     enliven(model.backbone)
     with pytest.raises(CheckpointError, match="made for other weights"):
@@ -121,7 +122,7 @@ def test_calibration__of_another_backbone_under_the_same_heads_is_refused() -> N
 
 def test_calibration__of_the_first_version_is_known_by_its_heads() -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": FIRST_VERSION, "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=FIRST_VERSION, method={"name": "dtop"})
     assert model.calibrated_method() == DToP()
     enliven(model.decode_head)
     with pytest.raises(CheckpointError, match="made for other weights"):
@@ -221,7 +222,7 @@ def test_load__a_calibration_is_held_to_types_and_bounds(
     tmp_path: Path, where: tuple[str, ...], value: Any, words: str
 ) -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=model.fingerprint(), method={"name": "dtop"})
     model.save_pretrained(tmp_path)
     changed(tmp_path, *where, value=value, file="calibration.json")
     message = refusal(tmp_path)
@@ -243,7 +244,7 @@ def test_load__a_calibration_is_held_to_types_and_bounds(
 )
 def test_calibrated_method__that_cannot_be_is_refused_in_one_sentence(method: dict[str, Any]) -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": method}
+    model.calibration = Calibration(model=model.fingerprint(), method=method)
     with pytest.raises(CheckpointError, match=r"^calibration.json is damaged \(.*\): calibrate again, or delete it\.$"):
         model.calibrated_method()
 
@@ -314,7 +315,7 @@ def mutated(content: Any, rng: random.Random) -> bytes:
 def test_attack__mutated_files_end_in_one_sentence_or_a_model(file: str, tmp_path: Path) -> None:
     images = calibration_set(6)
     model = images.model
-    model.calibration = calibrate(images, DToP(keep_per_class=1), Budget("budget", 0.9)).to_dict()
+    model.calibration = calibrate(images, DToP(keep_per_class=1), Budget("budget", 0.9))
     model.records = {"training.json": {"config": {"data": {"name": "scenes", "root": None, "options": {}}}}}
     model.save_pretrained(tmp_path)
     whole = json.loads((tmp_path / file).read_text())

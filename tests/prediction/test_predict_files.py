@@ -221,8 +221,8 @@ def test_images_of_too_many_tokens_are_refused_with_a_cure(tmp_path: Path) -> No
     other.preprocessing = replace(other.preprocessing, window=(20, 20), stride=(10, 10))
     assert failed(max_tokens=24)[0].startswith(f"image '{tmp_path / 'a.png'}' of 40x40 pixels would run as 25 tokens")
     assert failed(max_tokens=25) == ()
-    other.preprocessing = replace(other.preprocessing, window=None, stride=None, resize=20_000)
-    assert "would run as 25000000 tokens at once, more than 32768" in failed()[0]  # and before it is resized
+    other.preprocessing = replace(other.preprocessing, window=None, stride=None, resize=8192)
+    assert "would run as 4194304 tokens at once, more than 32768" in failed()[0]  # and before it is resized
     with pytest.raises(ConfigError, match="max_tokens must be at least 1, got 0"):
         failed(max_tokens=0)
 
@@ -236,7 +236,7 @@ def test_images_that_take_long_are_announced_before_they_run(
         other.preprocessing = replace(other.preprocessing, window=(20, 20), stride=(20, 20))
     folder = folder_of(tmp_path, (8, 8), (40, 40), (40, 40), (80, 80))
     monkeypatch.setattr(pipeline, "PACK_TOKENS", 10)
-    monkeypatch.setattr(pipeline.Engine, "rate", 1e6)  # multiply-adds a second
+    monkeypatch.setattr(pipeline.Engine, "seconds_per_mac", 1e-6)
     events: list[str] = []
     segment = ExitSegmenter.segment
 

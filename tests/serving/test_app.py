@@ -28,6 +28,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[ser
 
 from tests.serving.live import LABELS, Client, drawing, encoded, multipart, png, running, small_model
 from tests.serving.test_metrics import values
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.methods import Dense, DoViT, DToP
 from tokenexit.segmenter import ExitSegmenter
@@ -707,6 +708,6 @@ def test_create_app__refuses_what_cannot_work(model: ExitSegmenter) -> None:
     with pytest.raises(ConfigError, match="places=0 is no limit"):
         create_app(model, limits=Limits(slots=0))
     foreign = small_model()
-    foreign.calibration = {"model": "another", "method": {"name": "dtop"}}
+    foreign.calibration = Calibration(model="another", method={"name": "dtop"})
     with pytest.raises(CheckpointError, match="other weights"):
         create_app(foreign)

@@ -33,13 +33,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
 from tokenexit.data.files import FileDataset, OnUnpaired
 from tokenexit.data.folder_layout import FolderLayout
 from tokenexit.data.masks import ColourMasks, IndexMasks, MaskFormat, UnknownColours
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import Colour, Labels, default_palette
+from tokenexit.runtime.schema import parse_yaml, read_bytes
 
 DATASET_FILE = "dataset.yaml"
 
@@ -150,9 +149,11 @@ def read_dataset_file(path: Path) -> MaskFormat:
 def _values(path: Path) -> Mapping[str, Any]:
     """Read the values of the file; none if it is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"file {str(path)!r} is no valid YAML ({' '.join(str(error).split())}): correct it.") from None
+        values = parse_yaml(read_bytes(path))
+    except OSError as error:
+        raise DataError(f"file {str(path)!r} cannot be read ({error.strerror}): check its permissions.") from None
+    except ValueError as error:
+        raise DataError(f"file {str(path)!r} is no valid YAML ({error}): correct it.") from None
     return values if isinstance(values, Mapping) else {}
 
 

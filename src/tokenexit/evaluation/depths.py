@@ -15,7 +15,7 @@ from tokenexit.methods import ExitRecord
 from tokenexit.methods.base import Value
 from tokenexit.outputs.ledger import write_ledger
 from tokenexit.outputs.segmentation import SegmentationOutput
-from tokenexit.outputs.windows import Segmentation, WindowedOutput
+from tokenexit.outputs.windows import Segmentation
 from tokenexit.segmenter import ExitSegmenter
 
 
@@ -25,9 +25,7 @@ def stopped(model: ExitSegmenter, dense: Segmentation) -> list[Segmentation]:
     dense: a pass of `Dense()` with exit records. The outputs are those of `Truncated`, at any resolution of the heads;
     the last one is dense without the exit heads, which only the recording ran.
     """
-    if isinstance(dense, WindowedOutput):
-        return [replace(dense, windows=windows) for windows in _stopped(model, dense.windows)]
-    return list(_stopped(model, dense))
+    return [dense.with_windows(windows) for windows in _stopped(model, dense.windows)]
 
 
 def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[SegmentationOutput]:

@@ -25,9 +25,7 @@ from tokenexit.evaluation.results import Evaluation, Scaled
 from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Dense, Method, MethodLike, Truncated, as_method
 from tokenexit.methods.reference import PrescribedExits, agreement_exits, random_counterpart, random_exits
-from tokenexit.outputs.ledger import dense_ops
-from tokenexit.outputs.segmentation import SegmentationOutput
-from tokenexit.outputs.windows import Segmentation, WindowedOutput, window_boxes
+from tokenexit.outputs.windows import Segmentation, dense_macs
 from tokenexit.runtime.distributed import all_or_none, gather, rank_and_size
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
@@ -193,7 +191,7 @@ def _judge(
         if row.at_random is not None and row.counterpart is not None:
             # Seeded by the image alone, so that no other row changes what is drawn.
             generator = torch.Generator().manual_seed(image.index)
-            shuffled = [random_exits(exits, generator).flatten() for exits in _seen(output).exit_index]
+            shuffled = [random_exits(exits, generator).flatten() for exits in output.windows.exit_index]
             run(row.at_random, replace(row.counterpart, exit_index=torch.cat(shuffled)))
     if oracle is None and not depths:
         return
@@ -202,8 +200,8 @@ def _judge(
         for tally, output in zip(depths, stopped(model, dense) if depths else []):
             tally.add(output, image, ignore_index, model.config.exits, math.nan)
     if oracle is not None:
-        seen = _seen(dense)
-        run(oracle, PrescribedExits(exit_index=agreement_exits(seen.exit_records, seen.ledger.tokens)))
+        windows = dense.windows
+        run(oracle, PrescribedExits(exit_index=agreement_exits(windows.exit_records, windows.ledger.tokens)))
 
 
 def _depths(model: ExitSegmenter) -> list[Tally]:
@@ -213,11 +211,6 @@ def _depths(model: ExitSegmenter) -> list[Tally]:
         Tally(Truncated(n), f"{Truncated.name} after={n} (block {block})", classes) for n, block in enumerate(exits, 1)
     ]
     return [*stops, Tally(Dense(), Dense.name, classes)]
-
-
-def _seen(output: Segmentation) -> SegmentationOutput:
-    """Return the output as the network saw it: of the image, or of its windows."""
-    return output.windows if isinstance(output, WindowedOutput) else output
 
 
 @dataclass(frozen=True)
@@ -235,11 +228,9 @@ class _EvaluatedImage:
     ) -> _EvaluatedImage:
         sample, preprocessing = data[index], model.preprocessing
         images = {scale: preprocessing.to_tensor(sample.image, scale) for scale in {1.0, *scales}}
-        height, width = images[1.0].shape[1:]
-        boxes = window_boxes((height, width), preprocessing.window, preprocessing.stride)
-        grids = [model.backbone.patch_embed.grid(bottom - top, right - left) for top, left, bottom, right in boxes]
-        dense_macs = sum(dense_ops(model.backbone, model.decode_head, grid).macs for grid in grids)
-        return cls(index, images, mask_tensor(sample.mask), dense_macs)
+        size = (images[1.0].shape[1], images[1.0].shape[2])
+        macs = dense_macs(model.backbone, model.decode_head, size, preprocessing.window, preprocessing.stride)
+        return cls(index, images, mask_tensor(sample.mask), macs)
 
     @property
     def size(self) -> tuple[int, int]:

@@ -7,9 +7,7 @@ Every step keeps the order of the jobs. What is said of them (failures, images t
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -26,14 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from tokenexit.calibration.drift import Monitor, hook_scores
+from tokenexit.calibration.latency import seconds_per_mac
 from tokenexit.errors import DataError
 from tokenexit.inputs import heic
 from tokenexit.inputs.images import MAX_PIXELS, load_image
 from tokenexit.inputs.preprocessing import Preprocessing, resized_size
 from tokenexit.inputs.sources import Say, WorkItem, frame_name, quiet
 from tokenexit.methods import Method
-from tokenexit.outputs.ledger import Size, dense_ops
-from tokenexit.outputs.windows import PACK_TOKENS, Segmentation, WindowedOutput, window_boxes
+from tokenexit.outputs.ledger import Size
+from tokenexit.outputs.windows import PACK_TOKENS, Segmentation, dense_macs, window_boxes
 from tokenexit.prediction import video
 from tokenexit.prediction.outputs import PARTS, VIDEO_SUFFIX, CallInfo, Output, Prediction, blended
 from tokenexit.prediction.store import OutputFolder
@@ -48,8 +47,6 @@ MAX_TOKENS = 32_768
 square, so that an image of three times as many pixels takes nearly ten times as long."""
 SLOW_SECONDS = 10.0
 """Images that are expected to take longer are announced."""
-RATE_SIDE = 64
-"""Patches a side of the image whose way through one block tells how fast this machine is."""
 
 T = TypeVar("T")
 
@@ -227,34 +224,23 @@ class Engine:
         return PACK_TOKENS if self.method.batch_independent else 1
 
     @cached_property
-    def rate(self) -> float:
-        """Multiply-adds per second on this machine, measured on one block of the backbone within `inference`."""
-        backbone = self.model.backbone
-        side = RATE_SIDE * backbone.config.patch_size
+    def seconds_per_mac(self) -> float:
+        """Seconds per multiply-add on this machine, in a block of `inference`; 0 where not even a small image fits into
+        memory: all of them will fail in a sentence of their own."""
         try:
-            tokens = backbone.embed([torch.zeros(3, side, side, device=self.model.device)])
-            backbone.run(tokens, 0, 1)  # the first run warms up
-            start = self._now()
-            backbone.run(tokens, 0, 1)
-            seconds = self._now() - start
-        except (torch.OutOfMemoryError, MemoryError):  # larger images will fail in a sentence of their own
-            return math.inf
-        return backbone.block_ops(tokens.packing.lengths[0]).macs / seconds
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+            return seconds_per_mac(self.model)
+        except (torch.OutOfMemoryError, MemoryError):
+            return 0.0
 
     def tokens_and_seconds(self, frame: Frame) -> tuple[int, float]:
         """Return the patch tokens of all windows of an image, and the seconds that they take if none exits."""
         model = self.model
         window, stride = model.preprocessing.window, model.preprocessing.stride
-        boxes = window_boxes((frame.tensor.shape[1], frame.tensor.shape[2]), window, stride)
-        top, left, bottom, right = boxes[0]  # all have one size
-        grid = model.backbone.patch_embed.grid(bottom - top, right - left)
-        macs = len(boxes) * dense_ops(model.backbone, model.decode_head, grid).macs
-        return len(boxes) * grid[0] * grid[1], macs / self.rate
+        size = (frame.tensor.shape[1], frame.tensor.shape[2])
+        boxes = window_boxes(size, window, stride)
+        grids = [model.backbone.patch_embed.grid(bottom - top, right - left) for top, left, bottom, right in boxes]
+        macs = dense_macs(model.backbone, model.decode_head, size, window, stride)
+        return sum(h * w for h, w in grids), macs * self.seconds_per_mac
 
     def predict(self, pack: Sequence[Frame]) -> Sequence[Prediction | Failure]:
         """Predict a pack, in a block of `inference`. Images that do not fit into memory together run one by one."""
@@ -275,8 +261,7 @@ class Engine:
             out = model.segment(tensors, self.method, [(frame.image.height, frame.image.width) for frame in pack])
             found = [self._prediction(frame, out[i]) for i, frame in enumerate(pack)]
         if self.monitor is not None and seen is not None:
-            windows = [len(own) for own in out.boxes] if isinstance(out, WindowedOutput) else [1] * len(pack)
-            self.monitor.add(seen.histograms(windows))
+            self.monitor.add(seen.histograms(out.window_counts))
         return found
 
     def _prediction(self, frame: Frame, out: Segmentation) -> Prediction | Failure:

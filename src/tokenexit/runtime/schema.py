@@ -1,4 +1,4 @@
-"""Checks of what files hold: JSON is read within limits, and values are checked for type and range before use.
+"""Read JSON and YAML within limits, and hold values to types and bounds before anything is built of them.
 
 A schema is an annotation, so it stands where the value is declared: in a dataclass, a constructor, or a `TypedDict` for
 a file. Numbers have bounds as `Annotated[int, Between(1, 64)]`; without them whole numbers stay below 2^31, and all
@@ -21,6 +21,10 @@ from tokenexit.errors import CheckpointError, ConfigError
 
 LARGEST_FILE = 16 * 2**20
 """Bytes of a JSON file; the longest that are written, records of long trainings, have a tenth of it."""
+LARGEST_YAML = 2 * 2**20
+"""Bytes of a YAML file, which takes seconds to parse; one that lists 65,535 classes has half of it."""
+MOST_VALUES = 10**6
+"""Values of a YAML file once its aliases are written out."""
 DEEPEST = 64
 """Lists and mappings within each other."""
 LARGEST_INT = 2**31 - 1
@@ -102,6 +106,42 @@ def parse_json(data: bytes, nan_as_null: bool = False) -> Any:
     return value
 
 
+def parse_yaml(data: bytes, loader: Any = None) -> Any:
+    """The value in UTF-8 YAML; loader: one of plain YAML and more, in place of `yaml.SafeLoader`.
+
+    Raises `ValueError` in a few words: too long, too deep, too many aliases, other encodings, no YAML.
+    """
+    import yaml
+
+    if len(data) > LARGEST_YAML:
+        raise ValueError(f"it has more than {LARGEST_YAML >> 20} MB")
+    try:
+        value = yaml.load(data.decode("utf-8-sig"), Loader=loader or yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8 text") from None
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{error.problem or 'damaged'}{where}") from None
+    except Exception as error:  # the parser raises what its constructors of dates and numbers do, too
+        raise ValueError(" ".join(str(error).split())[:200]) from None
+    if _deeper_than(value, DEEPEST):
+        raise ValueError(f"it nests deeper than {DEEPEST} levels")
+    if _count(value, {}) > MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
+    return value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values there are, each as often as it is named; known: counts of lists and mappings by identity."""
+    if not isinstance(value, dict | list | tuple):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count(inner, known) for inner in _items(value))
+    return known[id(value)]
+
+
 def _integer(text: str) -> int:
     if len(text) > 30:  # Python refuses those of more than 4300 digits in words about itself
         raise ValueError("it holds a number of more than 30 digits")
@@ -118,13 +158,14 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    layer = [value]
+    layer = [value] if isinstance(value, dict | list | tuple) else []
     for _ in range(levels):
-        layer = [v for outer in layer if isinstance(outer, dict | list) for v in _items(outer)]
-    return any(isinstance(v, dict | list) for v in layer)
+        inner = (v for outer in layer for v in _items(outer))
+        layer = list({id(v): v for v in inner if isinstance(v, dict | list | tuple)}.values())  # aliases once
+    return bool(layer)
 
 
-def _items(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
+def _items(values: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
     return values.values() if isinstance(values, dict) else values
 
 

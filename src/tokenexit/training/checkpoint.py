@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.runtime.precision import training_precision
+from tokenexit.runtime.schema import read_bytes
 from tokenexit.training.config import TrainConfig, as_begun, differing_key, flat, saved_config
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"
@@ -145,12 +146,14 @@ def _read_run(folder: Path) -> tuple[Path, dict[str, Any]]:
     path = folder
     try:
         path = folder / (folder / LATEST).read_text().strip()
-        run = json.loads((path / RUN).read_text())
+        run = json.loads(read_bytes(path / RUN))  # NaN, which losses may be, included
         return path, {
             "config": dict(run["config"]),
             "history": list(run["history"]),
             "processes": int(run.get("processes", 1)),
         }
+    except RecursionError:
+        raise _damaged(path, ValueError("it nests too deeply")) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 
