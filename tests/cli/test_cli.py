@@ -682,7 +682,7 @@ def test_convert__takes_options_of_heads_and_refuses_what_are_none(
         ("num_heads=", "--head-options num_heads= does not fit"),
         ("num_heads=[", "--head-options num_heads=[ does not fit"),
         ("num_heads=x", "num_heads of head 'atm' must be a whole number or None, got 'x'"),
-        ("dropout=much", "dropout=much: choose a value in [0, 1)"),
+        ("dropout=much", "dropout of head 'atm' must be a number, got 'much'"),
         ("colour=3", "head_options names 'colour', which is no option of atm"),
     ):
         assert main(["convert", source, target, "--head-options", wrong]) == 2

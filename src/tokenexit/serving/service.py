@@ -263,7 +263,7 @@ class Service:
             data, name = await image.read(), file_name(image.filename, 0)
         else:
             raise DataError("no image was sent: choose a file or a sample.")
-        chosen = self.choices.choose(None if method == "compare" else method, compute=compute)
+        chosen = self.choices.choose(self.choices.usual.name if method == "compare" else method, compute=compute)
         with self.batcher.slots(1):
             shown, uploaded = await self._read(data, name)
             (answer,) = await self._segment([uploaded], chosen, [uploaded.size])
