@@ -1,4 +1,4 @@
-"""What a request will cost: multiply-adds of the dense model, in seconds of this machine.
+"""Estimates of the cost of a request: multiply-adds of the dense model, in seconds of this machine.
 
 A method with exits is reckoned as if nobody left: a threshold decides how many do, and an image too.
 """
@@ -16,13 +16,13 @@ from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
 PROBE_SIDE = 32
-"""Patches along the noise that is timed: enough that the work counts, and not the calls."""
+"""Side, in patches, of the noise image that is timed: large enough that arithmetic dominates."""
 REPEATS, SECONDS = 3, 0.5
-"""It is timed so often at least, and for so long: another program may have the machine at first."""
+"""Smallest number of timed runs, and their seconds: another program may be using the machine at first."""
 
 
 class Pace:
-    """Seconds per multiply-add of a model on this machine: the best that was seen, at the start and since.
+    """The seconds per multiply-add of a model on this machine: the best measured at the start and since.
 
     A slow call, of a busy moment or of an image that is too small to fill the machine, therefore refuses nobody later.
     """
@@ -32,7 +32,7 @@ class Pace:
 
     @classmethod
     def measured(cls, model: ExitSegmenter, precision: Precision) -> Pace:
-        """Time one block of the backbone, for half a second."""
+        """Measure one block of the backbone, for half a second."""
         backbone, device = model.backbone, model.device
         pace = cls(float("inf"))
         side = PROBE_SIDE * model.config.backbone.patch_size
@@ -51,12 +51,12 @@ class Pace:
         return macs * self._seconds_per_mac
 
     def observe(self, macs: int, seconds: float) -> None:
-        """Learn from a call of the model that took so long for so many multiply-adds."""
+        """Update from the multiply-adds and seconds of a call of the model."""
         self._seconds_per_mac = min(self._seconds_per_mac, seconds / macs)
 
 
 def dense_macs(model: ExitSegmenter, size: Size) -> int:
-    """Multiply-adds of the dense model for an image whose resized height and width are `size`, in its windows."""
+    """Return the dense multiply-adds of an image whose resized height and width are `size`, in its windows."""
     boxes = window_boxes(size, model.preprocessing.window, model.preprocessing.stride)
     sizes = Counter((bottom - top, right - left) for top, left, bottom, right in boxes)
     grid = model.backbone.patch_embed.grid
