@@ -65,7 +65,7 @@ def test_evaluate__runs_the_network_once_more_for_all_depths_and_the_oracle(monk
     true = model.segment
 
     def counted(*args: Any, **options: Any) -> Any:
-        calls.append(options.get("with_stages", False))
+        calls.append(options.get("with_records", False))
         return true(*args, **options)
 
     monkeypatch.setattr(model, "segment", counted)

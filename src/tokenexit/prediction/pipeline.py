@@ -49,7 +49,7 @@ square, so that an image of three times as many pixels takes nearly ten times as
 SLOW_SECONDS = 10.0
 """Images that are expected to take longer are announced."""
 RATE_SIDE = 64
-"""Patches a side of the image whose way through one block tells how fast this machine is."""
+"""Side, in patches, of the image that one block is timed on."""
 
 T = TypeVar("T")
 
@@ -302,7 +302,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class ResultWriter:
-    """Where results go and which of them. film: whether each job makes one, of `fps` frames a second."""
+    """Writes the chosen outputs. film: whether each work item makes a video, of `fps` frames a second."""
 
     results: OutputFolder
     outputs: Mapping[str, Output]

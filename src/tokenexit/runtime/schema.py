@@ -20,9 +20,9 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from tokenexit.errors import CheckpointError, ConfigError
 
 LARGEST_FILE = 16 * 2**20
-"""Bytes of a JSON file; the longest that are written, records of long trainings, have a tenth of it."""
+"""Largest JSON file in bytes; the longest that are written, records of long trainings, have a tenth of it."""
 DEEPEST = 64
-"""Lists and mappings within each other."""
+"""Largest depth of nested lists and mappings."""
 LARGEST_INT = 2**31 - 1
 
 
