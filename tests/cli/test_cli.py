@@ -217,7 +217,7 @@ def test_train_leaves_a_model_and_says_so_and_a_second_call_says_it_is_finished(
         (["--config", "nope.yaml"], "--config nope.yaml cannot be read"),
         (["--steps", "many"], "steps: many does not fit, give a whole number."),
         (["--stepz", "3"], "stepz is no key of a run: did you mean steps?"),
-        (["--optim.lr", "-1"], "optim.lr=-1.0 must be positive."),
+        (["--optim.lr", "-1"], "optim.lr must be positive, got -1.0: give a number above 0."),
         (["--method", "nope"], "--method nope is unknown: choose one of dense, dtop, dovit"),
         (["--methods", "[nope]"], "method 'nope' is unknown: choose one of dense, dtop, dovit"),
         (["--threshold", "0.9"], "options of a method need --method"),

@@ -85,9 +85,9 @@ def text(page: Browser, selector: str) -> str:
 
 def upload(page: Browser, path: Path) -> Browser:
     """Choose a file, and wait until what it gives is drawn."""
-    page.run("window.before = picture")
+    page.run("window.before = current")
     page.upload("#file", path)
-    page.until("picture !== window.before")
+    page.until("current !== window.before")
     return settled(page)
 
 
@@ -172,7 +172,7 @@ def test_dial__moves_with_keys_and_all_follows(page: Browser) -> None:
     assert shares[0] < shares[2]
     assert shares[1] < shares[3]
     assert shares[3] == page.run("views.dtop.tokens")
-    assert text(page, "#threshold") == "nobody leaves"
+    assert text(page, "#threshold") == "no token leaves"
     page.click("#reset")
     page.until("views.dtop.threshold[0] === 0.95")
     assert settled(page).run("document.getElementById('threshold').textContent") == "threshold 0.950"
@@ -227,7 +227,7 @@ def test_tab_key__reaches_every_control(page: Browser) -> None:
 def test_compare__shows_the_methods_side_by_side(page: Browser, client: Client, photo: Path) -> None:
     turned(method(upload(page, photo), "compare"), 0.3)
     assert page.run("[...document.querySelectorAll('#exits thead th')].map((th) => th.innerText)") == [
-        "Place",
+        "Exit",
         "Dense",
         "DToP",
         "DoViT",
@@ -285,11 +285,11 @@ def test_images__can_be_dropped_and_pasted(page: Browser, way: str) -> None:
     page.run(
         "(async () => { const canvas = new OffscreenCanvas(30, 20); canvas.getContext('2d').fillRect(0, 0, 9, 9);"
         " const data = new DataTransfer(); data.items.add(new File([await canvas.convertToBlob()], 'mine.png'));"
-        f" window.before = picture; document.body.dispatchEvent({event}); }})()"
+        f" window.before = current; document.body.dispatchEvent({event}); }})()"
     )
-    page.until("picture !== window.before")
+    page.until("current !== window.before")
     settled(page)
-    assert page.run("[picture.name, views.dtop.height, views.dtop.width]") == ["mine.png", 20, 30]
+    assert page.run("[current.name, views.dtop.height, views.dtop.width]") == ["mine.png", 20, 30]
     assert page.run("document.querySelector('[aria-pressed=true]')") is None
 
 
@@ -360,7 +360,7 @@ def test_page__fits_the_window_and_its_text_is_legible(page: Browser, size: tupl
     )
     assert min(contrasts) >= 4.5, contrasts
     assert (page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)") is dark
-    image = np.asarray(Image.open(io.BytesIO(page.picture(whole=False))).convert("L"))
+    image = np.asarray(Image.open(io.BytesIO(page.screenshot(whole=False))).convert("L"))
     assert bool(image.mean() < 128) is dark
 
 

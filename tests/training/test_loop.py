@@ -601,7 +601,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_saved(
     [
         ({"methods": ["nope"]}, ConfigError, "method 'nope' is unknown"),
         ({"methods": [{"name": "dtop", "treshold": 0.5}]}, ConfigError, "no option 'treshold'"),
-        ({"class_weights": [1.0, 1.0]}, ConfigError, "class_weights has 2 values for 3 classes"),
+        ({"class_weights": [1.0, 1.0]}, ConfigError, "class_weights must have 3 values, one per class, got 2"),
         ({"methods": [{"name": "dtop", "threshold": [0.1, 0.2, 0.3]}]}, ConfigError, "3 values for 2 exits"),
     ],
 )

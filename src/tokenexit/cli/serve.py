@@ -74,7 +74,7 @@ def _limits(options: argparse.Namespace) -> Limits:
     return Limits(
         upload_bytes=options.max_upload_mb * 1_000_000,
         pixels=options.max_pixels,
-        pictures=options.max_pictures,
+        images=options.max_pictures,
         slots=options.queue,
         seconds=options.timeout,
         work=options.timeout / 2 if options.max_seconds is None else options.max_seconds,

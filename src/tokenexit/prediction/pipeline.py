@@ -287,7 +287,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class ResultWriter:
-    """Where results go and which of them. film: whether each job makes one, of `fps` frames a second."""
+    """Writes the chosen outputs. film: whether each work item makes a video, of `fps` frames a second."""
 
     results: OutputFolder
     outputs: Mapping[str, Output]

@@ -28,7 +28,7 @@ class Renders(Protocol):
 
 
 Block: TypeAlias = str | Renders
-"""A string is text: empty lines part paragraphs, `backticks` mark code."""
+"""A string is text: empty lines separate paragraphs, `backticks` mark code."""
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def overlay(
     labels: `(H, W)` of the image's size.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"alpha={alpha} is outside [0, 1]: 0 shows the image alone, 1 the labels alone.")
+        raise ConfigError(f"alpha must lie in [0, 1], got {alpha}: 0 shows only the image, 1 only the labels.")
     colours = colorize(labels, palette, ignore_index)
     _check_same_size(image, (colours.height, colours.width), "labels")
     blended = Image.blend(image.convert("RGB"), colours, alpha)
@@ -88,7 +88,10 @@ def _void_last(labels: npt.ArrayLike, num_classes: int, ignore_index: int) -> np
     """Copy `(H, W)` labels with void as class K."""
     array = np.asarray(labels)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"labels of shape {array.shape} and type {array.dtype} are no map: give (H, W) whole numbers.")
+        raise DataError(
+            f"labels must be an (H, W) map of whole numbers, got shape {array.shape} and type {array.dtype}: "
+            "convert them."
+        )
     void = array == ignore_index
     indices = np.where(void, num_classes, array).astype(np.intp)
     wrong = ~void & ((array < 0) | (array >= num_classes))
@@ -115,7 +118,7 @@ def exit_colours(num_exits: int) -> tuple[Colour, ...]:
 def exit_legend(num_exits: int, blocks: Sequence[int] | None = None) -> list[Swatch]:
     """Return the legend of an exit map, in order of exits. blocks: the blocks before each exit, if known."""
     if blocks is not None and len(blocks) != num_exits:
-        raise ConfigError(f"blocks has {len(blocks)} places for {num_exits} exits: give one each.")
+        raise ConfigError(f"blocks must have one value per exit, {num_exits}, got {len(blocks)}: give one each.")
     names = [f"Exit {i + 1}" + (f" (after block {blocks[i]})" if blocks else "") for i in range(num_exits)]
     return [Swatch(name, colour) for name, colour in zip([*names, "Stayed to the end"], exit_colours(num_exits))]
 

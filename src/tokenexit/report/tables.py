@@ -18,7 +18,7 @@ Format: TypeAlias = str | Callable[[Any], str]
 Align: TypeAlias = Literal["left", "center", "right"]
 
 MISSING = "–"
-"""Stands for None and NaN."""
+"""The text of None and NaN."""
 
 
 class Swatch(NamedTuple):

@@ -18,7 +18,7 @@ from tokenexit.training.config import TrainConfig
 
 LOG_FILE, EVENTS = "log.csv", "events"
 LOG_ROWS = 1000
-"""Rows of a whole run, about; shorter runs have one for every step."""
+"""Approximate number of rows of a run; shorter runs have one for every step."""
 
 
 class Row(NamedTuple):
