@@ -404,7 +404,10 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
         (["--method", "dtop", "--threshold", "0.9/0.8,0.7"], "threshold of exit 2 has 2 values for"),
         (["--method", "dtop", "--temperature", "hot"], "--temperature hot is no number"),
         (["--method", "fixed_ratio"], "ratios has 3 values for 2 exits"),
-        (["--method", "fixed_ratio", "--ratios", "0.9/2"], "ratios must be a share in [0, 1] for each exit, got (0.9, 2.0)"),
+        (
+            ["--method", "fixed_ratio", "--ratios", "0.9/2"],
+            "ratios must be a share in [0, 1] for each exit, got (0.9, 2.0)",
+        ),
         (["--method", "dense", "--threshold", "0.9"], "--threshold is no option of dense"),
         (["--threshold", "0.9"], "options of a method need --method: name it, such as dtop."),
         (["--method", "dense", "calibrated"], "--method calibrated: this model is not"),
