@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tokenexit.checkpoints.calibration import CALIBRATE, CALIBRATION_FILE, Calibration, read_calibration
 from tokenexit.checkpoints.files import read_tensors, tensor_shapes
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
@@ -27,10 +28,9 @@ from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Method, build_method
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.folder import current, replaced_together
-from tokenexit.runtime.schema import Between, Share, check, check_fields, check_keys, damaged, misfit, read_json, shown
+from tokenexit.runtime.schema import Between, check, check_fields, check_keys, damaged, misfit, read_json, shown
 
 CONFIG_FILE = "config.json"
-CALIBRATION_FILE = "calibration.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE, EVALUATION_FILE = "training.json", "evaluation.json"
 """Records that are saved with a model: its training, and the figures of `tokenexit evaluate --json`."""
@@ -38,8 +38,8 @@ FORMAT = 1
 WEIGHTS_VERSION = "v2:"
 """Prefix of fingerprints of all weights; older ones, of the heads alone, are bare digits."""
 
-AGAIN, CALIBRATE = "save the model again", "calibrate again, or delete it"
-"""Cures for damaged files."""
+AGAIN = "save the model again"
+"""Cure for damaged files."""
 
 
 class _Data(TypedDict, total=False):
@@ -64,31 +64,6 @@ class EvaluationRecord(TypedDict, total=False):
 
     about: dict[str, Any]
     results: list[dict[str, Any]]
-
-
-class _Reached(TypedDict, total=False):
-    live_after_exit: list[Share]
-    share_of_dense: float
-
-
-class _Scores(TypedDict, total=False):
-    edges_of_doubt: list[float]
-    mean: list[list[Share]]
-    deviation: list[list[Share]]
-    images: list[Annotated[int, Between(0, 2**31 - 1)]]
-    limit: float
-
-
-class CalibrationRecord(TypedDict, total=False):
-    """The keys of `calibration.json` that are read."""
-
-    model: str
-    method: str | dict[str, Any]
-    asked: dict[str, Any]
-    promise: str
-    reached: _Reached
-    images: dict[str, Any]
-    scores: _Scores
 
 
 RECORDS = {TRAINING_FILE: TrainingRecord, EVALUATION_FILE: EvaluationRecord}
@@ -152,11 +127,15 @@ class SegmenterConfig:
 
 
 class PretrainedMixin(nn.Module):
-    """Saving, loading and recognising an `ExitSegmenter`, whose constructor takes what `SegmenterConfig` holds."""
+    """Saves, loads and recognises an `ExitSegmenter`, whose constructor takes what `SegmenterConfig` holds.
+
+    calibration: thresholds chosen for these weights, None for a model that was not calibrated. records: contents of
+        the records that were found beside the model, by name.
+    """
 
     config: SegmenterConfig
     preprocessing: Preprocessing
-    calibration: Mapping[str, Any] | None
+    calibration: Calibration | None
     records: dict[str, Any]
 
     def calibrated_method(self) -> Method[Any] | None:
@@ -170,15 +149,15 @@ class PretrainedMixin(nn.Module):
         """
         if self.calibration is None:
             return None
-        if not self.has_fingerprint(self.calibration.get("model")):
+        if not self.has_fingerprint(self.calibration.model):
             raise CheckpointError(
                 f"{CALIBRATION_FILE} was made for other weights: run `tokenexit calibrate` again, delete it, or name a "
                 "--method."
             )
+        if not self.calibration.method:
+            raise damaged(CALIBRATION_FILE, "it lacks 'method'", CALIBRATE)
         try:
-            return build_method(self.calibration["method"])
-        except KeyError as missing:
-            raise damaged(CALIBRATION_FILE, f"it lacks {missing}", CALIBRATE) from None
+            return build_method(self.calibration.method)
         except ConfigError as error:
             raise damaged(CALIBRATION_FILE, error, CALIBRATE) from None
 
@@ -213,7 +192,7 @@ class PretrainedMixin(nn.Module):
         }
         files = {CONFIG_FILE: _json(config)} | {name: _json(record) for name, record in self.records.items()}
         if self.calibration is not None:
-            files[CALIBRATION_FILE] = _json(self.calibration)
+            files[CALIBRATION_FILE] = _json(self.calibration.to_dict())
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         with replaced_together(folder) as new:
             if card and may_write(folder / CARD_FILE):
@@ -285,7 +264,7 @@ class PretrainedMixin(nn.Module):
                 f"'{min(different)}'): save the model again."
             )
         model.to_empty(device="cpu").load_state_dict(read_tensors(weights))
-        model.calibration = _read_calibration(current(folder, CALIBRATION_FILE))
+        model.calibration = read_calibration(current(folder, CALIBRATION_FILE))
         model.records = _read_records(folder)
         return model.to(device).eval()
 
@@ -337,16 +316,6 @@ def _read_records(folder: Path) -> dict[str, Any]:
     """Read the records that are there and undamaged; a model works without them."""
     found = {name: read_record(folder, name) for name in RECORDS}
     return {name: record for name, record in found.items() if record is not None}
-
-
-def _read_calibration(path: Path) -> dict[str, Any] | None:
-    try:
-        values = read_json(path, CALIBRATE, nan_as_null=True)
-    except FileNotFoundError:
-        return None
-    if wrong := misfit("", values, CalibrationRecord):
-        raise damaged(path, wrong, CALIBRATE)
-    return dict(values)
 
 
 def _read_config(folder: Path) -> tuple[SegmenterConfig, Preprocessing]:

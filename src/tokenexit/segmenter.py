@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.checkpoints.files import read_state_dict
 from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.engine.tokens import Tokens
@@ -118,7 +119,7 @@ class ExitSegmenter(PretrainedMixin):
         self.exit_heads = nn.ModuleList(build_head(spec, dim, num_classes) for spec in specs)
         self.decode_head = build_head(decode_head, dim, num_classes)
         self.load_report: LoadReport | None = None
-        self.calibration: Mapping[str, Any] | None = None
+        self.calibration: Calibration | None = None
         self.records: dict[str, Any] = {}
         if weights is not None:
             path = resolve_weights(weights)

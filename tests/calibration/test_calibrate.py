@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -124,7 +125,7 @@ def test_meet_budget__stays_below_a_step_and_says_when_nothing_will_do() -> None
     assert fit is not None
     assert fit.reached == 0.5
     assert meet_budget(0.3, 10.0, lambda x: 1 - 0.08 * x, lambda x: (0.4, None)) is None
-    assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).place == 0.0  # type: ignore[union-attr]
+    assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).position == 0.0  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("method", [DToP(keep_per_class=1), DoViT()], ids=["dtop", "dovit"])
@@ -158,6 +159,12 @@ def test_calibrate__keeps_every_image_below_its_cap() -> None:
     assert (run.macs.double() / run.dense_macs).max() <= 0.87
     with pytest.raises(ConfigError, match=r"a cap of 0\.1 cannot be kept: an image costs at least 0\.\d+ of dense"):
         calibrate(images, DToP(), Budget("budget", 0.9), cap=0.1)
+
+
+@pytest.mark.parametrize("cap", [0.0, -0.5, math.nan, math.inf])
+def test_calibrate__refuses_a_cap_that_is_no_share(cap: float) -> None:
+    with pytest.raises(ConfigError, match=r"^cap=.* must be a number above 0: it is a share of dense"):
+        calibrate(calibration_set(2), DToP(), Budget("budget", 0.9), cap=cap)
 
 
 def test_cap_shares__bind_no_image_if_they_need_not() -> None:

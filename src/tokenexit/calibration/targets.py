@@ -1,4 +1,4 @@
-"""What calibration is asked for: a budget of compute, or a bound on what is lost."""
+"""Targets of calibration: a budget of compute, or a bound on what is lost."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from tokenexit.errors import ConfigError
 
 Average = Literal["pixels", "classes"]
 Unit = Literal["budget", "budget_gmacs", "latency_ms"]
-What = Literal["max_disagreement", "max_error_increase", "max_miou_drop"]
-UNITS, WHAT = get_args(Unit), get_args(What)
+BoundName = Literal["max_disagreement", "max_error_increase", "max_miou_drop"]
+UNITS, BOUNDS = get_args(Unit), get_args(BoundName)
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Bound:
         ConfigError: for a value out of range, and for options that do not go together.
     """
 
-    what: What
+    what: BoundName
     value: float
     confidence: float = 0.9
     average: Average = "pixels"
@@ -121,13 +121,13 @@ CalibrationTarget = Budget | Bound
 
 
 def target_of(options: Mapping[str, Any]) -> CalibrationTarget:
-    """The target among options by name: exactly one of those of `Budget` and `Bound`, and what goes with a bound."""
-    asked = {name: options[name] for name in (*UNITS, *WHAT) if options.get(name) is not None}
+    """Return the target among options by name: exactly one `Budget` or `Bound`, and what goes with a bound."""
+    asked = {name: options[name] for name in (*UNITS, *BOUNDS) if options.get(name) is not None}
     if len(asked) != 1:
-        raise ConfigError(f"{len(asked)} targets are given: give one of {', '.join((*UNITS, *WHAT))}.")
+        raise ConfigError(f"{len(asked)} targets are given: give one of {', '.join((*UNITS, *BOUNDS))}.")
     ((name, value),) = asked.items()
     own = {f.name: options[f.name] for f in fields(Bound) if options.get(f.name) is not None and f.name in options}
-    if name in WHAT:
+    if name in BOUNDS:
         return Bound(name, value, **own)
     default = Bound("max_disagreement", 0.5)
     extra = [key for key in own if own[key] != getattr(default, key)]

@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from tokenexit.checkpoints.files import read_checkpoint
-from tokenexit.checkpoints.framework_config import attention_heads_in
 from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, source_named
+from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar

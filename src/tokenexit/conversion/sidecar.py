@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from tokenexit.errors import CheckpointError
-from tokenexit.runtime.schema import Between, damaged, misfit, parse_json, read_bytes
+from tokenexit.runtime.schema import Between, damaged, misfit, parse_json, parse_yaml, read_bytes
 
 HF_CONFIG, HF_PREPROCESSOR, SEGMENTER_VARIANT = "config.json", "preprocessor_config.json", "variant.yml"
 FILES = (HF_CONFIG, HF_PREPROCESSOR, SEGMENTER_VARIANT)
@@ -126,7 +126,7 @@ def _read(path: Path | None, kind: Any) -> Any:
     what = f"{path} beside the weights"
     try:
         content = read_bytes(path)
-        values = parse_json(content) if path.suffix == ".json" else _parse_yaml(content)
+        values = parse_json(content) if path.suffix == ".json" else parse_yaml(content, _loader())
     except OSError as error:
         raise damaged(what, error.strerror or "it cannot be read", REPAIR) from None
     except ValueError as error:
@@ -134,18 +134,6 @@ def _read(path: Path | None, kind: Any) -> Any:
     if wrong := misfit("", values, kind):
         raise CheckpointError(f"{what} holds an impossible value ({wrong}): {REPAIR}.")
     return values
-
-
-def _parse_yaml(content: bytes) -> Any:
-    """Parse YAML. Raises `ValueError` for everything that is wrong with it."""
-    import yaml
-
-    try:
-        return yaml.load(content, Loader=_loader())
-    except RecursionError:
-        raise ValueError("it nests too deeply") from None
-    except Exception as error:  # the parser raises what its constructors of dates and numbers do, too
-        raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
 def _loader() -> Any:

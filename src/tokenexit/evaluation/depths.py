@@ -1,4 +1,4 @@
-"""Accuracy by depth: what a model would say if it stopped after each exit, all of it read off one dense pass.
+"""Accuracy by depth: the predictions of a model that stops after each exit, all read from one dense pass.
 
 After a short training late blocks can be worse than early ones, and then exits look good for the wrong reason.
 """
@@ -15,19 +15,17 @@ from tokenexit.methods import ExitRecord
 from tokenexit.methods.base import Value
 from tokenexit.outputs.ledger import write_ledger
 from tokenexit.outputs.segmentation import SegmentationOutput
-from tokenexit.outputs.windows import Segmentation, WindowedOutput
+from tokenexit.outputs.windows import Segmentation
 from tokenexit.segmenter import ExitSegmenter
 
 
 def stopped(model: ExitSegmenter, dense: Segmentation) -> list[Segmentation]:
-    """What the model says, and what it costs, if everything stops at an exit: one output for each exit, and the end.
+    """Return the prediction and cost where all tokens stop at an exit: one output for each exit, and one for the end.
 
-    dense: a pass of `Dense()` with stages. The outputs are those of `Truncated`, at any resolution of the heads, and
+    dense: a pass of `Dense()` with exit records. The outputs are those of `Truncated`, at any resolution of the heads;
     the last one is dense without the exit heads, which only the recording ran.
     """
-    if isinstance(dense, WindowedOutput):
-        return [replace(dense, windows=windows) for windows in _stopped(model, dense.windows)]
-    return list(_stopped(model, dense))
+    return [dense.with_windows(windows) for windows in _stopped(model, dense.windows)]
 
 
 def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[SegmentationOutput]:

@@ -1,4 +1,4 @@
-"""What an evaluation gives: figures of one method on one dataset, and the label of its row."""
+"""Results of an evaluation: the figures of one method on one dataset, and the label of its row."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Evaluation:
     counts: Tensor | None = None
 
     def miou_interval(self, minus: Evaluation | None = None) -> tuple[float, float] | None:
-        """Ends of the 95 % interval of mIoU over images, or of its difference to another row's on the same images."""
+        """Return the ends of the 95 % interval of mIoU over images, or of its difference to another row."""
         if self.counts is None or (minus is not None and minus.counts is None):
             return None
         return miou_interval(self.counts, None if minus is None else minus.counts)
@@ -59,16 +59,16 @@ class Evaluation:
 
     @property
     def share_of_dense(self) -> float:
-        """Multiply-adds over the dense model's, both summed over all images."""
+        """The ratio of multiply-adds to those of the dense model, both summed over all images."""
         return float(np.sum(self.gmacs) / np.sum(self.dense_gmacs))
 
     @property
     def live_mean(self) -> tuple[float, ...]:
-        """Share of tokens live after each exit, mean over images."""
+        """The mean share of tokens live after each exit."""
         return tuple(np.mean(self.live, axis=0).tolist())
 
     def to_dict(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Figures for a JSON file."""
+        """Return the figures for a JSON file."""
         return {
             "label": self.label,
             "method": spec_of(self.method, whole=True),

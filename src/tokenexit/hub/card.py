@@ -8,10 +8,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by tokenexit. Without this line it is yours, and is not written over. -->"
+
+
+class Calibrated(Protocol):
+    """What a card says of a calibration."""
+
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
+    @property
+    def method(self) -> str | Mapping[str, Any]: ...
+    @property
+    def guarantee(self) -> str: ...
+    @property
+    def mac_ratio(self) -> float | None: ...
 
 
 def model_card(
@@ -20,14 +33,14 @@ def model_card(
     parameters: int,
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    calibration: Calibrated | None = None,
     license: str | None = None,
 ) -> str:
     """Write the card of a model in Markdown.
 
-    config: contents of `config.json`. training, evaluation, calibration: contents of `training.json`, of
-    `evaluation.json` (from `tokenexit evaluate --json`) and `calibration.json`, where they are known. license:
-    licence of the weights, by the hub's names, such as "apache-2.0".
+    config: what `config.json` holds. training, evaluation: contents of `training.json` and of `evaluation.json` (from
+    `tokenexit evaluate --json`), where they are known. calibration: the model's, if it has one. license: of the
+    weights, by the hub's names, such as "apache-2.0".
     """
     trained_on = _at(training, "config", "data", "name")
     rows = _rows(training, evaluation)
@@ -127,14 +140,13 @@ def _table(
     return f"{words}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _calibrated(calibration: Mapping[str, Any] | None) -> str:
+def _calibrated(calibration: Calibrated | None) -> str:
     if calibration is None:
         return ""
-    target, method, reached = (calibration.get(key) or {} for key in ("asked", "method", "reached"))
-    lines = [f"Asked for: {_pairs(target)}.", f"Chosen: {_pairs(method)}.", str(calibration.get("promise", ""))]
-    share = _number(reached.get("share_of_dense"))
-    if share is not None:
-        lines.append(f"Compute on the calibration images: {share:.1%} of dense.")
+    method = calibration.method if isinstance(calibration.method, Mapping) else {"name": calibration.method}
+    lines = [f"Asked for: {_pairs(calibration.asked)}.", f"Chosen: {_pairs(method)}.", calibration.guarantee]
+    if calibration.mac_ratio is not None:
+        lines.append(f"Compute on the calibration images: {calibration.mac_ratio:.1%} of dense.")
     return "\n\n".join(line for line in lines if line)
 
 

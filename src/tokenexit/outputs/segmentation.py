@@ -79,6 +79,20 @@ class SegmentationOutput:
         return (self[i] for i in range(len(self)))
 
     @property
+    def windows(self) -> SegmentationOutput:
+        """What the network saw: the images themselves, each its own single window; see `WindowedOutput`."""
+        return self
+
+    @property
+    def window_counts(self) -> tuple[int, ...]:
+        """How many of `windows` each image was seen in."""
+        return (1,) * len(self)
+
+    def with_windows(self, windows: SegmentationOutput) -> SegmentationOutput:
+        """The output of the same images, were `windows` what the network gave for them."""
+        return windows
+
+    @property
     def logits(self) -> Tensor | list[Tensor]:
         """Full-size logits (or scores, see `value`): `(B, K, H, W)`, or a list of `(K, H, W)` if sizes differ.
 

@@ -14,7 +14,7 @@ Legend: H, W height and width in pixels; K classes, k of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, TypeAlias
 
@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.engine.vit import ViT
+from tokenexit.heads import Head
 from tokenexit.methods import Method
 from tokenexit.methods.base import Value
-from tokenexit.outputs.ledger import Ledger, MacsByPart, Size
+from tokenexit.outputs.ledger import Ledger, MacsByPart, Size, dense_ops
 from tokenexit.outputs.segmentation import (
     SegmentationOutput,
     argmax_by_tiles,
@@ -53,6 +55,12 @@ def window_boxes(size: Size, window: Size | None, stride: Size | None) -> tuple[
         return ((0, 0, *size),)
     rows, columns = (_spans(*sides) for sides in zip(size, window, stride))
     return tuple((top, left, bottom, right) for (top, bottom), (left, right) in product(rows, columns))
+
+
+def dense_macs(backbone: ViT, decode_head: Head, size: Size, window: Size | None, stride: Size | None) -> int:
+    """Multiply-adds of the dense model on an image of `size`, in its windows, which all have one size."""
+    boxes = window_boxes(size, window, stride)
+    return len(boxes) * dense_ops(backbone, decode_head, backbone.patch_embed.grid(*_size(boxes[0]))).macs
 
 
 def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
@@ -127,6 +135,15 @@ class WindowedOutput:
         """Return which of the windows are this image's."""
         start = sum(map(len, self.boxes[:image]))
         return slice(start, start + len(self.boxes[image]))
+
+    @property
+    def window_counts(self) -> tuple[int, ...]:
+        """How many of `windows` each image was seen in."""
+        return tuple(map(len, self.boxes))
+
+    def with_windows(self, windows: SegmentationOutput) -> WindowedOutput:
+        """The output of the same images, were `windows` what the network gave for them."""
+        return replace(self, windows=windows)
 
     @property
     def value(self) -> Value:
@@ -220,7 +237,7 @@ class WindowedOutput:
 
 
 Segmentation: TypeAlias = SegmentationOutput | WindowedOutput
-"""A result whichever way the network saw the images: whole, or in windows."""
+"""A result whichever way the network saw the images: whole, or in windows. Both have `windows`, so nobody asks."""
 
 
 def _size(box: Box) -> Size:

@@ -48,7 +48,7 @@ from tokenexit.segmenter import ExitSegmenter
 
 @dataclass(frozen=True)
 class Predicted:
-    """The result of a call.
+    """The result of `predict_files`.
 
     images: number of segmented images, frames of videos included. skipped: number of images and videos whose files
     were all there. failed: a sentence for each that could not be segmented.
@@ -170,7 +170,7 @@ def save_atomically(image: Image.Image, path: Path) -> None:
 
 
 def chosen_outputs(save: Sequence[str]) -> dict[str, Output]:
-    """Look up the outputs of these names, "video" left out. Raises `ConfigError` for unknown names, and for none."""
+    """Look up outputs by name, without "video". Raises `ConfigError` for unknown names, and for none."""
     for name in save:
         if name not in (*OUTPUTS, VIDEO):
             raise ConfigError(f"save={name!r} is unknown: choose of {', '.join((*OUTPUTS, VIDEO))}.")
@@ -188,7 +188,7 @@ def may_leave(path: Path, name: str) -> Iterator[str]:
 
 
 def check_sources(named: Mapping[Path, str], results: OutputFolder) -> None:
-    """Refuse sources that lie where results will be, as results of earlier calls do.
+    """Reject sources that lie where results will be, as results of earlier calls do.
 
     Results that take the suffixes of their sources could not overwrite them, and would be taken for images next time.
     """
@@ -211,7 +211,7 @@ def check_sources(named: Mapping[Path, str], results: OutputFolder) -> None:
 
 
 def check_jobs(jobs: Sequence[WorkItem], results: OutputFolder, outputs: Mapping[str, Output], films: bool) -> None:
-    """Refuse results that would overwrite each other, and videos where images are needed."""
+    """Reject results that would overwrite each other, and videos where images are needed."""
     taken: dict[str, Path] = {}
     meeting: dict[tuple[Path, Path], Path] = {}
     for job in jobs:

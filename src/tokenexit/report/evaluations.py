@@ -16,7 +16,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.results import Evaluation
 from tokenexit.methods import Dense, Truncated
 from tokenexit.report.tables import Column, Table
-from tokenexit.runtime.atomic import atomic_write
+from tokenexit.runtime.atomic import write_or_refuse
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 
@@ -122,12 +122,8 @@ def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], 
     }
     content = {"about": {**about, **machine}, "results": [result.to_dict(names) for result in results]}
     text = json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(path) as unfinished:
-            unfinished.write_text(text)
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}): choose another file.") from None
+    with write_or_refuse(path, "choose another file") as unfinished:
+        unfinished.write_text(text)
 
 
 def _ends(form: str) -> Callable[[tuple[float, float]], str]:
