@@ -59,7 +59,7 @@ def labels_of(body: bytes) -> np.ndarray[Any, Any]:
 @pytest.mark.parametrize(
     ("fields", "method"),
     [
-        ({}, DToP()),
+        ({}, Dense()),
         ({"method": "dense"}, Dense()),
         ({"method": "dtop", "threshold": "0.6"}, DToP(0.6)),
         ({"method": "dovit", "threshold": "0.7/0.6"}, DoViT((0.7, 0.6))),
@@ -705,7 +705,7 @@ def test_a_model_without_class_names__gets_names(model: ExitSegmenter) -> None:
 
 
 def test_create_app__refuses_what_cannot_work(model: ExitSegmenter) -> None:
-    with pytest.raises(ConfigError, match="places=0 is no limit"):
+    with pytest.raises(ConfigError, match="slots=0 is no limit"):
         create_app(model, limits=Limits(slots=0))
     foreign = small_model()
     foreign.calibration = Calibration(model="another", method={"name": "dtop"})

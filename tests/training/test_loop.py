@@ -525,7 +525,7 @@ def test_log__has_about_a_thousand_rows_at_most() -> None:
 
 def test_log__that_cannot_be_written_ends_in_one_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "log.csv").mkdir()
-    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free the place"):
+    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free disk space"):
         run(tiny_run(data, tmp_path))
 
 

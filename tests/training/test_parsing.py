@@ -58,6 +58,23 @@ def test_options_may_be_written_with_hyphens() -> None:
     assert parse("--batch-size", "3", "--optim.weight-decay=0.5").batch_size == 3
 
 
+def test_options_of_nested_keys_may_be_written_as_in_other_commands() -> None:
+    config = parse(
+        "--data-root", "folder", "--data.val-split", "holdout", "--optim-weight-decay=0.5", "--val-limit", "7"
+    )
+    assert (config.data.root, config.data.val_split, config.optim.weight_decay) == ("folder", "holdout", 0.5)
+    assert config.val_limit == 7
+
+
+def test_no_two_keys_are_the_same_option_when_written_with_dashes() -> None:
+    from tokenexit.cli.method_options import method_options
+
+    written = [
+        key.replace(".", "-").replace("_", "-") for key in (*config_keys(), *method_options(), "method", "dry_run")
+    ]
+    assert len(set(written)) == len(written)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

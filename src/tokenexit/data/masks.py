@@ -170,8 +170,8 @@ class ColourMasks:
         return codes
 
     def translate(self, codes: Codes) -> tuple[Mask, Unknown]:
-        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        mask, known = self._target[place], self._codes[place] == codes
+        nearest = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        mask, known = self._target[nearest], self._codes[nearest] == codes
         if known.all():
             return mask, {}
         mask[~known] = self.labels.ignore_index

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods import METHODS, Dense, DoViT, DToP, Method, build_method
+from tokenexit.methods import METHODS, Dense, Method, build_method
 from tokenexit.methods.base import Threshold
 from tokenexit.methods.thresholded import NEVER, per_exit
 from tokenexit.segmenter import ExitSegmenter
 
 OCTAVES = 10.0
 """The dial spans doubts from 2^-10, a threshold of 0.999, to 1."""
-OFFERED = ("dense", "dtop", "dovit")
-"""Methods on the page."""
 
 
 @dataclass(frozen=True)
@@ -47,13 +45,13 @@ class Choices:
 
     @property
     def usual(self) -> Method[Any]:
-        """What runs if nothing is asked for: the calibrated method, else DToP or what the model can."""
-        if self.calibrated is not None:
-            return self.calibrated
-        return next(method for method in (DToP(), DoViT(), Dense()) if self._refusal(method) is None)
+        """What runs if nothing is asked for, as in all commands: the calibrated method, else dense."""
+        return Dense() if self.calibrated is None else self.calibrated
 
     def offers(self) -> list[Offer]:
-        return [self._offer(name) for name in OFFERED]
+        """What the page offers: the registered methods that want to be, and the one that runs if nothing is chosen."""
+        usual = self.usual.name
+        return [self._offer(name) for name, kind in METHODS.items() if kind.offered or name == usual]
 
     def choose(self, name: str | None, threshold: str | None = None, compute: float | None = None) -> Method[Any]:
         """The method that a request names.
@@ -63,8 +61,13 @@ class Choices:
         method = self._named(name)
         if threshold is not None and compute is not None:
             raise ConfigError("threshold and compute both say when tokens leave: give one of the two.")
-        if threshold is not None:
-            method = method.with_thresholds(_numbers(threshold))
+        values = None if threshold is None else _numbers(threshold)
+        if compute is not None:
+            check_compute(compute)
+        if name is None and self.calibrated is None and (threshold is not None or compute is not None):
+            raise ConfigError("threshold and compute need a method, as this model is not calibrated: name one.")
+        if values is not None:
+            method = method.with_thresholds(values)
         elif compute is not None and method.has_exits:
             method = dialled(method, compute, self._num_exits)
         self._model.check(method)
@@ -96,10 +99,15 @@ class Choices:
         return None
 
 
-def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
-    """The method with thresholds for a place on the dial, `compute` in [0, 1]."""
+def check_compute(compute: float) -> None:
+    """Reject what is no place on the dial."""
     if not 0.0 <= compute <= 1.0:
         raise ConfigError(f"compute={compute:g} is outside [0, 1]: 1 is all of the network for every token.")
+
+
+def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
+    """The method with thresholds for a place on the dial, `compute` in [0, 1]."""
+    check_compute(compute)
     power = compute / dial_position(method, num_exits)
 
     def moved(tau: float) -> float:

@@ -34,16 +34,20 @@ def knows_scenes(model: ExitSegmenter) -> bool:
     return labels is not None and set(labels.names) <= set(SCENE_LABELS.names)
 
 
-def page_html(name: str, offers: Sequence[Offer], samples_count: int) -> str:
-    """The page with what does not change: the model's name, its methods, the samples."""
+def page_html(name: str, offers: Sequence[Offer], usual: str, samples_count: int) -> str:
+    """The page with what does not change: the model's name, its methods, the samples.
+
+    usual: the method that is chosen at the beginning.
+    """
     samples = "".join(
         f'<button name="sample" value="{n}" class="sample"><img src="samples/{n}.png" alt="Sample {n + 1}" '
         'width="96" height="64"></button>'
         for n in range(samples_count)
     )
-    first = next((offer.name for offer in offers if offer.name != "dense" and offer.refusal is None), "dense")
-    methods = "".join(_radio(offer.name, offer.title, offer.refusal, offer.name == first) for offer in offers)
-    return Template(asset("page.html")).substitute(name=escape(name), samples=samples, methods=methods)
+    methods = "".join(_radio(offer.name, offer.title, offer.refusal, offer.name == usual) for offer in offers)
+    calibrated = any(offer.calibrated for offer in offers)
+    note = "" if calibrated else '<p class="quiet">This model is not calibrated: dense unless you choose another.</p>'
+    return Template(asset("page.html")).substitute(name=escape(name), samples=samples, methods=methods, note=note)
 
 
 def _radio(name: str, title: str, refusal: str | None, checked: bool) -> str:

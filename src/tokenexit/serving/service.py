@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import default_labels
-from tokenexit.methods import Method
+from tokenexit.methods import METHODS, Method
 from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
 from tokenexit.report.pictures import exit_colours
@@ -171,7 +171,7 @@ class Service:
             for part in [*model.backbone.blocks, *heads]
         ]
         self.samples = SAMPLES if knows_scenes(self.model) else ()
-        self.page = page_html(name, self.choices.offers(), len(self.samples))
+        self.page = page_html(name, self.choices.offers(), self.choices.usual.name, len(self.samples))
         self._kept: OrderedDict[str, UploadedImage] = OrderedDict()
         # Few at once: full-size maps of many classes are large, and cores are few.
         self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "tokenexit-pictures")
@@ -263,7 +263,7 @@ class Service:
             data, name = await image.read(), file_name(image.filename, 0)
         else:
             raise DataError("no image was sent: choose a file or a sample.")
-        chosen = self.choices.choose(None if method == "compare" else method, compute=compute)
+        chosen = self.choices.choose(self.choices.usual.name if method == "compare" else method, compute=compute)
         with self.batcher.slots(1):
             shown, uploaded = await self._read(data, name)
             (answer,) = await self._segment([uploaded], chosen, [uploaded.size])
@@ -307,7 +307,7 @@ class Service:
         self,
         images: Annotated[list[UploadFile], File(description="One image or several: JPEG, PNG, WebP, TIFF, ...")],
         method: Annotated[
-            str | None, Form(description="dense, dtop, dovit, ...; the calibrated one, else dtop")
+            str | None, Form(description=f"{', '.join(METHODS)}; if not given the calibrated one, else dense")
         ] = None,
         threshold: Annotated[str | None, Form(description="of all exits, or one for each as 0.98/0.9/0.8")] = None,
         compute: Annotated[float | None, Form(description="in [0, 1] instead: from as little as can be to all")] = None,

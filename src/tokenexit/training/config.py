@@ -86,7 +86,7 @@ class OptimConfig:
     """Optimiser and learning rate schedule."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser."""
+    """Name of the optimiser."""
     lr: float = 1e-4
     """Learning rate of the backbone."""
     head_lr_factor: float = 10.0

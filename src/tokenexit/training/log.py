@@ -89,7 +89,7 @@ class CsvLog:
         except (OSError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{self.path} cannot be written ({reason}): free the place; the same command then goes on from the "
+                f"{self.path} cannot be written ({reason}): free disk space; the same command then goes on from the "
                 "last checkpoint."
             ) from None
 
