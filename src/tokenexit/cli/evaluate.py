@@ -39,7 +39,7 @@ def evaluate(arguments: list[str]) -> int:
     parser.add_argument(
         "--method",
         nargs="+",
-        choices=method_names(),
+        choices=(*method_names(), CALIBRATED),
         help="dense, dtop, dovit, paumer, fixed_ratio, truncated; one or several; the calibrated one if not given, "
         "else dense; calibrated names it beside others",
     )
