@@ -159,7 +159,8 @@ def _calibration(
     from tokenexit.calibration.cbt import calibrate_by_class
 
     if target is None:
-        return calibrate_by_class(calibration_set, method, *options.cbt, about)
+        alpha, beta = options.cbt
+        return calibrate_by_class(calibration_set, method, alpha, beta, about)
     return run(
         calibration_set,
         method,
