@@ -1,4 +1,4 @@
-"""Are budgets met on other images, and is it worth more than thresholds set by hand?
+"""Check whether budgets are met on other images, and compare with one threshold set by hand.
 
     python -m benchmarks.budgets MODEL --data camvid --data-root ../shared/data/camvid --json budgets.json
 
@@ -11,51 +11,27 @@ thresholds on the same images. Interrupted, it goes on with the run that is miss
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from benchmarks.study import bar, open_notebook
 from tokenexit.calibration.calibrate import calibrate
-from tokenexit.calibration.calibration_set import CalibrationSet, Progress, true_run, truth_reference
+from tokenexit.calibration.calibration_set import CalibrationSet, true_run, truth_reference
 from tokenexit.calibration.targets import Budget
 from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import scores
 from tokenexit.methods import Dense, DoViT, DToP, Method, build_method
 from tokenexit.report.tables import Column, Table
-from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 
 HAND = (0.9995, 0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8, 0.6, 0.4)
-
-
-class Notebook:
-    """Results by name, kept in a file as they come."""
-
-    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
-        self.path = path
-        self.content: dict[str, Any] = {"settings": settings, "results": {}}
-        if path is not None and path.exists():
-            before = json.loads(path.read_text())
-            if before["settings"] != settings:
-                raise SystemExit(f"{path} holds a run of other settings: choose another --json.")
-            self.content = before
-
-    def once(self, name: str, make: Any) -> Any:
-        """What `make` gives, made only if it is not there yet."""
-        results = self.content["results"]
-        if name not in results:
-            results[name] = make()
-            if self.path is not None:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with atomic_write(self.path) as unfinished:
-                    unfinished.write_text(json.dumps(self.content, indent=1) + "\n")
-        return results[name]
 
 
 def figures(calibration_set: CalibrationSet, method: Method[Any], title: str) -> dict[str, float]:
@@ -78,24 +54,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--fit-split", default="val")
     parser.add_argument("--check-split", default="test")
-    parser.add_argument("--limit", type=int, help="so many images of each split, drawn at random")
-    parser.add_argument("--length", type=int, help="how many images each split of drawn scenes has")
+    parser.add_argument("--limit", type=int, help="number of images of each split, drawn at random")
+    parser.add_argument("--length", type=int, help="number of images of each split of drawn scenes")
     parser.add_argument("--method", nargs="+", choices=("dtop", "dovit"), default=["dtop", "dovit"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--hand", type=float, nargs="*", default=list(HAND), help="thresholds set by hand")
-    parser.add_argument("--seed", type=int, default=0, help="of the halves")
-    parser.add_argument("--json", type=Path, help="figures, kept as they come")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the halves")
+    parser.add_argument("--json", type=Path, help="JSON file of the figures, written after every run")
     options = parser.parse_args(arguments)
 
     model = ExitSegmenter.from_pretrained(options.model)
     settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items() if k != "json"}
-    notes = Notebook(options.json, {**settings, "weights": model.fingerprint()})
+    notes = open_notebook(options.json, {**settings, "weights": model.fingerprint()}, "--json")
     places = {}
     for split in (options.fit_split, options.check_split):
         drawn = {} if options.length is None else {"length": options.length}
         data = open_dataset(options.data, options.data_root, split, **drawn)
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(options.seed)).tolist()
-        places[split] = CalibrationSet(model, data, tuple(order[: options.limit]), progress=_bar)
+        places[split] = CalibrationSet(model, data, tuple(order[: options.limit]), progress=bar)
     half = len(places[options.fit_split]) // 2
     fit = places[options.fit_split].part(range(half))
     checks = {
@@ -109,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     }
     rows = []
     for where, calibration_set in checks.items():
-        dense = notes.once(f"dense on {where}", lambda b=calibration_set, w=where: figures(b, Dense(), f"dense, {w}"))
+        dense = notes.once(f"dense on {where}", partial(figures, calibration_set, Dense(), f"dense, {where}"))
         rows.append([where, "dense", None, 1.0, 0.0, None, dense["miou"], None])
     for kind in (DToP, DoViT):
         if kind.name not in options.method:
@@ -130,18 +106,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for where, calibration_set in checks.items():
                 got = notes.once(
                     f"{kind.name} to {budget} on {where}",
-                    lambda b=calibration_set, m=method, t=f"{kind.name} {budget:g}, {where}": figures(b, m, t),
+                    partial(figures, calibration_set, method, f"{kind.name} {budget:g}, {where}"),
                 )
                 curve = [
                     notes.once(
                         f"{kind.name} by hand {value} on {where}",
-                        lambda b=calibration_set, k=kind, v=value, w=where: figures(
-                            b, k(threshold=v), f"{k.name} {v}, {w}"
-                        ),
+                        partial(figures, calibration_set, kind(threshold=value), f"{kind.name} {value}, {where}"),
                     )
                     for value in options.hand
                 ]
-                met = abs(got["share"] - budget) <= max(0.02 * budget, 2 * got["error"])
+                error = got["error"] or 0.0  # one image has none
+                met = abs(got["share"] - budget) <= max(0.02 * budget, 2 * error)
                 hand = by_hand(curve, got["share"]) if curve else None
                 row = [where, kind.name, budget, got["share"], got["error"], "yes" if met else "no", got["miou"], hand]
                 rows.append(row)
@@ -156,13 +131,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         Column("by hand", "{:.2f}", "right", "mIoU of one threshold for all exits at equal compute, interpolated."),
     ]
     print(Table(columns, rows).to_markdown())
-
-
-def _bar(title: str) -> Progress:
-    from rich.console import Console
-    from rich.progress import track
-
-    return lambda items: track(items, description=title, console=Console(stderr=True))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Does the guarantee hold? Many calibrations drawn from one pool of scenes whose true risk is known.
+"""Check the guarantee with many calibrations, drawn from one pool of scenes whose true risk is known.
 
     python -m benchmarks.guarantee --out runs/guarantee --plot docs/evidence/calibration/guarantee.png
 
@@ -18,29 +18,30 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
+from benchmarks.study import bar, open_notebook
 from tokenexit.calibration import risk_control
-from tokenexit.calibration.calibration_set import CalibrationSet, Progress, dense_reference, error, true_run
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
 from tokenexit.calibration.for_bound import SequentialTest, positions_to_test
 from tokenexit.calibration.planner import Planner
 from tokenexit.calibration.targets import Bound
 from tokenexit.data.base import Sample, SegmentationDataset
 from tokenexit.data.scenes import Scenes
 from tokenexit.methods import DToP, build_method, spec_of
-from tokenexit.runtime.atomic import atomic_write
+from tokenexit.runtime.atomic import write_or_refuse
+from tokenexit.runtime.notebook import Notebook
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DataConfig
 from tokenexit.training.loop import train
 from tokenexit.training.recipes import scene_recipe
 
 POOL_SEED, PATH_SEED = 71, 72
-PLACES = 16
+POSITIONS = 16
 
 
 class Remembered:
@@ -67,38 +68,30 @@ def trained(out: Path, size: tuple[int, int], steps: int) -> ExitSegmenter:
     return ExitSegmenter.from_pretrained(out)
 
 
-def fixed_path(path: Path, calibration_set: CalibrationSet, bounds: Sequence[float]) -> list[dict[str, Any]]:
-    """Methods along a path fixed on images of its own, dense enough around every bound; built once."""
-    if path.exists():
-        specs: list[dict[str, Any]] = json.loads(path.read_text())
-        return specs
+def fixed_path(calibration_set: CalibrationSet, bounds: Sequence[float]) -> list[dict[str, Any]]:
+    """Methods along a path fixed on images of its own, dense enough around every bound."""
     planner = Planner(calibration_set, DToP(), "classes")
     sequential_test = SequentialTest.on(calibration_set, Bound("max_disagreement", sorted(bounds)[len(bounds) // 2]))
     positions_to_test(planner, sequential_test)  # chooses the path
     end = planner.path.end
-    specs = [spec_of(planner.method_at(end * (i + 1) / PLACES)) for i in range(PLACES)]
-    _keep(path, specs)
-    return specs
+    return [spec_of(planner.method_at(end * (i + 1) / POSITIONS)) for i in range(POSITIONS)]
 
 
 def losses_of_pool(
-    out: Path, calibration_set: CalibrationSet, specs: Sequence[dict[str, Any]]
+    notes: Notebook, calibration_set: CalibrationSet, specs: Sequence[dict[str, Any]]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Disagreement with dense and share of dense compute, `(places, pool)` each; one run of the network per place."""
-    reference = None
-    losses, shares = [], []
-    for n, spec in enumerate(specs):
-        kept = out / f"place-{n:02}.npy"
-        if not kept.exists():
-            reference = reference or dense_reference(calibration_set)
-            run = true_run(calibration_set, build_method(spec), reference, f"place {n + 1} of {len(specs)}")
-            values = torch.stack([error(run.confusion, "pixels"), run.macs.double() / run.dense_macs]).numpy()
-            with atomic_write(kept) as unfinished:
-                np.save(unfinished, values)
-        loss, share = np.load(kept)
-        losses.append(loss)
-        shares.append(share)
-    return np.stack(losses), np.stack(shares)
+    """Disagreement with dense and share of dense compute, `(positions, pool)` each; one run of the network for each
+    position."""
+    reference = lru_cache(lambda: dense_reference(calibration_set))
+
+    def losses_and_shares(n: int) -> list[list[float]]:
+        title = f"position {n} of {len(specs)}"
+        run = true_run(calibration_set, build_method(specs[n - 1]), reference(), title)
+        return [error(run.confusion, "pixels").tolist(), (run.macs.double() / run.dense_macs).tolist()]
+
+    figures = [notes.once(f"position {n}", partial(losses_and_shares, n)) for n in range(1, len(specs) + 1)]
+    losses, shares = np.asarray(figures).swapaxes(0, 1)
+    return losses, shares
 
 
 def draw_calibrations(
@@ -153,48 +146,32 @@ def draw_plot(results: Sequence[dict[str, Any]], path: Path) -> None:
         ax.set_xlabel("true disagreement with dense")
         ax.spines[["top", "right"]].set_visible(False)
     np.atleast_1d(axes)[0].set_ylabel(f"calibrations, of {results[0]['draws']}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as unfinished:
+    with write_or_refuse(path, "choose another --plot") as unfinished:
         figure.savefig(unfinished, dpi=130)
     plt.close(figure)
-
-
-def _keep(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as unfinished:
-        unfinished.write_text(json.dumps(value, indent=1) + "\n")
-
-
-def _bar(title: str) -> Progress:
-    from rich.console import Console
-    from rich.progress import track
-
-    return lambda items: track(items, description=title, console=Console(stderr=True))
 
 
 def run(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The whole experiment; returns what each bound came to."""
     out, size = options.out, (options.size, options.size)
     settings = {name: getattr(options, name) for name in ("pool", "path_images", "size", "steps", "bounds")}
-    kept = out / "settings.json"
-    if kept.exists() and json.loads(kept.read_text()) != settings:
-        raise SystemExit(f"{out} holds a run of other settings: choose another --out.")
-    _keep(kept, settings)
+    notes = open_notebook(out / "notes.json", settings, "--out")
     model = trained(out / "model", size, options.steps)
     pool = CalibrationSet(
-        model, Remembered(Scenes(options.pool, size, POOL_SEED)), tuple(range(options.pool)), progress=_bar
+        model, Remembered(Scenes(options.pool, size, POOL_SEED)), tuple(range(options.pool)), progress=bar
     )
     scenes = Remembered(Scenes(options.path_images, size, PATH_SEED))
-    aside = CalibrationSet(model, scenes, tuple(range(options.path_images)), progress=_bar)
-    specs = fixed_path(out / "path.json", aside, options.bounds)
-    losses, shares = losses_of_pool(out, pool, specs)
+    aside = CalibrationSet(model, scenes, tuple(range(options.path_images)), progress=bar)
+    specs = notes.once("path", partial(fixed_path, aside, options.bounds))
+    losses, shares = losses_of_pool(notes, pool, specs)
     results = [
         draw_calibrations(losses, shares, bound, options.confidence, options.draws, options.draws_of, seed=n)
         for n, bound in enumerate(options.bounds)
     ]
     about = {**settings, "method": specs[0]["name"], "risk_along_path": losses.mean(axis=1).tolist()}
     about["share_of_dense_along_path"] = shares.mean(axis=1).tolist()
-    _keep(options.json or out / "guarantee.json", {"about": about, "results": results})
+    with write_or_refuse(options.json or out / "guarantee.json", "choose another --json") as unfinished:
+        unfinished.write_text(json.dumps({"about": about, "results": results}, indent=1) + "\n")
     if options.plot is not None:
         draw_plot(results, options.plot)
     for result in results:
@@ -208,18 +185,18 @@ def run(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/guarantee"), help="model, path and losses")
+    parser.add_argument("--out", type=Path, default=Path("runs/guarantee"), help="folder of model and losses")
     parser.add_argument("--pool", type=int, default=5000, help="scenes whose mean loss is the true risk")
     parser.add_argument("--path-images", type=int, default=200, help="other scenes, on which the path is fixed")
     parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--draws", type=int, default=200, help="calibrations for each bound")
-    parser.add_argument("--draws-of", type=int, default=600, help="images for each")
-    parser.add_argument("--bounds", type=float, nargs="+", default=[0.02, 0.03, 0.05], help="on mean disagreement")
+    parser.add_argument("--draws-of", type=int, default=600, help="images for each calibration")
+    parser.add_argument("--bounds", type=float, nargs="+", default=[0.02, 0.03, 0.05], help="mean disagreements")
     parser.add_argument("--confidence", type=float, default=0.9)
-    parser.add_argument("--json", type=Path, help="figures; in --out if not given")
-    parser.add_argument("--plot", type=Path, help="a PNG of true risks beside their bounds")
-    parser.add_argument("--quick", action="store_true", help="a minute or so, to see that it works")
+    parser.add_argument("--json", type=Path, help="JSON file of the figures; in --out if not given")
+    parser.add_argument("--plot", type=Path, help="PNG of true risks beside their bounds")
+    parser.add_argument("--quick", action="store_true", help="short run of about a minute, as a check of the script")
     return parser
 
 

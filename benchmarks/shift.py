@@ -1,19 +1,19 @@
-"""What a calibration is worth on other images: brightness, blur, noise, JPEG, and another place altogether.
+"""Measure a calibration on shifted images: brightness, blur, noise, JPEG, and another place altogether.
 
     python -m benchmarks.shift runs/camvid-calibrated --data camvid --data-root ../shared/data/camvid --split test
     python -m benchmarks.shift runs/scenes-calibrated --data scenes --other camvid --other-root ../shared/data/camvid
 
 For every shift: how many pixels differ from the dense model on the same images, with the standard error over images,
 beside the bound that the calibration guarantees, if it does; what it costs; mIoU of both; and whether the monitor of
-`tokenexit predict` would warn. Prints a Markdown table.
+`tokenexit predict` would warn. Prints a Markdown table. Interrupted, it goes on with the shift that is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import json
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageFilter
 
+from benchmarks.study import open_notebook
 from tokenexit.calibration.calibration_set import (
     CalibrationSet,
     dense_reference,
@@ -36,7 +37,6 @@ from tokenexit.data.registry import open_dataset
 from tokenexit.evaluation.metrics import scores
 from tokenexit.methods import Dense
 from tokenexit.report.tables import Column, Table
-from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 
 Shift = Callable[[Image.Image, int], Image.Image]
@@ -139,7 +139,7 @@ def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
     cells = [
         [
             row["shift"],
-            f"{row['disagreement']:.2%} ± {row['standard_error']:.2%}",
+            f"{row['disagreement']:.2%}" + (f" ± {spread:.2%}" if spread is not None else ""),
             bound,
             row["share_of_dense"],
             row["miou"],
@@ -149,38 +149,39 @@ def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
             "yes" if row["warns"] else "no",
         ]
         for row in rows
+        for spread in [row["standard_error"]]  # None where there is one image
     ]
     return Table(columns, cells).to_markdown()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a calibrated model")
+    parser.add_argument("model", type=Path, help="folder of a calibrated model")
     parser.add_argument("--data", required=True, help="dataset that is shifted; not the calibration's own images")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=int, help="so many images of each, drawn at random")
-    parser.add_argument("--other", help="another dataset, as it is")
+    parser.add_argument("--limit", type=int, help="number of images of each dataset, drawn at random")
+    parser.add_argument("--other", help="another dataset, not shifted")
     parser.add_argument("--other-root", type=Path)
     parser.add_argument("--shifts", nargs="+", choices=list(SHIFTS), default=list(SHIFTS))
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="figures, kept as they come")
     options = parser.parse_args(arguments)
     model = ExitSegmenter.from_pretrained(options.model)
     if model.calibrated_method() is None or model.calibration is None:
         raise SystemExit(f"{options.model} is not calibrated: run `tokenexit calibrate` first.")
+    bound = model.calibration.asked.get("max_disagreement")
+    settings = {k: v for k, v in vars(options).items() if k not in ("json", "shifts")}
+    notes = open_notebook(options.json, {**settings, "weights": model.fingerprint(), "bound": bound}, "--json")
     torch.manual_seed(0)
     data = open_dataset(options.data, options.data_root, options.split)
-    indices = drawn(len(data), options.limit, 0)
-    rows = [measure(CalibrationSet(model, Shifted(data, SHIFTS[name]), indices), name) for name in options.shifts]
+    studied: dict[str, SegmentationDataset] = {name: Shifted(data, SHIFTS[name]) for name in options.shifts}
     if options.other is not None:
-        other = open_dataset(options.other, options.other_root, options.split)
-        rows.append(measure(CalibrationSet(model, other, drawn(len(other), options.limit, 0)), options.other))
-    bound = model.calibration["asked"].get("max_disagreement")
+        studied[options.other] = open_dataset(options.other, options.other_root, options.split)
+    rows = [
+        notes.once(name, partial(measure, CalibrationSet(model, own, drawn(len(own), options.limit, 0)), name))
+        for name, own in studied.items()
+    ]
     print(table(rows, bound))
-    if options.json is not None:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(options.json) as unfinished:
-            unfinished.write_text(json.dumps({"bound": bound, "data": options.data, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

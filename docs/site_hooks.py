@@ -19,7 +19,8 @@ def for_site(text: str) -> str:
 
     def link(found: re.Match[str]) -> str:
         path, anchor = found[1], found[2] or ""
-        return f"]({PAGES.get(path, path.removeprefix('docs/'))}{anchor})"
+        from_docs = path.removeprefix("docs/") if path.startswith("docs/") else f"../{path}"
+        return f"]({PAGES.get(path, from_docs)}{anchor})"
 
     return re.sub(r"\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)", link, text)
 

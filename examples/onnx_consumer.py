@@ -5,17 +5,20 @@ The mask is the one that `tokenexit predict` writes. Thresholds are an input: ap
 
 import json
 import sys
+from typing import Any
 
 import numpy as np
 import onnxruntime
 from PIL import Image, ImageOps
 
+Array = np.ndarray[Any, Any]
 
-def read(path):
-    """Any image as RGB, 8 bits, upright, on black."""
-    image = Image.open(path)
-    image.load()
-    image = ImageOps.exif_transpose(image)
+
+def read(path: str) -> Image.Image:
+    """Return any image as RGB, 8 bits, upright, on black."""
+    file = Image.open(path)
+    file.load()
+    image: Image.Image = ImageOps.exif_transpose(file)
     if image.mode.startswith("I"):  # 16 bits
         grey = (np.asarray(image).astype(np.uint32) + 128) // 257
         return Image.fromarray(grey.astype(np.uint8)).convert("RGB")
@@ -29,8 +32,8 @@ def read(path):
     return image.convert("RGB")
 
 
-def resized(image, resize):
-    """As `resize` says: "none", the shortest side, or [height, width]."""
+def resized(image: Image.Image, resize: Any) -> Image.Image:
+    """Resize an image as `resize` says: "none", the shortest side, or [height, width]."""
     width, height = image.size
     if resize == "none":
         return image
@@ -40,15 +43,15 @@ def resized(image, resize):
     return image.resize((resize[1], resize[0]), Image.Resampling.BILINEAR)
 
 
-def spans(side, window, stride):
-    """Beginning and end of every window along one axis."""
+def spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
+    """Return the beginning and end of every window along one axis."""
     count = max(side - window + stride - 1, 0) // stride + 1
     ends = [min(n * stride + window, side) for n in range(count)]
     return [(max(end - window, 0), end) for end in ends]
 
 
-def stretch(values, size, axis):
-    """Bilinear to `size` along one axis, corners not aligned, as torch does it: float32 throughout."""
+def stretch(values: Array, size: int, axis: int) -> Array:
+    """Resize bilinearly to `size` along one axis, corners not aligned, as torch does it: float32 throughout."""
     old = values.shape[axis]
     if old == size:
         return values
@@ -60,21 +63,21 @@ def stretch(values, size, axis):
     return np.take(values, low, axis) * (1 - share) + np.take(values, np.minimum(low + 1, old - 1), axis) * share
 
 
-def scaled(values, height, width):
-    """`(K, h, w)` to `(K, height, width)`."""
+def scaled(values: Array, height: int, width: int) -> Array:
+    """Resize `(K, h, w)` bilinearly to `(K, height, width)`."""
     return stretch(stretch(values, width, 2), height, 1)
 
 
-def maps_of(logits, stages, about, height, width):
-    """Class maps of one window at its own size, from the graph's grid."""
+def maps_of(logits: Array, grid: tuple[int, int], about: dict[str, Any], height: int, width: int) -> Array:
+    """Return the class maps of one window at its own size, from the graph's grid of `grid` tokens."""
     if about["upscale"] > 1:
         logits = scaled(logits, logits.shape[1] * about["upscale"], logits.shape[2] * about["upscale"])
     patch = about["patch_size"]
-    return scaled(logits, stages.shape[0] * patch, stages.shape[1] * patch)[:, :height, :width]
+    return scaled(logits, grid[0] * patch, grid[1] * patch)[:, :height, :width]
 
 
-def segment(session, about, photo, thresholds):
-    """Class of every pixel of an image, and the exits of the tokens of all its windows."""
+def segment(session: Any, about: dict[str, Any], photo: Image.Image, thresholds: Array) -> tuple[Array, Array]:
+    """Return the class of every pixel of an image, and the exits of the tokens of all its windows."""
     steps = about["preprocessing"]
     image = resized(photo, steps["resize"])
     mean, std = (np.array(steps[name], np.float32) for name in ("mean", "std"))
@@ -82,21 +85,21 @@ def segment(session, about, photo, thresholds):
     _, height, width = pixels.shape
     window = steps["window"] or (height, width)
     stride = steps["stride"] or window
-    total, seen, exits = 0, np.zeros((height, width), np.float32), []
+    total = np.zeros((len(about["classes"]), height, width), np.float32)
+    seen, exits = np.zeros((height, width), np.float32), []
     for top, bottom in spans(height, window[0], stride[0]):
         for left, right in spans(width, window[1], stride[1]):
             crop = np.ascontiguousarray(pixels[None, :, top:bottom, left:right])
-            logits, stages = session.run(["grid_logits", "exit_stage"], {"image": crop, "thresholds": thresholds})
-            if isinstance(total, int):
-                total = np.zeros((logits.shape[1], height, width), np.float32)
-            total[:, top:bottom, left:right] += maps_of(logits[0], stages[0], about, bottom - top, right - left)
+            logits, left_at = session.run(["grid_logits", "exit_stage"], {"image": crop, "thresholds": thresholds})
+            maps = maps_of(logits[0], left_at.shape[1:], about, bottom - top, right - left)
+            total[:, top:bottom, left:right] += maps
             seen[top:bottom, left:right] += 1
-            exits.append(stages.ravel())
+            exits.append(left_at.ravel())
     return scaled(total / seen, photo.height, photo.width).argmax(0), np.concatenate(exits)
 
 
-def save(labels, palette, path):
-    """A palette PNG, or 16-bit grey where there are more classes than a palette holds."""
+def save(labels: Array, palette: list[list[int]], path: str) -> None:
+    """Write a palette PNG, or 16-bit grey where there are more classes than a palette holds."""
     if len(palette) > 255:
         Image.fromarray(labels.astype(np.uint16)).save(path)
         return
@@ -105,7 +108,7 @@ def save(labels, palette, path):
     out.save(path)
 
 
-def main(path, photo, mask, moved=None):
+def main(path: str, photo: str, mask: str, moved: str | None = None) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     about = json.loads(session.get_modelmeta().custom_metadata_map["tokenexit"])
     thresholds = np.array(about["thresholds"], np.float32)
@@ -114,8 +117,8 @@ def main(path, photo, mask, moved=None):
         thresholds = np.broadcast_to(given.reshape(-1, *[1] * (thresholds.ndim - 1)), thresholds.shape)
     labels, exits = segment(session, about, read(photo), thresholds)
     save(labels, about["palette"], mask)
-    for stage, block in enumerate([*about["exits_after_blocks"], "the last"]):
-        print(f"{(exits == stage).mean():.0%} of the tokens left after block {block}")
+    for exit_index, block in enumerate([*about["exits_after_blocks"], "the last"]):
+        print(f"{(exits == exit_index).mean():.0%} of the tokens left after block {block}")
     print("classes:", ", ".join(about["classes"][k] for k in np.unique(labels)))
 
 

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from tests.helpers import tiny_segmenter
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.segmenter import ExitSegmenter
 
 
@@ -19,7 +20,9 @@ def versions() -> list[ExitSegmenter]:
     """Two models of different shapes, each with its calibration and record."""
     models = [tiny_segmenter(seed=1, depth=4), tiny_segmenter(seed=2, depth=5)]
     for number, model in enumerate(models):
-        model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop", "threshold": 0.5 + number / 10}}
+        model.calibration = Calibration(
+            model=model.fingerprint(), method={"name": "dtop", "threshold": 0.5 + number / 10}
+        )
         model.records = {"training.json": {"history": [{"step": number}]}}
     return models
 

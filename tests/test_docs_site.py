@@ -63,6 +63,7 @@ def test_api_pages__have_every_public_name_and_none_that_is_not_there(repo_root:
         ("![a](docs/images/scene.png)", "![a](images/scene.png)"),
         ("[a](docs/guide/faq.md#b)", "[a](guide/faq.md#b)"),
         ("[a](CONTRIBUTING.md)", "[a](contributing.md)"),
+        ("[a](src/tokenexit/segmenter.py)", "[a](../src/tokenexit/segmenter.py)"),
         ("[a](https://example.org/docs/x.md)", "[a](https://example.org/docs/x.md)"),
         ("[a](#b)", "[a](#b)"),
     ],

@@ -21,6 +21,7 @@ from tests.saving_driver import versions
 from tokenexit.calibration.calibrate import calibrate
 from tokenexit.calibration.store import reference_statistics_of
 from tokenexit.calibration.targets import Budget
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, TokenExitError
 from tokenexit.methods import DToP
 from tokenexit.pretrained import read_record
@@ -50,7 +51,7 @@ def which(folder: Path, models: list[ExitSegmenter]) -> int:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_save__killed_at_any_moment_leaves_one_model_whole(tmp_path: Path) -> None:
     folder, copies = tmp_path / "model", tmp_path / "copies"
-    driver = [sys.executable, "-m", "tests.saving_driver", folder, copies, str(KILLS), "20261124"]
+    driver = [sys.executable, "-m", "tests.saving_driver", str(folder), str(copies), str(KILLS), "20261124"]
     subprocess.run(driver, check=True, timeout=300)
     models = versions()
     seen = [which(copy, models) for copy in copies.iterdir()]
@@ -112,7 +113,7 @@ def test_fingerprint__follows_changes_after_it_was_taken() -> None:
 
 def test_calibration__of_another_backbone_under_the_same_heads_is_refused() -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=model.fingerprint(), method={"name": "dtop"})
     assert model.calibrated_method() == DToP()
     enliven(model.backbone)
     with pytest.raises(CheckpointError, match="made for other weights"):
@@ -121,7 +122,7 @@ def test_calibration__of_another_backbone_under_the_same_heads_is_refused() -> N
 
 def test_calibration__of_the_first_version_is_known_by_its_heads() -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": FIRST_VERSION, "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=FIRST_VERSION, method={"name": "dtop"})
     assert model.calibrated_method() == DToP()
     enliven(model.decode_head)
     with pytest.raises(CheckpointError, match="made for other weights"):
@@ -221,7 +222,7 @@ def test_load__a_calibration_is_held_to_types_and_bounds(
     tmp_path: Path, where: tuple[str, ...], value: Any, words: str
 ) -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=model.fingerprint(), method={"name": "dtop"})
     model.save_pretrained(tmp_path)
     changed(tmp_path, *where, value=value, file="calibration.json")
     message = refusal(tmp_path)
@@ -243,7 +244,7 @@ def test_load__a_calibration_is_held_to_types_and_bounds(
 )
 def test_calibrated_method__that_cannot_be_is_refused_in_one_sentence(method: dict[str, Any]) -> None:
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": method}
+    model.calibration = Calibration(model=model.fingerprint(), method=method)
     with pytest.raises(CheckpointError, match=r"^calibration.json is damaged \(.*\): calibrate again, or delete it\.$"):
         model.calibrated_method()
 
@@ -262,7 +263,7 @@ def test_records__of_other_types_are_passed_over_and_numbers_that_are_none_are_n
 
 # ------------------------------------------------------------------------------------------------------------ attack
 
-ODD = (
+ODD: tuple[Any, ...] = (
     *(None, True, False, "", "x", "x" * 5000, [], {}, [[]], [None], {"a": {"b": []}}, {"kind": "atm"}),
     *(0, 1, -1, 2, 3.0, 4.5, 1e300, -1e300, 1e-300, 255, 65536, 10**6, 2**31, 2**63, 10**25, 30_000),
     *(["fcn"] * 3, [1, 2, 3], [2.0, 4, 6], [30_000, 30_000], [1e300, 1, 1], "dtop", "atm"),
@@ -314,7 +315,7 @@ def mutated(content: Any, rng: random.Random) -> bytes:
 def test_attack__mutated_files_end_in_one_sentence_or_a_model(file: str, tmp_path: Path) -> None:
     images = calibration_set(6)
     model = images.model
-    model.calibration = calibrate(images, DToP(keep_per_class=1), Budget("budget", 0.9)).to_dict()
+    model.calibration = calibrate(images, DToP(keep_per_class=1), Budget("budget", 0.9))
     model.records = {"training.json": {"config": {"data": {"name": "scenes", "root": None, "options": {}}}}}
     model.save_pretrained(tmp_path)
     whole = json.loads((tmp_path / file).read_text())

@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.helpers import SMALL_HEADS, assert_close, enliven, random_image, tiny_config, tiny_segmenter
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -158,7 +159,7 @@ def test_predict__of_no_images_says_what_to_give(images):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_predict__with_weights_of_another_precision_says_so(dtype):
     model = tiny_segmenter()
-    model.calibration = {"model": model.fingerprint(), "method": {"name": "dtop"}}
+    model.calibration = Calibration(model=model.fingerprint(), method={"name": "dtop"})
     with pytest.raises(ConfigError, match=rf"predict needs float32 weights, got {dtype}: call model.float\(\)"):
         model.to(dtype).predict(np.zeros((8, 8, 3), np.uint8))
 

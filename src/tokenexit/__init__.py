@@ -4,7 +4,7 @@
     out = model.predict("street.jpg", method=tokenexit.DToP(threshold=0.95))
     print(out.labels.shape, out.ledger.gmacs)
 
-Names are loaded when first used, so that `import tokenexit` and `tokenexit --help` stay fast.
+Public names are loaded when first used, so that `import tokenexit` and `tokenexit --help` stay fast.
 """
 
 from __future__ import annotations
@@ -16,54 +16,96 @@ from tokenexit.version import __version__
 
 _HOME = {
     "ExitSegmenter": "tokenexit.segmenter",
+    "ViTConfig": "tokenexit.engine.vit",
+    "Preprocessing": "tokenexit.inputs.preprocessing",
+    "Labels": "tokenexit.inputs.labels",
+    "load_image": "tokenexit.inputs.images",
+    "Dense": "tokenexit.methods",
+    "DToP": "tokenexit.methods",
+    "DoViT": "tokenexit.methods",
+    "PAUMER": "tokenexit.methods",
+    "FixedRatio": "tokenexit.methods",
+    "Truncated": "tokenexit.methods",
+    "Method": "tokenexit.methods",
+    "ThresholdMethod": "tokenexit.methods",
     "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
+    "train": "tokenexit.training.loop",
+    "TrainConfig": "tokenexit.training.config",
+    "evaluate": "tokenexit.evaluation.evaluate",
+    "Evaluation": "tokenexit.evaluation.results",
     "calibrate": "tokenexit.calibration.calibrate",
     "Budget": "tokenexit.calibration.targets",
     "Bound": "tokenexit.calibration.targets",
     "CalibrationSet": "tokenexit.calibration.calibration_set",
-    "Dense": "tokenexit.methods",
-    "DToP": "tokenexit.methods",
-    "DoViT": "tokenexit.methods",
-    "Preprocessing": "tokenexit.inputs.preprocessing",
-    "Labels": "tokenexit.inputs.labels",
-    "ViTConfig": "tokenexit.engine.vit",
+    "predict_files": "tokenexit.prediction.predict_files",
+    "convert": "tokenexit.conversion.convert",
+    "export_model": "tokenexit.exporting.export",
     "TokenExitError": "tokenexit.errors",
+    "ConfigError": "tokenexit.errors",
+    "DataError": "tokenexit.errors",
+    "CheckpointError": "tokenexit.errors",
 }
 
 if TYPE_CHECKING:
     from tokenexit.calibration.calibrate import calibrate
     from tokenexit.calibration.calibration_set import CalibrationSet
     from tokenexit.calibration.targets import Bound, Budget
+    from tokenexit.conversion.convert import convert
     from tokenexit.engine.vit import ViTConfig
-    from tokenexit.errors import TokenExitError
+    from tokenexit.errors import CheckpointError, ConfigError, DataError, TokenExitError
+    from tokenexit.evaluation.evaluate import evaluate
+    from tokenexit.evaluation.results import Evaluation
+    from tokenexit.exporting.export import export_model
+    from tokenexit.inputs.images import load_image
     from tokenexit.inputs.labels import Labels
     from tokenexit.inputs.preprocessing import Preprocessing
-    from tokenexit.methods import Dense, DoViT, DToP
+    from tokenexit.methods import PAUMER, Dense, DoViT, DToP, FixedRatio, Method, ThresholdMethod, Truncated
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
+    from tokenexit.prediction.predict_files import predict_files
     from tokenexit.segmenter import ExitSegmenter
+    from tokenexit.training.config import TrainConfig
+    from tokenexit.training.loop import train
 
 __all__ = [
+    "PAUMER",
     "Bound",
     "Budget",
     "CalibrationSet",
+    "CheckpointError",
+    "ConfigError",
     "DToP",
+    "DataError",
     "Dense",
     "DoViT",
+    "Evaluation",
     "ExitSegmenter",
+    "FixedRatio",
     "Labels",
+    "Method",
     "Preprocessing",
     "SegmentationOutput",
+    "ThresholdMethod",
     "TokenExitError",
+    "TrainConfig",
+    "Truncated",
     "ViTConfig",
     "__version__",
     "calibrate",
+    "convert",
+    "evaluate",
+    "export_model",
+    "load_image",
+    "predict_files",
     "segmentation_loss",
+    "train",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("tokenexit.methods")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'tokenexit' has no attribute '{name}'")

@@ -1,11 +1,11 @@
-"""Errors a user can cause and cure.
+"""Errors that a user can cause and cure.
 
 Each message is one sentence: what is wrong, with its name and value, and what to do.
 """
 
 
 class TokenExitError(Exception):
-    """Base of every error raised for something the user gave; the command line prints its message and nothing else."""
+    """The base of all errors in what a user gave; the command line prints the message and nothing else."""
 
 
 class ConfigError(TokenExitError, ValueError):

@@ -1,4 +1,4 @@
-"""How a model is kept: `config.json` and weights in a folder, on the hub, with its records and its calibration."""
+"""A saved model is a folder with `config.json`, weights, its records and its calibration, here or on the hub."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from tokenexit.checkpoints.calibration import CALIBRATE, CALIBRATION_FILE, Calibration, read_calibration
 from tokenexit.checkpoints.files import read_tensors, tensor_shapes
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
@@ -27,19 +28,18 @@ from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Method, build_method
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.folder import current, replaced_together
-from tokenexit.runtime.schema import Between, Share, check, check_fields, check_keys, damaged, misfit, read_json, shown
+from tokenexit.runtime.schema import Between, check, check_fields, check_keys, damaged, misfit, read_json, shown
 
 CONFIG_FILE = "config.json"
-CALIBRATION_FILE = "calibration.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE, EVALUATION_FILE = "training.json", "evaluation.json"
-"""Records that stay with a model: its training's, and figures of `tokenexit evaluate --json`."""
+"""Records that are saved with a model: its training, and the figures of `tokenexit evaluate --json`."""
 FORMAT = 1
 WEIGHTS_VERSION = "v2:"
-"""How fingerprints of all weights begin; older ones, of the heads alone, are bare digits."""
+"""Prefix of fingerprints of all weights; older ones, of the heads alone, are bare digits."""
 
-AGAIN, CALIBRATE = "save the model again", "calibrate again, or delete it"
-"""Cures for damaged files."""
+AGAIN = "save the model again"
+"""Cure for damaged files."""
 
 
 class _Data(TypedDict, total=False):
@@ -53,42 +53,17 @@ class _Config(TypedDict, total=False):
 
 
 class TrainingRecord(TypedDict, total=False):
-    """What is read of `training.json`; the rest is kept as it is."""
+    """The keys of `training.json` that are read; the rest is kept as it is."""
 
     config: _Config
     history: list[dict[str, Any]]
 
 
 class EvaluationRecord(TypedDict, total=False):
-    """What is read of `evaluation.json`."""
+    """The keys of `evaluation.json` that are read."""
 
     about: dict[str, Any]
     results: list[dict[str, Any]]
-
-
-class _Reached(TypedDict, total=False):
-    live_after_exit: list[Share]
-    share_of_dense: float
-
-
-class _Scores(TypedDict, total=False):
-    edges_of_doubt: list[float]
-    mean: list[list[Share]]
-    deviation: list[list[Share]]
-    images: list[Annotated[int, Between(0, 2**31 - 1)]]
-    limit: float
-
-
-class CalibrationRecord(TypedDict, total=False):
-    """What is read of `calibration.json`."""
-
-    model: str
-    method: str | dict[str, Any]
-    asked: dict[str, Any]
-    promise: str
-    reached: _Reached
-    images: dict[str, Any]
-    scores: _Scores
 
 
 RECORDS = {TRAINING_FILE: TrainingRecord, EVALUATION_FILE: EvaluationRecord}
@@ -96,9 +71,17 @@ RECORDS = {TRAINING_FILE: TrainingRecord, EVALUATION_FILE: EvaluationRecord}
 
 @dataclass(frozen=True)
 class SegmenterConfig:
-    """All that rebuilds a model without its weights.
+    """The configuration that rebuilds a model without its weights.
 
-    exits: after how many blocks each exit stands. exit_head: one head specification for all exits, or one for each.
+    Attributes:
+        backbone: architecture of the ViT.
+        num_classes: number K of classes.
+        exits: number of blocks before each exit, increasing.
+        exit_heads: specification of each exit's head.
+        decode_head: specification of the head at the end.
+
+    Raises:
+        ConfigError: for a value of another type or out of range.
     """
 
     backbone: ViTConfig
@@ -117,6 +100,7 @@ class SegmenterConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
+        """Return lists, mappings, strings and numbers only, as JSON holds them."""
         return {
             "backbone": self.backbone.to_dict(),
             "num_classes": self.num_classes,
@@ -127,7 +111,7 @@ class SegmenterConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SegmenterConfig:
-        """The inverse of `to_dict`. Raises `ConfigError`."""
+        """Build a configuration from what `to_dict` returns. Raises `ConfigError` for unknown or wrong values."""
         names = [f.name for f in fields(cls)]
         check_keys("model", values, known=names, needed=names)
         check_keys("backbone", values["backbone"], known=[f.name for f in fields(ViTConfig)])
@@ -145,50 +129,59 @@ class SegmenterConfig:
 class PretrainedMixin(nn.Module):
     """Saves, loads and recognises an `ExitSegmenter`, whose constructor takes what `SegmenterConfig` holds.
 
-    calibration: contents of `calibration.json`, None for a model that was not calibrated. records: contents of the
-        records that were found beside the model, by name.
+    calibration: thresholds chosen for these weights, None for a model that was not calibrated. records: contents of
+        the records that were found beside the model, by name.
     """
 
     config: SegmenterConfig
     preprocessing: Preprocessing
-    calibration: Mapping[str, Any] | None
+    calibration: Calibration | None
     records: dict[str, Any]
 
     def calibrated_method(self) -> Method[Any] | None:
-        """The method and thresholds that `tokenexit calibrate` chose for this model, or None if it was not calibrated.
+        """Return the method and thresholds that `tokenexit calibrate` chose for this model.
 
-        Raises `CheckpointError` for a calibration of other weights, and for one that is damaged.
+        Returns:
+            The method, or None for a model that was not calibrated.
+
+        Raises:
+            CheckpointError: for a calibration that is damaged or was made for other weights.
         """
         if self.calibration is None:
             return None
-        if not self.has_fingerprint(self.calibration.get("model")):
+        if not self.has_fingerprint(self.calibration.model):
             raise CheckpointError(
                 f"{CALIBRATION_FILE} was made for other weights: run `tokenexit calibrate` again, delete it, or name a "
                 "--method."
             )
+        if not self.calibration.method:
+            raise damaged(CALIBRATION_FILE, "it lacks 'method'", CALIBRATE)
         try:
-            return build_method(self.calibration["method"])
-        except KeyError as missing:
-            raise damaged(CALIBRATION_FILE, f"it lacks {missing}", CALIBRATE) from None
+            return build_method(self.calibration.method)
         except ConfigError as error:
             raise damaged(CALIBRATION_FILE, error, CALIBRATE) from None
 
     def fingerprint(self) -> str:
-        """Tells weights from others: `v2:` and a digest of backbone, heads and their buffers."""
+        """Return the fingerprint of the weights: `v2:` and a digest of backbone, heads and their buffers."""
         return WEIGHTS_VERSION + _digest_of(self)
 
     def has_fingerprint(self, value: object) -> bool:
-        """Whether `value` is the fingerprint of these weights, or the one that earlier versions wrote."""
-        own = isinstance(value, str) and value.startswith(WEIGHTS_VERSION)
-        return value == (self.fingerprint() if own else _digest_of_heads(self))
+        """Return whether `value` is the fingerprint of these weights, or the one that earlier versions wrote."""
+        current_version = isinstance(value, str) and value.startswith(WEIGHTS_VERSION)
+        return value == (self.fingerprint() if current_version else _digest_of_heads(self))
 
     def save_pretrained(self, path: str | Path, card: bool = False, license: str | None = None) -> None:
-        """Write `config.json` and `model.safetensors` to a folder, `calibration.json` if there is a calibration, and
-        the records that were found beside the model. They change as one: a call that is killed leaves the model that
-        was there, whole, or this one.
+        """Save the model in a folder.
 
-        card: write `README.md`, too, a model card of all this; one that somebody wrote is left. license: of the
-        weights, to stand there."""
+        It writes `config.json` and `model.safetensors`, `calibration.json` if there is a calibration, and the records
+        that were found beside the model. They change as one: a call that is killed leaves the model that was there,
+        whole, or this one.
+
+        Args:
+            path: the folder, made if it is not there.
+            card: write a model card, `README.md`, too; one that somebody else wrote is left.
+            license: licence of the weights in the card, by the hub's names, such as "apache-2.0".
+        """
         from safetensors.torch import save_file
 
         folder = Path(path)
@@ -199,7 +192,7 @@ class PretrainedMixin(nn.Module):
         }
         files = {CONFIG_FILE: _json(config)} | {name: _json(record) for name, record in self.records.items()}
         if self.calibration is not None:
-            files[CALIBRATION_FILE] = _json(self.calibration)
+            files[CALIBRATION_FILE] = _json(self.calibration.to_dict())
         state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
         with replaced_together(folder) as new:
             if card and may_write(folder / CARD_FILE):
@@ -215,9 +208,19 @@ class PretrainedMixin(nn.Module):
         return model_card(name, config, parameters, training, evaluation, self.calibration, license)
 
     def push_to_hub(self, repo_id: str, license: str | None = None, **options: Any) -> str:
-        """Save the model with its card in the repository OWNER/NAME of the Hugging Face hub; returns its address.
+        """Save the model with its card in a repository of the Hugging Face hub.
 
-        options: of `tokenexit.hub.push.push_folder`, which raises what can go wrong."""
+        Args:
+            repo_id: OWNER/NAME, made if it is not there.
+            license: licence of the weights in the card.
+            **options: `private`, `token`, `revision` and `message`, see `tokenexit.hub.push.push_folder`.
+
+        Returns:
+            The address of the repository.
+
+        Raises:
+            CheckpointError: if huggingface_hub is missing, and for a malformed name, no right to write, no connection.
+        """
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / repo_id.rpartition("/")[2]
             self.save_pretrained(path, card=True, license=license)
@@ -225,14 +228,23 @@ class PretrainedMixin(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
-        """A saved model, in evaluation mode. Raises `CheckpointError` for a folder that holds none.
+        """Load a saved model, in evaluation mode.
 
-        path: a folder, or `hf-hub:OWNER/NAME[@REVISION]`, which is fetched once."""
+        Args:
+            path: a folder, or `hf-hub:OWNER/NAME[@REVISION]`, which is fetched once.
+            device: device of the weights.
+
+        Returns:
+            The model, with its preprocessing, calibration and records.
+
+        Raises:
+            CheckpointError: for a folder without a model, for damaged files, and for weights that do not fit.
+        """
         folder = resolve_folder(path, (WEIGHTS_FILE, "*.json"))
         config, preprocessing = _read_config(folder)
         weights = current(folder, WEIGHTS_FILE)
         try:
-            with torch.device("meta"):  # shapes alone: no memory is taken before they are those of the weights
+            with torch.device("meta"):  # shapes alone: memory is allocated once the weights fit
                 model = cls(
                     backbone=config.backbone,
                     num_classes=config.num_classes,
@@ -244,25 +256,25 @@ class PretrainedMixin(nn.Module):
         except ConfigError as error:
             raise damaged(folder / CONFIG_FILE, error, AGAIN) from None
         found = tensor_shapes(weights)
-        wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
-        wrong = [name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)]
-        if wrong:
+        expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+        different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        if different:
             raise CheckpointError(
-                f"{weights} does not fit {folder / CONFIG_FILE} ({len(wrong)} entries differ, first "
-                f"'{min(wrong)}'): save the model again."
+                f"{weights} does not fit {folder / CONFIG_FILE} ({len(different)} entries differ, first "
+                f"'{min(different)}'): save the model again."
             )
         model.to_empty(device="cpu").load_state_dict(read_tensors(weights))
-        model.calibration = _read_calibration(current(folder, CALIBRATION_FILE))
+        model.calibration = read_calibration(current(folder, CALIBRATION_FILE))
         model.records = _read_records(folder)
         return model.to(device).eval()
 
 
 _DIGESTS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = WeakKeyDictionary()
-"""The last digest of each model, and which tensors in which state it is of: a large model takes a second."""
+"""The last digest of each model, with the tensors and versions it was made from: a large model takes a second."""
 
 
 def _digest_of(model: nn.Module) -> str:
-    """Of all names, types, shapes and values. Each change in place counts up a tensor's version."""
+    """Return a digest of all names, types, shapes and values. A change in place increments a tensor's version."""
     state = model.state_dict()
     now = tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in state.values())
     before, digest = _DIGESTS.get(model, (None, ""))
@@ -274,7 +286,7 @@ def _digest_of(model: nn.Module) -> str:
 
 
 def _digest_of_heads(model: nn.Module) -> str:
-    """What fingerprints were in the first version."""
+    """Return the fingerprint of the first version, from the heads alone."""
     digest = hashlib.sha256()
     for name, value in model.state_dict().items():
         if name.startswith(("exit_heads.", "decode_head.")):
@@ -292,7 +304,7 @@ def _json(values: Mapping[str, Any]) -> str:
 
 
 def read_record(folder: Path, name: str) -> dict[str, Any] | None:
-    """The training's or the evaluation's record in a model's folder; None if there is none that is whole."""
+    """Read the record of the training or of an evaluation in a model's folder; None if it is missing or damaged."""
     with suppress(FileNotFoundError, CheckpointError):
         values = read_json(current(folder, name), AGAIN, nan_as_null=True)
         if isinstance(values, dict) and misfit("", values, RECORDS[name]) is None:
@@ -301,19 +313,9 @@ def read_record(folder: Path, name: str) -> dict[str, Any] | None:
 
 
 def _read_records(folder: Path) -> dict[str, Any]:
-    """Those that are there and whole; a model works without them."""
+    """Read the records that are there and undamaged; a model works without them."""
     found = {name: read_record(folder, name) for name in RECORDS}
     return {name: record for name, record in found.items() if record is not None}
-
-
-def _read_calibration(path: Path) -> dict[str, Any] | None:
-    try:
-        values = read_json(path, CALIBRATE, nan_as_null=True)
-    except FileNotFoundError:
-        return None
-    if wrong := misfit("", values, CalibrationRecord):
-        raise damaged(path, wrong, CALIBRATE)
-    return dict(values)
 
 
 def _read_config(folder: Path) -> tuple[SegmenterConfig, Preprocessing]:

@@ -1,4 +1,4 @@
-"""`ExitSegmenter`: backbone, heads and the loop. This file is the map of the library.
+"""`ExitSegmenter` has backbone, heads and the loop. This file is the map of the library.
 
     images -> embed -> blocks -> exit 1 -> blocks -> ... -> last block -> result
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.checkpoints.files import read_state_dict
 from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.engine.tokens import Tokens
@@ -39,10 +40,10 @@ from tokenexit.pretrained import PretrainedMixin, SegmenterConfig
 def run_tokens(
     backbone: ViT, exits: Sequence[int], tokens: Tokens, method: Method[Any], model: ModelView
 ) -> tuple[Result, list[tuple[int, ...]]]:
-    """The loop of all methods: blocks, an exit, blocks of the tokens that are left, and the map of all.
+    """Run the loop of all methods: blocks, an exit, blocks on the tokens that are left, and at the end the map of all.
 
-    exits: after how many blocks each stands. tokens: embedded images. Returns the method's result and, for every block,
-    the tokens of each image that ran through it.
+    exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and, for every block,
+    the number of tokens of each image that ran through it.
     """
     state = method.start(tokens, model)
     lengths: list[tuple[int, ...]] = []
@@ -57,12 +58,30 @@ def run_tokens(
 class ExitSegmenter(PretrainedMixin):
     """A plain ViT segmenter whose tokens may leave early.
 
-    backbone: a preset's name (`tokenexit.engine.vit.PRESETS`) or a `ViTConfig`; `backbone_options` change its fields,
-        for example `class_token=False`.
-    exits: after how many blocks each exit stands. exit_head: a head for all exits, or a list with one for each.
-    decode_head: the head at the end. preprocessing: how images become inputs; saved with the model.
-    weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`; what was
-        loaded, missing, unexpected or resized stands in `load_report`. Raises `CheckpointError` if they do not fit.
+    Args:
+        backbone: a preset's name (`tokenexit.engine.vit.PRESETS`) or a `ViTConfig`.
+        num_classes: number K of classes.
+        exits: number of blocks before each exit, increasing.
+        exit_head: a head for all exits, or a list with one for each; a name of `tokenexit.heads.HEADS`, or a mapping
+            with `kind` and options.
+        decode_head: the head at the end.
+        preprocessing: how images become inputs; saved with the model.
+        weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`.
+        **backbone_options: fields of `ViTConfig` to change, for example `class_token=False`.
+
+    Attributes:
+        config: all that rebuilds the model without its weights.
+        preprocessing: how images become inputs.
+        backbone: the `ViT`.
+        exit_heads: the heads of the exits, in order.
+        decode_head: the head at the end.
+        load_report: which weights were loaded, missing, unexpected or resized; None without `weights`.
+        calibration: contents of `calibration.json`, None for a model that was not calibrated.
+        records: contents of `training.json` and `evaluation.json` that were found beside the model, by file name.
+
+    Raises:
+        ConfigError: for an unknown backbone, head or option, and for values that contradict each other.
+        CheckpointError: for weights that cannot be read or do not fit the backbone.
     """
 
     def __init__(
@@ -100,7 +119,7 @@ class ExitSegmenter(PretrainedMixin):
         self.exit_heads = nn.ModuleList(build_head(spec, dim, num_classes) for spec in specs)
         self.decode_head = build_head(decode_head, dim, num_classes)
         self.load_report: LoadReport | None = None
-        self.calibration: Mapping[str, Any] | None = None
+        self.calibration: Calibration | None = None
         self.records: dict[str, Any] = {}
         if weights is not None:
             path = resolve_weights(weights)
@@ -108,6 +127,7 @@ class ExitSegmenter(PretrainedMixin):
 
     @property
     def device(self) -> torch.device:
+        """Device of the weights."""
         return self.backbone.pos_embed.device
 
     def forward(
@@ -118,14 +138,23 @@ class ExitSegmenter(PretrainedMixin):
         with_records: bool = False,
         labels: Tensor | None = None,
     ) -> SegmentationOutput:
-        """Segment a batch.
+        """Segment a batch of tensors; `model(images)` calls it.
 
-        images: `(B, 3, H, W)` or a list of `(3, H, W)`, sizes may differ. method: a method, its name or its
-            specification; `Dense()` if not given.
-        targets: height and width of the maps that the output's `labels` and `logits` return; image sizes if not given.
-        with_records: record the full map of every exit, as training always does for its losses.
-        labels: masks `(B, H, W)`, of which the output's `loss` is taken: `segmentation_loss` with its defaults and the
-            `ignore_index` of the preprocessing's labels.
+        Args:
+            images: `(B, 3, H, W)` or a list of `(3, H, W)` fp32, as `Preprocessing` makes them; sizes may differ.
+            method: a method, its name or its specification; `Dense()` if not given.
+            targets: height and width in pixels of the maps that the output's `labels` and `logits` return; image sizes
+                if not given.
+            with_records: record the full map of every exit, as training always does for its losses.
+            labels: masks `(B, H, W)` int64, for the output's `loss`: `segmentation_loss` with its defaults and the
+                `ignore_index` of the preprocessing's labels.
+
+        Returns:
+            Maps, exit indices and ledger of all images.
+
+        Raises:
+            ConfigError: for images of another shape, and for a method that cannot run on this model.
+            DataError: for labels that do not belong to the images.
         """
         images = _as_list(images)
         if targets is not None and len(targets) != len(images):
@@ -137,8 +166,8 @@ class ExitSegmenter(PretrainedMixin):
         targets = sizes if targets is None else tuple(targets)
         grids = [self.backbone.patch_embed.grid(*size) for size in sizes]
         outputs = [
-            self._run([images[i] for i in run], own, model, targets[run.start : run.stop])
-            for run, own in method.runs(grids)
+            self._run([images[i] for i in run], each, model, targets[run.start : run.stop])
+            for run, each in method.runs(grids)
         ]
         output = outputs[0] if len(outputs) == 1 else concatenated(outputs)
         if labels is None:
@@ -149,7 +178,7 @@ class ExitSegmenter(PretrainedMixin):
     def _run(
         self, images: Sequence[Tensor], method: Method[Any], model: ModelView, targets: tuple[Size, ...]
     ) -> SegmentationOutput:
-        """Images to maps: tokens run, and what the decode head made of them is cut into images."""
+        """Run images that share one method, and split the result into images."""
         tokens = self.backbone.embed(images)
         result, lengths = run_tokens(self.backbone, self.config.exits, tokens, method, model)
 
@@ -171,11 +200,22 @@ class ExitSegmenter(PretrainedMixin):
         )
 
     def check(self, method: MethodLike) -> None:
-        """Raise `ConfigError`, in one sentence, for a method that cannot run on this model."""
+        """Check that a method can run on this model.
+
+        Args:
+            method: a method, its name or its specification.
+
+        Raises:
+            ConfigError: if it cannot, with the reason and what to do.
+        """
         as_method(method).check(self.view())
 
     def view(self, with_records: bool = False) -> ModelView:
-        """What a method may know of this model."""
+        """Return the part of this model that a method may know.
+
+        Args:
+            with_records: record the full map of every exit.
+        """
         return ModelView(
             exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
             decode_head=self.decode_head,
@@ -192,7 +232,20 @@ class ExitSegmenter(PretrainedMixin):
         targets: Sequence[Size] | None = None,
         with_records: bool = False,
     ) -> Segmentation:
-        """As a call of the model, but in the windows of its `preprocessing` if it names one."""
+        """Segment a batch of tensors in the windows of `preprocessing`, if it has them; else as a call of the model.
+
+        Args:
+            images: `(B, 3, H, W)` or a list of `(3, H, W)` fp32; sizes may differ.
+            method: a method, its name or its specification; `Dense()` if not given.
+            targets: height and width in pixels of the maps that the output returns; image sizes if not given.
+            with_records: record the full map of every exit.
+
+        Returns:
+            A `SegmentationOutput`, or a `WindowedOutput` that is read in the same way.
+
+        Raises:
+            ConfigError: for images of another shape, and for a method that cannot run on this model.
+        """
         window, stride = self.preprocessing.window, self.preprocessing.stride
         if window is None or stride is None:
             return self(images, method, targets, with_records)  # type: ignore[no-any-return]
@@ -208,12 +261,25 @@ class ExitSegmenter(PretrainedMixin):
 
     @torch.no_grad()
     def predict(self, images: ImageSource | Sequence[ImageSource], method: MethodLike | None = None) -> Segmentation:
-        """Segment images: paths, PIL images or arrays, one or a list; maps come back at the images' own sizes.
+        """Segment images of any kind; maps come back at the sizes of the images.
 
-        Images are taken whole, or in the windows of `preprocessing` if it names one.
-        method: the calibrated one if not given, and `Dense()` for a model that was not calibrated.
-        The model must be in evaluation mode, which `from_pretrained` and `eval()` set. Raises `DataError` for an
-        image that cannot be read.
+        Images are taken whole, or in the windows of `preprocessing` if it has them. The model must be in evaluation
+        mode, which `from_pretrained` and `eval()` set.
+
+        Args:
+            images: a path, the bytes of a file, a PIL image or a numpy array (see `tokenexit.load_image`), or a list.
+            method: a method, its name or its specification; if not given, the calibrated method, and `Dense()` for a
+                model that was not calibrated.
+
+        Returns:
+            A `SegmentationOutput`, or a `WindowedOutput` that is read in the same way; `labels` are `(B, H, W)` int64,
+            or a list of `(H, W)` if sizes differ.
+
+        Raises:
+            DataError: for an image that cannot be read.
+            ConfigError: in training mode, for weights of a lower precision, for an empty list, and for a method that
+                cannot run on this model.
+            CheckpointError: for a calibration that was made for other weights.
         """
         if self.training:
             raise ConfigError("predict needs the model in evaluation mode: call model.eval() first.")
@@ -232,24 +298,40 @@ class ExitSegmenter(PretrainedMixin):
 
     @property
     def id2label(self) -> dict[int, str]:
-        """Names of the classes."""
+        """Name of each class by its index."""
         return dict(enumerate((self.preprocessing.labels or default_labels(self.config.num_classes)).names))
 
     def post_process_semantic_segmentation(
         self, outputs: Segmentation, target_sizes: Sequence[Size] | None = None
     ) -> list[Tensor]:
-        """Class of every pixel, one `(H, W)` map per image. See `tokenexit.outputs.huggingface.label_maps`."""
+        """Return the class of every pixel, as transformers' processors do.
+
+        Args:
+            outputs: result of a call of the model.
+            target_sizes: height and width in pixels of each map; the call's targets if not given.
+
+        Returns:
+            One `(H, W)` int64 map per image.
+
+        Raises:
+            ConfigError: for another number of sizes than images.
+        """
         return label_maps(outputs, target_sizes)
 
     def pipeline(self, method: MethodLike | None = None) -> ImageSegmentation:
-        """What is called with images and answers as Hugging Face's `image-segmentation` pipeline does.
+        """Return a callable that works as Hugging Face's `image-segmentation` pipeline.
 
-        method: as of `predict`."""
+        Args:
+            method: as in `predict`.
+
+        Returns:
+            A callable from an image, or a list of them, to its segments: dictionaries of `label`, `mask` and `score`.
+        """
         return ImageSegmentation(lambda image: self.predict(image, method), self.id2label)
 
 
 def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:
-    """A batch as a list of `(3, H, W)`; refuses other shapes."""
+    """Return a batch as a list of `(3, H, W)`. Raises `ConfigError` for other shapes."""
     batch = list(images)
     if not batch:
         raise ConfigError("images is empty: pass at least one (3, H, W) tensor.")

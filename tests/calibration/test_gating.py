@@ -20,6 +20,7 @@ from tokenexit.calibration.latency import (
     measure_latency,
     nonnegative_fit,
 )
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.methods import Dense, DToP, FixedRatio, Gated, GatedBySize, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
@@ -166,9 +167,9 @@ def test_gate__follows_the_shares_that_the_calibration_saw(
     costs = Latency(Curve(0, 1, 0), (Curve(10, 0, 0), Curve(10, 0, 0)))
     monkeypatch.setattr(latency, "measure_latency", lambda *_: costs)
     assert gate(model, DToP(), (10, 10)).closed == ()  # a third of 100 tokens leaves, and again: 67 ms, 22 ms saved
-    model.calibration = {"reached": {"live_after_exit": [0.99, 0.1]}}
+    model.calibration = Calibration(reached={"live_after_exit": [0.99, 0.1]})
     assert gate(model, DToP(), (10, 10)).closed == (0,)
-    model.calibration = {"reached": {"live_after_exit": [1.0, 0.99]}}
+    model.calibration = Calibration(reached={"live_after_exit": [1.0, 0.99]})
     assert gate(model, DToP(), (10, 10)).closed == (0, 1)
 
 

@@ -21,7 +21,6 @@ from tokenexit.calibration.agreement import fall_off_note
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
 from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.cli import main
-from tokenexit.evaluation.results import label_of
 from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import DToP, build_method
 from tokenexit.report import sweep as sweeping
@@ -211,7 +210,7 @@ def test_evaluate__takes_a_calibrations_thresholds_for_its_method_beside_dense_a
 ) -> None:
     calibrated(capsys, model, pictures)
     method = json.loads((model / "calibration.json").read_text())["method"]
-    own = label_of(build_method(method)) + " (calibrated)"
+    own = build_method(method).label + " (calibrated)"
     out = tmp_path / "figures.json"
     rows = rows_of(capsys, model, pictures, out, "dense", "dtop", "dovit")
     assert [row["label"] for row in rows] == ["dense", own, "dovit 0.985"]
@@ -270,8 +269,8 @@ def test_predict__warns_once_of_images_unlike_the_calibrations(
 def sweep(capsys: Captured, model: Path, pictures: Path, out: Path, *more: Any) -> str:
     data = ("--data", "folder", "--data-root", pictures / "set", "--limit", 3, "--tune-limit", 4)
     lines = ("--method", "dtop", "dovit", "fixed_ratio", "truncated", "--points", 3, "--input-scale", 0.5, "--out", out)
-    lines += ("--full-range",)  # weights drawn at random agree with dense nowhere
-    return fine(capsys, "sweep", model, *data, *lines, *more)
+    full = "--full-range"  # weights drawn at random agree with dense nowhere
+    return fine(capsys, "sweep", model, *data, *lines, full, *more)
 
 
 def test_sweep__writes_curves_and_goes_on_where_it_was(
@@ -290,7 +289,7 @@ def test_sweep__writes_curves_and_goes_on_where_it_was(
     out = tmp_path / "out"
     with pytest.raises(AssertionError):
         sweep(capsys, model, pictures, out, "--threshold", "0.9")
-    assert len(json.loads((out / "sweep.json").read_text())["rows"]) == 2
+    assert list(json.loads((out / "sweep.json").read_text())["results"]) == ["points", "row 1", "row 2"]
     assert not (out / "sweep.csv").exists()
     text = sweep(capsys, model, pictures, out, "--threshold", "0.9")
     rows = list(csv.DictReader((out / "sweep.csv").open()))
@@ -321,7 +320,8 @@ def test_sweep__spends_no_point_on_the_trivial_ends(
 ) -> None:
     pytest.importorskip("matplotlib")
     sweep(capsys, model, pictures, tmp_path / "out")
-    rows = json.loads((tmp_path / "out" / "sweep.json").read_text())["rows"]
+    results = json.loads((tmp_path / "out" / "sweep.json").read_text())["results"]
+    rows = [results[f"row {n}"] for n in range(1, len(results["points"]) + 1)]
     for name in ("dtop, thresholds chosen", "dovit, thresholds chosen", "fixed_ratio"):
         live = [row["live_after_exit"] for row in rows if row["series"] == name]
         assert live
@@ -374,7 +374,11 @@ def test_sweep__refuses_what_is_no_sweep(model: Path, pictures: Path, tmp_path: 
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "sweep.json").write_text("{}")
     data = ("--data", "folder", "--data-root", pictures / "set", "--out", tmp_path / "out")
-    assert "is no sweep: choose another --out" in wrong(capsys, "sweep", model, *data)
+    assert "holds no results to go on from (it lacks 'results'): choose another --out" in wrong(
+        capsys, "sweep", model, *data
+    )
+    (tmp_path / "out" / "sweep.json").write_text("[" * 100_000)
+    assert "is damaged (it nests deeper than 64 levels): choose another --out" in wrong(capsys, "sweep", model, *data)
     assert "has no thresholds" in wrong(
         capsys, "sweep", model, *data[:-1], tmp_path / "new", "--method", "dense", "--tune-limit", 1
     )
@@ -387,7 +391,7 @@ def test_guarantee_experiment__runs_the_network_once_per_position_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(experiment, "PLACES", 3)
+    monkeypatch.setattr(experiment, "POSITIONS", 3)
     plot = tmp_path / "plot.png"
     arguments = ["--quick", "--out", str(tmp_path / "run"), "--plot", str(plot)]
     experiment.main(arguments)
@@ -401,6 +405,12 @@ def test_guarantee_experiment__runs_the_network_once_per_position_and_goes_on(
     monkeypatch.setattr(experiment, "true_run", never)
     experiment.main(arguments)
     assert json.loads((tmp_path / "run" / "guarantee.json").read_text()) == first
+    with pytest.raises(
+        SystemExit, match=r"notes\.json was made with bounds=\[0\.1, 0\.3\], not \[0\.1\]: choose another"
+    ):
+        options = experiment.parser().parse_args([*arguments, "--bounds", "0.1"])
+        options.pool, options.path_images, options.size, options.steps = 12, 6, 32, 1
+        experiment.run(options)
     capsys.readouterr()
 
 
@@ -446,18 +456,30 @@ def test_draw_calibrations__walk_the_path_with_the_function_that_calibrate_walks
         )
 
 
-def test_shift_study__measures_every_shift(model: Path, pictures: Path, tmp_path: Path, capsys: Captured) -> None:
+def test_shift_study__measures_every_shift_and_goes_on(
+    model: Path, pictures: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calibrated(capsys, model, pictures)
     data = ["--data", "folder", "--data-root", str(pictures / "set"), "--limit", "3"]
     other = ["--other", "folder", "--other-root", str(pictures / "set")]
     shifts = ["--shifts", "none", "brightness x 0.25", "blur, radius 4", "noise, sigma 32", "JPEG, quality 8"]
     shift.main([str(model), *data, *other, *shifts, "--json", str(tmp_path / "shift.json")])
-    rows = json.loads((tmp_path / "shift.json").read_text())["rows"]
+    rows = list(json.loads((tmp_path / "shift.json").read_text())["results"].values())
     assert [row["shift"] for row in rows] == [*shifts[1:], "folder"]
     assert rows[0]["disagreement"] == rows[-1]["disagreement"]
     assert len({row["disagreement"] for row in rows}) > 3
     assert all(row["miou"] is not None for row in rows)
-    assert capsys.readouterr().out.count("\n| ") >= 6
+    text = capsys.readouterr().out
+    assert text.count("\n| ") >= 6
+
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError("something ran again")
+
+    monkeypatch.setattr(shift, "true_run", never)
+    shift.main([str(model), *data, *other, *shifts, "--json", str(tmp_path / "shift.json")])
+    assert capsys.readouterr().out == text
+    with pytest.raises(SystemExit, match="was made with limit=3, not 2: choose another --json"):
+        shift.main([str(model), *data[:-1], "2", *other, *shifts, "--json", str(tmp_path / "shift.json")])
 
 
 def test_budget_study__checks_on_other_images_and_goes_on(

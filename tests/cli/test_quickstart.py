@@ -63,8 +63,8 @@ def test_quickstart__saves_the_calibration_that_it_compared(finished: dict[str, 
     model = ExitSegmenter.from_pretrained(finished["out"] / "model")
     assert model.calibration is not None
     assert model.calibrated_method() == finished["results"][1].method
-    assert model.calibration["asked"]["budget"] == quickstart.BUDGET
-    assert model.calibration["images"] == {"data": "scenes", "split": "val", "count": 2}
+    assert model.calibration.asked["budget"] == quickstart.BUDGET
+    assert model.calibration.images == {"data": "scenes", "split": "val", "count": 2}
 
 
 def test_quickstart__keeps_the_budget_with_a_threshold_for_each_exit(finished: dict[str, Any]) -> None:

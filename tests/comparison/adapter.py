@@ -75,7 +75,12 @@ def composed(model: ExitSegmenter, data: Any, method: Any, limits: Sequence[tupl
     """What calibration reads from one dense pass, and exits and costs at these limits on 1 - score."""
     dense = DensePass.of(CalibrationSet(model, data, tuple(range(len(data)))), method)
     costs = MacTable(model, method, dense.grids)
-    found: dict[str, Any] = {"doubt": _either(dense, "uncertainty", "doubt"), "label": dense.label, "said": dense.said, "dense": costs.dense}
+    found: dict[str, Any] = {
+        "doubt": _either(dense, "uncertainty", "doubt"),
+        "label": dense.label,
+        "said": dense.said,
+        "dense": costs.dense,
+    }
     for average in ("pixels", "classes"):
         found[f"losses of {average}"] = dense.losses(average)
     for limit in limits:

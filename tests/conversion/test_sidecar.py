@@ -57,7 +57,7 @@ def test_read_beside__of_no_files_is_nothing(kind, tmp_path):
         ("segmenter", "variant.yml", "net_kwargs: {n_heads: 12.0}", "net_kwargs.n_heads must be a whole number"),
         ("segmenter", "variant.yml", "net_kwargs: 3", "net_kwargs must be a mapping, got 3"),
         ("segmenter", "variant.yml", "[" * 50_000, "nests too deeply"),
-        ("segmenter", "variant.yml", "a: &a [*a, *a]\nnet_kwargs: *a", "net_kwargs must be a mapping"),
+        ("segmenter", "variant.yml", "a: &a [*a, *a]\nnet_kwargs: *a", "nests deeper than 64 levels"),
         ("segmenter", "variant.yml", "x: 2026-99-99", "is damaged"),
         ("huggingface", "config.json", "[" * 100_000, "nests deeper than"),
         ("huggingface", "config.json", '{"num_attention_heads": 1e999}', "no number of JSON"),

@@ -100,7 +100,7 @@ def test_fits__refuses_batches_that_are_mostly_padding() -> None:
 
 
 def test_graphs__are_bounded_and_the_oldest_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST", 2)
+    monkeypatch.setattr(cuda_graphs, "MAX_GRAPHS", 2)
     recorder = Recorder()
     graphs = CapturedBlocks(blocks(), step=4, record=recorder)
 

@@ -18,6 +18,7 @@ import yaml
 from huggingface_hub import HfApi, errors
 
 from tests.helpers import tiny_segmenter
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError
 from tokenexit.hub.card import MARK, model_card
 from tokenexit.hub.push import push_folder
@@ -62,13 +63,13 @@ def metadata(card: str) -> dict[str, Any]:
 
 def test_card__is_filled_with_what_is_known(tmp_path: Path) -> None:
     made = model()
-    made.calibration = {
-        "asked": {"share_of_dense": 0.5},
-        "promise": "The mean is 50 %.",
-        "method": {"name": "dtop", "threshold": [0.9, 0.8]},
-        "reached": {"share_of_dense": 0.4971},
-        "model": made.fingerprint(),
-    }
+    made.calibration = Calibration(
+        asked={"share_of_dense": 0.5},
+        guarantee="The mean is 50 %.",
+        method={"name": "dtop", "threshold": [0.9, 0.8]},
+        reached={"share_of_dense": 0.4971},
+        model=made.fingerprint(),
+    )
     made.save_pretrained(tmp_path / "street", card=True, license="cc-by-4.0")
     card = (tmp_path / "street" / "README.md").read_text()
     head = metadata(card)
@@ -210,7 +211,8 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Hub]:
 
 def test_push__a_model_comes_back_with_its_card_and_without_places_of_this_machine(hub: Callable[..., Hub]) -> None:
     there, made = hub(), model()
-    made.calibration = {"model": made.fingerprint(), "method": {"name": "dtop"}, "from": "/home/me/photos"}
+    content = {"model": made.fingerprint(), "method": {"name": "dtop"}, "from": "/home/me/photos"}
+    made.calibration = Calibration.from_dict(content)
     assert made.push_to_hub("me/street", license="mit", private=True) == "https://hub/me/street"
     assert there.private is True
     folder = there.root / "me" / "street"

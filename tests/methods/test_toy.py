@@ -11,7 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,6 +26,7 @@ from tests.training.tiny import write_dataset
 from tokenexit.calibration.calibrate import calibrate
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.targets import Budget
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.cli import main, method_options
 from tokenexit.engine.tokens import Packing
 from tokenexit.errors import ConfigError
@@ -88,6 +89,7 @@ def test_toy__is_calibrated() -> None:
     result = calibrate(
         CalibrationSet(model, Noise(6, ((16, 20),)), range(6)), RandomExits(draw=3), Budget("budget", 0.9)
     )
+    assert isinstance(result.method, Mapping)
     assert (result.method["name"], result.method["draw"]) == ("random_exits", 3)
     assert result.reached["share_of_dense"] <= 0.9
 
@@ -201,5 +203,5 @@ def test_register__is_a_decorator_and_may_be_repeated() -> None:
 
 def test_a_saved_calibration_of_the_toy_is_read_again(model: Path) -> None:
     own = ExitSegmenter.from_pretrained(model)
-    own.calibration = {"model": own.fingerprint(), "method": spec_of(RandomExits((0.5, 0.4), draw=2))}
+    own.calibration = Calibration(model=own.fingerprint(), method=spec_of(RandomExits((0.5, 0.4), draw=2)))
     assert own.calibrated_method() == RandomExits((0.5, 0.4), draw=2)

@@ -19,10 +19,10 @@ from tokenexit.outputs.losses import (
     atm_loss,
     cross_entropy,
     dice_loss,
+    exit_loss,
     focal_loss,
     one_hot_masks,
     segmentation_loss,
-    stage_loss,
 )
 from tokenexit.outputs.segmentation import SegmentationOutput
 
@@ -204,7 +204,7 @@ def test_total_is_the_last_loss_plus_weighted_losses_of_all_exits(head: str, aux
     model = tiny_segmenter(head)
     output = model(random_image(12, 16)[None], Dense(), with_records=True)
     masks = torch.randint(0, 5, (1, 12, 16))
-    first, second, last = (stage_loss(output, stage, masks, VOID) for stage in output.exit_records)
+    first, second, last = (exit_loss(output, stage, masks, VOID) for stage in output.exit_records)
     total = segmentation_loss(output, masks, VOID, aux_weight)
     torch.testing.assert_close(total, last + aux_weight * (first + second))
 
@@ -215,7 +215,7 @@ def test_ignored_pixels_are_counted_at_every_stage_alike(head: str) -> None:
     output = model(random_image(12, 16)[None], Dense(), with_records=True)
     masks = torch.randint(0, 5, (1, 12, 16))
     masks[:, :3] = VOID
-    first, second, last = (stage_loss(output, stage, masks, VOID, ignored="counted") for stage in output.exit_records)
+    first, second, last = (exit_loss(output, stage, masks, VOID, ignored="counted") for stage in output.exit_records)
     total = segmentation_loss(output, masks, VOID, 0.4, ignored="counted")
     torch.testing.assert_close(total, last + 0.4 * (first + second))
     assert total != segmentation_loss(output, masks, VOID, 0.4)
@@ -233,7 +233,7 @@ def test_exit_loss_is_taken_on_the_full_size_map() -> None:
     output = model(random_image(13, 18)[None], Dense(), with_records=True)  # no multiple of the patch
     masks = torch.randint(0, 5, (1, 13, 18))
     torch.testing.assert_close(
-        stage_loss(output, output.exit_records[-1], masks, VOID), cross_entropy(output.logits, masks, VOID)
+        exit_loss(output, output.exit_records[-1], masks, VOID), cross_entropy(output.logits, masks, VOID)
     )
 
 
@@ -268,7 +268,7 @@ def test_loss_of_a_later_stage_flows_into_the_exit_that_decided() -> None:
     for detach, flows in ((False, True), (True, False)):
         model = tiny_segmenter("fcn").train()
         output = model(random_image(12, 16)[None], DToP(threshold=0.0, keep_per_class=0, detach_canvas=detach))
-        stage_loss(output, output.exit_records[-1], torch.randint(0, 5, (1, 12, 16)), VOID).backward()
+        exit_loss(output, output.exit_records[-1], torch.randint(0, 5, (1, 12, 16)), VOID).backward()
         gradient = model.exit_heads[0].classifier.weight.grad
         assert (gradient is not None and bool(gradient.abs().sum() > 0)) is flows
 
@@ -299,7 +299,7 @@ def test_segmentation_loss__warns_where_exit_heads_get_no_gradient() -> None:
     output, masks = judged_output(training=False)
     with pytest.warns(UserWarning, match="^2 of 2 exit heads get no gradient.*call model.train"):
         loss = segmentation_loss(output, masks)
-    torch.testing.assert_close(loss, stage_loss(output, output.exit_records[-1], masks, VOID))
+    torch.testing.assert_close(loss, exit_loss(output, output.exit_records[-1], masks, VOID))
     output, masks = judged_output()
     with pytest.warns(UserWarning, match="no gradient, as aux_weight is 0: raise it"):
         segmentation_loss(output, masks, aux_weight=0.0)

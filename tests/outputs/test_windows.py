@@ -20,7 +20,7 @@ from tokenexit.methods.base import packs
 from tokenexit.methods.reference import PrescribedExits, agreement_exits
 from tokenexit.outputs import segmentation as output_module
 from tokenexit.outputs.segmentation import SegmentationOutput
-from tokenexit.outputs.windows import WindowedOutput, segment_windows, window_boxes
+from tokenexit.outputs.windows import WindowedOutput, dense_macs, segment_windows, window_boxes
 from tokenexit.segmenter import ExitSegmenter
 
 Size = tuple[int, int]
@@ -250,6 +250,30 @@ def test_indexing__gives_an_output_of_one_image() -> None:
     assert torch.equal(out[-1].labels[0], out.labels[2])
     with pytest.raises(IndexError, match="image 3 of an output of 3 images"):
         out[3]
+
+
+@torch.inference_mode()
+def test_outputs__whole_or_in_windows_are_read_alike() -> None:
+    model, images = MODELS["fcn"], [random_image(24, 20), random_image(9, 33)]
+    whole, cut = model(images, DToP(threshold=0.6)), in_windows(model, images, DToP(threshold=0.6), ((12, 12), (6, 6)))
+    assert whole.windows is whole
+    assert (whole.window_counts, cut.window_counts) == ((1, 1), (9, 5))
+    assert len(cut.windows) == sum(cut.window_counts)
+    for out in (whole, cut):
+        again = out.with_windows(replace(out.windows, grid_logits=tuple(-own for own in out.windows.grid_logits)))
+        assert type(again) is type(out)
+        assert all(torch.equal(a, -b) for a, b in zip(again.logits, out.logits))
+
+
+@pytest.mark.parametrize("window", [None, (12, 12)])
+@torch.inference_mode()
+def test_dense_macs__are_those_of_the_run(window: Size | None) -> None:
+    model = tiny_segmenter("fcn")
+    stride = None if window is None else (6, 7)
+    model.preprocessing = replace(model.preprocessing, window=window, stride=stride)
+    for size in ((24, 20), (9, 33), (5, 7)):
+        ran = model.segment([random_image(*size)], Dense())
+        assert dense_macs(model.backbone, model.decode_head, size, window, stride) == ran.ledger.macs[0]
 
 
 @torch.inference_mode()

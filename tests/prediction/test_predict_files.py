@@ -33,7 +33,7 @@ from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.sources import WorkItem, list_images
 from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method
 from tokenexit.outputs.ledger import dense_ops
-from tokenexit.outputs.windows import WindowedOutput
+from tokenexit.outputs.windows import Segmentation, WindowedOutput
 from tokenexit.prediction import video
 from tokenexit.prediction.pipeline import End, Frame, packed, prefetch
 from tokenexit.prediction.predict_files import RECORD, Predicted, predict_files, save_atomically
@@ -218,11 +218,11 @@ def test_images_of_too_many_tokens_are_refused_with_a_cure(tmp_path: Path) -> No
         "windows (--window 1024), shrink it, or allow more (--max-tokens).",
     )
     assert failed(max_tokens=100) == ()
-    other.preprocessing = replace(other.preprocessing, window=20, stride=10)
+    other.preprocessing = replace(other.preprocessing, window=(20, 20), stride=(10, 10))
     assert failed(max_tokens=24)[0].startswith(f"image '{tmp_path / 'a.png'}' of 40x40 pixels would run as 25 tokens")
     assert failed(max_tokens=25) == ()
-    other.preprocessing = replace(other.preprocessing, window=None, stride=None, resize=20_000)
-    assert "would run as 25000000 tokens at once, more than 32768" in failed()[0]  # and before it is resized
+    other.preprocessing = replace(other.preprocessing, window=None, stride=None, resize=8192)
+    assert "would run as 4194304 tokens at once, more than 32768" in failed()[0]  # and before it is resized
     with pytest.raises(ConfigError, match="max_tokens must be at least 1, got 0"):
         failed(max_tokens=0)
 
@@ -233,15 +233,18 @@ def test_images_that_take_long_are_announced_before_they_run(
 ) -> None:
     other = tiny_segmenter("fcn")
     if windowed:
-        other.preprocessing = replace(other.preprocessing, window=20, stride=20)
+        other.preprocessing = replace(other.preprocessing, window=(20, 20), stride=(20, 20))
     folder = folder_of(tmp_path, (8, 8), (40, 40), (40, 40), (80, 80))
     monkeypatch.setattr(pipeline, "PACK_TOKENS", 10)
-    monkeypatch.setattr(pipeline.Engine, "rate", 1e6)  # multiply-adds a second
+    monkeypatch.setattr(pipeline.Engine, "seconds_per_mac", 1e-6)
     events: list[str] = []
     segment = ExitSegmenter.segment
-    monkeypatch.setattr(
-        ExitSegmenter, "segment", lambda *args: events.append(f"{args[1][0].shape[1]}") or segment(*args)
-    )
+
+    def noted(*args: Any) -> Segmentation:
+        events.append(f"{args[1][0].shape[1]}")
+        return segment(*args)
+
+    monkeypatch.setattr(ExitSegmenter, "segment", noted)
     monkeypatch.setattr(pipeline, "SLOW_SECONDS", 1e-9)
     predict_files(other, [folder], tmp_path / "out", METHOD, say=events.append)
     said = [event for event in events if not event.isdigit()]
@@ -764,7 +767,7 @@ def test_a_monitor_and_closed_exits_do_not_go_together(
     model: ExitSegmenter, tmp_path: Path, method: Method[Any], gate: bool
 ) -> None:
     monitor = Monitor(ReferenceStatistics.of(Histograms(torch.zeros(1, 2, len(EDGES) + 1, dtype=torch.int64))))
-    with pytest.raises(ConfigError, match="a monitor wants to see every exit"):
+    with pytest.raises(ConfigError, match="a monitor must see every exit"):
         predict_files(model, [tmp_path], tmp_path / "out", method, gate=gate, monitor=monitor)
 
 

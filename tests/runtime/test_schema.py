@@ -15,6 +15,7 @@ from tokenexit.runtime.schema import (
     fits,
     misfit,
     parse_json,
+    parse_yaml,
     read_json,
     shown,
 )
@@ -140,6 +141,35 @@ def test_parse_json__reads_what_json_writes():
     value = {"a": [1, -2.5, None, True, "ä"], "b": {"c": []}}
     assert parse_json(json.dumps(value).encode()) == value
     assert parse_json(b"[" * 64 + b"]" * 64) is not None
+
+
+DOUBLED = "a0: &a0 [x, x]\n" + "".join(f"a{n}: &a{n} [*a{n - 1}, *a{n - 1}]\n" for n in range(1, 40))
+"""2^40 values in 40 lines."""
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("[" * 50_000, "it nests too deeply"),
+        ("[" * 65 + "]" * 65, "it nests deeper than 64 levels"),
+        ("&a [*a]", "it nests deeper than 64 levels"),
+        (DOUBLED, "its aliases stand for more than 1,000,000 values"),
+        ("#" * (2 * 2**20 + 1), "it has more than 2 MB"),
+        ("a: [1\nb: {", "in line 2"),
+        ("day: 2026-13-45", "month must be in"),
+        ("a: !!python/object:os.system []", "could not determine a constructor"),
+    ],
+)
+def test_parse_yaml__says_in_a_few_words_what_is_wrong(text, words):
+    with pytest.raises(ValueError, match=words) as caught:
+        parse_yaml(text.encode())
+    assert "\n" not in str(caught.value)
+
+
+def test_parse_yaml__reads_plain_values_and_aliases():
+    assert parse_yaml("\ufeffa: &x [1, 2.5, yes]\nb: *x\n".encode()) == {"a": [1, 2.5, True], "b": [1, 2.5, True]}
+    with pytest.raises(ValueError, match="no UTF-8 text"):
+        parse_yaml(b"\xff\xfe\x00")
 
 
 def test_parse_json__takes_numbers_that_are_none_as_null_where_asked():

@@ -28,6 +28,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[ser
 
 from tests.serving.live import LABELS, Client, drawing, encoded, multipart, png, running, small_model
 from tests.serving.test_metrics import values
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.methods import Dense, DoViT, DToP
 from tokenexit.segmenter import ExitSegmenter
@@ -451,14 +452,19 @@ def test_uploads__stay_in_memory(model: ExitSegmenter, monkeypatch: pytest.Monke
 
 
 def test_uploads__of_all_clients_together_are_bounded(model: ExitSegmenter) -> None:
-    with running(model, limits=Limits(upload_bytes=MIB, held_bytes=MIB)) as client:
+    def held() -> float:
+        return values(client.get("/metrics").body.decode())["tokenexit_upload_bytes"]
+
+    with running(model, limits=Limits(upload_bytes=MIB, held_bytes=MIB, silence=60.0)) as client:
         head = b"POST /predict HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
         with socket.create_connection(("127.0.0.1", client.port)) as wire:
             part = b'--x\r\nContent-Disposition: form-data; name="images"; filename="a"\r\n\r\n'
             wire.sendall(head + b"Content-Length: 900000\r\n\r\n" + part + bytes(800_000))
-            settled(lambda: client.predict(("a.png", png() + bytes(400_000))).status == 429)
+            settled(lambda: held() > 800_000)
+            assert client.predict(("a.png", png() + bytes(400_000))).status == 429
             assert client.predict(("a.png", png())).status == 200
-        settled(lambda: client.predict(("a.png", png() + bytes(400_000))).status == 200)
+        settled(lambda: held() == 0)
+        assert client.predict(("a.png", png() + bytes(400_000))).status == 200
 
 
 # ------------------------------------------------------------------------------------------------------ who may ask
@@ -702,6 +708,6 @@ def test_create_app__refuses_what_cannot_work(model: ExitSegmenter) -> None:
     with pytest.raises(ConfigError, match="slots=0 is no limit"):
         create_app(model, limits=Limits(slots=0))
     foreign = small_model()
-    foreign.calibration = {"model": "another", "method": {"name": "dtop"}}
+    foreign.calibration = Calibration(model="another", method={"name": "dtop"})
     with pytest.raises(CheckpointError, match="other weights"):
         create_app(foreign)

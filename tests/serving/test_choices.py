@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.serving.live import small_model
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method
 from tokenexit.segmenter import ExitSegmenter
@@ -24,7 +25,7 @@ def thresholds(method: Method[Any]) -> tuple[Any, ...]:
 
 
 def calibrated(model: ExitSegmenter, method: dict[str, Any]) -> ExitSegmenter:
-    model.calibration = json.loads(json.dumps({"model": model.fingerprint(), "method": method}))
+    model.calibration = Calibration(model=model.fingerprint(), method=json.loads(json.dumps(method)))
     return model
 
 
@@ -136,6 +137,6 @@ def test_offers__hold_the_calibrated_method_whichever_it_is() -> None:
 
 def test_calibration__of_other_weights_is_refused_at_the_start() -> None:
     model = small_model()
-    model.calibration = {"model": "another", "method": {"name": "dtop"}}
+    model.calibration = Calibration(model="another", method={"name": "dtop"})
     with pytest.raises(CheckpointError, match="other weights"):
         Choices(model)

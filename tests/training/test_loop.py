@@ -382,7 +382,12 @@ def test_validation__runs_four_times_by_default_on_a_spread_of_images(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes: list[int] = []
-    monkeypatch.setattr(loop, "validate", lambda *args: sizes.append(len(args[-1])) or {"miou": 1.0})
+
+    def validate(*args: Any) -> dict[str, float]:
+        sizes.append(len(args[-1]))
+        return {"miou": 1.0}
+
+    monkeypatch.setattr(loop, "validate", validate)
     monkeypatch.setattr("tokenexit.training.build.AUTO_VAL_IMAGES", 1)
     lines: list[str] = []
     train(tiny_run(data, tmp_path, steps=7, validate_every="auto"), say=lines.append, progress=False)
@@ -520,7 +525,7 @@ def test_log__has_about_a_thousand_rows_at_most() -> None:
 
 def test_log__that_cannot_be_written_ends_in_one_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "log.csv").mkdir()
-    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free the place"):
+    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free disk space"):
         run(tiny_run(data, tmp_path))
 
 

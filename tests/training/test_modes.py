@@ -26,6 +26,7 @@ from tests.training.tiny import (
     weights,
     write_dataset,
 )
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import ConfigError
 from tokenexit.methods import DToP, build_method
 from tokenexit.outputs.losses import segmentation_loss
@@ -375,7 +376,7 @@ def test_a_calibration_does_not_outlive_the_weights_it_was_made_for(
     new_exits: bool, data: Path, tmp_path: Path, saved: Path
 ) -> None:
     calibrated = ExitSegmenter.from_pretrained(saved)
-    calibrated.calibration = {"model": calibrated.fingerprint(), "method": {"name": "dtop", "threshold": 0.9}}
+    calibrated.calibration = Calibration(model=calibrated.fingerprint(), method={"name": "dtop", "threshold": 0.9})
     calibrated.save_pretrained(tmp_path)
     config = tiny_run(data, tmp_path / "run")
     model = replace(config.model, init_from=str(tmp_path), new_exits=new_exits, options={})

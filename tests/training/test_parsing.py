@@ -112,6 +112,9 @@ def test_wrong_options_end_in_one_sentence_with_name_value_and_cure(arguments: t
     [
         ("steps: [1\n  foo: {", r"is no YAML \(.* in line 2\): correct it\."),
         ("- a\n- b\n", "holds no keys"),
+        ("[" * 50_000, r"is no YAML \(it nests too deeply\): correct it\."),
+        ("#" * (2 * 2**20 + 1), r"is no YAML \(it has more than 2 MB\): correct it\."),
+        ("started: 2026-13-45\n", r"is no YAML \(month must be in .*\): correct it\."),
         ("", "holds no keys"),
         ("stepz: 3\n", r"^stepz is no key of a run: did you mean steps\?$"),
         ("optim: {lrr: 3}\n", r"^optim\.lrr is no key of a run: did you mean optim\.lr\?$"),

@@ -199,6 +199,8 @@ def test_plan__says_that_a_run_is_finished_and_refuses_another_one_in_its_folder
     assert "holds a run with seed=4, not 5: choose another out" in refused(replace(config, seed=5))
     (tmp_path / "out" / "checkpoints" / "step-0000002" / "run.json").write_text("{")
     assert "is damaged or foreign" in refused(config)
+    (tmp_path / "out" / "checkpoints" / "step-0000002" / "run.json").write_text("[" * 100_000)
+    assert "is damaged or foreign (it nests too deeply): choose another out" in refused(config)
 
 
 def test_plan__says_the_precision_and_warns_of_a_slow_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

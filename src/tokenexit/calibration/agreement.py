@@ -1,4 +1,4 @@
-"""Where agreement with the dense model falls off, in words."""
+"""Say where agreement with the dense model falls off."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ short training."""
 
 
 def fall_off_note(unlike: float, images: int) -> str:
-    """A sentence, behind a space, if more than `FALL_OFF` of the pixels of so many images are unlike dense; else ""."""
+    """Say so, behind a space, if more than `FALL_OFF` of the pixels of so many images are unlike dense; else ""."""
     if not unlike > FALL_OFF:
         return ""
     return (

@@ -7,19 +7,20 @@ but for the error and mIoU.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 from tokenexit.calibration.calibration_set import CalibrationSet, labelled
-from tokenexit.calibration.drift import ReferenceStatistics
 from tokenexit.calibration.for_bound import for_bound, split
 from tokenexit.calibration.for_budget import for_budget
-from tokenexit.calibration.store import Calibration
+from tokenexit.calibration.store import calibration_of
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget
 from tokenexit.calibration.temperature import fit_temperature
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import ConfigError
-from tokenexit.methods import MethodLike, as_method, spec_of
+from tokenexit.methods import MethodLike, as_method
 from tokenexit.methods.thresholded import calibratable
 
 
@@ -37,20 +38,32 @@ def calibrate(
 ) -> Calibration:
     """Choose thresholds for `target`, one per exit, and say what they reach on these images.
 
-    method: DToP or DoViT, or its name or specification; its thresholds are replaced, its other options stay.
-    average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
-    guarded. cap: no image may cost more than this share of its dense multiply-adds. seed: of the split into parts.
-    temperatures: fit those of the exit heads first, to the labels of the images that fix the path. about: where the
-    images are from.
+    Args:
+        calibration_set: a model and the images it is run on.
+        method: a method with thresholds, its name or its specification; its thresholds are replaced, its other options
+            stay.
+        target: a `Budget` of compute, or a `Bound` on the loss.
+        average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
+            guarded.
+        cap: no image may cost more than this share of its dense multiply-adds.
+        seed: seed of the split of the images into parts.
+        temperatures: fit the temperatures of the exit heads first, to the labels of the images that fix the path.
+        about: where the images are from, as the record keeps it.
+        say: shows what was chosen on the way, a line at a time.
 
-    Raises `ConfigError` in one sentence for targets out of reach, with what is in reach, and for too few images, with
-    how many are needed.
+    Returns:
+        The method with its thresholds, what it reached on these images, and what is guaranteed.
+
+    Raises:
+        ConfigError: for a target out of reach, with what is in reach; for too few images, with how many are needed; and
+            for a method that cannot be calibrated.
+        DataError: if labels are needed and no image has any.
     """
     rule = calibratable(as_method(method))
     if rule.cap is not None:
         raise ConfigError("a method that has a cap keeps it: calibrate one without, and give the cap as cap=.")
-    if cap is not None and cap <= 0.0:
-        raise ConfigError(f"cap={cap:g} must be above 0: it is a share of dense multiply-adds.")
+    if cap is not None and not 0.0 < cap < math.inf:
+        raise ConfigError(f"cap={cap:g} must be a number above 0: it is a share of dense multiply-adds.")
     if len(calibration_set) == 0:
         raise ConfigError("there are no images to calibrate on: give some.")
     if isinstance(target, Bound) and target.needs_labels:
@@ -70,12 +83,12 @@ def calibrate(
         chosen = for_bound(calibration_set, rule, target, average, cap, seed, say)
     asked = {f.name: getattr(target, f.name) for f in fields(target)}
     asked = {asked.pop("unit", None) or asked.pop("what"): asked.pop("value"), **asked}
-    return Calibration(
+    return calibration_of(
+        calibration_set.model,
+        chosen.method,
+        chosen.run,
         asked={**asked, "path_keeps_agreement_over": average, "cap": cap, "precision": calibration_set.precision},
         guarantee=chosen.guarantee,
-        method=spec_of(chosen.method),
         reached=chosen.reached,
         images={**(about or {}), **chosen.images},
-        reference_statistics=ReferenceStatistics.of(chosen.run.histograms),
-        model=calibration_set.model.fingerprint(),
     )

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.drift import Histograms, hook_scores
@@ -21,8 +22,9 @@ from tokenexit.errors import DataError
 from tokenexit.inputs.images import load_image
 from tokenexit.inputs.labels import Labels
 from tokenexit.inputs.sources import list_images
-from tokenexit.methods import Method
-from tokenexit.outputs.windows import Segmentation, WindowedOutput
+from tokenexit.methods import Dense, Method
+from tokenexit.outputs.segmentation import SegmentationOutput
+from tokenexit.outputs.windows import Segmentation, window_boxes
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
@@ -33,7 +35,7 @@ Progress = Callable[[Iterable[Any]], Iterable[Any]]
 
 
 def drawn(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
-    """All of `count` images, or `limit` of them at random, in order: neighbours in a drive say little of each other."""
+    """Draw `limit` of `count` images at random, in order, or take all: neighbours in a drive are much alike."""
     if limit is None or limit >= count:
         return tuple(range(count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
@@ -60,7 +62,12 @@ class UnlabelledImages:
 class CalibrationSet:
     """A model and the images it is run on.
 
-    indices: which images of the dataset. precision: of the forward pass.
+    Attributes:
+        model: the segmenter, in evaluation mode.
+        data: the dataset; masks are read only where a target needs labels.
+        indices: images of the dataset that are used.
+        precision: precision of the forward pass.
+        progress: wraps each loop over images, given its title.
     """
 
     model: ExitSegmenter
@@ -78,29 +85,49 @@ class CalibrationSet:
             self.model, self.data, tuple(self.indices[i] for i in indices), self.precision, self.progress
         )
 
+    def spread(self, count: int) -> list[int]:
+        """Indices within this set of at most `count` images, evenly spaced."""
+        return torch.linspace(0, len(self) - 1, min(len(self), count)).round().long().tolist()
+
     def batches(self) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-        """Places within this set, images and masks `(H, W)`, several at once where images are small."""
-        places: list[int] = []
+        """Yield indices within this set, images and masks `(H, W)`, several at once where images are small."""
+        indices: list[int] = []
         images: list[Tensor] = []
         masks: list[Tensor] = []
-        for place, index in enumerate(self.indices):
+        for position, index in enumerate(self.indices):
             sample = self.data[index]
             image = self.model.preprocessing.to_tensor(sample.image).to(self.model.device)
             if images and sum(i[0].numel() for i in (*images, image)) > BATCH_PIXELS:
-                yield places, images, masks
-                places, images, masks = [], [], []
-            places.append(place)
+                yield indices, images, masks
+                indices, images, masks = [], [], []
+            indices.append(position)
             images.append(image)
             masks.append(torch.from_numpy(sample.mask.astype(np.int64)))
         if images:
-            yield places, images, masks
+            yield indices, images, masks
 
     def forward(self, method: Method[Any], title: str) -> Iterator[tuple[list[int], list[Tensor], Segmentation]]:
-        """Run a method on all images, batch by batch: places, masks and the output at the masks' sizes."""
-        for places, images, masks in self.progress(title)(self.batches()):
+        """Run a method on all images, batch by batch: indices, masks and the output at the masks' sizes."""
+        for indices, images, masks in self.progress(title)(self.batches()):
             with inference(self.model.device, self.precision):
                 output = self.model.segment(images, method, targets=[(m.shape[0], m.shape[1]) for m in masks])
-            yield places, masks, output
+            yield indices, masks, output
+
+
+def recorded_windows(calibration_set: CalibrationSet, title: str) -> Iterator[tuple[SegmentationOutput, Tensor]]:
+    """Run the dense model on every window of every image, one by one, and record its exits.
+
+    Yields the output of a window and its truth `(h, w)`: masks are taken at the size that the network sees.
+    """
+    model, preprocessing = calibration_set.model, calibration_set.model.preprocessing
+    for _, images, masks in calibration_set.progress(title)(calibration_set.batches()):
+        for image, mask in zip(images, masks):
+            size = (image.shape[1], image.shape[2])
+            truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
+            for top, left, bottom, right in window_boxes(size, preprocessing.window, preprocessing.stride):
+                with inference(model.device, calibration_set.precision):
+                    output = model([image[:, top:bottom, left:right]], Dense(), with_records=True)
+                yield output, truth[top:bottom, left:right]
 
 
 class Reference:
@@ -116,14 +143,14 @@ class Reference:
     def __len__(self) -> int:
         return len(self._maps)
 
-    def part(self, places: Sequence[int]) -> Reference:
+    def part(self, positions: Sequence[int]) -> Reference:
         """The maps of some of the images, in their order."""
         some = Reference((), self.ignore_index)
-        some._maps = [self._maps[place] for place in places]
+        some._maps = [self._maps[position] for position in positions]
         return some
 
-    def __getitem__(self, place: int) -> Tensor:
-        packed, shape = self._maps[place]
+    def __getitem__(self, position: int) -> Tensor:
+        packed, shape = self._maps[position]
         return torch.from_numpy(np.frombuffer(zlib.decompress(packed), np.int16).reshape(shape).astype(np.int64))
 
 
@@ -166,17 +193,18 @@ def true_run(
     macs: list[int] = []
     dense: list[int] = []
     tokens: list[int] = []
-    live, confusion, windows = [], [], []
+    windows: list[int] = []
+    live, confusion = [], []
     with hook_scores(calibration_set.model) as seen:
-        for places, _, output in calibration_set.forward(method, title):
+        for positions, _, output in calibration_set.forward(method, title):
             ledger = output.ledger
-            windows += [len(own) for own in output.boxes] if isinstance(output, WindowedOutput) else [1] * len(output)
+            windows += output.window_counts
             macs += ledger.macs
             dense += ledger.dense_macs
             tokens += ledger.tokens
             live += [[image[n] for n in exits] for image in ledger.live]
-            for place, labels in zip(places, output.labels):
-                confusion.append(_confusion(reference[place], labels.cpu(), classes, reference.ignore_index))
+            for position, labels in zip(positions, output.labels):
+                confusion.append(_confusion(reference[position], labels.cpu(), classes, reference.ignore_index))
     histograms = seen.histograms(windows)
     return TrueRun(
         torch.tensor(macs),
@@ -189,34 +217,32 @@ def true_run(
 
 
 def dense_reference(calibration_set: CalibrationSet) -> Reference:
-    """What the dense model says of every pixel."""
-    from tokenexit.methods import Dense
-
+    """Labels of the dense model."""
     return Reference(labels for _, _, output in calibration_set.forward(Dense(), "dense") for labels in output.labels)
 
 
 def truth_reference(calibration_set: CalibrationSet) -> Reference:
-    """The truth of every pixel."""
+    """Labels of the dataset."""
     return Reference(
         (mask for _, _, masks in calibration_set.batches() for mask in masks), calibration_set.data.labels.ignore_index
     )
 
 
 def labelled(calibration_set: CalibrationSet) -> CalibrationSet:
-    """The images of which some pixel has a label: others would count as images on which nothing is lost.
+    """Keep the images of which some pixel has a label: others would count as images on which nothing is lost.
 
     Raises `DataError` if there is none.
     """
     ignore = calibration_set.data.labels.ignore_index
-    places = [
+    positions = [
         p
         for some, _, masks in calibration_set.batches()
         for p, mask in zip(some, masks)
         if bool((mask != ignore).any())
     ]
-    if not places:
+    if not positions:
         raise DataError("these images have no labels: ask for --max-disagreement or a budget, which need none.")
-    return calibration_set.part(places)
+    return calibration_set.part(positions)
 
 
 def _confusion(reference: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:

@@ -22,19 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.agreement import fall_off_note
-from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
-from tokenexit.calibration.drift import ReferenceStatistics
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, recorded_windows, true_run
 from tokenexit.calibration.planner import costs_of
-from tokenexit.calibration.store import Calibration
+from tokenexit.calibration.store import calibration_of
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.heads import class_scores
-from tokenexit.methods import Dense, ExitRecord, Method, spec_of
+from tokenexit.methods import ExitRecord, Method
 from tokenexit.methods.thresholded import calibratable
 from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
-from tokenexit.outputs.windows import window_boxes
-from tokenexit.runtime.precision import inference
 
 
 def cbt_thresholds(
@@ -42,9 +40,9 @@ def cbt_thresholds(
 ) -> tuple[tuple[float, ...], ...]:
     """Thresholds by exit and class, `(E, K)`, from training images, for `DToP(threshold=..., keep_per_class=0)`.
 
-    bench: the model in evaluation mode, and training images with their truth. alpha, beta: thresholds of the easiest
-    and the hardest class. Raises `ConfigError` for a range that is none and for another number of classes, `DataError`
-    for images without truth.
+    calibration_set: the model in evaluation mode, and training images with their truth. alpha, beta: thresholds of the
+    easiest and the hardest class. Raises `ConfigError` for a range that is none and for another number of classes,
+    `DataError` for images without truth.
     """
     if not 0.0 <= alpha <= beta <= 1.0:
         raise ConfigError(f"alpha={alpha:g} and beta={beta:g} are no range in [0, 1]: give alpha <= beta.")
@@ -67,17 +65,17 @@ def calibrate_by_class(
     method = calibratable(method).with_thresholds(cbt_thresholds(calibration_set, alpha, beta))
     run = true_run(calibration_set, method, dense_reference(calibration_set))
     unlike = error(run.confusion, "pixels").mean().item()
-    return Calibration(
+    return calibration_of(
+        calibration_set.model,
+        method,
+        run,
         asked={"cbt": [alpha, beta], "precision": calibration_set.precision},
         guarantee=f"Class-based thresholds from {alpha:g} to {beta:g} (CBT): no budget and no bound was asked for. The "
         f"mean over these {len(calibration_set)} images is {run.mac_ratio:.3f} of dense "
         f"multiply-adds, with {1 - unlike:.2%} of "
         "pixels as the dense model has them." + fall_off_note(unlike, len(calibration_set)),
-        method=spec_of(method),
         reached={**costs_of(run), "pixels_unlike_dense": unlike},
         images={**(about or {}), "count": len(calibration_set)},
-        reference_statistics=ReferenceStatistics.of(run.histograms),
-        model=calibration_set.model.fingerprint(),
     )
 
 
@@ -101,33 +99,27 @@ def class_means(calibration_set: CalibrationSet) -> Tensor:
     sigmoid. Masks are taken at the size that the network sees, windows one by one.
     """
     model, labels = calibration_set.model, calibration_set.data.labels
-    preprocessing, device = model.preprocessing, model.device
+    device = model.device
     sums = torch.zeros(
         len(model.config.exits) + 1, labels.num_classes, labels.num_classes, dtype=torch.float64, device=device
     )
     pixels = torch.zeros(labels.num_classes, dtype=torch.int64, device=device)
-    for _, images, masks in calibration_set.progress("class probabilities")(calibration_set.batches()):
-        for image, mask in zip(images, masks):
-            size = (image.shape[1], image.shape[2])
-            truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long().to(device)
-            for top, left, bottom, right in window_boxes(size, preprocessing.window, preprocessing.stride):
-                crop, own = image[:, top:bottom, left:right], truth[top:bottom, left:right]
-                with inference(device, calibration_set.precision):
-                    output = model([crop], Dense(), with_records=True)
-                members = {k: own == k for k in own.unique().tolist() if k != labels.ignore_index}
-                for k, member in members.items():
-                    pixels[k] += member.sum()
-                for n, record in enumerate(output.exit_records):
-                    probabilities = _probabilities(output, record)
-                    for k, member in members.items():
-                        sums[n, k] += probabilities[:, member].sum(dim=1, dtype=torch.float64)
+    for output, truth in recorded_windows(calibration_set, "class probabilities"):
+        own = truth.to(device)
+        members = {k: own == k for k in own.unique().tolist() if k != labels.ignore_index}
+        for k, member in members.items():
+            pixels[k] += member.sum()
+        for n, record in enumerate(output.exit_records):
+            probabilities = _probabilities(output, record)
+            for k, member in members.items():
+                sums[n, k] += probabilities[:, member].sum(dim=1, dtype=torch.float64)
     if not pixels.any():
         raise DataError("these images have no labels: CBT needs the truth of training images.")
     return torch.where(pixels[:, None] > 0, sums / pixels[:, None], torch.nan)
 
 
 def _probabilities(output: SegmentationOutput, record: ExitRecord) -> Tensor:
-    """What an exit says of every pixel of one image, `(K, H, W)` fp32."""
+    """Class probabilities of an exit at every pixel of one image, `(K, H, W)` fp32."""
     assert record.logits is not None, "exits are recorded"
     values = record.logits.float()
     if record.kind == "atm":

@@ -1,4 +1,4 @@
-"""What each exit would say, from one dense pass per image; exits and costs for any thresholds follow without a run.
+"""Record what each exit says in one dense pass per image; exits and costs for any thresholds follow without a run.
 
 An approximation, and stated as one: in a true run the tokens that go on have lost those that left as context, so their
 scores at later exits differ a little. Decisions at the first exit are exact. Whatever is chosen here is verified by a
@@ -29,7 +29,6 @@ from tokenexit.methods import Dense, ExitRecord, Method, ModelView, ThresholdMet
 from tokenexit.methods.base import record_of
 from tokenexit.methods.thresholded import Graded, calibratable
 from tokenexit.outputs.ledger import dense_ops
-from tokenexit.outputs.windows import WindowedOutput
 from tokenexit.segmenter import ExitSegmenter
 
 SAMPLES = 4
@@ -65,8 +64,8 @@ class DensePass:
         classes, steps = calibration_set.model.config.num_classes, 2 if recorder.decoded else 1
         uncertainties, labels, said = [], [], []
         grids: list[Grid] = []
-        for _, _, seen in calibration_set.forward(recorder, "dense pass"):
-            output = seen.windows if isinstance(seen, WindowedOutput) else seen
+        for _, _, images in calibration_set.forward(recorder, "dense pass"):
+            output = images.windows
             own = tuple(output.grid(i) for i in range(len(output)))
             exits = output.exit_records[:-1:steps]
             left = (*output.exit_records[steps - 1 : -1 : steps], output.exit_records[-1])
@@ -96,7 +95,7 @@ class DensePass:
         )
 
     def losses(self, average: str) -> Tensor:
-        """What is lost if a token leaves at an exit or at none: `(E + 1, N)` fp32, to be summed over tokens.
+        """Loss of a token that leaves at an exit or at none: `(E + 1, N)` fp32, to be summed over tokens.
 
         average: "pixels" is the share of all samples whose class differs from the dense one. "classes" weighs a
         sample that turns from class a to b by (1 / samples of a + 1 / samples of b) / (2 K), both as the dense model
@@ -137,14 +136,14 @@ def _record(head: Head, patches: Tokens) -> ExitRecord:
 
 
 def context_price(exits: Sequence[int], depth: int) -> Tensor:
-    """What it may cost others that a token is gone, by exit and for none, `(E + 1,)`: the square of the share of blocks
+    """Price for the others of a token that is gone, by exit and for none, `(E + 1,)`: the square of the share of blocks
     that miss it. A dense pass cannot see that cost; paths are built with several multiples of this and compared by
     true runs."""
     return torch.tensor([(1 - n / depth) ** 2 for n in exits] + [0.0])
 
 
 def _answer(record: ExitRecord, grids: tuple[Grid, ...]) -> HeadOutput:
-    """What the head said when it was recorded."""
+    """Output of the head when it was recorded."""
     assert record.logits is not None, "the recorder keeps every map"
     rows = [h * w * record.scale**2 for h, w in grids]
     return HeadOutput(record.logits, Packing.of(rows, record.logits.device), record.presence)
@@ -195,7 +194,7 @@ def _grouped(group: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class DensePassGrades(Graded):
-    """What an exit said of all tokens on the dense pass, with the order that was made once.
+    """Scores of an exit for all tokens on the dense pass, with the order that was made once.
 
     order: see `DensePass.groups`.
     """

@@ -50,13 +50,13 @@ class Histograms:
 
 
 class RecordedScores:
-    """What the exit heads said while they were watched."""
+    """Histograms of the scores of the exit heads while they were recorded, call by call."""
 
     def __init__(self, num_exits: int) -> None:
         self.calls: list[list[Tensor]] = [[] for _ in range(num_exits)]
 
     def histograms(self, windows: Sequence[int]) -> Histograms:
-        """Of all images seen so far, in their order; zeros for heads that were not run, as by Dense.
+        """Histograms of all images seen so far, in their order; zeros for heads that were not run, as by Dense.
 
         windows: into how many windows each image was cut, 1 for those taken whole.
         """
@@ -99,13 +99,13 @@ def _histogram(head: Head, out: HeadOutput) -> Tensor:
         image = torch.repeat_interleave(image, len(out.logits) // max(1, len(image)))
     uncertainty = 1.0 - class_scores(head.kind, out.logits, out.presence, image).amax(dim=-1)
     bins = len(EDGES) + 1
-    place = torch.bucketize(uncertainty, torch.tensor(EDGES, device=uncertainty.device))
-    counts = torch.bincount(image * bins + place, minlength=len(out.packing.lengths) * bins)
+    found = torch.bucketize(uncertainty, torch.tensor(EDGES, device=uncertainty.device))
+    counts = torch.bincount(image * bins + found, minlength=len(out.packing.lengths) * bins)
     return counts.view(-1, bins)
 
 
 def distances(histograms: Histograms, mean: Tensor) -> Tensor:
-    """How far each image is from the mean `(E, bins)`: the largest total variation over exits, `(n,)` in [0, 1].
+    """Distance of each image from the mean `(E, bins)`: the largest total variation over exits, `(n,)` in [0, 1].
 
     Exits that saw no token of the image, or none in the calibration, say nothing.
     """
@@ -117,7 +117,7 @@ def distances(histograms: Histograms, mean: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ReferenceStatistics:
-    """What calibration images look like.
+    """Statistics of the scores on the calibration images.
 
     mean: `(E, bins)` shares. limit: the distance from it that 95 % of them keep. deviation: `(E, bins)`, standard
     deviation over images. images: `(E,)`, of how many images each exit saw tokens.
@@ -160,7 +160,7 @@ class ReferenceStatistics:
 
 
 class Monitor:
-    """Counts unusual images as they come, and adds up what all of them look like.
+    """Counts unusual images as they come, and adds up the histograms of all of them.
 
     shares: `(E, bins)` sum over images. seen: `(E,)`, of how many images each exit saw tokens.
     """
@@ -210,7 +210,7 @@ class Monitor:
 
         if self.unusual == 0:
             return 1.0
-        # P(X >= k) for X ~ Bin(N, 1 - USUAL) is P(N - X <= N - k), and N - X ~ Bin(N, USUAL).
+        # P(X >= k) for X ~ Bin(N, 1 - p) is P(N - X <= N - k), and N - X ~ Bin(N, p), where p is SHARE_WITHIN.
         return float(binomial_cdf(self.images, SHARE_WITHIN)[self.images - self.unusual])
 
     def warning(self) -> str | None:

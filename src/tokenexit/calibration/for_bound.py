@@ -19,7 +19,7 @@ from tokenexit.calibration.calibration_set import (
     true_run,
     truth_reference,
 )
-from tokenexit.calibration.planner import Chosen, Planner, cap_sentence, figures_of
+from tokenexit.calibration.planner import Outcome, Planner, cap_sentence, figures_of
 from tokenexit.calibration.targets import Average, Bound
 from tokenexit.calibration.threshold_path import position_where
 from tokenexit.errors import ConfigError
@@ -31,7 +31,7 @@ LEAST_PATH_IMAGES = 4
 PILOT_RUNS = 6
 """True runs that relate positions on the path to what is lost, before anything is tested."""
 RATIOS = (0.05, 0.1, 0.2, 0.3, *(0.35 + 0.05 * i for i in range(14)), 1.1, 1.25, 1.5)
-"""Where the path is tested: losses that the pilot runs expect, over the bound."""
+"""Losses over the bound, as pilot runs expect them, at which the path is tested."""
 
 PILOT_FRACTION = 0.7
 """Share of a bound that a test on several hundred images lets pass, about: where paths are compared."""
@@ -45,7 +45,11 @@ def for_bound(
     cap: float | None,
     seed: int,
     say: Callable[[str], None],
-) -> Chosen:
+) -> Outcome:
+    """Choose the cheapest position on the path that passes the tests of the bound, one after the other.
+
+    Raises `ConfigError` where not even the first passes, and for too few images.
+    """
     path_part, test_part = split(len(calibration_set), target, seed)
     pilot, test = calibration_set.part(path_part), calibration_set.part(test_part)
     planner = Planner(pilot, method, average)
@@ -67,7 +71,7 @@ def for_bound(
     guarantee = guarantee_of(target, len(test), figures) + cap_sentence(cap)
     if not target.needs_labels:  # else runs are compared with the truth, and the bound is on what that says
         guarantee += fall_off_note(error(run.confusion, "pixels").mean().item(), len(test))
-    return Chosen(planner.method_at(position), run, reached, images, guarantee)
+    return Outcome(planner.method_at(position), run, reached, images, guarantee)
 
 
 def split(count: int, target: Bound, seed: int) -> tuple[list[int], list[int]]:
@@ -90,7 +94,7 @@ def split(count: int, target: Bound, seed: int) -> tuple[list[int], list[int]]:
 
 
 def positions_to_test(planner: Planner, sequential_test: SequentialTest) -> list[float]:
-    """Places in their order on the path that saves most, denser where pilot runs expect to lose what the bound allows.
+    """Positions in order on the path that saves most, denser where pilot runs expect to lose what the bound allows.
 
     sequential_test: on images that are not tested. The path is chosen by what it costs where pilot runs lose
         `PILOT_FRACTION` of the bound.
@@ -110,7 +114,7 @@ def positions_to_test(planner: Planner, sequential_test: SequentialTest) -> list
 
 
 def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:
-    """Places evenly spaced in predicted compute, and what is lost there over the bound, made to rise."""
+    """Positions evenly spaced in predicted compute, and the losses there over the bound, made to rise."""
     first, last = planner.mac_ratio(0.0), planner.mac_ratio(planner.path.end)
     spots, seen = [0.0], [0.0]
     for i in range(PILOT_RUNS):
@@ -124,7 +128,7 @@ def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[
 
 
 def _crossing(spots: Sequence[float], seen: Sequence[float], wanted: float) -> float:
-    """Where a rising line through the points first reaches `wanted`; the last spot if it does not."""
+    """The position at which a rising line through the points first reaches `wanted`; the last one if it does not."""
     for i in range(1, len(spots)):
         if seen[i] >= wanted:
             rise = seen[i] - seen[i - 1]
@@ -133,7 +137,10 @@ def _crossing(spots: Sequence[float], seen: Sequence[float], wanted: float) -> f
 
 
 class SequentialTest:
-    """Settings of a path put to the test, one after the other, on one set of images."""
+    """Tests thresholds of a path, one after the other, on one set of images.
+
+    dense: the true run of the dense model, where losses are compared with its own.
+    """
 
     def __init__(
         self, calibration_set: CalibrationSet, target: Bound, reference: Reference, dense: TrueRun | None
@@ -155,7 +162,7 @@ class SequentialTest:
         return true_run(self.calibration_set, method, self.reference, "true run")
 
     def ratio(self, method: Method[Any]) -> float:
-        """What a setting loses over what it may."""
+        """The loss of a method over the bound."""
         run = self.run(method)
         if self.target.what == "max_miou_drop":
             return self._drop(run)[0] / self.target.value
@@ -169,7 +176,7 @@ class SequentialTest:
         return passed
 
     def judge(self, run: TrueRun) -> tuple[bool, dict[str, Any]]:
-        """Whether the target is met at this setting, and the figures that say so."""
+        """Judge a true run: whether it meets the target, and the figures that say so."""
         target, delta = self.target, 1 - self.target.confidence
         if target.what == "max_miou_drop":
             drop, low, high = self._drop(run)
@@ -189,7 +196,7 @@ class SequentialTest:
         return p <= delta, {**figures, "p_value": p}
 
     def out_of_reach(self) -> str:
-        """Why not even the first setting passed, and what would."""
+        """Say why not even the first position passed, and what would."""
         target, n = self.target, len(self.calibration_set)
         asked = f"{target.what}={target.value:g}"
         if target.what == "max_miou_drop":
@@ -218,7 +225,7 @@ class SequentialTest:
 
 
 def guarantee_of(target: Bound, n: int, figures: dict[str, Any]) -> str:
-    """What holds, in words, and what does not."""
+    """Say what holds, and what does not."""
     if target.what == "max_miou_drop":
         low, high = figures["miou_drop_interval"]
         return (

@@ -127,7 +127,7 @@ def changes(closed: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[int, tup
 def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) -> Callable[[int], Gating]:
     """By the number of patches."""
     config = model.config
-    reached = (model.calibration or {}).get("reached", {}).get("live_after_exit")
+    reached = None if model.calibration is None else model.calibration.live_after_exit
     number = len(config.exits)
     assumed = [(1 - ASSUMED_LEAVING) ** (n + 1) for n in range(number)]
     live_after = assumed if reached is None or len(reached) < number else reached[-number:]

@@ -30,7 +30,7 @@ from tokenexit.engine.tokens import Tokens
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import ModelView
-from tokenexit.runtime.cache import cached_path, keep, read_cached
+from tokenexit.runtime.cache import cached_path, read_cached, write_cached
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.runtime.schema import Between
 from tokenexit.segmenter import ExitSegmenter
@@ -41,6 +41,8 @@ T = TypeVar("T", float, Tensor)
 SIDES = (6, 12, 24, 40)
 """Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
 REPEATS = 5
+TIMED_SIDE, LEAST_RUNS = 32, 3
+"""For `seconds_per_mac`: patches along the noise that is timed, so many that the work counts and not the calls."""
 
 
 _Coefficient = Annotated[float, Between(0, 1e9)]
@@ -93,7 +95,7 @@ def nonnegative_fit(features: Array, values: Array) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class Latency:
-    """What an image takes at batch 1, in milliseconds by patch tokens.
+    """Milliseconds of an image at batch 1, by patch tokens.
 
     block: one block of the backbone. exits: head, rule and compaction of each exit. rest: embedding, decode head and
     whatever else depends on the image's size alone.
@@ -141,14 +143,32 @@ def _exit_call(n: int, tokens: Tokens, method: Method[Any], around: ModelView) -
 
 
 def median_ms(call: Callable[[], Any], device: torch.device) -> float:
-    times = []
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(1e3 * (time.perf_counter() - start))
-    return median(times[1:])
+    """The median of `REPEATS` calls behind one that warms up."""
+    return median([timed_ms(call, device) for _ in range(REPEATS + 1)][1:])
+
+
+def timed_ms(call: Callable[[], Any], device: torch.device) -> float:
+    """Milliseconds of one call, with all that it leaves to the device."""
+    start = time.perf_counter()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def seconds_per_mac(model: ExitSegmenter, seconds: float = 0.0) -> float:
+    """Seconds per multiply-add on this machine, to say how long an image of any size takes if no token leaves.
+
+    The best of at least three runs of one block of the backbone, and of as many as `seconds` hold; in a block of
+    `inference`. No curve and no cache: this need not be exact, and a caller may learn from its own calls.
+    """
+    backbone, device, side = model.backbone, model.device, TIMED_SIDE * model.config.backbone.patch_size
+    noise = torch.randn(3, side, side, generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = backbone.embed([noise])
+    until, times = time.perf_counter() + seconds, list[float]()
+    while len(times) < LEAST_RUNS or time.perf_counter() < until:
+        times.append(timed_ms(partial(backbone.run, tokens, 0, 1), device))
+    return min(times) / 1e3 / backbone.block_ops(tokens.packing.lengths[0]).macs
 
 
 def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
@@ -158,7 +178,9 @@ def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision
     if kept is not None and len(kept["exits"]) == len(model.config.exits):
         return Latency(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]), Curve(*kept["rest"]))
     found = measure_latency(model, method, precision)
-    keep(path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)})
+    write_cached(
+        path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)}
+    )
     return found
 
 

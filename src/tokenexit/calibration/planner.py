@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, error, true_run
@@ -23,7 +22,12 @@ COMPARED_IMAGES = 32
 
 
 @dataclass(frozen=True)
-class Chosen:
+class Outcome:
+    """The method that meets a target, its true run, and what calibration says of it.
+
+    reached, images: as in `Calibration`. guarantee: one or two sentences on what holds, and what does not.
+    """
+
     method: Method[Any]
     run: TrueRun
     reached: dict[str, Any]
@@ -39,9 +43,7 @@ class Planner:
         self.model, self.method = calibration_set.model, method
         exits, depth = calibration_set.model.config.exits, calibration_set.model.config.backbone.depth
         never = with_thresholds(method, (0.0,) * len(exits))
-        next(
-            calibration_set.part([0]).forward(never, "first image")
-        )  # a method that cannot run on the model says so here
+        next(calibration_set.part([0]).forward(never, "first image"))  # a method that cannot run says so here
         self.dense = DensePass.of(calibration_set, method)
         self.costs = MacTable(self.model, method, self.dense.grids)
         prices = [price * context_price(exits, depth) for price in PRICES]
@@ -73,12 +75,7 @@ class Planner:
         What the loss of context does differs from model to model and cannot be seen on a dense pass, so paths that
         send tokens away earlier or later are compared by true runs, on a few images.
         """
-        positions = (
-            torch.linspace(0, len(calibration_set) - 1, min(len(calibration_set), COMPARED_IMAGES))
-            .round()
-            .long()
-            .tolist()
-        )
+        positions = calibration_set.spread(COMPARED_IMAGES)
         few, said = calibration_set.part(positions), reference.part(positions)
 
         def measured(position: float) -> tuple[float, TrueRun]:
@@ -99,6 +96,7 @@ class Planner:
 
 
 def cap_sentence(cap: float | None) -> str:
+    """Say behind a guarantee what a cap adds to it."""
     if cap is None:
         return ""
     return f" No image costs more than {cap:g} of its dense multiply-adds, on grids as large as these or larger."
@@ -114,7 +112,7 @@ def figures_of(run: TrueRun, planner: Planner, position: float) -> dict[str, Any
 
 
 def costs_of(run: TrueRun) -> dict[str, Any]:
-    """What a true run cost, over its images."""
+    """Return the costs of a true run, over its images, under their names in `calibration.json`."""
     return {
         "share_of_dense": run.mac_ratio,
         "share_of_dense_standard_error": run.mac_ratio_error,

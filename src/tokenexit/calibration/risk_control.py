@@ -58,7 +58,7 @@ def binomial(exceeding: npt.ArrayLike, n: int, share: float) -> Array:
 
 
 def fixed_sequence(count: int, passes: Callable[[int], bool]) -> int:
-    """How many of the settings 0..count - 1 of a path pass before the first that does not; lazy.
+    """Number of the settings 0..count - 1 of a path that pass before the first that does not; lazy.
 
     passes: tests one setting at the full level, such as "its p-value is at most delta". Settings behind a failure are
     never looked at, which is what lets every test have the whole level.

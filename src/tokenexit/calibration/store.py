@@ -1,61 +1,53 @@
-"""`calibration.json`: what was asked, on what, what was reached, and the method to use. Lives beside the weights."""
+"""Calibrations, made and written beside the weights they are for."""
 
 from __future__ import annotations
 
 import json
 import platform
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tokenexit.calibration.calibration_set import TrueRun
 from tokenexit.calibration.drift import ReferenceStatistics
+from tokenexit.checkpoints.calibration import CALIBRATE, CALIBRATION_FILE, Calibration
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.pretrained import CALIBRATE, CALIBRATION_FILE, CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
+from tokenexit.methods import Method, spec_of
+from tokenexit.pretrained import CONFIG_FILE, TRAINING_FILE, WEIGHTS_FILE
 from tokenexit.runtime.folder import current, replaced_together
 from tokenexit.runtime.schema import damaged
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 
-FORMAT = 1
 MODEL_FILES = (CONFIG_FILE, WEIGHTS_FILE, TRAINING_FILE)
 
 
-@dataclass(frozen=True)
-class Calibration:
-    """Thresholds chosen by intent.
-
-    asked: the target and its options. guarantee: one or two sentences on what holds, and what does not. method: the
-    specification that `build_method` takes. reached: figures on the calibration images. images: which they were.
-    reference_statistics: what scores look like on them, for the drift monitor. model: fingerprint of the weights. made:
-        when, UTC.
-    """
-
-    asked: dict[str, Any]
-    guarantee: str
-    method: dict[str, Any]
-    reached: dict[str, Any]
-    images: dict[str, Any]
-    reference_statistics: ReferenceStatistics
-    model: str
-    made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "asked": self.asked,
-            "promise": self.guarantee,
-            "method": self.method,
-            "reached": self.reached,
-            "images": self.images,
-            "made": self.made,
-            "made_with": {"tokenexit": __version__, "torch": torch.__version__, "machine": platform.machine()},
-            "model": self.model,
-            "scores": self.reference_statistics.to_dict(),
-        }
+def calibration_of(
+    model: ExitSegmenter,
+    method: Method[Any],
+    run: TrueRun,
+    *,
+    asked: Mapping[str, Any],
+    guarantee: str,
+    reached: Mapping[str, Any],
+    images: Mapping[str, Any],
+) -> Calibration:
+    """Make the calibration of a model for `method`, of which `run` is a true run on the calibration images."""
+    return Calibration(
+        asked=asked,
+        guarantee=guarantee,
+        method=spec_of(method),
+        reached=reached,
+        images=images,
+        made=datetime.now(UTC).isoformat(timespec="seconds"),
+        made_with={"tokenexit": __version__, "torch": torch.__version__, "machine": platform.machine()},
+        model=model.fingerprint(),
+        scores=ReferenceStatistics.of(run.histograms).to_dict(),
+    )
 
 
 def write_calibration(calibration: Calibration, model: Path, out: Path) -> Path:
@@ -81,10 +73,12 @@ def write_calibration(calibration: Calibration, model: Path, out: Path) -> Path:
 
 
 def reference_statistics_of(model: ExitSegmenter) -> ReferenceStatistics:
-    """What scores looked like when the model was calibrated. Raises `CheckpointError` for a damaged file."""
+    """Statistics of the scores with which the model was calibrated. Raises `CheckpointError` for a damaged file."""
     assert model.calibration is not None, "asked of calibrated models"
+    if model.calibration.scores is None:
+        raise CheckpointError(f"{CALIBRATION_FILE} lacks 'scores', as of an earlier version: calibrate again.")
     try:
-        reference = ReferenceStatistics.from_dict(model.calibration["scores"])
+        reference = ReferenceStatistics.from_dict(model.calibration.scores)
     except KeyError as missing:
         raise CheckpointError(
             f"{CALIBRATION_FILE} lacks {missing}, as of an earlier version: calibrate again."

@@ -1,4 +1,4 @@
-"""What calibration is asked for: a budget of compute, or a bound on what is lost."""
+"""Targets of calibration: a budget of compute, or a bound on what is lost."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from tokenexit.errors import ConfigError
 
 Average = Literal["pixels", "classes"]
 Unit = Literal["budget", "budget_gmacs", "latency_ms"]
-What = Literal["max_disagreement", "max_error_increase", "max_miou_drop"]
-UNITS, WHAT = get_args(Unit), get_args(What)
+BoundName = Literal["max_disagreement", "max_error_increase", "max_miou_drop"]
+UNITS, BOUNDS = get_args(Unit), get_args(BoundName)
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Mean cost over images at most `value`: a share of dense multiply-adds, GMACs, or milliseconds on this machine."""
+    """A limit on the mean cost over images.
+
+    Attributes:
+        unit: "budget", a share of dense multiply-adds; "budget_gmacs", giga multiply-adds; or "latency_ms",
+            milliseconds on this machine.
+        value: the largest mean cost in that unit.
+
+    Raises:
+        ConfigError: for a value that is not above 0, and for a share above 1.
+    """
 
     unit: Unit
     value: float
@@ -36,17 +45,23 @@ class Budget:
 
 @dataclass(frozen=True)
 class Bound:
-    """What may be lost: `value` in [0, 1] of the pixels, or points of mIoU.
+    """Largest loss that is allowed: `value` in [0, 1] of the pixels, or points of mIoU.
 
-    what: "max_disagreement" with dense (no labels), "max_error_increase" over dense (an image where the error falls
-        counts as 0), or "max_miou_drop", an estimate.
-    average: of one image's error, over "pixels" or over the "classes" that its reference has.
-    clip: the largest loss that an image counts with.
-    images_above: bound the share of images that lose more than `value`, instead of the mean.
-    in_expectation: conformal risk control, a guarantee on average and without a confidence.
+    Attributes:
+        what: "max_disagreement" with dense (no labels), "max_error_increase" over dense (an image where the error falls
+            counts as 0), or "max_miou_drop", an estimate.
+        value: the largest loss, a share in (0, 1) of the pixels, or points of mIoU.
+        confidence: probability in (0, 1) with which the bound holds.
+        average: mean of one image's error over "pixels", or over the "classes" that its reference has.
+        clip: the largest loss in (0, 1] that an image counts with.
+        images_above: bound this share of images that lose more than `value`, instead of the mean.
+        in_expectation: conformal risk control, a guarantee on average and without a confidence.
+
+    Raises:
+        ConfigError: for a value out of range, and for options that do not go together.
     """
 
-    what: What
+    what: BoundName
     value: float
     confidence: float = 0.9
     average: Average = "pixels"
@@ -106,13 +121,13 @@ CalibrationTarget = Budget | Bound
 
 
 def target_of(options: Mapping[str, Any]) -> CalibrationTarget:
-    """The target among options by name: exactly one of those of `Budget` and `Bound`, and what goes with a bound."""
-    asked = {name: options[name] for name in (*UNITS, *WHAT) if options.get(name) is not None}
+    """Return the target among options by name: exactly one `Budget` or `Bound`, and what goes with a bound."""
+    asked = {name: options[name] for name in (*UNITS, *BOUNDS) if options.get(name) is not None}
     if len(asked) != 1:
-        raise ConfigError(f"{len(asked)} targets are given: give one of {', '.join((*UNITS, *WHAT))}.")
+        raise ConfigError(f"{len(asked)} targets are given: give one of {', '.join((*UNITS, *BOUNDS))}.")
     ((name, value),) = asked.items()
     own = {f.name: options[f.name] for f in fields(Bound) if options.get(f.name) is not None and f.name in options}
-    if name in WHAT:
+    if name in BOUNDS:
         return Bound(name, value, **own)
     default = Bound("max_disagreement", 0.5)
     extra = [key for key in own if own[key] != getattr(default, key)]

@@ -9,17 +9,13 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.calibration.calibration_set import CalibrationSet
+from tokenexit.calibration.calibration_set import CalibrationSet, recorded_windows
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.evaluate import check_classes
-from tokenexit.methods import Dense
 from tokenexit.outputs.segmentation import resize_maps
-from tokenexit.outputs.windows import window_boxes
-from tokenexit.runtime.precision import inference
 
 PIXELS_PER_IMAGE = 2000
 HOTTEST = 20.0
@@ -36,7 +32,7 @@ def fit_temperature(calibration_set: CalibrationSet, seed: int = 0) -> tuple[flo
     check_classes(calibration_set.model, calibration_set.data)
     if any(head.kind == "atm" for head in calibration_set.model.view().exit_heads):
         raise ConfigError("scores of ATM heads are no softmax and have no temperature: leave --fit-temperature out.")
-    samples = [_of_all_images(exit) for exit in _sampled(calibration_set, seed)]
+    samples = [_joined(exit) for exit in _sampled(calibration_set, seed)]
     return tuple(round(likeliest_temperature(logits, truth), 4) for logits, truth in samples)
 
 
@@ -62,29 +58,22 @@ def likeliest_temperature(logits: Tensor, truth: Tensor) -> float:
 
 def _sampled(calibration_set: CalibrationSet, seed: int) -> list[list[tuple[Tensor, Tensor]]]:
     """For each exit and image, logits `(n, K)` and truth `(n,)` of the pixels that were drawn."""
-    model, labels = calibration_set.model, calibration_set.data.labels
-    preprocessing = model.preprocessing
     generator = torch.Generator().manual_seed(seed)
-    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in model.config.exits]
-    for _, images, masks in calibration_set.progress("temperatures")(calibration_set.batches()):
-        for image, mask in zip(images, masks):
-            size = (image.shape[1], image.shape[2])
-            truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].long()
-            for top, left, bottom, right in window_boxes(size, preprocessing.window, preprocessing.stride):
-                own = truth[top:bottom, left:right].flatten()
-                drawn = torch.randperm(len(own), generator=generator)[:PIXELS_PER_IMAGE]
-                drawn = drawn[own[drawn] != labels.ignore_index]
-                with inference(model.device, calibration_set.precision):
-                    output = model([image[:, top:bottom, left:right]], Dense(), with_records=True)
-                for exit, record in zip(found, output.exit_records):
-                    assert record.logits is not None, "exits are recorded"
-                    ((_, maps),) = unpack_grids(record.logits.float(), [output.grid(0)], record.scale)
-                    maps = resize_maps(maps, output.grid(0), output.patch_size, record.upscale, output.sizes[0])
-                    exit.append((maps[0].flatten(1).cpu()[:, drawn].T, own[drawn]))
+    found: list[list[tuple[Tensor, Tensor]]] = [[] for _ in calibration_set.model.config.exits]
+    for output, truth in recorded_windows(calibration_set, "temperatures"):
+        own = truth.flatten()
+        drawn = torch.randperm(len(own), generator=generator)[:PIXELS_PER_IMAGE]
+        drawn = drawn[own[drawn] != calibration_set.data.labels.ignore_index]
+        for exit, record in zip(found, output.exit_records):
+            assert record.logits is not None, "exits are recorded"
+            ((_, maps),) = unpack_grids(record.logits.float(), [output.grid(0)], record.scale)
+            maps = resize_maps(maps, output.grid(0), output.patch_size, record.upscale, output.sizes[0])
+            exit.append((maps[0].flatten(1).cpu()[:, drawn].T, own[drawn]))
     return found
 
 
-def _of_all_images(exit: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def _joined(exit: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Join the logits and the truth of all images. Raises `DataError` where no pixel has a label."""
     logits, truth = (torch.cat(parts) for parts in zip(*exit))
     if not len(truth):
         raise DataError("these images have no labels: a temperature is fitted to the truth.")

@@ -23,7 +23,7 @@ from tokenexit.methods import ThresholdMethod
 LEVELS = 40
 """Limits that are tried at each exit: quantiles of the uncertainties of its tokens."""
 STEPS = (1, 2, 4)
-"""How many levels at once a step may take, so that it is not stopped by one that gains nothing."""
+"""Numbers of levels that a step may take at once, so that it is not stopped by one that gains nothing."""
 PATH_TOKENS = 60_000
 """Tokens of the dense pass on which the path is built; more change little."""
 DIGITS = 4
@@ -110,7 +110,7 @@ def _levels(uncertainty: Tensor) -> list[float]:
 
 
 def position_where(value: Callable[[float], float], target: float, end: float) -> float:
-    """The first place of the path at which a falling value is at most `target`, to a thousandth of a point; `end`
+    """The first position of the path at which a falling value is at most `target`, to a thousandth of a point; `end`
     if it never is."""
     low, high = 0.0, end
     if value(low) <= target:

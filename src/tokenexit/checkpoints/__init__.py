@@ -1,4 +1,4 @@
-"""Weights from elsewhere: read the file, find it on the hub, map it onto the backbone."""
+"""Weight files are found and read, and loaded into a backbone with a report."""
 
 from tokenexit.checkpoints.files import read_state_dict, read_tensors
 from tokenexit.checkpoints.load import LoadReport, load_backbone

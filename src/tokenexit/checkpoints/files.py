@@ -1,4 +1,4 @@
-"""Read tensors by name from `.safetensors` and PyTorch files, or say in one sentence what is wrong."""
+"""Tensors are read by name from `.safetensors` and PyTorch files; one sentence says what is wrong with a file."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _read(path: Path) -> Any:
 
 
 def _check_is_weights(path: Path) -> None:
-    """Refuse what is no file with content."""
+    """Reject a path that is no file with content."""
     if path.is_dir():
         raise CheckpointError(f"weights '{path}' is a folder: name the weight file in it.")
     if not path.exists():
@@ -128,7 +128,7 @@ def _read_pytorch(path: Path) -> Any:
 
 
 class _Inert:
-    """This stands where a file holds an object of another program; it takes what it is given and does nothing."""
+    """A placeholder for an object of another program; it accepts any state and does nothing."""
 
     def __new__(cls, *given: Any, **named: Any) -> _Inert:
         return super().__new__(cls)
@@ -141,9 +141,9 @@ class _Inert:
 
 
 def _read_beside_objects(path: Path) -> Any:
-    """Load with torch's safe unpickler, in which every class or function that it does not know is an `_Inert`.
+    """Load with torch's safe unpickler, with an `_Inert` for every class or function that it does not know.
 
-    Only the file's own text decides which names these are; nothing of them is imported.
+    The names are read from the file; nothing of them is imported.
     """
     from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 

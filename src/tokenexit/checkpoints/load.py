@@ -1,4 +1,4 @@
-"""Load a state dict with timm's names into our backbone: everything that fits, with a report of the rest.
+"""A state dict with timm's names is loaded into the backbone: everything that fits, with a report of the rest.
 
 Legend: N rows of a position table, C channels, h x w its grid.
 """
@@ -40,12 +40,13 @@ _CURES = (
 
 @dataclass(frozen=True)
 class LoadReport:
-    """The report says what became of the weights.
+    """The report of a load lists which weights were used.
 
-    loaded: entries of the backbone that took a value from them.
-    missing: entries of the backbone that the weights lack; they keep their start values.
-    unexpected: entries of the weights that found no place; `classifier` are those of an image classifier.
-    resized: position tables that were interpolated, as (name, shape in the weights, shape in the backbone).
+    Attributes:
+        loaded: entries of the backbone that took a value from the weights.
+        missing: entries of the backbone that the weights lack; they keep their start values.
+        unexpected: entries of the weights that were not used; `classifier` are those of an image classifier.
+        resized: position tables that were interpolated, as (name, shape in the weights, shape in the backbone).
     """
 
     loaded: int
@@ -55,11 +56,11 @@ class LoadReport:
 
     @property
     def classifier(self) -> tuple[str, ...]:
-        """Return the unexpected entries of an image classifier; a segmentation model has no use for them."""
+        """Unexpected entries of an image classifier, which a segmentation model does not use."""
         return tuple(key for key in self.unexpected if _CLASSIFIER.match(key))
 
     def summary(self) -> str:
-        """Return one line for each thing worth knowing."""
+        """Summarise the load in a line for each kind of entry."""
         lines = [f"loaded {self.loaded} tensors into the backbone"]
         lines += [f"resized {key}: {old} to {new}" for key, old, new in self.resized]
         if self.missing:

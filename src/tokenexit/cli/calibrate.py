@@ -24,8 +24,8 @@ from tokenexit.errors import ConfigError
 
 if TYPE_CHECKING:
     from tokenexit.calibration.calibration_set import CalibrationSet
-    from tokenexit.calibration.store import Calibration
     from tokenexit.calibration.targets import CalibrationTarget
+    from tokenexit.checkpoints.calibration import Calibration
 
 
 def calibrate(arguments: list[str]) -> int:

@@ -143,8 +143,7 @@ def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
 
 def calibrated_name(model: ExitSegmenter) -> str | None:
     """The name of the method that a model was calibrated for, whether or not the calibration can be used."""
-    spec = {} if model.calibration is None else model.calibration.get("method")
-    return spec.get("name") if isinstance(spec, dict) else None
+    return None if model.calibration is None else model.calibration.method_name
 
 
 def is_calibrated(model: ExitSegmenter, method: Method[Any]) -> bool:

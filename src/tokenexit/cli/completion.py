@@ -48,8 +48,10 @@ def complete_values(parser: Any, known: Mapping[str, Iterable[str]]) -> None:
 
     for action in parser._actions:
         said = str(action.metavar)  # {none,backbone}
-        words = said[1:-1].split(",") if said.startswith("{") else list(action.choices or known.get(action.dest, ()))
-        action.completer = ChoicesCompleter(dict.fromkeys(words, "")) if words else FilesCompleter()
+        words: Any = (
+            said[1:-1].split(",") if said.startswith("{") else list(action.choices or known.get(action.dest, ()))
+        )
+        action.completer = ChoicesCompleter(words) if words else FilesCompleter()
         if action.dest == "config":
             action.completer = _words_and_files(words)
 

@@ -1,1 +1,1 @@
-"""Weights of other libraries to models of this one."""
+"""Weights of other libraries become models of this one."""

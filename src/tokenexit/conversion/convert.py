@@ -1,4 +1,4 @@
-"""Convert weights from elsewhere to a model of ours or a backbone file, with a report of the rest."""
+"""Weights of other libraries are converted to a model folder or a backbone file, with a report of the rest."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import torch
 from torch import nn
 
 from tokenexit.checkpoints.files import read_checkpoint
-from tokenexit.checkpoints.framework_config import attention_heads_in
 from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, source_named
+from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar
@@ -53,14 +53,21 @@ _UNUSED = (
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """The report says what a conversion made, and what became of every entry of the weights.
+    """The report of a conversion: the model that was made, and which weights were used.
 
-    kind: the source, a name of `SOURCES`. destination: the model folder or backbone file.
-    backbone: its configuration; `preset` is its name, if it has one.
-    exits, exit_heads, decode_head, num_classes: None, or empty, where the source has a backbone alone.
-    loaded: entries of the result that took a value. beside: files beside the weights that were read.
-    assumed: what neither names nor shapes nor these files say.
-    unused: entries that found no place, with the reason.
+    Attributes:
+        kind: the source, a name of `SOURCES`.
+        destination: the model folder or backbone file.
+        backbone: configuration of the backbone.
+        loaded: number of entries of the result that took a value.
+        preset: the backbone's name in `PRESETS`, if it has one.
+        exits: number of blocks before each exit; empty where the source has a backbone alone.
+        exit_heads: specification of each exit's head.
+        decode_head: specification of the decode head, None where the source has a backbone alone.
+        num_classes: number K of classes, None where the source has a backbone alone.
+        beside: names of the files beside the weights that were read.
+        assumed: settings that neither names nor shapes nor these files give.
+        unused: entries that were not used, with the reason.
     """
 
     kind: str
@@ -77,7 +84,7 @@ class ConversionReport:
     unused: tuple[tuple[str, str], ...] = ()
 
     def summary(self) -> str:
-        """Return one line for each thing worth knowing; unused entries are counted, the first are named."""
+        """Summarise the conversion in a few lines; unused entries are counted, and the first are named."""
         config = self.backbone
         size = f"{config.embed_dim} channels, {config.depth} blocks, patch {config.patch_size}"
         lines = [
@@ -102,7 +109,7 @@ class ConversionReport:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """Return what was assumed and would, without a sign, make every score wrong if it is not so."""
+        """Assumptions that would make every score wrong without a sign if they do not hold."""
         heads = {f"exit_heads.{n}": head for n, head in enumerate(self.exit_heads)}
         heads |= {"decode_head": self.decode_head} if self.decode_head is not None else {}
         atm = [f"{name}.num_heads" for name, head in heads.items() if head["kind"] == "atm"]
@@ -143,28 +150,34 @@ def convert(
 ) -> ConversionReport:
     """Convert weights of another library to a model folder, or to a backbone file where there are no heads.
 
-    source: a weight file, a folder with one, or `hf-hub:OWNER/NAME`. Configuration files beside it are read.
-    destination: a folder for `ExitSegmenter.from_pretrained` where the source has heads; else a `.safetensors` file
-        with timm's names, for `weights=`.
-    kind: where the weights are from, a name of `SOURCES`; "auto" tells it by their names.
-    backbone: weights of the backbone, where `source` holds a head alone (DINOv2's linear heads).
-    backbone_only: leave the heads out.
-    exits: after how many blocks each auxiliary head stands, where it is not as in the published configurations; an
-        empty list leaves the auxiliary heads out.
-    options, head_options: fields of `ViTConfig`, and options of the heads, such as num_heads of ATM heads, that are
-        known; they win over what is inferred or assumed.
-    preprocessing: mean, std and labels, if other than the source's.
+    Args:
+        source: a weight file, a folder with one, or `hf-hub:OWNER/NAME`. Configuration files beside it are read.
+        destination: a folder for `ExitSegmenter.from_pretrained` where the source has heads; else a `.safetensors` file
+            with timm's names, for `weights=`.
+        kind: the source of the weights, a name of `SOURCES`; "auto" recognises it by the names of entries.
+        backbone: weights of the backbone, where `source` holds a head alone (DINOv2's linear heads).
+        backbone_only: leave the heads out.
+        exits: number of blocks before each auxiliary head, where it is not as in the published configurations; an empty
+            list leaves the auxiliary heads out.
+        options: known fields of `ViTConfig`; they take precedence over what is inferred or assumed.
+        head_options: known options of the heads, such as num_heads of ATM heads; likewise.
+        preprocessing: mean, std and labels, if other than the source's.
 
-    Raises `CheckpointError` or `ConfigError` in one sentence, with nothing written, for weights of an unknown source,
-    and for parts of the computation that our models lack.
+    Returns:
+        The model that was made, and which weights were used.
+
+    Raises:
+        CheckpointError: for weights that cannot be read, of an unknown source, or with parts that tokenexit's models
+            lack; nothing is written.
+        ConfigError: for options that cannot work; nothing is written.
     """
     main = _read(source, kind)
     body = main if backbone is None else _read(backbone, "auto")
     state = main.state if body is main else _joined(main, body)
     # The heads tell some sources apart, so their settings are read before any head is left out.
-    said = attention_heads_in(main.meta)
-    depends = {"num_heads": said["backbone"]} if "backbone" in said and body is main else {}
-    known = {**body.source.settings(state), **depends, **body.beside.settings, **(options or {})}
+    heads_by_part = attention_heads_in(main.meta)
+    num_heads = {"num_heads": heads_by_part["backbone"]} if "backbone" in heads_by_part and body is main else {}
+    known = {**body.source.settings(state), **num_heads, **body.beside.settings, **(options or {})}
     left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
     if backbone_only or (exits is not None and not exits):
         fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
@@ -213,9 +226,6 @@ def convert(
         assumed=assumed | more | assumed_exits | normalisation,
         unused=_with_reasons(unused) + _all_left_out(left_out),
     )
-
-
-# ------------------------------------------------------------------------------------------------- what comes in
 
 
 def _read(source: str | Path, kind: str) -> _Weights:

@@ -1,6 +1,6 @@
-"""Infer the architecture that weights were made for from their names and shapes.
+"""The architecture of a model is inferred from the names and shapes of its weights.
 
-What shapes do not say, such as the number of attention heads, is assumed and named. Names are those of our models.
+What shapes do not tell, such as the number of attention heads, is assumed and reported. Names are tokenexit's.
 
 Legend: N rows of a position table, C channels, K classes, d width of a head.
 """
@@ -155,8 +155,7 @@ def _atm(head: Mapping[str, Tensor]) -> Inferred:
 
 
 def _refuse_segvit(head: Mapping[str, Tensor], what: str) -> None:
-    """Reject heads of SegViT's own release, which differ from DToP's in stages and in what they say of a class
-    (`decode_heads/atm_head.py`, and `tpn_atm_head.py` of its shrunk variants)."""
+    """Reject heads of SegViT's release, which differ from DToP's in their stages and in their class logits."""
     atm = "of the ATM heads, tokenexit reads those of DToP, with one stage and present or absent for every class"
     if any(key.startswith("atm.") for key in head):
         raise CheckpointError(

@@ -1,7 +1,7 @@
-"""Steps that all sources of weights share: renaming by a table, fusing parts, bringing extra tokens into our form.
+"""All sources of weights share these steps: renaming by a table, fusing parts, converting extra tokens.
 
-All are pure: a state dict comes in, a new one goes out. What no rule knows keeps its name, so that it is found and
-named at the end.
+They are pure functions from a state dict to a new one. An entry that no rule matches keeps its name, and is reported at
+the end.
 
 Legend: N rows of a position table, C channels.
 """

@@ -1,4 +1,4 @@
-"""Read files beside weights that say what these do not: `config.json`, `preprocessor_config.json`, `variant.yml`."""
+"""Sidecar files say what weights do not: `config.json`, `preprocessor_config.json`, `variant.yml`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 from tokenexit.errors import CheckpointError
-from tokenexit.runtime.schema import Between, damaged, misfit, parse_json, read_bytes
+from tokenexit.runtime.schema import Between, damaged, misfit, parse_json, parse_yaml, read_bytes
 
 HF_CONFIG, HF_PREPROCESSOR, SEGMENTER_VARIANT = "config.json", "preprocessor_config.json", "variant.yml"
 FILES = (HF_CONFIG, HF_PREPROCESSOR, SEGMENTER_VARIANT)
@@ -53,14 +53,18 @@ class _SegmenterVariant(TypedDict, total=False):
 
 
 Find = Callable[[str], Path | None]
-"""The file of this name beside the weights, if there is one."""
+"""A function that finds the file of this name beside the weights, if there is one."""
 
 
 @dataclass(frozen=True)
 class Sidecar:
-    """The files that were found say this.
+    """The contents of the files that were found.
 
-    settings: fields of `ViTConfig`. normalisation: mean and std. files: names of those that were read."""
+    Attributes:
+        settings: fields of `ViTConfig`.
+        normalisation: mean and std per channel.
+        files: names of the files that were read.
+    """
 
     settings: dict[str, Any] = field(default_factory=dict)
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
@@ -68,7 +72,7 @@ class Sidecar:
 
 
 def read_sidecar(kind: str, find: Find) -> Sidecar:
-    """Read what belongs to weights of this kind. Raises `CheckpointError` for a damaged file."""
+    """Read the files that belong to weights of this kind. Raises `CheckpointError` for a damaged file."""
     readers = {"huggingface": _huggingface, "timm": _timm, "segmenter": _segmenter}
     return readers[kind](find) if kind in readers else Sidecar()
 
@@ -116,13 +120,13 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def _read(path: Path | None, kind: Any) -> Any:
-    """What a file holds, if it is what the annotation `kind` says. Raises `CheckpointError` if it is not."""
+    """Read a file whose contents fit the annotation `kind`. Raises `CheckpointError` if they do not."""
     if path is None:
         return None
     what = f"{path} beside the weights"
     try:
         content = read_bytes(path)
-        values = parse_json(content) if path.suffix == ".json" else _parse_yaml(content)
+        values = parse_json(content) if path.suffix == ".json" else parse_yaml(content, _loader())
     except OSError as error:
         raise damaged(what, error.strerror or "it cannot be read", REPAIR) from None
     except ValueError as error:
@@ -130,18 +134,6 @@ def _read(path: Path | None, kind: Any) -> Any:
     if wrong := misfit("", values, kind):
         raise CheckpointError(f"{what} holds an impossible value ({wrong}): {REPAIR}.")
     return values
-
-
-def _parse_yaml(content: bytes) -> Any:
-    """Raises `ValueError` for all that is wrong."""
-    import yaml
-
-    try:
-        return yaml.load(content, Loader=_loader())
-    except RecursionError:
-        raise ValueError("it nests too deeply") from None
-    except Exception as error:  # the parser raises what its constructors of dates and numbers do, too
-        raise ValueError(" ".join(str(error).split())[:200]) from None
 
 
 def _loader() -> Any:

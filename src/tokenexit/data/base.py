@@ -1,4 +1,4 @@
-"""The two words every dataset speaks: a `Sample`, and a sequence of them with `Labels`."""
+"""The protocol of datasets: a `Sample`, and a sequence of samples with `Labels`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Mask: TypeAlias = npt.NDArray[np.integer[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image and its truth.
+    """One image and its ground truth.
 
     image: RGB, H pixels high and W wide. mask: (H, W) class indices, void pixels at the dataset's ignore_index.
     name: identifies the image within its split.
@@ -45,14 +45,13 @@ class Sample:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) in pixels."""
+        """The size as (height, width) in pixels."""
         return self.image.height, self.image.width
 
 
 @runtime_checkable
 class SegmentationDataset(Protocol):
-    """Samples by index, and what their mask values mean. Reading is lazy: opening a dataset decodes no
-    image."""
+    """Samples by index, and the labels of their masks. Reading is lazy: opening a dataset decodes no image."""
 
     @property
     def labels(self) -> Labels: ...

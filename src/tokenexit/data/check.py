@@ -1,4 +1,4 @@
-"""Everything of a dataset is read once, and what is there is counted, before anyone trains on it for a day.
+"""Check a dataset before training: read every file once, count classes and sizes, and report problems.
 
 A file that is damaged or does not fit becomes a `Problem` and never stops the check.
 
@@ -31,7 +31,7 @@ from tokenexit.inputs.labels import Labels
 Status: TypeAlias = Literal["ok", "warning", "error"]
 Size: TypeAlias = tuple[int, int]
 Progress: TypeAlias = Callable[[Iterable[int]], Iterable[int]]
-"""Hands on the numbers that it is given, and may draw a bar meanwhile."""
+"""Passes on the numbers that it is given, and may draw a progress bar."""
 
 ERRORS = {
     "open": "splits that cannot be opened",
@@ -53,7 +53,7 @@ SUMMARY_COLUMNS = ("split", "images", "masks", "pairs", "sound", "smallest", "me
 
 @dataclass(frozen=True)
 class Problem:
-    """What is wrong with one file. kind: a key of `ERRORS` or `WARNINGS`; message: a sentence that names the file."""
+    """A problem of one file. kind: a key of `ERRORS` or `WARNINGS`; message: a sentence that names the file."""
 
     kind: str
     file: str
@@ -66,7 +66,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Sizes:
-    """Images in the order of their pixels: the first, the middle and the last; how many sizes there are."""
+    """The smallest, median and largest image by number of pixels, and the number of distinct sizes."""
 
     smallest: Size
     median: Size
@@ -76,7 +76,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class SplitReport:
-    """One split. sound: pairs without an error; sizes: of readable images.
+    """The report of one split. sound: pairs without an error; sizes: of readable images.
 
     class_pixels, class_images: per class, over readable masks: its pixels, and the masks that hold it.
     void_pixels: pixels that are to be ignored. unknown_pixels: pixels of values that stand for nothing.
@@ -102,20 +102,20 @@ class SplitReport:
 
     @property
     def class_shares(self) -> tuple[float | None, ...]:
-        """Per class, its share of all pixels that have a class; None where there is no such pixel."""
+        """The share of every class in all pixels that have a class; None where there is no such pixel."""
         judged = sum(self.class_pixels)
         return tuple(pixels / judged if judged else None for pixels in self.class_pixels)
 
     @property
     def void_share(self) -> float | None:
-        """The share of all pixels that are to be ignored."""
+        """The share of ignored pixels in all pixels."""
         pixels = sum(self.class_pixels) + self.void_pixels + self.unknown_pixels
         return self.void_pixels / pixels if pixels else None
 
 
 @dataclass(frozen=True)
 class CheckReport:
-    """All splits of a dataset. labels: None where no split could be opened."""
+    """The report of all splits of a dataset. labels: None where no split could be opened."""
 
     name: str
     root: str | None
@@ -127,7 +127,7 @@ class CheckReport:
         return _worst(split.status for split in self.splits)
 
     def summary(self) -> list[tuple[Any, ...]]:
-        """One row per split under `SUMMARY_COLUMNS`: numbers, sizes as (height, width), a share; None is unknown."""
+        """Return one row per split under `SUMMARY_COLUMNS`; sizes are (height, width), None is unknown."""
         return [
             (
                 s.split,
@@ -142,18 +142,18 @@ class CheckReport:
         ]
 
     def class_columns(self) -> tuple[str, ...]:
-        """What the rows of `classes` hold: number and name, then two columns for each split."""
+        """Return the columns of `classes`: number and name, then two columns for each split."""
         return ("class", "name", *(f"{s.split} {what}" for s in self._opened() for what in ("share", "images")))
 
     def classes(self) -> list[tuple[Any, ...]]:
-        """One row per class: its number, its name, and for each split its share of pixels and its images."""
+        """Return one row per class: its number, its name, and for each split its share of pixels and its images."""
         if self.labels is None:
             return []
         cells = [list(zip(s.class_shares, s.class_images)) for s in self._opened()]
         return [(k, name, *(v for split in cells for v in split[k])) for k, name in enumerate(self.labels.names)]
 
     def problems(self) -> dict[tuple[str, str], list[Problem]]:
-        """Problems by (split, kind), errors first."""
+        """Return problems by (split, kind), errors first."""
         order = [*ERRORS, *WARNINGS]
         found: dict[tuple[str, str], list[Problem]] = {}
         for split in self.splits:
@@ -162,7 +162,7 @@ class CheckReport:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, strings and numbers only, as JSON holds them."""
+        """Return the report in lists, strings and numbers, for a JSON file."""
         splits = [
             asdict(s) | {"status": s.status, "class_shares": s.class_shares, "void_share": s.void_share}
             for s in self.splits
@@ -171,7 +171,7 @@ class CheckReport:
         return {"name": self.name, "root": self.root, "status": self.status, "labels": labels, "splits": splits}
 
     def to_text(self, shown: int = 5) -> str:
-        """Two tables, the problems with the first few files of each kind, and the status in the last line."""
+        """Write two tables, the problems with the first few files of each kind, and the status in the last line."""
         parts = [*dict.fromkeys(split.note for split in self.splits if split.note)]
         parts.append(_table(SUMMARY_COLUMNS, self.summary()))
         if self.classes():
@@ -198,7 +198,7 @@ def run_data_check(
     json_path: Path | None = None,
     say: Callable[[str], None] = print,
 ) -> int:
-    """Check a dataset and say what was found; returns the exit status, 1 where there are errors.
+    """Check a dataset, print the report and return the exit status: 1 where there are errors.
 
     The arguments are those of `check_dataset`; json_path: a file for all figures.
     """
@@ -222,7 +222,7 @@ def check_dataset(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> CheckReport:
-    """Read every file of a dataset and count.
+    """Read every file of a dataset and report counts and problems.
 
     name, root, options: as for `open_dataset`. splits: those to read; None for all that are there.
     workers: threads that read; None for one per core.
@@ -258,7 +258,7 @@ def check_dataset(
 
 @dataclass
 class _Finding:
-    """What one sample showed."""
+    """The finding of one sample."""
 
     problems: list[Problem] = field(default_factory=list)
     size: Size | None = None
@@ -267,7 +267,7 @@ class _Finding:
     unknown: int = 0
 
     def count(self, mask: Mask, labels: Labels, unknown: int = 0) -> None:
-        """Unknown values have become void in the mask and are counted apart."""
+        """Count the pixels of a mask, in which unknown values have become void and are counted apart."""
         judged = mask[mask != labels.ignore_index]
         self.pixels = np.bincount(judged.astype(np.intp, copy=False), minlength=labels.num_classes).astype(np.int64)
         self.unknown = unknown
@@ -322,7 +322,7 @@ def _lonely(dataset: SegmentationDataset) -> list[Problem]:
 
 
 def _inspect_all(dataset: SegmentationDataset, threads: int) -> Iterator[_Finding]:
-    """Findings in order. Only a few samples are under way at a time, so that an interruption ends at once."""
+    """Yield findings in order; only a few samples are read at a time, so that an interruption ends at once."""
     pool = ThreadPoolExecutor(threads)  # threads, since decoders run outside Python's lock
     waiting: deque[Future[_Finding]] = deque()
     try:
@@ -354,7 +354,7 @@ def _inspect(dataset: SegmentationDataset, index: int) -> _Finding:
 
 
 def _inspect_files(dataset: FileDataset, index: int, finding: _Finding) -> None:
-    """Image and mask apart, so that one bad file of a pair does not hide the other."""
+    """Inspect image and mask apart, so that one bad file of a pair does not hide the other."""
     pair = dataset.pairing.pairs[index]
     try:
         image = load_image(pair.image)
@@ -383,7 +383,7 @@ def _inspect_files(dataset: FileDataset, index: int, finding: _Finding) -> None:
 
 
 def _sentence(error: Exception, what: str) -> str:
-    """Our errors name their file; others are told with it."""
+    """Write an error as a sentence that names the file, as errors of tokenexit do themselves."""
     if isinstance(error, TokenExitError):
         return str(error)
     return f"{what} cannot be read ({' '.join(str(error).split()) or type(error).__name__})."
@@ -405,7 +405,7 @@ def _worst(statuses: Iterable[Status]) -> Status:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns of text apart by two spaces, names to the left and numbers to the right."""
+    """Format columns two spaces apart, names to the left and numbers to the right."""
     texts = [list(columns), *([_cell(value) for value in row] for row in rows)]
     widths = [max(len(row[i]) for row in texts) for i in range(len(columns))]
     left = [all(isinstance(row[i], str) for row in rows) for i in range(len(columns))]

@@ -1,4 +1,4 @@
-"""Which files belong together, and the dataset made of such pairs."""
+"""Pairs of image and mask files, and the dataset made of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Unpaired(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairing:
-    """What a split holds on disk: pairs sorted by name, files without partner, and how many files there are."""
+    """The files of a split: pairs sorted by name, files without partner, and the numbers of files."""
 
     pairs: tuple[Pair, ...]
     unpaired: tuple[Unpaired, ...]
@@ -47,7 +47,7 @@ class Pairing:
     num_masks: int
 
     def require_partners(self) -> None:
-        """Raises `DataError` where a file has none, with the number of such files and the first of them."""
+        """Raise `DataError` if files have no partner, with their number and the first of them."""
         for lacks, has, total in (("mask", "image", self.num_images), ("image", "mask", self.num_masks)):
             paths = [path for missing, path in self.unpaired if missing == lacks]
             if paths:
@@ -58,7 +58,7 @@ class Pairing:
 
 
 class FileDataset:
-    """Pairs of files; images and masks are decoded when asked for.
+    """A dataset of file pairs; images and masks are decoded when a sample is read.
 
     unpaired: "refuse" files without partner, or "skip" them; `pairing.unpaired` lists them. note: a sentence on what
     was decided without being asked, such as how images were split.
@@ -84,7 +84,7 @@ class FileDataset:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The names of all samples, sorted."""
+        """The sorted names of all samples."""
         return tuple(pair.name for pair in self.pairing.pairs)
 
     def __len__(self) -> int:
@@ -99,7 +99,7 @@ class FileDataset:
 
 
 def check_sizes(pair: Pair, image: tuple[int, int], mask: tuple[int, int]) -> None:
-    """Raises `DataError` where (height, width) differ."""
+    """Raise `DataError` where (height, width) differ."""
     if image != mask:
         raise DataError(
             f"mask {pair.mask!r} has {mask[0]}x{mask[1]} pixels and its image {image[0]}x{image[1]}: "
@@ -114,7 +114,7 @@ def pair_folders(
     mask_suffixes: Sequence[str] = MASK_SUFFIXES,
     hint: str | None = None,
 ) -> Pairing:
-    """Files of one name in two folders and their sub-folders; what follows the name is one of the suffixes.
+    """Pair files of one name in two folders and their sub-folders; one of the suffixes follows the name.
 
     hint: what to do where there is no file at all; if not given, to put some there.
 
@@ -143,7 +143,7 @@ def pair_listed(
     mask_suffix: str = ".png",
     hint: str = "unpack both there",
 ) -> Pairing:
-    """The names in text files, one a line; a mask is taken from the first of its folders that has it.
+    """Pair files by the names in text files, one a line; a mask is taken from the first of its folders that has it.
 
     Raises `DataError` where the lists hold no name, or one twice.
     """
@@ -174,7 +174,7 @@ def pair_listed(
 
 
 def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
-    """{name without suffix, relative to folder: file}, without the hidden files that some systems leave.
+    """Return {name without suffix, relative to folder: file}, without hidden files.
 
     Raises `DataError` where two files share a name.
     """
@@ -191,19 +191,19 @@ def files_by_name(folder: Path, suffixes: Sequence[str]) -> dict[str, str]:
 
 
 def folders_in(path: Path) -> list[str]:
-    """The names of its folders, sorted, without hidden ones; nothing where there is no such folder."""
+    """Return the sorted names of the sub-folders, without hidden ones; none if `path` is no folder."""
     if not path.is_dir():
         return []
     return sorted(p.name for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def first(paths: Sequence[str]) -> str:
-    """The first few of many, for a message."""
+    """Write the first few of many paths for a message."""
     return ", ".join(paths[:_SHOWN]) + (", ..." if len(paths) > _SHOWN else "")
 
 
 def files_below(folder: Path) -> set[str]:
-    """Paths relative to folder, with forward slashes. os.walk asks the disk once per folder, not once per file."""
+    """Return paths relative to folder, with forward slashes; `os.walk` asks the disk once per folder, not per file."""
     found: set[str] = set()
     for path, _, names in os.walk(folder):
         below = PurePath(path).relative_to(folder).as_posix()

@@ -33,13 +33,12 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-import yaml
-
 from tokenexit.data.files import FileDataset, OnUnpaired
 from tokenexit.data.folder_layout import FolderLayout
 from tokenexit.data.masks import ColourMasks, IndexMasks, MaskFormat, UnknownColours
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import Colour, Labels, default_palette
+from tokenexit.runtime.schema import parse_yaml, read_bytes
 
 DATASET_FILE = "dataset.yaml"
 
@@ -52,7 +51,7 @@ _KEYS = ("classes", "palette", "ignore_index", "masks", *_INDEX_KEYS, *_COLOUR_K
 
 
 class FolderDataset(FileDataset):
-    """A split of a folder; images and masks are decoded when asked for.
+    """A split of a folder; images and masks are decoded when a sample is read.
 
     root: holds the images and masks. split: a folder within both, a list, or train, val and test drawn by file name.
     labels and the options up to `unknown_colours`: what the mask values mean, as in `IndexMasks` and `ColourMasks`;
@@ -101,13 +100,13 @@ class FolderDataset(FileDataset):
         mask_suffix: str | None = None,
         lists: str | None = None,
     ) -> tuple[str, ...]:
-        """The splits that have images. Raises `DataError` where root has no folder for any."""
+        """Return the splits that have images. Raises `DataError` where root has no folder for any."""
         root = Path(root)
         return read_layout(root, images, annotations, image_suffix, mask_suffix, lists).splits(root)
 
 
 def read_layout(root: Path, *given: str | None) -> FolderLayout:
-    """Where files lie: as given, in the order of the fields of `FolderLayout`, else as `dataset.yaml` says, if at all.
+    """Return the layout as given, in the order of the fields of `FolderLayout`, else that of `dataset.yaml`, if any.
 
     Raises `DataError` where the file cannot be read, `ConfigError` for impossible names."""
     path = root / DATASET_FILE
@@ -135,7 +134,7 @@ def build_mask_format(labels: Labels, masks: str, options: Mapping[str, Any]) ->
 
 
 def read_dataset_file(path: Path) -> MaskFormat:
-    """`dataset.yaml` -> labels and mask format. Raises `DataError` naming the file and what is wrong."""
+    """Read labels and mask format from `dataset.yaml`. Raises `DataError` naming the file and what is wrong."""
     if not path.is_file():
         raise DataError(
             f"file {str(path)!r} does not exist: write the class names there, as in 'classes: [road, tree]'."
@@ -148,11 +147,13 @@ def read_dataset_file(path: Path) -> MaskFormat:
 
 
 def _values(path: Path) -> Mapping[str, Any]:
-    """What stands in the file; nothing if it is no mapping."""
+    """Read the values of the file; none if it is no mapping."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise DataError(f"file {str(path)!r} is no valid YAML ({' '.join(str(error).split())}): correct it.") from None
+        values = parse_yaml(read_bytes(path))
+    except OSError as error:
+        raise DataError(f"file {str(path)!r} cannot be read ({error.strerror}): check its permissions.") from None
+    except ValueError as error:
+        raise DataError(f"file {str(path)!r} is no valid YAML ({error}): correct it.") from None
     return values if isinstance(values, Mapping) else {}
 
 

@@ -1,4 +1,4 @@
-"""Where images and masks lie in a folder of one's own, and which of them belong to a split.
+"""The layout of a folder of your own: where images and masks lie, and which of them belong to a split.
 
 Splits are the folders within both (`images/train`), or lists (`train.txt`), or, where there is neither, drawn by file
 name: a name's digest decides, so that a split stays as it is when images are added.
@@ -75,11 +75,11 @@ class FolderLayout:
 
     @property
     def by_split(self) -> bool:
-        """Whether the folders' names hold that of the split."""
+        """Whether folder names contain the name of the split."""
         return SPLIT in self.images
 
     def splits(self, root: Path) -> tuple[str, ...]:
-        """The splits that have images. Raises `DataError` where there is no folder for any."""
+        """Return the splits that have images. Raises `DataError` where there is no folder for any."""
         self._check_images(root)
         scheme = self._scheme(root)
         if scheme == "drawn":
@@ -90,7 +90,7 @@ class FolderLayout:
         return self._folders(root) if scheme == "folders" else tuple(sorted(self._lists(root)))
 
     def open(self, root: Path, split: str) -> tuple[Pairing, str]:
-        """The files of a split, and a sentence on how it came about if nobody chose it.
+        """Return the files of a split, and a sentence on how it was drawn, if it was.
 
         Raises `DataError`, in one sentence, where folders, files or the split are missing."""
         self._check_images(root)
@@ -141,7 +141,7 @@ class FolderLayout:
         return self._checked(root, pair_files(images, masks))
 
     def _files(self, root: Path, split: str | None = None) -> tuple[Files, Files]:
-        """Images and masks by name, of all splits or of the folder of one."""
+        """Return images and masks by name, of all splits or of the folder of one."""
         of_images, of_masks = self.images, self.annotations
         if split is not None:
             of_images, of_masks = (
@@ -174,7 +174,7 @@ class FolderLayout:
     # ------------------------------------------------------------------------------------------------------ lists
 
     def _lists(self, root: Path) -> dict[str, Path]:
-        """The lists by split: text files of that name whose first line is an image."""
+        """Return the lists by split: text files of that name whose first line names an image."""
         files = sorted((root / (self.lists or ".")).glob("*.txt"))
         if not files:
             return {}
@@ -235,7 +235,7 @@ class FolderLayout:
     # ------------------------------------------------------------------------------------------------------- hints
 
     def _checked(self, root: Path, pairing: Pairing) -> Pairing:
-        """Refuse files of which not one has a partner: then it is the names that do not fit."""
+        """Reject files of which none has a partner: then the names do not fit."""
         if not pairing.pairs:
             raise DataError(
                 f"none of {pairing.num_images} images in {str(root / self.images)!r} has a mask of its name in "
@@ -244,7 +244,7 @@ class FolderLayout:
         return pairing
 
     def _hint(self, root: Path) -> str:
-        """What is expected, what there is, and what would fit."""
+        """Describe the expected files, the files that are there, and a layout that would fit."""
         found = scan(root)
         fitting = suggestion(found)
         said = f"{EXPECTED}; found {seen(found) or 'no image at all'}"
@@ -253,13 +253,13 @@ class FolderLayout:
         return f"{said}; write to dataset.yaml, one a line: {fitting.changes()}"
 
     def changes(self) -> str:
-        """The lines of `dataset.yaml` that make this layout, for a sentence."""
+        """Write the lines of `dataset.yaml` that give this layout, for a message."""
         default = FolderLayout()
         return ", ".join(f"{key}: {value!r}" for key, value in vars(self).items() if value != getattr(default, key))
 
 
 def drawn_split(name: str) -> str:
-    """The split of an image by its name alone, on every machine alike."""
+    """Return the split of an image, drawn by its name alone, the same on every machine."""
     at = int.from_bytes(hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest()[:8], "big") / 2**64
     for split, share in DRAWN.items():
         if at < share:
@@ -269,7 +269,7 @@ def drawn_split(name: str) -> str:
 
 
 def pair_files(images: Files, masks: Files) -> Pairing:
-    """Files of one name, sorted by it, and those without partner."""
+    """Pair files of one name, sorted by name, and list those without partner."""
     lonely = [Unpaired("mask", images[name]) for name in sorted(images.keys() - masks.keys())]
     lonely += [Unpaired("image", masks[name]) for name in sorted(masks.keys() - images.keys())]
     pairs = tuple(Pair(name, images[name], masks[name]) for name in sorted(images.keys() & masks.keys()))
@@ -277,7 +277,7 @@ def pair_files(images: Files, masks: Files) -> Pairing:
 
 
 class _Known:
-    """What a line of a list may mean."""
+    """The images and masks that a line of a list may name."""
 
     def __init__(self, root: Path, layout: FolderLayout) -> None:
         self.root = root
@@ -290,7 +290,7 @@ class _Known:
         self.by_last = {last: found[0] for last, found in names.items() if len(found) == 1}
 
     def pair(self, line: str) -> Pair | None:
-        """The pair that a line names, with an empty mask where it has none; None for a line that names no image."""
+        """Return the pair that a line names, with an empty mask where it has none; None if it names no image."""
         name = self._name(line)
         if name is not None:
             return Pair(name, self.images[name], self.masks.get(name, ""))
@@ -305,7 +305,7 @@ class _Known:
         return None
 
     def begins(self, file: Path) -> bool:
-        """Whether the first line of a text file names an image."""
+        """Return whether the first line of a text file names an image."""
         try:
             return self.pair(_lines(file)[0]) is not None
         except DataError:
@@ -341,7 +341,7 @@ def _names_a_split(name: str) -> bool:
 
 
 def _endings(suffix: str, extensions: Sequence[str]) -> tuple[str, ...]:
-    """`_mask` may be followed by any of the extensions, `_mask.png` is complete."""
+    """Return the endings that a suffix allows: `_mask` with any of the extensions, `_mask.png` as it is."""
     whole = PurePath(suffix).suffix.lower() in extensions or suffix.lower() in extensions
     return (suffix,) if whole else tuple(suffix + extension for extension in extensions)
 
@@ -351,7 +351,7 @@ def _endings(suffix: str, extensions: Sequence[str]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class View:
-    """Images of a folder and its sub-folders that end alike. names: without that ending; example: one of the files."""
+    """Images of a folder and its sub-folders with one ending. names: without that ending; example: one of the files."""
 
     folder: str
     suffix: str
@@ -372,7 +372,7 @@ class View:
 
 
 def scan(root: Path) -> list[View]:
-    """What images there are, of folders up to two levels down, with all that lies deeper."""
+    """List the images of folders up to two levels down, each with all that lies deeper."""
     found: dict[str, list[PurePath]] = {}
     for relative in islice(sorted(files_below(root)), _SCANNED):
         path = PurePath(relative)
@@ -383,7 +383,7 @@ def scan(root: Path) -> list[View]:
 
 
 def seen(found: Sequence[View]) -> str:
-    """A few of the folders, in words."""
+    """Describe a few of the folders for a message."""
     shown = [view.words() for view in found if not view.suffix and view.level == 1]
     here = next((view for view in found if not view.suffix and view.level == 0), None)
     if here is not None and not shown:
@@ -392,7 +392,7 @@ def seen(found: Sequence[View]) -> str:
 
 
 def _views(folder: str, paths: Sequence[PurePath]) -> Iterable[View]:
-    """All images of a folder, those that share an ending such as `_mask`, and those of each of several kinds."""
+    """Yield all images of a folder, those that share an ending such as `_mask`, and those of each file type."""
     names = {path: path.with_suffix("").as_posix() for path in paths}
     endings = Counter(match[0] for name in names.values() if (match := re.search(r"[_\-][A-Za-z]+$", name)))
     kinds = Counter(path.suffix for path in paths)
@@ -411,7 +411,7 @@ def _view(folder: str, suffix: str, paths: Sequence[PurePath], names: Sequence[s
 
 
 def suggestion(found: Sequence[View]) -> FolderLayout | None:
-    """The layout under which most images have a mask, if any has."""
+    """Return the layout under which most images have a mask, if any has."""
 
     def rank(pair: tuple[View, View]) -> tuple[int, ...]:
         images, masks = pair
@@ -434,14 +434,14 @@ def suggestion(found: Sequence[View]) -> FolderLayout | None:
 
 
 def _apart(images: View, masks: View) -> bool:
-    """Whether suffixes tell the two apart where they lie in one folder; a name with two extensions is none."""
+    """Return whether suffixes tell images and masks apart where both lie in one folder."""
     if images.folder != masks.folder:
         return True
     return images.suffix != masks.suffix and images.suffix.startswith(".") == masks.suffix.startswith(".")
 
 
 def _without_split(folder: str) -> str:
-    """`train/img` as `{split}/img`, and `img/train` as `img`."""
+    """Write `train/img` as `{split}/img`, and `img/train` as `img`."""
     parts = folder.split("/")
     if len(parts) > 1 and _names_a_split(parts[-1]):
         return "/".join(parts[:-1])

@@ -18,7 +18,7 @@ from tokenexit.inputs.labels import Labels
 
 @dataclass(frozen=True)
 class Folders:
-    """Files of one name below two folders; names end where the suffix begins."""
+    """A split as files of one name below two folders; names end where the suffix begins."""
 
     images: str
     masks: str
@@ -26,11 +26,11 @@ class Folders:
     mask_suffixes: tuple[str, ...] = (".png",)
 
     def missing(self, home: Path) -> list[Path]:
-        """Folders that are not there."""
+        """Return the folders that are not there."""
         return [home / folder for folder in (self.images, self.masks) if not (home / folder).is_dir()]
 
     def begun(self, home: Path) -> bool:
-        """Whether there are images, be the rest missing or not."""
+        """Return whether there are images, whatever else is missing."""
         return (home / self.images).is_dir()
 
     def pair(self, home: Path, hint: str) -> Pairing:
@@ -39,7 +39,7 @@ class Folders:
 
 @dataclass(frozen=True)
 class Listed:
-    """Names in text files. lists: alternatives, each a row of files that together hold the names.
+    """A split as names in text files. lists: alternatives, each a row of files that together hold the names.
 
     masks: folders; each mask is taken from the first that has it.
     """
@@ -49,13 +49,13 @@ class Listed:
     masks: tuple[str, ...]
 
     def missing(self, home: Path) -> list[Path]:
-        """Folders that are not there, and the files of the list that is nearest to complete."""
+        """Return the folders that are not there, and the missing files of the most complete list."""
         rows = [[home / file for file in row if not (home / file).is_file()] for row in self.lists]
         folders = [home / folder for folder in (self.images, *self.masks) if not (home / folder).is_dir()]
         return min(rows, key=len) + folders
 
     def begun(self, home: Path) -> bool:
-        """Whether there are names, be the rest missing or not."""
+        """Return whether there are names, whatever else is missing."""
         return any(all((home / file).is_file() for file in row) for row in self.lists)
 
     def pair(self, home: Path, hint: str) -> Pairing:
@@ -66,7 +66,7 @@ class Listed:
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """A dataset as it lies on the disks of mmsegmentation's users.
+    """A published dataset in the folder layout that mmsegmentation uses.
 
     title: the name people know. labels: classes, colours, void. parts: splits by name.
     homes: where in the given root the parts may lie; the first one that has any of them is taken.
@@ -86,7 +86,7 @@ class Layout:
     ignore_values: tuple[int, ...] = ()
 
     def __call__(self, root: str | Path, split: str, unpaired: OnUnpaired = "refuse") -> FileDataset:
-        """A split of the dataset in the folder `root`.
+        """Open a split of the dataset in the folder `root`.
 
         unpaired: "refuse" files without partner, or "skip" them.
 
@@ -106,12 +106,12 @@ class Layout:
             raise DataError(f"{self.title}, split {split!r}: {error}") from None
 
     def splits(self, root: str | Path) -> tuple[str, ...]:
-        """The splits that are there, complete or not. Raises `DataError` where nothing of the dataset is."""
+        """Return the splits that are there, complete or not. Raises `DataError` where nothing of the dataset is."""
         home = self._home(Path(root))
         return tuple(split for split, part in self.parts.items() if part.begun(home))
 
     def known_split(self, split: str) -> str:
-        """The part's own name. Raises `DataError` for an unknown split, and for one whose masks are withheld."""
+        """Return the full name of a split. Raises `DataError` for an unknown one, and for one with withheld masks."""
         if split in self.withheld:
             raise DataError(f"split {split!r} of {self.title} has no public masks: use 'val', which papers report.")
         split = self.aliases.get(split, split)
@@ -133,12 +133,12 @@ class Layout:
 
 
 def read_names(text: str) -> tuple[str, ...]:
-    """Names of one word each, apart by spaces and line ends."""
+    """Read names of one word each, separated by white space."""
     return tuple(text.split())
 
 
 def read_labels(table: str, ignore_index: int = 255) -> Labels:
-    """Labels from lines of `red green blue name`, in the order of the classes."""
+    """Read labels from lines of `red green blue name`, in the order of the classes."""
     rows = [line.split(maxsplit=3) for line in table.strip().splitlines()]
     return Labels(
         names=tuple(name for _, _, _, name in rows),

@@ -1,4 +1,4 @@
-"""From samples to batches, in an order and with an augmentation that any run can repeat.
+"""Batches of samples, in an order and with an augmentation that any run can repeat.
 
 Everything here is a pure function of the seed and of where training stands. Training reads one endless line
 of images: epoch 0 in its order, then epoch 1 in its order, and so on. Batch number `step` is the piece of
@@ -33,14 +33,14 @@ _ORDER, _AUGMENTATION = 0, 1
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Image `index` in its turn of `epoch`."""
+    """One draw of the sampler: image `index` in `epoch`."""
 
     epoch: int
     index: int
 
 
 class Item(TypedDict):
-    """One image for a model: image (3, H, W) float32 normalised, mask (H, W) int64 with void."""
+    """One training image: image (3, H, W) float32 normalised, mask (H, W) int64 with void."""
 
     image: torch.Tensor
     mask: torch.Tensor
@@ -48,7 +48,7 @@ class Item(TypedDict):
 
 
 class TrainingBatch(TypedDict):
-    """image (B, 3, H, W) float32, mask (B, H, W) int64, and B names."""
+    """A training batch: image (B, 3, H, W) float32, mask (B, H, W) int64, and B names."""
 
     image: torch.Tensor
     mask: torch.Tensor
@@ -56,7 +56,7 @@ class TrainingBatch(TypedDict):
 
 
 class EvaluationBatch(TypedDict):
-    """B images (3, H, W) and B masks (H, W), each of its own size, and B names."""
+    """An evaluation batch: B images (3, H, W) and B masks (H, W), each of its own size, and B names."""
 
     image: list[torch.Tensor]
     mask: list[torch.Tensor]
@@ -64,7 +64,7 @@ class EvaluationBatch(TypedDict):
 
 
 class TrainingSet(Dataset[Item]):
-    """Augmented images of a dataset: `transform`, then the mean and std of `preprocessing`, not its resize.
+    """The augmented images of a dataset: `transform`, then the mean and std of `preprocessing`, not its resize.
 
     Ask with a `Draw(epoch, index)`, as `ResumableSampler` does, or with a plain index, which means the epoch
     of `set_epoch`. The draw is the safer way: worker processes that live on between epochs do not hear of
@@ -81,7 +81,7 @@ class TrainingSet(Dataset[Item]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """The epoch that plain indices mean from now on."""
+        """Set the epoch of plain indices."""
         self.epoch = _checked("epoch", epoch, least=0)
 
     def __len__(self) -> int:
@@ -94,7 +94,7 @@ class TrainingSet(Dataset[Item]):
 
 
 class EvaluationSet(Dataset[Item]):
-    """Images as a user would give them: image through `preprocessing.to_tensor`, mask in its own size."""
+    """The images of a dataset as users give them: image through `preprocessing.to_tensor`, mask in its own size."""
 
     def __init__(self, dataset: SegmentationDataset, preprocessing: Preprocessing) -> None:
         self.dataset = dataset
@@ -109,7 +109,7 @@ class EvaluationSet(Dataset[Item]):
 
 
 class ResumableSampler(Sampler[list[Draw]]):
-    """Batches of draws, step after step, for `DataLoader(training_set, batch_sampler=..., collate_fn=...)`.
+    """A batch sampler that can resume at any step, for `DataLoader(training_set, batch_sampler=..., collate_fn=...)`.
 
     length: images in the dataset.
     batch_size: images per step, over all processes; a multiple of `num_processes`.
@@ -144,11 +144,11 @@ class ResumableSampler(Sampler[list[Draw]]):
             )
 
     def set_step(self, step: int) -> None:
-        """The step whose batch comes first in the next iteration."""
+        """Set the step whose batch comes first in the next iteration."""
         self.start_step = _checked("step", step, least=0)
 
     def __len__(self) -> int:
-        """Batches from `start_step` to `stop_step`; a `TypeError` without the latter, as for all that is endless."""
+        """Return the number of batches from `start_step` to `stop_step`; raises `TypeError` without the latter."""
         if self.stop_step is None:
             raise TypeError("a ResumableSampler without stop_step has no length")
         return max(0, self.stop_step - self.start_step)
@@ -160,7 +160,7 @@ class ResumableSampler(Sampler[list[Draw]]):
             step += 1
 
     def batch(self, step: int) -> list[Draw]:
-        """This process's part of batch `step`."""
+        """Return this process's part of batch `step`."""
         local = self.batch_size // self.num_processes
         return step_draws(self.length, self.seed, step, self.batch_size)[self.rank * local : (self.rank + 1) * local]
 
@@ -231,12 +231,12 @@ class Spread:
 
 
 def epoch_order(length: int, seed: int, epoch: int) -> npt.NDArray[np.int64]:
-    """(length,) the order in which `epoch` visits 0 .. length - 1; equal numbers give equal orders."""
+    """Return the order (length,) in which `epoch` visits 0 .. length - 1; equal arguments give equal orders."""
     return _generator(seed, _ORDER, epoch).permutation(length)
 
 
 def step_draws(length: int, seed: int, step: int, batch_size: int) -> list[Draw]:
-    """The images of batch `step`: batch_size of the endless line, from step * batch_size on.
+    """Return the images of batch `step`: batch_size of the endless line, from step * batch_size on.
 
     A batch may end one epoch and begin the next, so every batch is full and no image is left out.
     """
@@ -248,12 +248,12 @@ def step_draws(length: int, seed: int, step: int, batch_size: int) -> list[Draw]
 
 
 def augmentation_rng(seed: int, epoch: int, index: int) -> np.random.Generator:
-    """The generator that image `index` draws its augmentation from in `epoch`."""
+    """Return the random generator of the augmentation of image `index` in `epoch`."""
     return _generator(seed, _AUGMENTATION, epoch, index)
 
 
 def collate_training(items: Sequence[Item]) -> TrainingBatch:
-    """B images of one size -> one batch. Raises `DataError` where sizes differ."""
+    """Collate B images of one size to one batch. Raises `DataError` where sizes differ."""
     sizes = {tuple(item["mask"].shape) for item in items}
     if len(sizes) > 1:
         raise DataError(
@@ -267,7 +267,7 @@ def collate_training(items: Sequence[Item]) -> TrainingBatch:
 
 
 def collate_evaluation(items: Sequence[Item]) -> EvaluationBatch:
-    """B images, each of its own size, as lists."""
+    """Collate B images, each of its own size, as lists."""
     return EvaluationBatch(
         image=[item["image"] for item in items],
         mask=[item["mask"] for item in items],
@@ -276,14 +276,14 @@ def collate_evaluation(items: Sequence[Item]) -> EvaluationBatch:
 
 
 def note_of(dataset: SegmentationDataset) -> str:
-    """What was decided about a dataset without being asked, in one sentence; nothing for most."""
+    """Return a sentence on what was decided about a dataset without being asked; empty for most."""
     if isinstance(dataset, Cached | Spread):
         return note_of(dataset.dataset)
     return dataset.note if isinstance(dataset, FileDataset) else ""
 
 
 def mask_tensor(mask: Mask) -> torch.Tensor:
-    """(H, W) integers -> (H, W) int64 in memory of its own: `mask` may sit in a cache."""
+    """Copy (H, W) integers to an (H, W) int64 tensor; `mask` may lie in a cache."""
     return torch.from_numpy(mask.astype(np.int64, order="C"))
 
 

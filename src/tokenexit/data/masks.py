@@ -1,4 +1,4 @@
-"""From the values in mask files to class indices: numbers, or colours of a palette.
+"""Formats of mask files: class indices from numbers, or from colours of a palette.
 
 Both kinds read a file to *codes*, one whole number per pixel, and translate codes to classes. Values that stand for
 nothing are counted, not raised, so that a check of a whole dataset can go on; `decode` raises them.
@@ -30,27 +30,27 @@ _TRANSPARENT = -1
 
 
 class MaskFormat(Protocol):
-    """What the values in mask files mean."""
+    """A format of mask files: how to read them and what their values mean."""
 
     @property
     def labels(self) -> Labels: ...
 
     def read(self, path: str | Path) -> Codes:
-        """(H, W) codes of a file. Raises `DataError` where it is damaged or of another kind."""
+        """Read the (H, W) codes of a file. Raises `DataError` where it is damaged or of another kind."""
         ...
 
     def translate(self, codes: Codes) -> tuple[Mask, Unknown]:
-        """(H, W) codes -> (H, W) class indices and `labels.ignore_index`, which unknown values become, too."""
+        """Translate (H, W) codes to (H, W) class indices; void and unknown values become `labels.ignore_index`."""
         ...
 
     def complaint(self, unknown: Unknown) -> str | None:
-        """What is wrong with unknown values and what to do, or None where they are to be ignored."""
+        """Describe unknown values and the cure for a message, or return None where they are to be ignored."""
         ...
 
 
 @dataclass(frozen=True)
 class IndexMasks:
-    """Files with one number per pixel; a palette PNG is read as its indices.
+    """Mask files with one number per pixel; a palette PNG is read as its indices.
 
     labels: the classes; `labels.ignore_index` is void in the files, too.
     reduce_zero_label: 0 in the files is void and k + 1 is class k.
@@ -111,7 +111,7 @@ class IndexMasks:
 
 @dataclass(frozen=True)
 class ColourMasks:
-    """Files that paint every class in its colour of the palette: RGB, RGBA, palette or grey images.
+    """Mask files with every class in its colour of the palette: RGB, RGBA, palette or grey images.
 
     labels: the classes; each needs a colour of its own.
     ignore_colours: colours that are void.
@@ -170,8 +170,8 @@ class ColourMasks:
         return codes
 
     def translate(self, codes: Codes) -> tuple[Mask, Unknown]:
-        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        mask, known = self._target[place], self._codes[place] == codes
+        nearest = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        mask, known = self._target[nearest], self._codes[nearest] == codes
         if known.all():
             return mask, {}
         mask[~known] = self.labels.ignore_index
@@ -188,7 +188,7 @@ class ColourMasks:
 
 
 def decode(mask_format: MaskFormat, codes: Codes, what: str) -> Mask:
-    """(H, W) codes -> (H, W) class indices. Raises `DataError` naming `what` for values that stand for nothing."""
+    """Translate (H, W) codes to (H, W) class indices. Raises `DataError`, naming `what`, for unknown values."""
     mask, unknown = mask_format.translate(codes)
     complaint = mask_format.complaint(unknown) if unknown else None
     if complaint is not None:
@@ -197,7 +197,7 @@ def decode(mask_format: MaskFormat, codes: Codes, what: str) -> Mask:
 
 
 def read_index_image(path: str | Path) -> Codes:
-    """A one-channel image as (H, W) integers, palette indices untouched.
+    """Read a one-channel image as (H, W) integers, palette indices untouched.
 
     Raises `DataError` for anything else.
     """
@@ -229,7 +229,7 @@ def _count(codes: Codes, name: Any) -> Unknown:
 
 
 def number(count: int, thing: str) -> str:
-    """`1 pixel`, `2 pixels`."""
+    """Write a number with its noun: `1 pixel`, `2 pixels`."""
     return f"{count} {thing}{'s' if count != 1 else ''}"
 
 
@@ -253,6 +253,6 @@ def _checked_colour(colour: Any) -> Colour:
 
 
 def _narrowest_type(labels: Labels) -> type[np.integer[Any]]:
-    """One byte per pixel where it holds all values: masks are copied, cropped and cached many times."""
+    """Return the narrowest integer type of all values: masks are copied, cropped and cached many times."""
     highest = max(labels.num_classes - 1, labels.ignore_index)
     return np.uint8 if labels.ignore_index >= 0 and highest <= 255 else np.int32

@@ -1,4 +1,4 @@
-"""Datasets by name. A new one is a file with an opener, as `Layout` makes it or a function, and a line here."""
+"""The registry of datasets. A new one is a file with a `Layout` or a function that opens it, and a line here."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ DATASETS = {
 
 
 def open_dataset(name: str, root: str | Path | None, split: str, **options: Any) -> SegmentationDataset:
-    """The split of a dataset, by name; "folder" has its own classes, and "scenes" needs no root.
+    """Open a split of a dataset by name; "folder" has its own classes, and "scenes" needs no root.
 
     root: the dataset's folder; None for datasets that are drawn, not read.
     options: what the dataset's own opener takes beyond root and split.
@@ -47,7 +47,7 @@ def open_dataset(name: str, root: str | Path | None, split: str, **options: Any)
 
 
 def check_dataset_options(name: str, root: str | Path | None, split: str, **options: Any) -> None:
-    """Raise what `open_dataset` would whatever lies in the folder, which need not be there."""
+    """Raise the errors of `open_dataset` that do not depend on files; the folder need not be there."""
     opener = _opener(name)
     _check_options(name, options)
     if _checked_root(name, opener, root) is None:
@@ -57,12 +57,12 @@ def check_dataset_options(name: str, root: str | Path | None, split: str, **opti
 
 
 def dataset_options(name: str) -> tuple[str, ...]:
-    """The options of a dataset. Raises `DataError` for an unknown name."""
+    """Return the options of a dataset. Raises `DataError` for an unknown name."""
     return tuple(key for key in inspect.signature(_opener(name)).parameters if key not in ("root", "split"))
 
 
 def dataset_labels(name: str) -> Labels | None:
-    """Classes of a dataset that everybody has alike; None for one that brings its own.
+    """Return the labels of a published dataset; None for one that brings its own.
 
     Raises `DataError` for an unknown name.
     """
@@ -76,7 +76,7 @@ def dataset_labels(name: str) -> Labels | None:
 
 
 def dataset_splits(name: str, root: str | Path | None, **options: Any) -> tuple[str, ...]:
-    """The splits of a dataset that are there to open. options: as for `open_dataset`.
+    """Return the splits of a dataset that can be opened. options: as for `open_dataset`.
 
     Raises `DataError` for an unknown name, and for a root that is missing or too much.
     """
@@ -92,7 +92,7 @@ def dataset_splits(name: str, root: str | Path | None, **options: Any) -> tuple[
 
 
 def check_name(name: str) -> None:
-    """Raises `DataError` for an unknown name; loads nothing."""
+    """Raise `DataError` for an unknown name; loads nothing."""
     if name not in DATASETS:
         raise DataError(f"dataset {name!r} is unknown: choose one of {', '.join(sorted(DATASETS))}.")
 
@@ -113,7 +113,7 @@ def _check_options(name: str, options: Mapping[str, Any]) -> None:
 
 
 def _checked_root(name: str, opener: Callable[..., SegmentationDataset], root: str | Path | None) -> Path | None:
-    """The root of a dataset that is read, None for one that is drawn."""
+    """Return the root of a dataset that is read from files, None for one that is drawn."""
     if "root" not in inspect.signature(opener).parameters:
         if root is not None:
             raise DataError(f"dataset {name!r} needs no folder, but root={str(root)!r} is given: leave it out.")

@@ -24,14 +24,14 @@ _CROP_TRIES = 10
 
 
 class Transform(Protocol):
-    """Anything that turns a sample into a sample. Must not change the given sample: it may sit in a cache."""
+    """A function from sample to sample, which must not change the given sample: it may lie in a cache."""
 
     def __call__(self, sample: Sample, rng: np.random.Generator, /) -> Sample: ...
 
 
 @dataclass(frozen=True)
 class Compose:
-    """One transform after the other, all drawing from one generator."""
+    """A sequence of transforms, all drawing from one generator."""
 
     transforms: tuple[Transform, ...]
 
@@ -60,7 +60,7 @@ class Foreign:
 
 @dataclass(frozen=True)
 class Resize:
-    """To (height, width) exactly, or, with one number, to that shortest side with the aspect ratio kept."""
+    """Resize to (height, width) exactly, or to a shortest side with the aspect ratio kept."""
 
     size: int | tuple[int, int]
 
@@ -99,7 +99,7 @@ class RandomResize:
 
 @dataclass(frozen=True)
 class RandomCrop:
-    """A window of (height, width), or of what the image has where it is smaller (see `Pad`).
+    """Crop a random window of (height, width), or of the image's side where it is smaller (see `Pad`).
 
     A window in which one class holds `cat_max_ratio` or more of the judged pixels is drawn again, ten times
     at most; 1.0 takes the first. Pixels at `ignore_index` are not counted.
@@ -137,7 +137,7 @@ class RandomCrop:
 
 @dataclass(frozen=True)
 class RandomFlip:
-    """Left becomes right with this probability."""
+    """Flip horizontally with this probability."""
 
     probability: float = 0.5
 
@@ -154,7 +154,7 @@ class RandomFlip:
 
 @dataclass(frozen=True)
 class PhotometricDistortion:
-    """Brightness, contrast, saturation and hue, each changed with probability one half, in mmsegmentation's order.
+    """Change brightness, contrast, saturation and hue, each with probability 0.5, in mmsegmentation's order.
 
     brightness: largest shift, in grey levels (0..255).
     contrast, saturation: range of the factor. Contrast comes before or after the colours, by the toss of a coin.
@@ -197,7 +197,7 @@ class PhotometricDistortion:
 
 @dataclass(frozen=True)
 class Pad:
-    """Up to at least (height, width), at the right and at the bottom: void in the mask, `fill` (RGB) in the image.
+    """Pad to at least (height, width), at the right and the bottom: void in the mask, `fill` (RGB) in the image.
 
     The middle grey of the default lies near zero after normalisation.
     """
@@ -228,7 +228,7 @@ def training_transform(
     base: tuple[int, int] | None = None,
     cat_max_ratio: float = 0.75,
 ) -> Compose:
-    """The usual chain: random scale, crop, flip, colours, padding; every result has the size `crop`."""
+    """Return the usual augmentation: random scale, crop, flip, colours, padding; every result has the size `crop`."""
     return Compose(
         (
             RandomResize(ratio, base),
@@ -244,14 +244,14 @@ def training_transform(
 
 
 def fit_into(size: tuple[int, int], box: tuple[int, int]) -> tuple[int, int]:
-    """The largest (height, width) of the same shape with the long side within max(box), the short in min(box)."""
+    """Return the largest (height, width) of the same shape with long side <= max(box) and short <= min(box)."""
     height, width = size
     factor = min(max(box) / max(height, width), min(box) / min(height, width))
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
 
 
 def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
-    """Image bilinearly, mask by nearest neighbour, to (height, width)."""
+    """Resize to (height, width): the image bilinearly, the mask by nearest neighbour."""
     if size == sample.size:
         return sample
     height, width = size
@@ -260,7 +260,7 @@ def resize_sample(sample: Sample, size: tuple[int, int]) -> Sample:
 
 
 def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
-    """(H, W) -> (height, width): each pixel takes the value at its centre, whatever the integer type."""
+    """Resize a mask (H, W) to (height, width): each pixel takes the value at its centre, whatever the integer type."""
     rows = ((np.arange(size[0]) + 0.5) * (mask.shape[0] / size[0])).astype(np.intp)
     columns = ((np.arange(size[1]) + 0.5) * (mask.shape[1] / size[1])).astype(np.intp)
     resized: Mask = mask.take(rows, axis=0).take(columns, axis=1)
@@ -268,7 +268,7 @@ def resize_mask(mask: Mask, size: tuple[int, int]) -> Mask:
 
 
 def largest_class_share(mask: Mask, ignore_index: int) -> float:
-    """The share of the most frequent class among the judged pixels; 1.0 where nothing is judged."""
+    """Return the share of the most frequent class in labelled pixels; 1.0 where there are none."""
     judged_values = mask[mask != ignore_index].astype(np.intp, copy=False)
     counts = np.bincount(judged_values)  # np.unique sorts, which costs ten times as much
     judged = int(counts.sum())
@@ -276,14 +276,14 @@ def largest_class_share(mask: Mask, ignore_index: int) -> float:
 
 
 def _levels(image: Image.Image, factor: float, shift: float) -> Image.Image:
-    """value * factor + shift for all channels, by one table of 256 entries."""
+    """Apply value * factor + shift to all channels, by one table of 256 entries."""
     if factor == 1.0 and shift == 0.0:
         return image
     return image.point(_table(np.arange(256) * factor + shift) * 3)
 
 
 def _shift_colour(image: Image.Image, saturation: float, hue: float) -> Image.Image:
-    """Saturation times a factor, hue turned by a share of the circle: two tables around one visit to HSV."""
+    """Multiply saturation by a factor and turn hue by a share of the circle, in HSV."""
     if saturation == 1.0 and hue == 0.0:
         return image
     levels = np.arange(256)

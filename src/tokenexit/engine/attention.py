@@ -29,7 +29,7 @@ AttentionPath = Literal["batched", "loop", "varlen", "padded"]
 
 
 def attention_path(device: torch.device, dtype: torch.dtype, uniform: bool = False) -> AttentionPath:
-    """The implementation that `packed_attention` uses for this device and precision."""
+    """Return the implementation that `packed_attention` uses for this device and precision."""
     if uniform:
         return "batched"
     if device.type == "cpu":
@@ -47,7 +47,7 @@ def packed_attention(
     packing_k: Packing,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Softmax attention within each image, scaled by `H ** -0.5`.
+    """Apply softmax attention within each image, scaled by `H ** -0.5`.
 
     q_TNH: `(Tq, N, H)`; k_TNH, v_TNH: `(Tk, N, H)`. Returns `(Tq, N, H)`. A query whose image has no key at all
     receives zeros. dropout: probability to drop an attention weight; pass 0 outside training.
@@ -72,12 +72,12 @@ def _batched(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: 
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """`(B, N, tq, H)` and twice `(B, N, tk, H)` to `(B, N, tq, H)`."""
+    """Attend from `(B, N, tq, H)` to keys and values `(B, N, tk, H)`, with torch's fused kernel."""
     return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """The same as two matrix products and a softmax, in pieces whose scores stay in the cache.
+    """Compute the same as two matrix products and a softmax, in pieces whose scores stay in the cache.
 
     The fused CPU kernel multiplies bf16 at the rate of fp32 where the processor has no matrix tiles (AMX); plain
     products run at the bf16 rate and make attention two to three times faster, forward and backward.
@@ -102,7 +102,7 @@ def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
 
 
 def _piece(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Some rows of some heads, scaled `(n, t, H)`, against all keys of these heads `(n, tk, H)`."""
+    """Attend from some rows of some heads, scaled `(n, t, H)`, to all keys of these heads `(n, tk, H)`."""
     weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1)
     return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
 
@@ -132,7 +132,7 @@ def _one_image(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, dropout: float) -> T
 
 
 def _nothing_seen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
-    """Zeros that still hang on all three inputs: with many processes every parameter must take part in backward."""
+    """Return zeros that depend on all three inputs: with many processes every parameter must take part in backward."""
     return q_TNH * 0 + (k_TNH.sum() + v_TNH.sum()) * 0
 
 
@@ -140,7 +140,7 @@ def _varlen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing_q: Packing, pac
     from torch.nn.attention.varlen import varlen_attn
 
     out = varlen_attn(q_TNH, k_TNH, v_TNH, packing_q.offsets, packing_k.offsets, packing_q.longest, packing_k.longest)
-    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are asked for
+    assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
     return out
 
 
@@ -152,7 +152,7 @@ def padded_attention(
     packing_k: Packing,
     dropout: float = 0.0,
 ) -> Tensor:
-    """The padded path, and the reference for the others: `(B, longest)` batches with the padding masked out."""
+    """Attend in `(B, longest)` batches with the padding masked out; the other paths are compared with this one."""
     q = pad(q_TNH, packing_q).transpose(1, 2)  # (B, N, tq, H)
     k = pad(k_TNH, packing_k).transpose(1, 2)
     v = pad(v_TNH, packing_k).transpose(1, 2)
@@ -167,7 +167,7 @@ def padded_attention(
 
 
 def segment_matmul(x: Tensor, y: Tensor, packing: Packing) -> Tensor:
-    """Rows of each image times that image's matrix: `x (T, C)`, `y (B, K, C)` to `(T, K)`."""
+    """Multiply the rows of each image by that image's matrix: `x (T, C)`, `y (B, K, C)` to `(T, K)`."""
     if packing.uniform and packing.total > 0:
         batch = x.unflatten(0, (len(packing.lengths), packing.longest))
         return torch.bmm(batch, y.transpose(1, 2)).flatten(0, 1)
@@ -177,7 +177,7 @@ def segment_matmul(x: Tensor, y: Tensor, packing: Packing) -> Tensor:
 
 
 def pad(packed: Tensor, packing: Packing) -> Tensor:
-    """Packed rows `(T, ...)` to a zero-padded batch `(B, longest, ...)`."""
+    """Turn packed rows `(T, ...)` into a zero-padded batch `(B, longest, ...)`."""
     rows = padded_rows(packing, packing.longest)
     flat = packed.new_zeros((len(packing.lengths) * packing.longest, *packed.shape[1:]))
     padded: Tensor = flat.index_copy(0, rows, packed).unflatten(0, (len(packing.lengths), packing.longest))
@@ -185,12 +185,12 @@ def pad(packed: Tensor, packing: Packing) -> Tensor:
 
 
 def unpad(padded: Tensor, packing: Packing) -> Tensor:
-    """The inverse of `pad`."""
+    """Turn a padded batch `(B, longest, ...)` back into packed rows `(T, ...)`."""
     return padded.flatten(0, 1).index_select(0, padded_rows(packing, packing.longest))
 
 
 def padded_rows(packing: Packing, length: int) -> Tensor:
-    """Where each packed row stands among those of a batch in which every image has `length`: `(T,)` int64."""
+    """Return the index of each packed row in a batch in which every image has `length` rows: `(T,)` int64."""
     image = packing.image_index()
     starts = packing.offsets[:-1].long().index_select(0, image)
     return torch.arange(packing.total, device=starts.device) - starts + image * length

@@ -1,7 +1,7 @@
-"""Blocks as CUDA graphs: a span of blocks in one launch, for whatever number of live tokens.
+"""CUDA graphs run a span of blocks in one launch, for any number of live tokens.
 
-A block is some twenty launches, and few tokens leave a GPU waiting for them. A graph replays a whole span in one, but
-for fixed shapes: lengths are padded to the next bucket, and padding is masked out of attention.
+A block takes some twenty launches, and with few tokens the GPU waits for them. A graph replays a whole span in one
+launch, but for fixed shapes: lengths are padded to the next bucket, and padding is masked out of attention.
 
 Legend: B images, L tokens of each with padding, T packed tokens, C channels, N heads.
 """
@@ -24,15 +24,15 @@ STEP = 64
 """Tokens between two buckets."""
 WASTE = 0.25
 """Share of padding beyond which packed blocks are faster than padded ones."""
-MOST = 64
-"""Graphs that are kept; the one that was not used for longest makes room."""
+MAX_GRAPHS = 64
+"""Number of graphs that are kept; the least recently used one makes room."""
 
 Record: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], object]]]
-"""Runs a function of fixed tensors; gives its result, and what computes that anew in the same place."""
+"""A function that runs a function of fixed tensors; it returns the result, and a call that recomputes it in place."""
 
 
 class PaddedBlock(Protocol):
-    """A block of the backbone, as far as it is asked here."""
+    """The part of a backbone block that this module uses."""
 
     def padded(self, x: Tensor, visible: Tensor) -> Tensor: ...
 
@@ -40,7 +40,7 @@ class PaddedBlock(Protocol):
 
 
 def cuda_graphs(device: torch.device) -> Record:
-    """Record what a function launches on `device`, current or not. Graphs that never overlap can share their memory."""
+    """Return a recorder of what a function launches on `device`. Its graphs never overlap and share their memory."""
     pool = torch.cuda.graph_pool_handle()
     first, recorded = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
@@ -61,7 +61,7 @@ def cuda_graphs(device: torch.device) -> Record:
 
 @dataclass(frozen=True)
 class _Graph:
-    """x: `(B, L, C)` and visible: `(B, 1, 1, L)` are written before, out: `(B, L, C)` is read after `replay`."""
+    """One recorded span: write `x (B, L, C)` and `visible (B, 1, 1, L)`, call `replay`, read `out (B, L, C)`."""
 
     x: Tensor
     visible: Tensor
@@ -70,7 +70,7 @@ class _Graph:
 
 
 class CapturedBlocks:
-    """Spans of blocks, recorded at the first use of a bucket and replayed from then on.
+    """Spans of blocks are recorded at the first use of a bucket and replayed from then on.
 
     Under autocast, weights of linear layers are lowered once, when the first graph of a precision is recorded: weights
     must not change afterwards. Calls must not overlap, since graphs write to fixed places.
@@ -85,13 +85,13 @@ class CapturedBlocks:
         return -(-longest // self.step) * self.step
 
     def fits(self, packing: Packing) -> bool:
-        """Whether padding to the bucket is worth a graph; for an image alone it always is."""
+        """Return whether padding to the bucket is worth a graph; for a single image it always is."""
         padded = len(packing.lengths) * self.bucket(packing.longest)
         alone = len(packing.lengths) == 1
         return packing.total > 0 and (alone or padded <= (1 + WASTE) * packing.total)
 
     def run(self, x: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
-        """Blocks `start` (inclusive) to `stop` (exclusive): `(T, C)` to `(T, C)`. Without gradients."""
+        """Run blocks `start` (inclusive) to `stop` (exclusive): `(T, C)` to `(T, C)`, without gradients."""
         graph = self._graph(x, packing, start, stop)
         length = graph.x.shape[1]
         rows = padded_rows(packing, length)
@@ -114,12 +114,12 @@ class CapturedBlocks:
         visible = torch.ones(images, 1, 1, length, dtype=torch.bool, device=x.device)
         out, replay = self.record(lambda: _span(blocks, padded, visible))
         self._graphs[key] = _Graph(padded, visible, out, replay)
-        if len(self._graphs) > MOST:
+        if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return self._graphs[key]
 
     def _lowered_to(self, dtype: torch.dtype) -> list[PaddedBlock]:
-        """Copies that autocast finds nothing to lower in: it would do so in every replay."""
+        """Copy the blocks with weights already in `dtype`: autocast would convert them again in every replay."""
         if dtype not in self._lowered:
             copies = copy.deepcopy(self.blocks)
             for module in (module for block in copies for module in block.modules()):

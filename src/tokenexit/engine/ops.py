@@ -1,11 +1,11 @@
-"""Counting multiply-adds.
+"""Multiply-adds are counted from numbers of tokens.
 
 Every layer states its work as an `Ops` value computed from token counts; the ledger adds them up. A MAC is one
 multiply-add of a matrix product, a convolution or an attention product. Bias, softmax, activation, normalisation,
 indexing and interpolation are not MACs. What the literature prints as "GFLOPs" is GMACs.
 
 The `dtop` convention reproduces the published DToP baselines: one head, no class token, LayerNorm at 5 and bilinear
-upsampling at 4 per output element, as the counting tool of that paper does (specification of DToP, section d).
+upsampling at 4 per output element, as fvcore's FLOP counter has them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ GIGA = 1_000_000_000
 
 @dataclass(frozen=True)
 class Ops:
-    """Work of a layer on one image.
+    """The work of a layer on one image.
 
     macs: multiply-adds executed.
     norm_elements: elements passed through a LayerNorm (only the `dtop` convention charges them).
@@ -46,19 +46,20 @@ class Ops:
 
 
 def linear(tokens: int, inputs: int, outputs: int) -> Ops:
-    """A linear layer or 1x1 convolution on `tokens` positions."""
+    """Count a linear layer or 1x1 convolution on `tokens` positions."""
     return Ops(macs=tokens * inputs * outputs)
 
 
 def attention(queries: int, keys: int, width: int) -> Ops:
-    """The two attention products q k^T and a v over all heads, `width` channels in total."""
+    """Count the two attention products q k^T and a v over all heads, `width` channels in total."""
     return Ops(macs=2 * queries * keys * width)
 
 
 def layer_norm(tokens: int, channels: int) -> Ops:
+    """Count a LayerNorm on `tokens` positions."""
     return Ops(norm_elements=tokens * channels)
 
 
 def conv2d(height: int, width: int, inputs: int, outputs: int, kernel: int) -> Ops:
-    """A dense convolution with `height x width` outputs."""
+    """Count a dense convolution with `height x width` outputs."""
     return Ops(macs=height * width * inputs * outputs * kernel * kernel)

@@ -1,4 +1,4 @@
-"""`Tokens`, the one value that flows through the network: the live tokens of a whole batch, packed.
+"""`Tokens` is the one value that flows through the network: the live tokens of a whole batch, packed.
 
 Legend: T live tokens of the batch (prefix included), P live patch tokens, B images, C channels,
 cells = all patches of all images, the rows of the batch's flat canvas.
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 Grid = tuple[int, int]
-"""Patches of an image as (rows, columns)."""
+"""Number of patches of an image as (rows, columns)."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,10 @@ class Packing:
 
     The lengths are kept on the host as well as the device: the host copy sizes buffers and CPU attention without a
     synchronisation, the device copy drives variable-length kernels.
+
+    Attributes:
+        lengths: number of rows of each image.
+        offsets: `(B + 1,)` int32 first row of each image, and the total.
     """
 
     lengths: tuple[int, ...]
@@ -43,11 +47,11 @@ class Packing:
 
     @property
     def uniform(self) -> bool:
-        """All images hold the same number of rows, so that the packed tensor is a plain batch."""
+        """Whether all images have the same number of rows, so that the packed tensor is a plain batch."""
         return len(self.lengths) <= 1 or len(set(self.lengths)) == 1
 
     def image_index(self) -> Tensor:
-        """Image of every packed row, `(T,)` int64."""
+        """Return the image of every packed row, `(T,)` int64."""
         if len(self.lengths) == 1:
             return torch.zeros(self.total, dtype=torch.int64, device=self.offsets.device)
         images = torch.arange(len(self.lengths), device=self.offsets.device)
@@ -57,14 +61,16 @@ class Packing:
 
 @dataclass(frozen=True)
 class Tokens:
-    """Live tokens of a batch, image after image; inside an image the prefix tokens come first, then patches in
-    raster order.
+    """Live tokens of a batch, image after image.
 
-    x: features `(T, C)`.
-    position: `(T,)` int64 row of each token on the batch's flat canvas, -1 for prefix tokens.
-    packing: where each image begins among the T rows.
-    grids: patches of every image, live or not.
-    num_prefix: class and register tokens per image.
+    Inside an image the prefix tokens come first, then patches in raster order.
+
+    Attributes:
+        x: features `(T, C)`.
+        position: `(T,)` int64 row of each token on the batch's flat canvas, -1 for prefix tokens.
+        packing: where each image begins among the T rows.
+        grids: (rows, columns) of patches of every image, live or not.
+        num_prefix: number of class and register tokens per image.
     """
 
     x: Tensor
@@ -75,28 +81,28 @@ class Tokens:
 
     @property
     def live(self) -> tuple[int, ...]:
-        """Live patch tokens of each image, prefix tokens not counted."""
+        """Number of live patch tokens of each image, prefix tokens not counted."""
         return tuple(length - self.num_prefix for length in self.packing.lengths)
 
     @property
     def cells(self) -> int:
-        """Rows of the flat canvas: all patches of all images."""
+        """Number of rows of the flat canvas: all patches of all images."""
         return sum(h * w for h, w in self.grids)
 
     def with_x(self, x: Tensor) -> Tokens:
         return replace(self, x=x)
 
     def patch_index(self) -> Tensor:
-        """Rows of the patch tokens among the T, `(P,)` int64."""
+        """Return the rows of the patch tokens among the T, `(P,)` int64."""
         return _rows_where(self.position >= 0, sum(self.live))
 
     def prefix_index(self) -> Tensor:
-        """Rows of the prefix tokens, `(B * num_prefix,)` int64."""
+        """Return the rows of the prefix tokens, `(B * num_prefix,)` int64."""
         starts = self.packing.offsets[:-1].long()
         return (starts[:, None] + torch.arange(self.num_prefix, device=starts.device)).flatten()
 
     def patches(self) -> Tokens:
-        """The live patch tokens alone, which is what heads see."""
+        """Return the live patch tokens alone, which is what heads see."""
         if self.num_prefix == 0:
             return self
         index = self.patch_index()
@@ -109,7 +115,7 @@ class Tokens:
         )
 
     def keep(self, mask: Tensor) -> Tokens:
-        """The tokens that stay: all prefix tokens and the patch tokens where `mask` holds.
+        """Return the tokens that stay: all prefix tokens and the patch tokens where `mask` holds.
 
         mask: `(P,)` bool over the live patch tokens in packed order. One host synchronisation, for the counts.
         """
@@ -132,12 +138,12 @@ class Tokens:
 
 
 def cell_packing(tokens: Tokens) -> Packing:
-    """Which rows of the flat canvas belong to which image."""
+    """Return which rows of the flat canvas belong to which image."""
     return Packing.of([h * w for h, w in tokens.grids], tokens.x.device)
 
 
 def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:
-    """A copy of `canvas (cells, C)` with `value (P, C)` written to the rows `position (P,)`.
+    """Copy `canvas (cells, C)` with `value (P, C)` written to the rows `position (P,)`.
 
     Out of place: gradients flow into the written values and into the rows that stay.
     """
@@ -145,7 +151,7 @@ def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:
 
 
 def group_equal(values: Sequence[object]) -> list[list[int]]:
-    """Indices of equal values together, groups in the order of their first members; values need no hash."""
+    """Group the indices of equal values, in the order of their first members; values need no hash."""
     groups: list[list[int]] = []
     for i, value in enumerate(values):
         group = next((group for group in groups if values[group[0]] == value), None)
@@ -157,7 +163,7 @@ def group_equal(values: Sequence[object]) -> list[list[int]]:
 
 
 def unpack_grids(packed: Tensor, grids: Sequence[Grid], scale: int = 1) -> list[tuple[list[int], Tensor]]:
-    """A packed canvas `(sum h w s^2, K)` as image batches, one for every distinct grid.
+    """Turn a packed canvas `(sum h w s^2, K)` into image batches, one for every distinct grid.
 
     Returns pairs of the images' indices and their values `(b, K, h s, w s)`.
     """
@@ -174,7 +180,7 @@ def unpack_grids(packed: Tensor, grids: Sequence[Grid], scale: int = 1) -> list[
 
 
 def pack_grids(batches: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
-    """The inverse of `unpack_grids`: image batches `(b, K, H, W)` to one packed `(sum H W, K)` canvas."""
+    """Turn image batches `(b, K, H, W)` back into one packed `(sum H W, K)` canvas: the inverse of `unpack_grids`."""
     rows: dict[int, Tensor] = {}
     for members, maps in batches:
         for i, image in zip(members, maps.flatten(2).transpose(1, 2)):
@@ -183,7 +189,7 @@ def pack_grids(batches: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
 
 
 def _rows_where(mask: Tensor, total: int) -> Tensor:
-    """Indices of the true rows, `(total,)` int64; `total` is known to the host, so CUDA need not synchronise."""
+    """Return the indices of the true rows, `(total,)` int64; the host knows `total`, so CUDA need not synchronise."""
     if mask.device.type == "cpu":
         return mask.nonzero().squeeze(1)
     return torch.nonzero_static(mask, size=total).squeeze(1)

@@ -31,21 +31,34 @@ Side = Annotated[int, Between(1, 1024)]
 
 @dataclass(frozen=True)
 class ViTConfig:
-    """A plain ViT. Defaults are timm's `vit_*_patch16_224`.
+    """The architecture of a plain ViT. Defaults are timm's `vit_*_patch16_224`.
 
-    Every field is held to its type and bounds, which leave room beyond any published ViT. Raises `ConfigError`.
+    Every field is checked for its type and bounds, which leave room beyond any published ViT.
 
-    layer_scale: start value of LayerScale, None without it (DeiT-3, DINOv2 have it).
-    mlp: "gelu", or "swiglu" (DINOv2 giant; `mlp_ratio` then counts both gates).
-    class_token: DoViT needs one, DToP runs without.
-    final_norm: LayerNorm after the last block, before the decode head.
-    pos_embed_grid: rows and columns of the position table.
-    pos_embed_prefix: the table's first row belongs to the class token (timm's `no_embed_class=False`).
-    pos_embed_mode, pos_embed_antialias, pos_embed_offset: how the table is resized to another grid. timm
-        antialiases; SETR is bilinear; DINOv2 without registers adds 0.1 to the target size.
-    drop_path: probability to drop a residual branch at the last block, linear over the depth from 0.
-    drop_path_attention: drop attention branches too; the releases of DToP and DoViT drop MLP branches alone, as
-        mmsegmentation does.
+    Attributes:
+        embed_dim: width C of the tokens, a multiple of `num_heads`.
+        depth: number of blocks.
+        num_heads: number of attention heads.
+        patch_size: side of a square patch in pixels.
+        mlp_ratio: hidden width of the MLP over `embed_dim`.
+        mlp: "gelu", or "swiglu" (DINOv2 giant; `mlp_ratio` then counts both gates).
+        qkv_bias: biases in the projection to queries, keys and values.
+        layer_scale: start value of LayerScale (timm's `init_values`), None without it (DeiT-3, DINOv2 have it).
+        class_token: a class token in front of the patches; DoViT needs one, DToP runs without.
+        num_registers: number of register tokens (timm's `reg_tokens`).
+        final_norm: LayerNorm after the last block, before the decode head.
+        norm_eps: epsilon of all LayerNorms.
+        pos_embed_grid: rows and columns of the position table.
+        pos_embed_prefix: whether the table's first row belongs to the class token (timm's `no_embed_class=False`).
+        pos_embed_mode: interpolation to another grid, "bicubic" or "bilinear" (SETR).
+        pos_embed_antialias: antialiasing in it, as timm does.
+        pos_embed_offset: added to the target size; 0.1 in DINOv2 without registers.
+        drop_path: probability of dropping a residual branch at the last block, linear over the depth from 0.
+        drop_path_attention: drop attention branches too; the releases of DToP and DoViT drop MLP branches alone, as
+            mmsegmentation does.
+
+    Raises:
+        ConfigError: for a field outside its type or bounds, and for fields that contradict each other.
     """
 
     embed_dim: Annotated[int, Between(1, 8192)] = 192
@@ -88,13 +101,16 @@ class ViTConfig:
 
     @property
     def num_prefix_tokens(self) -> int:
+        """Number of class and register tokens in front of the patches of each image."""
         return int(self.class_token) + self.num_registers
 
     @property
     def mlp_hidden(self) -> int:
+        """Hidden width of the MLP."""
         return int(self.embed_dim * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
+        """Return all fields by name, as JSON holds them."""
         return asdict(self)
 
 
@@ -151,7 +167,7 @@ PRESETS: dict[str, ViTConfig] = {
 
 
 def vit_config(backbone: str | ViTConfig, **changes: Any) -> ViTConfig:
-    """A preset by name, with some fields changed: `vit_config("vit_tiny_patch16", class_token=False)`."""
+    """Return a preset by name with some fields changed: `vit_config("vit_tiny_patch16", class_token=False)`."""
     if isinstance(backbone, str):
         if backbone not in PRESETS:
             raise ConfigError(f"backbone '{backbone}' is unknown: choose one of {', '.join(PRESETS)}.")
@@ -192,8 +208,11 @@ def resize_pos_embed(
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to vectors; images that are no multiple of the patch are padded right and below with
-    zeros (the mean colour after normalisation)."""
+    """Projection of non-overlapping patches to vectors.
+
+    Images that are no multiple of the patch are padded right and below with zeros (the mean colour after
+    normalisation).
+    """
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -201,11 +220,12 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
 
     def grid(self, height: int, width: int) -> Grid:
+        """Return (rows, columns) of patches of an image of this size in pixels."""
         p = self.patch_size
         return (height + p - 1) // p, (width + p - 1) // p  # graphs divide towards zero: no negative numbers
 
     def forward(self, images: Tensor) -> Tensor:
-        """`(B, 3, H, W)` to `(B, C, h, w)`."""
+        """Embed images `(B, 3, H, W)` as `(B, C, h, w)`."""
         height, width = images.shape[2:]
         h, w = self.grid(height, width)
         images = F.pad(images, (0, w * self.patch_size - width, 0, h * self.patch_size - height))
@@ -222,7 +242,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """`(T, 3 C)` to `(T, C)`, before the last projection."""
+        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection."""
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
 
@@ -240,7 +260,7 @@ class Mlp(nn.Module):
 
 
 class SwiGlu(nn.Module):
-    """Gated MLP of DINOv2 giant: `fc2(silu(a) * b)` with `a, b = fc1(x)`."""
+    """The gated MLP of DINOv2 giant: `fc2(silu(a) * b)` with `a, b = fc1(x)`."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -253,6 +273,8 @@ class SwiGlu(nn.Module):
 
 
 class LayerScale(nn.Module):
+    """A learned factor for each channel of a residual branch."""
+
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
         self.gamma = nn.Parameter(torch.full((dim,), value))
@@ -262,18 +284,17 @@ class LayerScale(nn.Module):
 
 
 def drop_path(probability: float, packing: Packing, dtype: torch.dtype) -> Tensor:
-    """Factors of stochastic depth on packed tokens, `(T, 1)`: drawn once per image, gathered per token (Huang et al.,
-    2016)."""
+    """Draw factors of stochastic depth on packed tokens, `(T, 1)`: one draw per image (Huang et al., 2016)."""
     keep = torch.rand(len(packing.lengths), device=packing.offsets.device) >= probability
     factor = keep.to(dtype) / (1.0 - probability)
     return factor.index_select(0, packing.image_index())[:, None]
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block over packed tokens.
+    """A pre-norm transformer block over packed tokens.
 
-    `before` and `after` attention rows do not meet: both are free of the packing, and can be compiled for any number of
-    rows.
+    `before` and `after` attention, rows are independent: neither part knows the packing, and both can be compiled for
+    any number of rows.
     """
 
     def __init__(
@@ -300,7 +321,7 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """`(T, C)` to `(T, C)`."""
+        """Run the block on packed tokens: `(T, C)` to `(T, C)`."""
         attended = self.attn.attend(self.before(x), packing)
         if not (self.training and self.drop_path > 0.0):
             return self.after(x, attended)
@@ -308,7 +329,7 @@ class Block(nn.Module):
         return self.after(x, attended, first, drop_path(self.drop_path, packing, attended.dtype))
 
     def padded(self, x: Tensor, visible: Tensor) -> Tensor:
-        """`(B, L, C)` to `(B, L, C)` in evaluation, where keys are seen if `visible (B, 1, 1, L)`."""
+        """Run the block in evaluation on `(B, L, C)`, where keys are seen if `visible (B, 1, 1, L)`."""
         rows = x.flatten(0, 1)
         qkv = self.before(rows).unflatten(0, x.shape[:2]).unflatten(2, (3, self.attn.num_heads, -1))
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, N, L, H)
@@ -317,18 +338,18 @@ class Block(nn.Module):
         return out.view_as(x)
 
     def before(self, x: Tensor) -> Tensor:
-        """Queries, keys and values: `(T, C)` to `(T, 3 C)`."""
+        """Compute queries, keys and values: `(T, C)` to `(T, 3 C)`."""
         return self.attn.qkv(self.norm1(x))  # type: ignore[no-any-return]
 
     def after(self, x: Tensor, attended: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Tensor:
-        """The residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""
+        """Add the residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""
         branch = self.ls1(self.attn.proj(attended))
         x = x + (branch if first is None else branch * first)
         branch = self.ls2(self.mlp(self.norm2(x)))
         return x + (branch if second is None else branch * second)  # type: ignore[no-any-return]
 
     def ops(self, tokens: int) -> Ops:
-        """Work on one image with this many tokens, prefix included."""
+        """Count the work on one image with this many tokens, prefix included."""
         gated = isinstance(self.mlp, SwiGlu)
         return (
             2 * ops.layer_norm(tokens, self.dim)
@@ -341,7 +362,7 @@ class Block(nn.Module):
 
 
 class ViT(nn.Module):
-    """The backbone: `embed` images into tokens, `run` a span of blocks, `norm` at the end if configured."""
+    """The backbone: `embed` turns images into tokens, `run` applies a span of blocks, `norm` ends it if configured."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -369,17 +390,17 @@ class ViT(nn.Module):
         )
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.grad_checkpointing = False
-        """Compute each block a second time in the backward pass instead of keeping what it held."""
+        """Recompute each block in the backward pass instead of keeping its activations."""
         self.captured: CapturedBlocks | None = None
         self.reset_parameters()
 
     @property
     def pos_embed_prefix(self) -> int:
-        """Rows of the position table in front of the patch rows: one if the class token has its own."""
+        """Number of rows of the position table in front of the patch rows: one if the class token has its own."""
         return int(self.config.pos_embed_prefix and self.config.class_token)
 
     def reset_parameters(self) -> None:
-        """Truncated normal 0.02 for weights and embeddings, zero bias, as in timm."""
+        """Draw weights and embeddings from a truncated normal of 0.02 and set biases to zero, as timm does."""
         for name, parameter in self.named_parameters():
             if name.endswith(("cls_token", "reg_token", "pos_embed")) or parameter.ndim > 1:
                 nn.init.trunc_normal_(parameter, std=0.02)
@@ -387,7 +408,7 @@ class ViT(nn.Module):
                 nn.init.zeros_(parameter)
 
     def embed(self, images: Sequence[Tensor]) -> Tokens:
-        """Images `(3, H, W)` of any sizes to packed tokens: patches, positions, prefix tokens in front.
+        """Turn images `(3, H, W)` of any sizes into packed tokens: patches, positions, prefix tokens in front.
 
         Images of one size are embedded together.
         """
@@ -405,7 +426,7 @@ class ViT(nn.Module):
         return Tokens(torch.cat(rows), _positions(cells, prefix, rows[0].device), packing, grids, prefix)
 
     def _embed_grid(self, patches: Tensor) -> Tensor:
-        """`(b, C, h, w)` to `(b, prefix + h w, C)` with positions added."""
+        """Turn patches `(b, C, h, w)` into `(b, prefix + h w, C)` with positions added."""
         config, table, prefix_rows = self.config, self.pos_embed, self.pos_embed_prefix
         position = resize_pos_embed(
             table[:, prefix_rows:],
@@ -424,7 +445,7 @@ class ViT(nn.Module):
         return torch.cat([*(p.to(x.dtype).expand(x.shape[0], -1, -1) for p in prefix), x], dim=1)
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
-        """Blocks `start` (inclusive) to `stop` (exclusive) over the live tokens."""
+        """Run blocks `start` (inclusive) to `stop` (exclusive) on the live tokens."""
         x = tokens.x
         if self.captured is not None and not torch.is_grad_enabled() and self.captured.fits(tokens.packing):
             return tokens.with_x(self.captured.run(x, tokens.packing, start, stop))
@@ -436,11 +457,13 @@ class ViT(nn.Module):
         return tokens.with_x(x)
 
     def compile_blocks(self, **options: Any) -> None:
-        """Let torch.compile make what lies around attention in each block: two graphs for all blocks and any number of
-        live tokens. Takes its time at the first call, and a C++ compiler on CPU.
+        """Compile what lies around attention in each block: two graphs for all blocks and any number of live tokens.
 
-        options: of torch.compile. On CUDA it fuses norms, activations and residuals and saves launches; on the CPUs
-        that were measured it is as fast as without (docs/evidence/performance.md).
+        On CUDA this fuses norms, activations and residuals and saves launches; on the CPUs that were measured it is as
+        fast as without (docs/evidence/performance.md). The first call takes long, and needs a C++ compiler on CPU.
+
+        Args:
+            **options: keyword arguments of torch.compile.
         """
         before = torch.compile(Block.before, dynamic=True, **options)
         after = torch.compile(Block.after, dynamic=True, **options)
@@ -449,10 +472,16 @@ class ViT(nn.Module):
                 setattr(block, name, MethodType(function, block))
 
     def capture_blocks(self, step: int = STEP, record: Record | None = None) -> None:
-        """Replay spans of blocks as CUDA graphs, which takes the launches out of small batches.
+        """Replay spans of blocks as CUDA graphs, which saves the launches of small batches.
 
-        step: lengths are padded to a multiple of it; a graph is recorded at the first use of each. record: how, for
-        tests. Weights must not change afterwards, and calls must not overlap. Raises `ConfigError` without CUDA.
+        Weights must not change afterwards, and calls must not overlap.
+
+        Args:
+            step: number of tokens between two padded lengths; a graph is recorded at the first use of each.
+            record: another recorder, for tests.
+
+        Raises:
+            ConfigError: without CUDA.
         """
         device = self.pos_embed.device
         if record is None and device.type != "cuda":
@@ -461,21 +490,23 @@ class ViT(nn.Module):
         self.captured = CapturedBlocks(blocks, cuda_graphs(device) if record is None else record, step)
 
     def embed_ops(self, grid: Grid) -> Ops:
+        """Count the work of the patch embedding on one image."""
         patch = self.config.patch_size
         return ops.conv2d(*grid, 3, self.config.embed_dim, patch)
 
     def block_ops(self, tokens: int) -> Ops:
-        """Work of any one block (they are alike) on one image, prefix tokens included in the count."""
+        """Count the work of any one block (all are alike) on one image with this many tokens, prefix included."""
         block = self.blocks[0]
         assert isinstance(block, Block)
         return block.ops(tokens)
 
     def norm_ops(self, tokens: int) -> Ops:
+        """Count the final LayerNorm on this many tokens."""
         return ops.layer_norm(tokens, self.config.embed_dim) if self.config.final_norm else Ops()
 
 
 def _positions(cells: Sequence[int], prefix: int, device: torch.device) -> Tensor:
-    """Canvas row of every packed token, -1 for prefix tokens."""
+    """Return the canvas row of every packed token, -1 for prefix tokens."""
     parts, start = [], 0
     for n in cells:
         parts += [torch.full((prefix,), -1), torch.arange(start, start + n)]

@@ -1,4 +1,4 @@
-"""Accuracy by depth: what a model would say if it stopped after each exit, all of it read off one dense pass.
+"""Accuracy by depth: the predictions of a model that stops after each exit, all read from one dense pass.
 
 After a short training late blocks can be worse than early ones, and then exits look good for the wrong reason.
 """
@@ -15,19 +15,17 @@ from tokenexit.methods import ExitRecord
 from tokenexit.methods.base import Value
 from tokenexit.outputs.ledger import write_ledger
 from tokenexit.outputs.segmentation import SegmentationOutput
-from tokenexit.outputs.windows import Segmentation, WindowedOutput
+from tokenexit.outputs.windows import Segmentation
 from tokenexit.segmenter import ExitSegmenter
 
 
 def stopped(model: ExitSegmenter, dense: Segmentation) -> list[Segmentation]:
-    """What the model says, and what it costs, if everything stops at an exit: one output for each exit, and the end.
+    """Return the prediction and cost where all tokens stop at an exit: one output for each exit, and one for the end.
 
-    dense: a pass of `Dense()` with stages. The outputs are those of `Truncated`, at any resolution of the heads, and
+    dense: a pass of `Dense()` with exit records. The outputs are those of `Truncated`, at any resolution of the heads;
     the last one is dense without the exit heads, which only the recording ran.
     """
-    if isinstance(dense, WindowedOutput):
-        return [replace(dense, windows=windows) for windows in _stopped(model, dense.windows)]
-    return list(_stopped(model, dense))
+    return [dense.with_windows(windows) for windows in _stopped(model, dense.windows)]
 
 
 def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[SegmentationOutput]:
@@ -36,7 +34,7 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
     grids = [dense.grid(i) for i in range(len(dense))]
     tokens = dense.ledger.tokens
     outputs = []
-    for n, stage in enumerate(dense.exit_records):
+    for n, record in enumerate(dense.exit_records):
         ran = [
             replace(ExitRecord(), head_tokens=tokens) if m == n else ExitRecord()
             for m in range(len(dense.exit_records))
@@ -51,16 +49,16 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
             exit_records=(),
         )
         if n < len(exits):
-            assert stage.logits is not None, "a pass with exit records has the maps of all exits"
-            cells = [count * stage.scale**2 for count in tokens]
-            softmax = stage.kind == "softmax"
-            image = Packing.of(cells, stage.logits.device).image_index()
-            scores = stage.logits if softmax else class_scores(stage.kind, stage.logits, stage.presence, image)
+            assert record.logits is not None, "a pass with exit records has the maps of all exits"
+            cells = [count * record.scale**2 for count in tokens]
+            softmax = record.kind == "softmax"
+            image = Packing.of(cells, record.logits.device).image_index()
+            scores = record.logits if softmax else class_scores(record.kind, record.logits, record.presence, image)
             maps = [
-                own.view(h * stage.scale, w * stage.scale, -1).permute(2, 0, 1)
+                own.view(h * record.scale, w * record.scale, -1).permute(2, 0, 1)
                 for own, (h, w) in zip(torch.split(scores, cells), grids)
             ]
             value: Value = "logits" if softmax else "scores"
-            out = replace(out, grid_logits=tuple(maps), value=value, upscale=stage.upscale)
+            out = replace(out, grid_logits=tuple(maps), value=value, upscale=record.upscale)
         outputs.append(out)
     return outputs

@@ -25,9 +25,7 @@ from tokenexit.evaluation.results import Evaluation, Scaled
 from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Dense, Method, MethodLike, Truncated, as_method
 from tokenexit.methods.reference import PrescribedExits, agreement_exits, random_counterpart, random_exits
-from tokenexit.outputs.ledger import dense_ops
-from tokenexit.outputs.segmentation import SegmentationOutput
-from tokenexit.outputs.windows import Segmentation, WindowedOutput, window_boxes
+from tokenexit.outputs.windows import Segmentation, dense_macs
 from tokenexit.runtime.distributed import all_or_none, gather, rank_and_size
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
@@ -37,7 +35,7 @@ ReferenceLine = Literal["random", "oracle", "depths"]
 
 @dataclass(frozen=True)
 class ImageFigures:
-    """What is kept of one image beside its part of the totals: see `Evaluation`."""
+    """Figures of one image beside its part of the totals: see `Evaluation`."""
 
     gmacs: float
     dense_gmacs: float
@@ -47,7 +45,7 @@ class ImageFigures:
 
 
 class Tally:
-    """Running counts of one row of the table."""
+    """The running counts of one row of the table."""
 
     def __init__(self, method: Method[Any], label: str, num_classes: int, input_scale: float = 1.0) -> None:
         self.method, self.label, self.input_scale = method, label, input_scale
@@ -75,7 +73,7 @@ class Tally:
         self.images[image.index] = ImageFigures(ledger.gmacs[0], dense, live, ms, class_counts(confusion))
 
     def merge(self, other: Tally) -> None:
-        """Take in the counts of other images."""
+        """Add the counts of other images."""
         self.confusion += other.confusion
         self.boundary += other.boundary
         self.images |= other.images
@@ -109,19 +107,30 @@ def evaluate(
 ) -> list[Evaluation]:
     """Run every method on every image, one image at a time and the methods in turn, so that their times compare.
 
-    methods: one for each row, or its name or specification; `Scaled` gives a method smaller images. limit: the first
-    so many images only.
-    references: reference lines behind the methods. "random": random exits at the counts of every DToP method; "oracle":
-    the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop after each exit, and
-    dense if it is no row, all from one dense pass and without a time. True stands for the first two. progress: wraps
-    the loop over images.
-
-    Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method. Raises
-    `ConfigError` if the classes differ or a method cannot run on the model.
+    Time is that of the forward pass, from input tensor to grid logits, after one warm-up run of each method.
 
     Connected processes (torch.distributed) must all call it, with the same weights and buffers. They take the images in
     turn and all return the same: what one process returns, but for its times. They wait for each other after every
     image, so that what fails in one fails in all at once.
+
+    Args:
+        model: the segmenter, in evaluation mode.
+        data: a dataset with the model's classes.
+        methods: a method, its name or its specification, or a list with one for each row; `Scaled` gives a method
+            smaller images.
+        limit: number of images, the first ones; all if not given.
+        precision: precision of the forward pass.
+        references: reference lines behind the methods. "random": random exits at the counts of every DToP method;
+            "oracle": the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop
+            after each exit, and dense if it is no row, all from one dense pass and without a time. True stands for
+            the first two.
+        progress: wraps the loop over images.
+
+    Returns:
+        One `Evaluation` for each method, and then one for each reference line.
+
+    Raises:
+        ConfigError: if the classes differ, a method cannot run on the model, or there is no image or method.
     """
     check_classes(model, data)
     if isinstance(methods, Method | Scaled | str | Mapping):
@@ -167,7 +176,7 @@ def _judge(
     ignore_index: int,
     warm_up: bool,
 ) -> None:
-    """Run all rows on one image and count what they say."""
+    """Run all rows on one image and count their predictions."""
 
     def run(tally: Tally, method: Method[Any]) -> Segmentation:
         output, ms = timed_forward(model, image.images[tally.input_scale], method, image.size, precision)
@@ -182,7 +191,7 @@ def _judge(
         if row.at_random is not None and row.counterpart is not None:
             # Seeded by the image alone, so that no other row changes what is drawn.
             generator = torch.Generator().manual_seed(image.index)
-            shuffled = [random_exits(exits, generator).flatten() for exits in _seen(output).exit_index]
+            shuffled = [random_exits(exits, generator).flatten() for exits in output.windows.exit_index]
             run(row.at_random, replace(row.counterpart, exit_index=torch.cat(shuffled)))
     if oracle is None and not depths:
         return
@@ -191,12 +200,12 @@ def _judge(
         for tally, output in zip(depths, stopped(model, dense) if depths else []):
             tally.add(output, image, ignore_index, model.config.exits, math.nan)
     if oracle is not None:
-        seen = _seen(dense)
-        run(oracle, PrescribedExits(exit_index=agreement_exits(seen.exit_records, seen.ledger.tokens)))
+        windows = dense.windows
+        run(oracle, PrescribedExits(exit_index=agreement_exits(windows.exit_records, windows.ledger.tokens)))
 
 
 def _depths(model: ExitSegmenter) -> list[Tally]:
-    """Counts of a stop after each exit, and of none."""
+    """Make empty counts for a stop after each exit, and for none."""
     exits, classes = model.config.exits, model.config.num_classes
     stops = [
         Tally(Truncated(n), f"{Truncated.name} after={n} (block {block})", classes) for n, block in enumerate(exits, 1)
@@ -204,15 +213,9 @@ def _depths(model: ExitSegmenter) -> list[Tally]:
     return [*stops, Tally(Dense(), Dense.name, classes)]
 
 
-def _seen(output: Segmentation) -> SegmentationOutput:
-    """What the network saw: the image, or its windows."""
-    return output.windows if isinstance(output, WindowedOutput) else output
-
-
 @dataclass(frozen=True)
 class _EvaluatedImage:
-    """One image of the dataset: what the network is given, by input scale, its truth `(H, W)`, and the cost of dense
-    at full size."""
+    """One image of the dataset: its tensors by input scale, its truth `(H, W)`, and the cost of dense at full size."""
 
     index: int
     images: Mapping[float, Tensor]
@@ -225,11 +228,9 @@ class _EvaluatedImage:
     ) -> _EvaluatedImage:
         sample, preprocessing = data[index], model.preprocessing
         images = {scale: preprocessing.to_tensor(sample.image, scale) for scale in {1.0, *scales}}
-        height, width = images[1.0].shape[1:]
-        boxes = window_boxes((height, width), preprocessing.window, preprocessing.stride)
-        grids = [model.backbone.patch_embed.grid(bottom - top, right - left) for top, left, bottom, right in boxes]
-        dense_macs = sum(dense_ops(model.backbone, model.decode_head, grid).macs for grid in grids)
-        return cls(index, images, mask_tensor(sample.mask), dense_macs)
+        size = (images[1.0].shape[1], images[1.0].shape[2])
+        macs = dense_macs(model.backbone, model.decode_head, size, preprocessing.window, preprocessing.stride)
+        return cls(index, images, mask_tensor(sample.mask), macs)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -237,7 +238,7 @@ class _EvaluatedImage:
 
 
 class _Row:
-    """A method's counts and, if asked for, those of random exits in its numbers."""
+    """The counts of a method and, if asked for, those of random exits with the same numbers of tokens."""
 
     def __init__(self, row: Scaled, num_classes: int, references: bool) -> None:
         method, scale = row.method, row.input_scale
@@ -249,7 +250,7 @@ class _Row:
 
 
 def check_classes(model: ExitSegmenter, data: SegmentationDataset) -> None:
-    """Refuse what is no dataset, and a dataset of another number of classes."""
+    """Reject what is no dataset, and a dataset with another number of classes."""
     labels = getattr(data, "labels", None)
     if not isinstance(labels, Labels) or not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
         raise ConfigError(
@@ -266,7 +267,7 @@ def check_classes(model: ExitSegmenter, data: SegmentationDataset) -> None:
 def timed_forward(
     model: ExitSegmenter, image: Tensor, method: Method[Any], target: tuple[int, int], precision: Precision
 ) -> tuple[Segmentation, float]:
-    """One forward pass on one image `(3, H, W)`, and its milliseconds."""
+    """Run one forward pass on one image `(3, H, W)` and return its output and its milliseconds."""
     device = model.device
     image = image.to(device)
     _synchronize(device)

@@ -1,4 +1,4 @@
-"""How far mIoU would differ on other images of the same kind: a bootstrap over images (Efron, 1979).
+"""Confidence intervals of mIoU by a bootstrap over images (Efron, 1979): what other images of the kind would change.
 
 An interval covers the draw of the images and nothing else: no other training run, camera or city. Of two methods on the
 same images, the difference is far better known than either mIoU, since easy and hard images are shared.
@@ -16,12 +16,12 @@ CONFIDENCE = 0.95
 
 
 def class_counts(confusion: Tensor) -> Tensor:
-    """`(..., K, K)` counts, truth by row, to the `(..., 3, K)` that IoU needs: right, in truth, predicted."""
+    """Reduce `(..., K, K)` counts, truth by row, to the `(..., 3, K)` that IoU needs: right, in truth, predicted."""
     return torch.stack([confusion.diagonal(dim1=-2, dim2=-1), confusion.sum(-1), confusion.sum(-2)], dim=-2)
 
 
 def resampled_miou(counts: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
-    """mIoU in percent of `draws` resamples of n images with replacement: `(n, 3, K)` to `(draws,)` fp64.
+    """Return mIoU in percent of `draws` resamples of n images with replacement: `(n, 3, K)` to `(draws,)` fp64.
 
     The same n and seed draw the same images, so that values of two methods may be subtracted draw by draw.
     """
@@ -33,15 +33,16 @@ def resampled_miou(counts: Tensor, draws: int = DRAWS, seed: int = 0) -> Tensor:
 
 
 def weighted_miou(weights: Tensor, counts: Tensor) -> Tensor:
-    """mIoU in percent of weighted sums over images, `(D, n)` and `(n, 3, K)` to `(D,)`; classes in neither truth nor
-    prediction do not count."""
+    """Return mIoU in percent of weighted sums over images: `(D, n)` and `(n, 3, K)` to `(D,)`.
+
+    Classes in neither truth nor prediction do not count."""
     right, truth, predicted = (weights @ counts.flatten(1).double()).unflatten(1, counts.shape[1:]).unbind(1)
     iou: Tensor = 100 * right / (truth + predicted - right)
     return iou.nanmean(dim=1)
 
 
 def miou_interval(counts: Tensor, minus: Tensor | None = None) -> tuple[float, float] | None:
-    """Ends of the 95 % percentile interval of mIoU, or of its difference to that of `minus` on the same images.
+    """Return the ends of the 95 % interval of mIoU, or of its difference to that of `minus` on the same images.
 
     counts, minus: `(n, 3, K)`. None for fewer than two images, which do not show how images differ.
     """

@@ -1,4 +1,4 @@
-"""How good a label map is: integer counts per image, ratios once at the end.
+"""Metrics of label maps: integer counts per image, ratios once at the end.
 
 Counts of images, batches and processes add up, so neither their number nor their order can change a score.
 
@@ -26,7 +26,7 @@ _OUTSIDE = -1
 
 @dataclass(frozen=True)
 class Scores:
-    """What a confusion matrix comes to, in percent; names and meanings follow mmsegmentation.
+    """Scores of a confusion matrix, in percent; names and meanings follow mmsegmentation.
 
     aacc (aAcc): share of all counted pixels that are right.
     miou, macc (mIoU, mAcc): means of `iou` and `accuracy` over the classes where they are not NaN.
@@ -44,7 +44,7 @@ class Scores:
 
 
 def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> Tensor:
-    """Pixels of truth class i (row) predicted as class j (column): two `(H, W)` int maps to `(K, K)` int64.
+    """Count pixels of truth class i (row) predicted as class j (column): two `(H, W)` int maps to `(K, K)` int64.
 
     Pixels whose target is `ignore_index` are not counted, whatever was predicted there. Raises `DataError` for
     maps of different shape, and for counted values that are no class.
@@ -64,7 +64,7 @@ def confusion_matrix(pred: Tensor, target: Tensor, num_classes: int, ignore_inde
 
 
 def scores(confusion: Tensor) -> Scores:
-    """Percentages of a `(K, K)` integer confusion matrix with truth in rows, summed over the whole data set."""
+    """Return the scores in percent of a `(K, K)` integer confusion matrix with truth in rows, summed over a dataset."""
     counts = confusion.to("cpu", torch.int64)
     right, truth, predicted = counts.diag(), counts.sum(dim=1), counts.sum(dim=0)
     iou = _percent(right, truth + predicted - right)
@@ -81,7 +81,7 @@ def scores(confusion: Tensor) -> Scores:
 def boundary_counts(
     pred: Tensor, target: Tensor, num_classes: int, ignore_index: int, dilation_ratio: float = BOUNDARY_RATIO
 ) -> tuple[Tensor, Tensor]:
-    """Boundary intersections and unions of one image: two `(H, W)` int maps to two `(K,)` int64 counts of pixels.
+    """Count boundary intersections and unions of one image: two `(H, W)` int maps to two `(K,)` int64 counts of pixels.
 
     Boundary IoU after Cheng et al. (CVPR 2021), applied to the mask of each class in each image. What
     was chosen:
@@ -109,17 +109,17 @@ def boundary_counts(
 
 
 def boundary_iou(intersection: Tensor, union: Tensor) -> float:
-    """Mean boundary IoU in percent of two `(K,)` counts summed over the data set, over classes with a union."""
+    """Return the mean boundary IoU in percent of two `(K,)` counts over a dataset, over classes with a union."""
     return _percent(intersection, union).nanmean().item()
 
 
 def boundary_distance(height: int, width: int, dilation_ratio: float = BOUNDARY_RATIO) -> int:
-    """d in pixels: `dilation_ratio` of the diagonal, rounded, and at least 1."""
+    """Return the distance d in pixels: `dilation_ratio` of the diagonal, rounded, and at least 1."""
     return max(1, round(dilation_ratio * math.hypot(height, width)))
 
 
 def near_edge(labels: Tensor, distance: int) -> Tensor:
-    """Pixels that erosion takes off the mask of their own class: `(N, H, W)` int maps to `(N, H, W)` bool.
+    """Mark pixels that erosion takes off the mask of their own class: `(N, H, W)` int maps to `(N, H, W)` bool.
 
     A pixel survives in the eroded mask of its class exactly if the square of side 2 d + 1 around it holds that
     class alone, that is if minimum and maximum over the square agree. One pass therefore serves all classes.
@@ -134,7 +134,7 @@ def near_edge(labels: Tensor, distance: int) -> Tensor:
 
 
 def _window(values: Tensor, length: int, dim: int, extreme: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Maximum or minimum over every window of `length` along `dim`, which gets `length - 1` shorter.
+    """Return the maximum or minimum over every window of `length` along `dim`, which gets `length - 1` shorter.
 
     Windows of 1, 2, 4, ... by doubling; two of them, overlapping, make the last: log2 steps instead of `length`.
     """
@@ -148,7 +148,7 @@ def _window(values: Tensor, length: int, dim: int, extreme: Callable[[Tensor, Te
 
 
 def agreement_counts(a: Tensor, b: Tensor, ignore: Tensor | None = None) -> tuple[int, int]:
-    """Pixels where two label maps agree, and pixels compared; both add up over images.
+    """Count pixels where two label maps agree, and pixels compared; both add up over images.
 
     a, b: int maps of one shape. ignore: bool map of that shape, true where a pixel is left out (for example
     `target == ignore_index`).
@@ -162,18 +162,18 @@ def agreement_counts(a: Tensor, b: Tensor, ignore: Tensor | None = None) -> tupl
 
 
 def pixel_agreement(a: Tensor, b: Tensor, ignore: Tensor | None = None) -> float:
-    """Share of pixels, in [0, 1], where two label maps are equal; NaN where none is left. See `agreement_counts`."""
+    """Return the share in [0, 1] of pixels where two label maps agree; NaN without pixels. See `agreement_counts`."""
     equal, compared = agreement_counts(a, b, ignore)
     return equal / compared if compared else math.nan
 
 
 def _percent(part: Tensor, whole: Tensor) -> Tensor:
-    """100 part / whole of integer counts, in fp64; 0 / 0 is NaN."""
+    """Return 100 part / whole of integer counts, in fp64; 0 / 0 is NaN."""
     return 100.0 * part.double().cpu() / whole.double().cpu()
 
 
 def _check_maps(pred: Tensor, target: Tensor, num_classes: int, ignore_index: int) -> None:
-    """Refuse what would silently land in another class's cell."""
+    """Reject maps whose values would silently land in another class's cell."""
     if pred.shape != target.shape:
         raise DataError(
             f"the prediction has shape {tuple(pred.shape)}, its target {tuple(target.shape)}: bring both to one size."

@@ -1,4 +1,4 @@
-"""What an evaluation gives: figures of one method on one dataset, and the label of its row."""
+"""Results of an evaluation: the figures of one method on one dataset, and the label of its row."""
 
 from __future__ import annotations
 
@@ -18,12 +18,20 @@ from tokenexit.methods import Method, spec_of
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one method reached on one dataset.
+    """The accuracy and cost of one method on one dataset.
 
-    gmacs, dense_gmacs, latency_ms: of every image; dense is the model without exits on images of full size. live:
-    share of all patch tokens still computed after each exit, per image and exit. boundary_iou: percent. confusion:
-    `(K, K)` counts, truth by row. input_scale: what the sides of the images were multiplied by. counts: `(n, 3, K)`
-    of every image, see `class_counts`; None where only totals are known.
+    Attributes:
+        method: the method.
+        label: the name of its row.
+        scores: mIoU and other figures, in percent.
+        boundary_iou: boundary IoU in percent.
+        gmacs: giga multiply-adds of every image.
+        dense_gmacs: the same of the model without exits on images of full size.
+        live: share of all patch tokens still computed after each exit, `[image][exit]`.
+        latency_ms: milliseconds of the forward pass of every image.
+        confusion: `(K, K)` pixel counts, truth by row.
+        input_scale: factor on the sides of the images.
+        counts: `(n, 3, K)` of every image, see `class_counts`; None where only totals are known.
     """
 
     method: Method[Any]
@@ -39,27 +47,28 @@ class Evaluation:
     counts: Tensor | None = None
 
     def miou_interval(self, minus: Evaluation | None = None) -> tuple[float, float] | None:
-        """Ends of the 95 % interval of mIoU over images, or of its difference to another row's on the same images."""
+        """Return the ends of the 95 % interval of mIoU over images, or of its difference to another row."""
         if self.counts is None or (minus is not None and minus.counts is None):
             return None
         return miou_interval(self.counts, None if minus is None else minus.counts)
 
     @property
     def gmacs_mean(self) -> float:
+        """Giga multiply-adds, mean over images."""
         return float(np.mean(self.gmacs))
 
     @property
     def share_of_dense(self) -> float:
-        """Multiply-adds over the dense model's, both summed over all images."""
+        """The ratio of multiply-adds to those of the dense model, both summed over all images."""
         return float(np.sum(self.gmacs) / np.sum(self.dense_gmacs))
 
     @property
     def live_mean(self) -> tuple[float, ...]:
-        """Share of tokens live after each exit, mean over images."""
+        """The mean share of tokens live after each exit."""
         return tuple(np.mean(self.live, axis=0).tolist())
 
     def to_dict(self, class_names: Sequence[str]) -> dict[str, Any]:
-        """Figures for a JSON file."""
+        """Return the figures for a JSON file."""
         return {
             "label": self.label,
             "method": spec_of(self.method, whole=True),

@@ -1,1 +1,1 @@
-"""Models as graphs for other runtimes, their exits included."""
+"""Models are exported as graphs for other runtimes, their exits included."""

@@ -1,4 +1,4 @@
-"""Write a model and a method as one file for another runtime, and prove that it says what the model says."""
+"""A model and a method are written as one file for another runtime, and compared with the model first."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ OUTPUT_STEPS = {
     "pixel; then bilinear to the image's own size, and the largest class",
     "exit_stage": "the exit at which each token left; the number of exits for those that stayed",
 }
-"""How a map of the image's own size follows from the graph's outputs; `patch_size` and `upscale` are beside it."""
+"""The steps from the graph's outputs to a map of the image's size; `patch_size` and `upscale` are beside it."""
 
 Answers = tuple[npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
 Runner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], Answers]
@@ -61,9 +61,15 @@ Runner = Callable[[npt.NDArray[np.float32], npt.NDArray[np.float32]], Answers]
 
 @dataclass(frozen=True)
 class Exported:
-    """The file, and how it was compared with the model: in so many runs, in the worst of which its logits were `error`
-    from those in fp64 where the model's own in fp32 were `own_error`, over the larger of 1 and the largest logit.
-    same_pixels: the least share of pixels with the model's class."""
+    """An exported file, and how it compares with the model.
+
+    Attributes:
+        path: the file.
+        runs: number of comparisons.
+        error: largest difference of its logits from those in fp64, over the larger of 1 and the largest logit.
+        own_error: the same of the model's logits in fp32, in that run.
+        same_pixels: least share of pixels with the model's class.
+    """
 
     path: Path
     runs: int
@@ -77,10 +83,21 @@ def export_model(
 ) -> Exported:
     """Trace `model` with `method`, compare the file with it on `images`, and write it to the folder `out`.
 
-    images: `(3, H, W)` each, as `Preprocessing` makes them; sizes should differ, as the graph takes any. Exits, masks
-    and thresholds are compared at the method's thresholds, with nobody leaving and with everybody leaving who may.
-    Raises `ConfigError` for what cannot be exported and for missing packages, and `CheckpointError`, with nothing
-    written, if a file does not say what the model says.
+    The file is compared at the method's thresholds, at 1 (no token leaves) and at 0 (every token leaves that may).
+
+    Args:
+        model: the segmenter.
+        method: a method, its name or its specification.
+        images: `(3, H, W)` fp32 each, as `Preprocessing` makes them; sizes should differ, as the graph takes any.
+        out: the folder.
+        format: "onnx" or "torch".
+
+    Returns:
+        The file, and how it compares with the model.
+
+    Raises:
+        ConfigError: for a method that cannot be exported, for missing packages, and without images.
+        CheckpointError: if the file's results differ from the model's; nothing is written.
     """
     if not images:
         raise ConfigError("there is no image to compare the file with the model on: give one.")
@@ -100,18 +117,18 @@ def export_model(
 
 
 def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedProgram:
-    """The graph with height, width and token counts left open."""
+    """Trace the graph, with height, width and token counts left open."""
     patch = model.config.backbone.patch_size
     image = torch.zeros(1, 3, 5 * patch + 1, 7 * patch + 2)  # no multiple of the patch, no square, not the table's grid
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}, "thresholds": None}
-    # Sizes of 0 and 1 are as good as others: the graph must not be made for those of the example.
+    # Sizes of 0 and 1 are not special: the graph must not depend on the example's sizes.
     with torch.no_grad(), _quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         example = (image, threshold_table(model, method))
         return torch.export.export(ExitGraph(model, method), example, dynamic_shapes=dynamic, strict=False)
 
 
 def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
-    """What a program that runs the file must know to say what `ExitSegmenter.predict` says."""
+    """Return what a program that runs the file must know to reproduce `ExitSegmenter.predict`."""
     labels = model.preprocessing.labels or default_labels(model.config.num_classes)
     kinds = sorted({head.kind for head in (*model.view().exit_heads, model.decode_head)})
     return {
@@ -194,9 +211,9 @@ class _Run:
 
 
 def _compare(model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], run: Runner) -> list[_Run]:
-    """Every image at every setting; raises `CheckpointError` where the file does not say what the model says."""
-    own = threshold_table(model, method).numpy()
-    settings = [own] if method.thresholds is None else [own, np.ones_like(own), np.zeros_like(own)]
+    """Compare every image at every setting. Raises `CheckpointError` where the file differs from the model."""
+    table = threshold_table(model, method).numpy()
+    settings = [table] if method.thresholds is None else [table, np.ones_like(table), np.zeros_like(table)]
     exact = copy.deepcopy(model).double()
     found = [_run(model, exact, method, image, setting, run) for image in images for setting in settings]
     worst = max(found, key=lambda one: one.error)
@@ -216,13 +233,13 @@ def _run(
     thresholds: npt.NDArray[np.float32],
     run: Runner,
 ) -> _Run:
-    """One comparison, at thresholds where the file, the model and the model in fp64 let the same tokens leave."""
+    """Compare once, at thresholds where the file, the model and the model in fp64 let the same tokens leave."""
     for nudge in NUDGES:
         tried = np.clip(thresholds + np.float32(nudge), 0.0, 1.0).astype(np.float32)
-        held = _held_to(method, tried)
+        adjusted = _with_table(method, tried)
         labels, logits, exit_index = run(image[None].numpy(), tried)
         with torch.no_grad():
-            ours, truth = model([image], held), exact([image.double()], held)
+            ours, truth = model([image], adjusted), exact([image.double()], adjusted)
         if all(np.array_equal(exit_index[0], other.exit_index[0].numpy()) for other in (ours, truth)):
             reference = truth.grid_logits[0].double().numpy()
             scale = max(1.0, float(np.abs(reference).max()))
@@ -236,8 +253,8 @@ def _run(
     )
 
 
-def _held_to(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Method[Any]:
-    """The method at these thresholds, the very fp32 numbers that the graph is given."""
+def _with_table(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Method[Any]:
+    """Return the method with these thresholds, the very fp32 numbers that the graph gets."""
     if method.thresholds is None:
         return method
     values = (
@@ -248,7 +265,7 @@ def _held_to(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Method
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the exporters' notes to their own developers."""
+    """Silence the exporters' notes to their own developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,7 +1,7 @@
-"""The segmenter as a graph for one image: the engine's own blocks, heads and rules, traced with counts left open.
+"""The segmenter is traced as a graph for one image, with the engine's blocks, heads and rules, and open token counts.
 
-Nothing of the methods is written twice. What changes is how tokens are packed: with one image there is one length, it
-comes out of `nonzero`, and the tracer must be told between which bounds it lies.
+Only the packing differs: with one image there is one length, which comes out of `nonzero`, and the tracer needs its
+bounds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,11 @@ OUTPUTS = ("labels", "grid_logits", "exit_stage")
 
 @dataclass(frozen=True)
 class OneImage(Tokens):
-    """Tokens of one image, for tracing. min_live: so many patch tokens are live whatever the scores."""
+    """Tokens of one image, for tracing.
+
+    Attributes:
+        min_live: number of patch tokens that are live whatever the scores.
+    """
 
     min_live: int = 0
 
@@ -50,12 +54,7 @@ class OneImage(Tokens):
 
 
 class ExitGraph(nn.Module):
-    """`forward(image, thresholds)` of a segmenter with one method: one graph has many budgets.
-
-    image: `(1, 3, H, W)`, as `Preprocessing` makes it; any height and width. thresholds: `(E,)` of the exits, or
-    `(E, K)` if the method has one for each class. Returns labels `(1, H, W)` int64, the decode grid's logits or scores
-    `(1, K, h s, w s)`, and exit indices `(1, h, w)` int64.
-    """
+    """The graph of a segmenter with one method; thresholds are an input, so that one graph serves many budgets."""
 
     def __init__(self, model: ExitSegmenter, method: Method[Any]) -> None:
         super().__init__()
@@ -63,6 +62,12 @@ class ExitGraph(nn.Module):
         self.model, self.method = model, method.for_export()
 
     def forward(self, image: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Segment one image.
+
+        image: `(1, 3, H, W)`, as `Preprocessing` makes it; any height and width. thresholds: `(E,)` of the exits, or
+        `(E, K)` if the method has one for each class. Returns labels `(1, H, W)` int64, the decode grid's logits or
+        scores `(1, K, h s, w s)`, and exit indices `(1, h, w)` int64.
+        """
         model, backbone = self.model, self.model.backbone
         method = self.method if self.method.thresholds is None else self.method.with_thresholds(thresholds.unbind())
         embedded = backbone.embed([image[0]])
@@ -78,19 +83,19 @@ class ExitGraph(nn.Module):
 
 
 def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
-    """Raise `ConfigError`, in one sentence, for what a graph cannot hold."""
+    """Raise `ConfigError`, in one sentence, for a model or method that a graph cannot hold."""
     model.check(method)
     method.for_export()
 
 
 def threshold_table(model: ExitSegmenter, method: Method[Any]) -> Tensor:
-    """The method's thresholds as the graph takes them: `(E,)`, or `(E, K)` by class; ones if it has none."""
+    """Return the method's thresholds as the graph takes them: `(E,)`, or `(E, K)` by class; ones without any."""
     exits = len(model.config.exits)
-    own = method.thresholds
-    if own is None:
+    thresholds = method.thresholds
+    if thresholds is None:
         return torch.ones(exits)
-    if not per_class(own):
-        return torch.tensor(per_exit(own, exits), dtype=torch.float32)
+    if not per_class(thresholds):
+        return torch.tensor(per_exit(thresholds, exits), dtype=torch.float32)
     classes = model.config.num_classes
-    rows = [[tau] * classes if isinstance(tau, int | float) else list(tau) for tau in per_exit(own, exits)]
+    rows = [[tau] * classes if isinstance(tau, int | float) else list(tau) for tau in per_exit(thresholds, exits)]
     return torch.tensor(rows, dtype=torch.float32)

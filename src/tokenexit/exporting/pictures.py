@@ -1,4 +1,4 @@
-"""Images that an exported file is compared with the model on."""
+"""An exported file is compared with the model on these images."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ SIZES = ((128, 192), (160, 120), (96, 96))
 
 
 def compared_images(model: ExitSegmenter, sources: Sequence[Path] | None = None) -> list[Tensor]:
-    """The first three images of `sources`, or three drawn scenes of different sizes, as the model takes them; of a
-    model that takes windows, the first window of each."""
+    """Return the first three images of `sources`, or three procedural scenes of different sizes, as model inputs.
+
+    For a model that takes windows, it is the first window of each.
+    """
     if sources is None:
         images = [Scenes(1, size, seed)[0].image for seed, size in enumerate(SIZES)]
     else:

@@ -1,4 +1,4 @@
-"""Operations that the ONNX exporter of torch does not know yet, or writes as runtimes do not agree on."""
+"""Operations that torch's ONNX exporter does not know yet, or writes in a form on which runtimes disagree."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ op: Any = opset20  # its annotations know tensors, and it takes numbers, too
 
 
 def _sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
-    """A stable sort of one dimension: TopK of all elements, which breaks ties by the lower index."""
+    """Sort one dimension stably: TopK of all elements, which breaks ties by the lower index."""
     count = op.Shape(self)
     return op.TopK(self, count, axis=0, largest=int(descending), sorted=1)
 
@@ -20,14 +20,14 @@ def _sort_stable(self: Any, stable: bool | None = None, dim: int = -1, descendin
 def _bicubic_antialiased(
     self: Any, output_size: Any, align_corners: bool, scales_h: float | None = None, scales_w: float | None = None
 ) -> Any:
-    """`(1, C, h, w)` to another size as two matrix products, since OpenVINO passes over Resize's `antialias`."""
+    """Resize `(1, C, h, w)` by two matrix products, since OpenVINO ignores Resize's `antialias`."""
     rows = _cubic_weights(op.Shape(self, start=2, end=3), op.Slice(output_size, [0], [1]), scales_h)
     columns = _cubic_weights(op.Shape(self, start=3, end=4), op.Slice(output_size, [1], [2]), scales_w)
     return op.MatMul(op.MatMul(rows, self), op.Transpose(columns, perm=[1, 0]))
 
 
 def _cubic_weights(old: Any, new: Any, factor: float | None) -> Any:
-    """Share of every old row in every new one, `(new, old)`: Keys' cubic with a = -1/2, widened where rows are lost."""
+    """Return the share of every old row in every new one, `(new, old)`: Keys' cubic, a = -1/2, widened in shrinking."""
     old_count, new_count = (op.Cast(count, to=1) for count in (old, new))
     scale = op.Div(old_count, new_count) if factor is None else op.Constant(value_floats=[1 / factor])
     centre = op.Mul(op.Add(_range(new), 0.5), scale)
@@ -40,7 +40,7 @@ def _cubic_weights(old: Any, new: Any, factor: float | None) -> Any:
 
 
 def _range(count: Any) -> Any:
-    """`0.0, 1.0, ...`, as many as `count (1,)`."""
+    """Return `0.0, 1.0, ...`, as many as `count (1,)`."""
     return op.Cast(op.Range(0, op.Squeeze(count, [0]), 1), to=1)
 
 

@@ -29,7 +29,7 @@ HeadSpec = str | Mapping[str, Any]
 
 
 def normalize_head(spec: HeadSpec) -> dict[str, Any]:
-    """Return the plain form of a head specification; rejects unknown heads and options in one sentence."""
+    """Return the plain form of a head specification, a mapping with `kind`. Raises `ConfigError` as `build_head`."""
     check("a head", spec, HeadSpec)
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = options.get("kind")
@@ -46,7 +46,19 @@ def normalize_head(spec: HeadSpec) -> dict[str, Any]:
 
 
 def build_head(spec: HeadSpec, embed_dim: int, num_classes: int) -> Head:
-    """Build a head with fresh weights."""
+    """Build a head with fresh weights.
+
+    Args:
+        spec: a name of `HEADS`, or a mapping with `kind` and the options of its class.
+        embed_dim: width C of the tokens.
+        num_classes: number K of classes.
+
+    Returns:
+        A head from packed tokens `(P, C)` to logits `(P, K)`.
+
+    Raises:
+        ConfigError: for an unknown head or option, and for a value that it cannot have.
+    """
     options = normalize_head(spec)
     return HEADS[options.pop("kind")](embed_dim, num_classes, **options)
 

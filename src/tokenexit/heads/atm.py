@@ -1,6 +1,6 @@
 """The attention-to-mask head of SegViT as DToP uses it: a learned query per class, no positions, any set of tokens.
 
-Source: DToP's release, `mmseg_custom/decode_heads/prune_head.py`.
+Source: `PruneHead` of DToP's release.
 
 Legend: P live patch tokens of the batch, B images, K classes, d width.
 """

@@ -28,10 +28,11 @@ ScoreKind = Literal["softmax", "atm"]
 class HeadOutput:
     """The logits that a head gives for its tokens.
 
-    logits: `(P, K)`, one row per token; a grid head with `scale` s gives s x s rows per patch, in raster order of
-        the finer grid. Softmax heads: class logits. ATM heads: mask logits, before the sigmoid.
-    packing: which rows belong to which image.
-    presence: ATM heads only, `(B, K, 2)` logits of "class is present" and "class is absent".
+    Attributes:
+        logits: `(P, K)`, one row per token; a grid head with `scale` s gives s x s rows per patch, in raster order of
+            the finer grid. Softmax heads: class logits. ATM heads: mask logits, before the sigmoid.
+        packing: which rows belong to which image.
+        presence: ATM heads only, `(B, K, 2)` logits of "class is present" and "class is absent".
     """
 
     logits: Tensor
@@ -42,11 +43,12 @@ class HeadOutput:
 class Head(nn.Module, ABC):
     """The base of all heads.
 
-    kind: how logits become scores: a softmax over classes, or presence times sigmoid (ATM).
-    needs_grid: the head mixes neighbours and must see every patch of an image.
-    pointwise: the head looks at one token at a time, so that what it says does not depend on which others it sees.
-    scale: logit cells per patch side.
-    upscale: bilinear step that belongs to the head and is still to be applied to its logits.
+    Attributes:
+        kind: how logits become scores: "softmax" over classes, or "atm", presence times sigmoid.
+        needs_grid: whether the head mixes neighbours and must see every patch of an image.
+        pointwise: whether the head looks at one token at a time, so that a token's logits do not depend on the others.
+        scale: number of logit cells per patch side.
+        upscale: factor of the bilinear step that belongs to the head and is still to be applied to its logits.
     """
 
     kind: ClassVar[ScoreKind] = "softmax"
@@ -97,17 +99,17 @@ def _with_running_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d, input: Tenso
     return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-MOST = {"channels": 8192, "layers": 32, "steps": 8, "up": 16}
+MAX_SIZES = {"channels": 8192, "layers": 32, "steps": 8, "up": 16}
 """Sizes of heads, with room beyond any published one."""
 
 
 def check_head_options(head: str, **options: int) -> None:
-    """Reject sizes below 1 or above `MOST`."""
+    """Reject sizes below 1 or above `MAX_SIZES`."""
     for name, value in options.items():
-        check(f"{name} of head '{head}'", value, Annotated[int, Between(1, MOST[name])])
+        check(f"{name} of head '{head}'", value, Annotated[int, Between(1, MAX_SIZES[name])])
 
 
-def _whole(value: object) -> bool:
+def _is_whole_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
@@ -118,10 +120,10 @@ def check_head_rate(head: str, name: str, rate: float) -> None:
 
 
 def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
-    """Return the number of attention heads: as asked, else 64 channels each where that divides the width, else one."""
+    """Return the number of attention heads: as given, else 64 channels each where that divides the width, else one."""
     if num_heads is None:
         return channels // 64 if channels % 64 == 0 else 1
-    if not _whole(num_heads) or num_heads < 1 or channels % num_heads:
+    if not _is_whole_number(num_heads) or num_heads < 1 or channels % num_heads:
         raise ConfigError(
             f"head '{head}' has channels={channels}, no multiple of num_heads={num_heads}: change one of the two."
         )
@@ -131,7 +133,8 @@ def attention_heads(head: str, channels: int, num_heads: int | None) -> int:
 def init_linear(module: nn.Module) -> None:
     """Start weights from a truncated normal of 0.02 and biases from zero; norms keep 1 and 0.
 
-    So in Segmenter and in DToP's release (`mmseg_custom/decode_heads/prune_head.py`)."""
+    Segmenter and DToP's release (`PruneHead`) do the same.
+    """
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             nn.init.trunc_normal_(layer.weight, std=0.02)
@@ -149,7 +152,8 @@ def presence_probability(presence: Tensor) -> Tensor:
 def class_scores(kind: ScoreKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
     """Return scores of the classes in [0, 1], fp32: softmax, or for ATM heads presence times sigmoid.
 
-    The latter is that of DToP's release (`mmseg_custom/decode_heads/prune_head.py`).
+    The latter is the score of DToP's release (`PruneHead`).
+
     logits: `(P, K)`; presence: `(B, K, 2)` or None; image: `(P,)` image of each row.
     """
     if kind == "softmax":

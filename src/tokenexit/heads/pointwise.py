@@ -72,7 +72,7 @@ class FCNHead(Head):
 class SETRNaiveHead(FCNHead):
     """The head applies LayerNorm, a 1x1 convolution, BatchNorm, ReLU, bilinear x4 and a 1x1 classifier.
 
-    It is that of SETR-naive, and of DoViT's exits on it.
+    SETR-naive has this head, and so have DoViT's exits on it.
 
     The classifier is linear and bilinear weights sum to one, so classifying before the upsampling gives the same
     logits to rounding for 16 times fewer multiply-adds; `upscale` tells the caller to interpolate afterwards.

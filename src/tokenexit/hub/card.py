@@ -8,10 +8,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Protocol
 
 CARD_FILE = "README.md"
 MARK = "<!-- Written by tokenexit. Without this line it is yours, and is not written over. -->"
+
+
+class Calibrated(Protocol):
+    """What a card says of a calibration."""
+
+    @property
+    def asked(self) -> Mapping[str, Any]: ...
+    @property
+    def method(self) -> str | Mapping[str, Any]: ...
+    @property
+    def guarantee(self) -> str: ...
+    @property
+    def mac_ratio(self) -> float | None: ...
 
 
 def model_card(
@@ -20,13 +33,13 @@ def model_card(
     parameters: int,
     training: Mapping[str, Any] | None = None,
     evaluation: Mapping[str, Any] | None = None,
-    calibration: Mapping[str, Any] | None = None,
+    calibration: Calibrated | None = None,
     license: str | None = None,
 ) -> str:
-    """The card of a model in Markdown.
+    """Write the card of a model in Markdown.
 
-    config: what `config.json` holds. training, evaluation, calibration: contents of `training.json`, of
-    `evaluation.json` (from `tokenexit evaluate --json`) and `calibration.json`, where they are known. license: of the
+    config: what `config.json` holds. training, evaluation: contents of `training.json` and of `evaluation.json` (from
+    `tokenexit evaluate --json`), where they are known. calibration: the model's, if it has one. license: of the
     weights, by the hub's names, such as "apache-2.0".
     """
     trained_on = _at(training, "config", "data", "name")
@@ -47,7 +60,7 @@ def model_card(
 
 
 def may_write(path: Path) -> bool:
-    """Whether there is no card of somebody's own."""
+    """Return whether there is no card, or one that this module wrote."""
     return not path.exists() or MARK in path.read_text(errors="replace")
 
 
@@ -97,7 +110,7 @@ print(out.labels[0].shape, out.ledger.share_of_dense[0])
 
 
 def _rows(training: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[list[str]]:
-    """Method, mIoU, GMACs and share of the dense model's, of the evaluation, else of the last validation."""
+    """List method, mIoU, GMACs and share of dense, from the evaluation, else from the last validation."""
     rows = [
         [str(row.get("label")), _text(row.get("mIoU"), ".2f"), _text(row.get("gmacs_mean"), ".3f"),
          _text(row.get("share_of_dense"), ".1%")]
@@ -108,7 +121,7 @@ def _rows(training: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | No
         return rows
     method = _at(training, "config", "methods")
     name = method[0].get("name", "?") if isinstance(method, list) and method else "?"
-    kept = _at(training, "step")  # of the weights that were kept; the last ones where nothing is said
+    kept = _at(training, "step")  # step of the kept weights; the last ones if unknown
     last = next((entry for entry in history if kept is not None and _at(entry, "step") == kept), history[-1])
     return [[str(name), _text(_at(last, "miou"), ".2f"), _text(_at(last, "gmacs"), ".3f"), ""]]
 
@@ -127,14 +140,13 @@ def _table(
     return f"{words}\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in cells)
 
 
-def _calibrated(calibration: Mapping[str, Any] | None) -> str:
+def _calibrated(calibration: Calibrated | None) -> str:
     if calibration is None:
         return ""
-    target, method, reached = (calibration.get(key) or {} for key in ("asked", "method", "reached"))
-    lines = [f"Asked for: {_pairs(target)}.", f"Chosen: {_pairs(method)}.", str(calibration.get("promise", ""))]
-    share = _number(reached.get("share_of_dense"))
-    if share is not None:
-        lines.append(f"Compute on the calibration images: {share:.1%} of dense.")
+    method = calibration.method if isinstance(calibration.method, Mapping) else {"name": calibration.method}
+    lines = [f"Asked for: {_pairs(calibration.asked)}.", f"Chosen: {_pairs(method)}.", calibration.guarantee]
+    if calibration.mac_ratio is not None:
+        lines.append(f"Compute on the calibration images: {calibration.mac_ratio:.1%} of dense.")
     return "\n\n".join(line for line in lines if line)
 
 
@@ -179,7 +191,7 @@ def _pairs(values: Mapping[str, Any]) -> str:
 
 
 def _at(values: Any, *keys: str) -> Any:
-    """What stands there, None where nothing does."""
+    """Return the value at nested keys, None where one is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, Mapping) else None
     return values

@@ -1,4 +1,4 @@
-"""Find weights: a local file, or a file of a model repository on the Hugging Face hub."""
+"""Weights are found in a local file, or in a model repository on the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -38,8 +38,10 @@ def resolve_weights(source: str | Path) -> Path:
 
 
 def resolve_folder(source: str | Path, patterns: Sequence[str]) -> Path:
-    """Return the local folder behind `source`, as `resolve_weights` finds files: a path, or
-    `hf-hub:OWNER/NAME[@REVISION]`, of which the files that fit one of `patterns` are fetched."""
+    """Return the local folder behind `source`: a path, or `hf-hub:OWNER/NAME[@REVISION]`.
+
+    The files of a hub model that fit one of `patterns` are fetched. Raises `CheckpointError` as `resolve_weights`.
+    """
     if not str(source).startswith(HUB_PREFIX):
         return Path(source)
     name = _parsed(str(source))

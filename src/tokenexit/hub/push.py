@@ -1,4 +1,4 @@
-"""Saved models to the Hugging Face hub."""
+"""Saved models are pushed to the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -19,11 +19,21 @@ def push_folder(
     revision: str | None = None,
     message: str = "Upload model",
 ) -> str:
-    """Upload a saved model to the repository OWNER/NAME, made if it is not there, in one commit; returns its address.
+    """Upload a saved model to a repository of the hub, in one commit. A card there that somebody else wrote is left.
 
-    A card there that somebody wrote is left. private: of a new repository, the owner's default if not given. token:
-    the one of `hf auth login` if not given. Raises `CheckpointError` in one sentence: huggingface_hub missing, no such
-    name, no right to write, no connection.
+    Args:
+        folder: the saved model.
+        repo_id: OWNER/NAME, made if it is not there.
+        private: whether a new repository is private, the owner's default if not given.
+        token: access token, that of `hf auth login` if not given.
+        revision: branch to push to, made if it is not there.
+        message: message of the commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        CheckpointError: if huggingface_hub is missing, and for a malformed name, no right to write, no connection.
     """
     try:
         from huggingface_hub import HfApi, errors
@@ -61,7 +71,7 @@ def push_folder(
 
 
 def without_places(folder: Path) -> None:
-    """Shorten absolute paths in the JSON files of a saved model to their last part: they tell of a machine."""
+    """Shorten absolute paths in the JSON files of a saved model to their last part: the rest concerns one machine."""
     for path in folder.glob("*.json"):
         path.write_text(json.dumps(_shortened(json.loads(path.read_text())), indent=2) + "\n")
 

@@ -1,1 +1,1 @@
-"""What goes into a model: images, labels, preprocessing, lists of images."""
+"""Inputs of a model: images, labels, preprocessing, lists of images."""

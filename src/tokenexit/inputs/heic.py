@@ -1,4 +1,4 @@
-"""HEIC images, those of phones, through pillow-heif, which is imported when used."""
+"""HEIC images, as phones make them, are read by pillow-heif, which is imported when used."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ CURE = "HEIC needs the package pillow-heif: pip install 'tokenexit[heic]', or co
 
 
 def is_available() -> bool:
+    """Return whether pillow-heif is installed."""
     return find_spec("pillow_heif") is not None
 
 
@@ -44,7 +45,7 @@ def load_heic(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def _named(what: str, image: Image.Image, max_pixels: int) -> Image.Image:
-    """`load_image`, with the file's name in its errors."""
+    """Call `load_image` with the file's name in its errors."""
     try:
         return load_image(image, max_pixels).copy()
     except DataError as error:

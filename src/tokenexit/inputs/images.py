@@ -1,4 +1,4 @@
-"""Reads images: any usual file as RGB, 8 bits per channel, upright."""
+"""Images of any usual format are read as RGB, 8 bits per channel, upright."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ MAX_PIXELS = 178_956_970  # Pillow's own limit for refusing an image: 2 * (1 GiB
 FORMATS = ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "AVIF", "JPEG2000")
 """Formats that are read, whatever a file is called: those that Pillow decodes itself, in this process.
 
-It knows more: PostScript is handed to Ghostscript, WMF to the system. JPEG includes the multi-picture files of cameras.
+Pillow knows more, but hands PostScript to Ghostscript and WMF to the system. JPEG includes the multi-picture files of
+cameras.
 """
 
 _EXIF_ORIENTATION = 0x0112
@@ -29,19 +30,25 @@ _SIXTEEN_BIT_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 def load_image(source: ImageSource, max_pixels: int = MAX_PIXELS, background: Colour = (0, 0, 0)) -> Image.Image:
     """Load an image as RGB, 8 bits per channel, upright.
 
-    source: a path, the bytes of a file, an open binary file, a PIL image, or a numpy array of shape (H, W),
-        (H, W, 1), (H, W, 3) or (H, W, 4) and type bool, uint8, uint16, or float with values in 0..1.
-    max_pixels: the largest H * W that is decoded (default: Pillow's own limit, about 179 million).
-    background: RGB colour (0..255) that transparent images are composited on; black if not given, as what cannot be
-        seen carries no light. `predict`, the datasets and the server use black.
-
     - Files are read in one of `FORMATS`, found by their content and not by their name.
-    - The EXIF orientation is applied; of an animation the first frame is taken.
+    - The EXIF orientation is applied; the first frame of an animation is taken.
     - 16-bit grey (PIL modes "I;16" and "I") and uint16 are divided by 257 and rounded, so that 65535 is 255.
     - PIL mode "F" counts as float: values in 0..1.
 
-    Raises `DataError` for everything else: missing, damaged or truncated files, other formats, too many pixels, no
-    pixels, odd shapes, types and values; and `ConfigError` for a background that is no colour.
+    Args:
+        source: a path, the bytes of a file, an open binary file, a PIL image, or a numpy array of shape (H, W),
+            (H, W, 1), (H, W, 3) or (H, W, 4) and type bool, uint8, uint16, or float with values in 0..1.
+        max_pixels: the largest H * W that is decoded (default: Pillow's own limit, about 179 million).
+        background: RGB colour (0..255) that transparent images are composited on; black if not given, as in `predict`,
+            the datasets and the server.
+
+    Returns:
+        A loaded PIL image of mode RGB.
+
+    Raises:
+        DataError: for missing, damaged or truncated files, other formats, too many pixels, no pixels, and arrays of
+            other shapes, types and values.
+        ConfigError: for a background that is no colour.
     """
     if len(background) != 3 or not all(is_int(c) and 0 <= c <= 255 for c in background):
         raise ConfigError(f"background must be three whole numbers from 0 to 255, got {background!r}: give RGB.")
@@ -74,7 +81,7 @@ def _decode(file: str | Path | BinaryIO, what: str, max_pixels: int, background:
         with open_image(file) as image:
             _check_size(image.height, image.width, what, max_pixels)
             rgb = _to_rgb(image, what, max_pixels, background)
-            return rgb.copy() if rgb is image else rgb  # an image that stands alone, without file and decoder
+            return rgb.copy() if rgb is image else rgb  # a copy without file and decoder
     except DataError:
         raise
     except FileNotFoundError:
@@ -96,7 +103,7 @@ def _undecodable(what: str, error: Exception) -> DataError:
 
 
 def decoder_reason(error: Exception) -> str:
-    """What a decoder complained of, on one line, to stand in brackets in a message of ours."""
+    """Return the reason that a decoder gave, on one line, for the brackets of an error message."""
     if isinstance(error, UnidentifiedImageError):
         # Pillow's own words repeat the path, or the address of a buffer.
         return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
@@ -104,7 +111,7 @@ def decoder_reason(error: Exception) -> str:
 
 
 def _to_rgb(image: Image.Image, what: str, max_pixels: int, background: Colour) -> Image.Image:
-    """PIL image of any mode -> loaded RGB image, upright. The given image is not changed."""
+    """Turn a PIL image of any mode into a loaded RGB image, upright. The given image is not changed."""
     _check_size(image.height, image.width, what, max_pixels)
     try:
         image.load()  # before the EXIF data: reading them may decode, too, and a damaged file fails only once
@@ -142,7 +149,7 @@ def _composited(image: Image.Image, background: Colour) -> Image.Image:
 
 
 def _sixteen_to_rgb(values: npt.NDArray[Any], what: str) -> Image.Image:
-    """(H, W) integers in 0..65535 -> grey RGB."""
+    """Turn (H, W) integers in 0..65535 into a grey RGB image."""
     low, high = int(values.min()), int(values.max())
     if low < 0 or high > 65535:
         raise DataError(

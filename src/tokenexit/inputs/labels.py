@@ -1,4 +1,4 @@
-"""Class names and colours of a mask: read from data, saved with a model."""
+"""Class names and colours of a mask are read from data and saved with a model."""
 
 from __future__ import annotations
 
@@ -15,10 +15,16 @@ Colour: TypeAlias = tuple[int, int, int]
 
 @dataclass(frozen=True)
 class Labels:
-    """The classes a mask can hold: name and RGB colour (0..255) of each, and the value of void pixels.
+    """The classes of a mask: name and colour of each, and the value of void pixels. Class k is the mask value k.
 
-    Class k is the mask value k. Raises `ConfigError` where lengths differ, a name is empty or given twice, a
-    colour is no RGB triple, or `ignore_index` is also a class.
+    Attributes:
+        names: name of each class, none empty or given twice.
+        palette: RGB colour (0..255) of each class.
+        ignore_index: mask value of void pixels, outside the classes.
+
+    Raises:
+        ConfigError: where lengths differ, a name is empty or given twice, a colour is no RGB triple, or `ignore_index`
+            is also a class.
     """
 
     names: tuple[str, ...]
@@ -58,11 +64,11 @@ class Labels:
 
     @property
     def num_classes(self) -> int:
-        """K, without the ignored value."""
+        """Number K of classes, without the ignored value."""
         return len(self.names)
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, strings and numbers only: JSON and YAML hold it as it is."""
+        """Return lists, strings and numbers only, as JSON and YAML hold them."""
         return {
             "names": list(self.names),
             "palette": [list(colour) for colour in self.palette],
@@ -77,7 +83,7 @@ class Labels:
 
 
 def default_labels(num_classes: int) -> Labels:
-    """Labels for a model without names: class_0, class_1, ..., each with its own colour, always the same."""
+    """Return labels for a model without names: class_0, class_1, ..., each with a colour that is always the same."""
     if not is_int(num_classes) or num_classes < 1:
         raise ConfigError(f"num_classes={num_classes!r} cannot be labelled: give a whole number of at least 1.")
     ignore_index = 255 if num_classes <= 255 else 65535
@@ -89,7 +95,7 @@ def default_labels(num_classes: int) -> Labels:
 
 
 def default_palette(num_classes: int) -> tuple[Colour, ...]:
-    """K different colours, always the same: the bits of k + 1 are dealt to red, green, blue in turn.
+    """Return K different colours, always the same: the bits of k + 1 are dealt to red, green, blue in turn.
 
     The lowest bits weigh most. Neighbouring classes therefore lie far apart, no class is black, and the first
     colours do not change with K.

@@ -1,6 +1,6 @@
-"""From an image to the tensor a model was trained on: size, mean and std, class names, colours.
+"""Preprocessing turns an image into the tensor a model was trained on: size, mean and std, class names, colours.
 
-All of it is saved with the model, which gives wrong answers without a word under another preprocessing.
+All of it is saved with the model, since another preprocessing would make its answers silently wrong.
 
 Legend: H, W height and width in pixels; K classes. Sizes are always (height, width), except inside PIL calls.
 """
@@ -28,16 +28,20 @@ MAX_SIDE = 8192
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """From an RGB image to the model's input: resize, scale to 0..1, subtract `mean`, divide by `std`.
+    """The steps from an RGB image to the model's input: resize, scale to 0..1, subtract `mean`, divide by `std`.
 
-    mean, std: per channel (red, green, blue), in the pixel range 0..1.
-    resize: "none" keeps the image's size; one number is the shortest side in pixels, aspect ratio kept;
-        (height, width) is exactly that size. Bilinear, with antialiasing where it shrinks.
-    labels: what the model's class indices mean, if known.
-    window, stride: height and width of the windows in which the resized image is segmented, and their distance;
-        one number stands for both. Without a stride windows touch; without a window the image is taken as a whole.
+    Attributes:
+        mean: mean per channel (red, green, blue), in the pixel range 0..1.
+        std: standard deviation per channel, in the same range.
+        resize: "none" keeps the image's size; one number is the shortest side in pixels, aspect ratio kept;
+            (height, width) is exactly that size. Bilinear, with antialiasing where it shrinks.
+        labels: names and colours of the model's classes, if known.
+        window: height and width in pixels of the windows in which the resized image is segmented; one number stands for
+            both. Without a window the image is taken whole.
+        stride: distance in pixels of the windows, (rows, columns); without it windows touch.
 
-    Raises `ConfigError` for values that cannot work.
+    Raises:
+        ConfigError: for values that cannot work.
     """
 
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
@@ -60,7 +64,18 @@ class Preprocessing:
         object.__setattr__(self, "stride", stride)
 
     def to_tensor(self, image: Image.Image, scale: float = 1.0) -> torch.Tensor:
-        """image -> (3, H, W) float32, resized as `resize` says, both sides times `scale`, then normalised."""
+        """Turn an image into the model's input.
+
+        Args:
+            image: a PIL image, or anything that `load_image` takes.
+            scale: factor on both sides after `resize`.
+
+        Returns:
+            `(3, H, W)` float32, resized and normalised.
+
+        Raises:
+            DataError: for an image that cannot be read.
+        """
         image = load_image(image)
         size = resized_size((image.height, image.width), self.resize)
         height, width = (max(1, int(side * scale + 0.5)) for side in size)
@@ -69,9 +84,16 @@ class Preprocessing:
         return self.normalise(image)
 
     def normalise(self, image: Image.Image) -> torch.Tensor:
-        """RGB image -> (3, H, W) float32 of the same size.
+        """Normalise an RGB image without resizing it, as training crops need it: their masks have the same size.
 
-        For training crops: a resize here would part them from their masks.
+        Args:
+            image: a PIL image of mode RGB.
+
+        Returns:
+            `(3, H, W)` float32 of the same size.
+
+        Raises:
+            DataError: for an image of another mode.
         """
         if image.mode != "RGB":
             raise DataError(f"an image of mode {image.mode!r} cannot be normalised: open it with load_image first.")
@@ -82,7 +104,7 @@ class Preprocessing:
         return channels.div_(255.0).sub_(mean).div_(std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Lists, strings and numbers only: JSON and YAML hold it as it is."""
+        """Return lists, strings and numbers only, as JSON and YAML hold them."""
         return {
             "mean": list(self.mean),
             "std": list(self.std),
@@ -94,7 +116,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`; keys left out take their defaults.
+        """Build a preprocessing from what `to_dict` returns; keys left out take their defaults.
 
         Raises `ConfigError` for unknown keys and impossible values.
         """
@@ -106,7 +128,7 @@ class Preprocessing:
 
 
 def checked_resize(name: str, resize: object) -> Resize:
-    """`resize` in its one form ("none", int, tuple of two ints), or a `ConfigError` about the option `name`."""
+    """Return `resize` in its one form: "none", int, or two ints. Raises `ConfigError` about the option `name`."""
     if resize == "none":
         return "none"
     if isinstance(resize, int) and _is_side(resize):
@@ -122,10 +144,10 @@ def checked_resize(name: str, resize: object) -> Resize:
 def checked_window(
     prefix: str, window: object, stride: object
 ) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
-    """Window and stride as two (height, width) pairs, or None twice without a window.
+    """Return window and stride as two (height, width) pairs, or None twice without a window.
 
     A number is a square, and a stride of None the window itself. Raises `ConfigError` about the options
-    `{prefix}window` and `{prefix}stride` for what is no size, and for strides that leave pixels out.
+    `{prefix}window` and `{prefix}stride` for values that are no size, and for strides that leave pixels out.
     """
     if window is None:
         if stride is not None:
@@ -150,7 +172,7 @@ def _checked_pair(name: str, size: object) -> tuple[int, int]:
 
 
 def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
-    """(height, width) of an image of `size` after `resize`; the long side is rounded, and at least one pixel."""
+    """Return (height, width) of an image of `size` after `resize`; the long side is rounded, and at least one pixel."""
     if isinstance(resize, str):
         return size
     if isinstance(resize, tuple):

@@ -1,4 +1,4 @@
-"""What is to be predicted: images, folders and lists of them, and videos; and the names of their results."""
+"""Sources of a prediction are images, folders and lists of them, and videos; here their results get names."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ SUFFIXES = {
 """Image files that a folder is searched for: what Pillow itself decodes."""
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm", ".mpg", ".mpeg"}
 RECORD = "predictions.json"
-"""Stands in every folder of results and says what they were made with."""
+"""A file in every folder of results that records what they were made with."""
 
 Say = Callable[[str], None]
-"""Takes a sentence for the user."""
+"""A function that shows a sentence to the user."""
 
 
 def quiet(sentence: str) -> None:
-    """Say nothing."""
+    """Show nothing."""
 
 
 def is_video(path: Path) -> bool:
+    """Return whether the suffix is that of a video."""
     return path.suffix.lower() in VIDEO_SUFFIXES
 
 
@@ -40,9 +41,9 @@ def list_sources(
 
     sources: files; folders, whose images are taken to their depth (videos are named one by one); and lists,
         `@FILE` with a path in each line, relative to the working folder. Names are relative to a folder that was
-        given, and to the deepest folder that all of a list share; bytes that are no text stand in them as `%FF`.
+        given, and to the deepest folder that all of a list share; bytes that are no text are written as `%FF`.
     out: the folder of the results, which is passed over. So are hidden files, and folders with results of other calls.
-    say: is told what else is passed over in folders. suffixes: of the images that folders are searched for.
+    say: shows what else is passed over in folders. suffixes: those of images, for which folders are searched.
 
     Raises `DataError` for a folder or list that names nothing and for a folder of results, and `ConfigError` for a
     folder that is `out`.
@@ -68,7 +69,7 @@ def list_images(sources: Sequence[Path], out: Path | None = None) -> dict[Path, 
 
 
 def _inside(folder: Path, out: Path | None, say: Say, suffixes: Collection[str]) -> list[Path]:
-    """The images below a folder, in the order of their paths."""
+    """List the images below a folder, in the order of their paths."""
     results = None if out is None else os.path.realpath(out)
     if results == os.path.realpath(folder):
         raise ConfigError(
@@ -110,7 +111,7 @@ def _say_unreadable(error: OSError, say: Say) -> None:
 
 
 def _counted(others: Mapping[str, int]) -> str:
-    """Numbers of files by suffix, and what can be done about those that could be read."""
+    """Count files by suffix, and say what can be done about those that could be read."""
     counts = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
     cures = []
     if heic.SUFFIXES & others.keys() and not heic.is_available():
@@ -121,7 +122,7 @@ def _counted(others: Mapping[str, int]) -> str:
 
 
 def _listed(file: Path, out: Path | None, say: Say, suffixes: Collection[str]) -> Iterator[tuple[Path, str]]:
-    """What a list names, and names of results below the deepest folder that holds all of it."""
+    """Yield the files of a list, and names of results below the deepest folder that holds all of them."""
     try:  # names of files need not be text
         content = file.read_bytes().decode("utf-8-sig", "surrogateescape")
     except OSError as error:
@@ -142,7 +143,7 @@ def _name(path: Path) -> str:
 
 
 def _as_text(name: str) -> str:
-    """A file name with the bytes that are no text as `%FF`, so that JSON, XML and zips can hold it."""
+    """Write the bytes of a file name that are no text as `%FF`, so that JSON, XML and zips can hold it."""
     return "".join(f"%{ord(c) - 0xDC00:02X}" if "\udc80" <= c <= "\udcff" else c for c in name)
 
 
@@ -172,19 +173,19 @@ def _meeting(named: Mapping[Path, str], files: Callable[[Path, str], Iterable[st
 
 
 def at_most(words: Sequence[str], most: int = 20) -> str:
-    """Items of a sentence, of many the first ones and how many follow."""
+    """Join the items of a sentence; of many, the first ones and the number of the rest."""
     rest = len(words) - most
     return ", ".join([*words[:most], *([f"and {rest} more"] if rest > 0 else [])])
 
 
-# ---------------------------------------------------------------------------------------------------------------- jobs
-
-
 @dataclass(frozen=True)
 class WorkItem:
-    """What one process takes: an image, images that are the frames of a film, or a video.
+    """The work that one process takes at a time: an image, images that are the frames of a film, or a video.
 
-    name: of its results. images: paths of images and the names of their results. video: a file to decode instead.
+    Attributes:
+        name: name of its results.
+        images: paths of images and the names of their results.
+        video: a file to decode instead.
     """
 
     name: str
@@ -203,7 +204,7 @@ class WorkItem:
 
 
 def jobs_of(named: Mapping[Path, str], films: bool) -> list[WorkItem]:
-    """Make jobs of sources and the names of their results: images first, then videos.
+    """Make work items of sources and the names of their results: images first, then videos.
 
     films: whether the images of a folder are the frames of one, in the order of their names.
     """
@@ -219,11 +220,11 @@ def jobs_of(named: Mapping[Path, str], films: bool) -> list[WorkItem]:
 
 
 def _name_of_film(folder: Path, first: str) -> str:
-    """That of the folder, below the one that was given."""
+    """Return the name of the folder, below the one that was given."""
     above = Path(first).parent
     return str(above) if above.name else _as_text(folder.resolve().name)
 
 
 def frame_name(name: str, number: int) -> str:
-    """The name of the results of a video's frame. name: of the video's results. number: from 1."""
+    """Name the results of a video's frame. name: that of the video's results. number: from 1."""
     return f"{name}/{number:06d}"

@@ -1,4 +1,4 @@
-"""Methods: which tokens leave, what remains of them, and what the result is made of."""
+"""Methods decide which tokens leave, what remains of them, and what the result is made of."""
 
 import inspect
 from collections.abc import Mapping
@@ -44,11 +44,22 @@ MethodSpec = str | Mapping[str, Any]
 """A method's name, or a mapping with `name` and the method's own fields: `{"name": "dtop", "threshold": 0.95}`."""
 
 MethodLike = Method[Any] | MethodSpec
-"""What is welcome wherever a method is taken."""
+"""A method, its name or its specification: accepted wherever a method is an argument."""
 
 
 def build_method(spec: MethodSpec) -> Method[Any]:
-    """A method from its specification; refuses unknown names, options and types in one sentence."""
+    """Build a method from its specification.
+
+    Args:
+        spec: a name of `METHODS`, or a mapping with `name` and the method's own fields,
+            `{"name": "dtop", "threshold": 0.95}`.
+
+    Returns:
+        The method, a frozen value.
+
+    Raises:
+        ConfigError: for an unknown name or option, and for a value of another type or out of range.
+    """
     check("a method", spec, MethodSpec)
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
@@ -60,7 +71,7 @@ def build_method(spec: MethodSpec) -> Method[Any]:
     for option, value in options.items():
         if option not in known:
             raise ConfigError(f"method '{name}' has no option '{option}': it takes {', '.join(known) or 'none'}.")
-        if option == "method":  # of those that wrap another
+        if option == "method":  # a wrapper's inner method
             options[option] = build_method(value)
         else:
             check(f"{option} of method '{name}'", value, hints(kind)[option])
@@ -69,25 +80,27 @@ def build_method(spec: MethodSpec) -> Method[Any]:
 
 
 def as_method(method: MethodLike) -> Method[Any]:
-    """A method as it is, or built from its name or specification."""
+    """Return a method as it is, or build it from its name or specification."""
     return method if isinstance(method, Method) else build_method(method)
 
 
 def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
-    """The specification that `build_method` takes, as JSON has it: name and options that are not at their defaults,
-    or all of them. Of prescribed exits it is the name alone."""
+    """Return the specification that `build_method` takes, as JSON holds it.
+
+    whole: list all options, and not only those that differ from their defaults. Prescribed exits have a name alone.
+    """
     if isinstance(method, PrescribedExits):
         return {"name": method.name}
     if isinstance(method, Gated | GatedBySize):
         return {"name": method.name, "method": spec_of(method.method, whole), "closed": method.closed}
     default = type(method)()
-    own = {f.name: getattr(method, f.name) for f in fields(method)}
-    told = {name: value for name, value in own.items() if whole or value != getattr(default, name)}
-    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in told.items()}}
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    listed = {name: value for name, value in options.items() if whole or value != getattr(default, name)}
+    return {"name": method.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in listed.items()}}
 
 
 def _frozen(value: Any) -> Any:
-    """Lists as tuples, at any depth."""
+    """Turn lists into tuples, at any depth."""
     return tuple(map(_frozen, value)) if isinstance(value, list | tuple) else value
 
 

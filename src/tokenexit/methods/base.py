@@ -1,4 +1,4 @@
-"""What a method is: a frozen value that decides, exit by exit, which tokens leave, and assembles the result.
+"""A method is a frozen value that decides, exit by exit, which tokens leave, and assembles the result.
 
 The segmenter owns the loop; a method supplies `start`, `at_exit` and `result`, and hands its state through as a value,
 so that one model serves many methods and threads at once.
@@ -22,14 +22,20 @@ from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
 
 Value = Literal["logits", "scores"]
-"""What a result holds: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
+"""The kind of values in a result: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
 
 
 @dataclass(frozen=True)
 class ModelView:
-    """What a method may know of the model it runs on, for one call.
+    """The part of a model that a method may know, for one call.
 
-    norm: the backbone's final LayerNorm. with_records: record the full map of every exit, for losses and studies.
+    Attributes:
+        exit_heads: heads of the exits, in order.
+        decode_head: head at the end of the network.
+        norm: the backbone's final LayerNorm.
+        num_classes: number K of classes.
+        has_class_token: whether the first prefix token is a class token.
+        with_records: record the full map of every exit, for losses and studies.
     """
 
     exit_heads: Sequence[Head]
@@ -41,19 +47,24 @@ class ModelView:
 
     @property
     def num_exits(self) -> int:
+        """Number of exits."""
         return len(self.exit_heads)
 
 
 @dataclass(frozen=True)
 class ExitRecord:
-    """What happened at one exit.
+    """The record of one exit in one call.
 
-    head_tokens: patch tokens the exit head was run on, per image; empty if it did not run.
-    logits: if asked for, the full map at this exit `(cells scale^2, K)`: what exited earlier as stored, the rest
-        from this head; else None.
-    presence: the head's presence logits `(B, K, 2)` (ATM).
-    seen: if maps are asked for, the tokens that the decode head was run on, after the final norm, for losses on
-        features; of exit heads only some methods record them.
+    Attributes:
+        head_tokens: number of patch tokens that the exit head ran on, per image; empty if it did not run.
+        logits: with records, the full map at this exit `(cells scale^2, K)`: tokens that exited earlier as stored, the
+            rest from this head; else None.
+        presence: the head's presence logits `(B, K, 2)` (ATM).
+        kind: how logits become scores, see `Head`.
+        scale: logit cells per patch side.
+        upscale: factor of the bilinear step that is still to be applied to `logits`.
+        seen: with records, the tokens that the decode head ran on, after the final norm, for losses on features; only
+            some methods record them of exit heads.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -69,10 +80,12 @@ class ExitRecord:
 class Result:
     """The finished map.
 
-    logits: `(cells scale^2, K)`, class logits or scores as `value` says.
-    exit_records: one for each exit, and in the last place the decode head's, whose `logits` are those its loss is taken
-        on; empty for a head that did not run.
-    exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+    Attributes:
+        logits: `(cells scale^2, K)`, class logits or scores as `value` says.
+        value: the kind of values in `logits`.
+        exit_records: one for each exit, and last the decode head's, whose `logits` are those its loss is taken on;
+            empty for a head that did not run.
+        exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
     """
 
     logits: Tensor
@@ -83,7 +96,7 @@ class Result:
 
 Threshold = float | Sequence[float] | Tensor
 """The threshold of an exit: one for all classes, or one for each. A tensor, `()` or `(K,)`, is an exported graph's
-input, whose values nobody can check."""
+input, whose values cannot be checked."""
 
 Thresholds = float | Sequence[Threshold]
 """One threshold for all exits, or for each exit a number or one for each class."""
@@ -95,21 +108,35 @@ State = TypeVar("State")
 
 
 def option(default: Any, help: str, *, choices: tuple[str, ...] = (), kw_only: bool = False) -> Any:
-    """A field of a method that users set: on the command line, in YAML and in Python under the same name.
+    """Declare a field of a method that users set: on the command line, in YAML and in Python under the same name.
 
-    help: a noun phrase. choices: the words it takes, if these are all. Both must be literals: the command line reads
-    them from the source, without importing torch.
+    The command line reads `help` and `choices` from the source, without importing torch: both must be literals.
+
+    Args:
+        default: value of the field.
+        help: a noun phrase.
+        choices: the words it takes, where these are all.
+        kw_only: whether the field is a keyword argument only.
+
+    Returns:
+        The field of a dataclass.
     """
     return field(default=default, kw_only=kw_only, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Method(ABC, Generic[State]):
-    """Base of all methods. `State` is what travels from exit to exit within one call.
+    """The base of all methods. `State` is what travels from exit to exit within one call.
 
-    A method supplies `check`, `start`, `at_exit` and `result`; everything else is a fact about it that others ask for.
-    name: what it is called in YAML, JSON and on the command line. title: the same for people. has_exits: tokens may
-    leave. calibrates: it has thresholds that may be chosen. may_gate: its exits may be closed where they do not pay.
+    A method supplies `check`, `start`, `at_exit` and `result`; everything else is a fact about it that others read.
+
+    Attributes:
+        name: its name in YAML, JSON and on the command line.
+        title: its name in tables and figures.
+        has_exits: whether tokens may leave.
+        calibrates: whether it has thresholds that calibration may choose.
+        may_gate: whether its exits may be closed where they do not pay.
+        always_named: options that the label names at their defaults, too.
     """
 
     name: ClassVar[str]
@@ -120,7 +147,6 @@ class Method(ABC, Generic[State]):
     offered: ClassVar[bool] = False
     """Whether the page of `tokenexit serve` offers it; its HTTP API takes every method."""
     always_named: ClassVar[tuple[str, ...]] = ()
-    """Options that the label names at their defaults, too."""
 
     @property
     def inner(self) -> Method[Any]:
@@ -129,14 +155,14 @@ class Method(ABC, Generic[State]):
 
     @property
     def label(self) -> str:
-        """A table row's name: the method and what differs from its defaults."""
+        """The name of a table row: the method and the options that differ from their defaults."""
         default = type(self)()
-        own = [f.name for f in fields(self)]
-        named = [name for name in own if name in self.always_named or getattr(self, name) != getattr(default, name)]
+        options = [f.name for f in fields(self)]
+        named = [name for name in options if name in self.always_named or getattr(self, name) != getattr(default, name)]
         return " ".join([self.name, *map(self.option_label, named)])
 
     def option_label(self, name: str) -> str:
-        """How the label names an option."""
+        """Return how the label names an option."""
         return f"{name}={getattr(self, name)}"
 
     @property
@@ -146,60 +172,70 @@ class Method(ABC, Generic[State]):
 
     @property
     def min_live(self) -> int:
-        """Patch tokens that stay live at every exit, whatever the scores."""
+        """Number of patch tokens that stay live at every exit, whatever the scores."""
         return 0
 
     @property
     def thresholds(self) -> Thresholds | None:
-        """Thresholds of the exits, None for a method that has none."""
+        """The thresholds of the exits, None for a method without any."""
         return None
 
     def with_thresholds(self, thresholds: Thresholds) -> Self:
-        """The method with other thresholds. Raises `ConfigError` for one that has none."""
+        """Return the method with other thresholds.
+
+        Args:
+            thresholds: one for all exits, or for each exit a number or one for each class.
+
+        Raises:
+            ConfigError: for a method without thresholds.
+        """
         self.refuse(f"method '{self.name}' has no thresholds: leave threshold and compute out.")
 
     def refuse(self, sentence: str) -> NoReturn:
+        """Raise `ConfigError` with this sentence."""
         raise ConfigError(sentence)
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
-        """Methods from dear to cheap that a curve of this one is drawn through; none where thresholds decide that."""
+        """Return the methods, from dear to cheap, of a curve of this one; none where thresholds decide the cost."""
         return ()
 
     def for_export(self) -> Method[Any]:
-        """The method that a graph can hold. Raises `ConfigError`, in its own sentence, if there is none."""
+        """Return the method that an exported graph can hold. Raises `ConfigError`, in its own sentence, without one."""
         return self
 
     def at(self, progress: float) -> Self:
-        """The method as it stands after this share of the training, in [0, 1]."""
+        """Return the method after this share of the training, in [0, 1]: thresholds may warm up."""
         return self
 
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
-        """Consecutive images that run together, and the method for them.
+        """Yield consecutive images that run together, and the method for them.
 
-        grids: patches of all images of the call. max_tokens: as many patches as one run may have; a larger image runs
-        alone. Without it, and for most methods, all images run together with the method itself.
+        Args:
+            grids: (rows, columns) of patches of all images of the call.
+            max_tokens: most patches of one run; a larger image runs alone. Without it, and for most methods, all images
+                run together with the method itself.
         """
         return ((run, self) for run in packs([h * w for h, w in grids], max_tokens))
 
     @abstractmethod
     def check(self, model: ModelView) -> None:
-        """Raise ConfigError, in one sentence, for a model the method cannot run on."""
+        """Raise `ConfigError`, in one sentence, for a model that the method cannot run on."""
 
     @abstractmethod
     def start(self, tokens: Tokens, model: ModelView) -> State:
-        """State before the first block; `tokens` are all tokens."""
+        """Return the state before the first block; `tokens` are all tokens."""
 
     @abstractmethod
     def at_exit(self, n: int, tokens: Tokens, state: State, model: ModelView) -> tuple[Tokens, State]:
-        """Exit `n`: grade, store, and return the tokens that go on."""
+        """Run exit `n`, 0 the first: score tokens, store results; return the tokens that go on and the new state."""
 
     @abstractmethod
     def result(self, tokens: Tokens, state: State, model: ModelView) -> Result:
-        """After the last block: the map of the whole grid."""
+        """Return the map of the whole grid after the last block; `tokens` are those still live."""
 
 
 def packs(tokens: Sequence[int], max_tokens: int | None) -> list[range]:
-    """Consecutive images to run at once: as many as have `max_tokens` together, and at least one; all if None."""
+    """Return consecutive images to run at once: as many as have `max_tokens` together, at least one; all if None."""
     starts, held = [0], 0
     for n, count in enumerate(tokens):
         if held and max_tokens is not None and held + count > max_tokens:
@@ -210,19 +246,19 @@ def packs(tokens: Sequence[int], max_tokens: int | None) -> list[range]:
 
 
 def all_stay(tokens: Tokens, num_exits: int) -> Tensor:
-    """`exit_index` before anybody left, `(cells,)`."""
+    """Return `exit_index` before any token has left, `(cells,)` int64."""
     return torch.full((tokens.cells,), num_exits, dtype=torch.int64, device=tokens.x.device)
 
 
 def record_of(
     head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None
 ) -> ExitRecord:
-    """The record of one run of `head` on `tokens`, with the map its loss is taken on."""
+    """Return the record of one run of `head` on `tokens`, with the map its loss is taken on."""
     return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
 
 
 def decode_grid(patches: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
-    """The decode head on the complete grid, as in every ordinary segmenter: final norm, head, scores for ATM."""
+    """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM."""
     patches = patches.with_x(model.norm(patches.x))
     head = model.decode_head
     out = head(patches)

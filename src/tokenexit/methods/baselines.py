@@ -1,4 +1,4 @@
-"""Free baselines: a fixed ratio of tokens at every exit, and the whole image leaving at one exit.
+"""Two free baselines: a fixed ratio of tokens at every exit, and the whole image leaving at one exit.
 
 FixedRatio is the baseline without a threshold: easy and hard images cost alike, and the number of tokens in every block
 follows from the image's size alone. All else is DToP's: what the exit heads score, the canvas, the finish.
@@ -28,9 +28,15 @@ from tokenexit.methods.thresholded import NEVER, per_exit
 class FixedRatio(Method[DToPState]):
     """DToP with a cap and no threshold.
 
-    ratios: for each exit the share of an image's tokens that may go on, of all and not of those still live, rounded
-        down; one number is for all exits. The least sure go on, ties by lowest position.
-    score, temperature, finish: as in DToP.
+    Attributes:
+        ratios: for each exit the share in [0, 1] of an image's tokens that may go on, of all and not of those still
+            live, rounded down; one number stands for all exits. The least confident go on, ties by lowest position.
+        score: the score by which the most confident leave, as in `DToP`.
+        temperature: of the exit heads' softmax, as in `DToP`.
+        finish: scores of exited tokens in the result, as in `DToP`.
+
+    Raises:
+        ConfigError: for a value out of range.
     """
 
     name: ClassVar[str] = "fixed_ratio"
@@ -38,7 +44,7 @@ class FixedRatio(Method[DToPState]):
 
     ratios: PerExit = option((0.7, 0.5, 0.3), "share of an image's tokens that go on after each exit, as 0.7/0.5/0.3")
     score: Score = option(
-        "probability", "score by which the surest leave", choices=("probability", "margin", "entropy")
+        "probability", "score by which the most confident leave", choices=("probability", "margin", "entropy")
     )
     temperature: PerExit = option(1.0, "temperature of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")
     finish: Finish = option(
@@ -58,7 +64,7 @@ class FixedRatio(Method[DToPState]):
         return self._dtop(per_exit(self.ratios, model.num_exits, "ratios"))
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
-        """Shares between all tokens and none, falling alike from exit to exit."""
+        """Return methods whose shares fall from all tokens towards none, and by the same factor from exit to exit."""
         shares = [1 - i / (points + 1) for i in range(1, points + 1)]
         ratios = [tuple(round(share ** (n + 1), 4) for n in range(num_exits)) for share in shares]
         return [replace(self, ratios=each) for each in ratios]
@@ -83,9 +89,15 @@ class FixedRatio(Method[DToPState]):
 
 @dataclass(frozen=True)
 class Truncated(Method[Result | None]):
-    """All tokens leave at one exit with what its head says. The state is that map, once there is one.
+    """A shallower network: all tokens leave at one exit with the logits of its head.
 
-    after: which exit ends the network, 1 for the first.
+    The state is that map, None before the exit.
+
+    Attributes:
+        after: the exit that ends the network, 1 for the first.
+
+    Raises:
+        ConfigError: for an exit below 1.
     """
 
     name: ClassVar[str] = "truncated"
@@ -98,7 +110,7 @@ class Truncated(Method[Result | None]):
             raise ConfigError(f"after={self.after} must be at least 1: it counts exits, 1 is the first.")
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
-        """Every exit as the end, the last one first."""
+        """Return the method with every exit as the end, the last one first."""
         return [replace(self, after=n) for n in range(num_exits, 0, -1)]
 
     def check(self, model: ModelView) -> None:

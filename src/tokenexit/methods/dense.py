@@ -1,6 +1,6 @@
-"""Dense: every token runs through every block. The baseline of all comparisons.
+"""Dense runs every token through every block. It is the baseline of all comparisons.
 
-At inference exit heads do not run, so that they cost Dense nothing; for losses and studies they do.
+At inference exit heads do not run, so that they cost Dense nothing; they do where exits are recorded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, all_st
 
 @dataclass(frozen=True)
 class Dense(Method[tuple[ExitRecord, ...]]):
-    """No token leaves. The state is the exit records so far."""
+    """No token leaves; the method has no options. The state is the exit records so far."""
 
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "Dense"
@@ -22,7 +22,7 @@ class Dense(Method[tuple[ExitRecord, ...]]):
     offered: ClassVar[bool] = True
 
     def check(self, model: ModelView) -> None:
-        """Every model will do."""
+        """Accept every model."""
 
     def start(self, tokens: Tokens, model: ModelView) -> tuple[ExitRecord, ...]:
         return ()

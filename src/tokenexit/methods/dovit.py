@@ -1,17 +1,18 @@
 """DoViT: Dynamic Token-Pass Transformers (Liu et al., WACV 2024, arXiv 2308.01944).
 
-At each checkpoint a light head scores the whole grid; patches it is sure of are stopped. The class token takes up
-their mean, and only the kept tokens go through the following blocks, computed separately. In the end all tokens are
-put back in place, stopped ones with the features they had when they stopped, and the ordinary decode head reads the
-full grid. Where the paper is silent, this follows the official release (backbone `do_vit.py`).
+At each exit a light head scores the whole grid; patches with a score above the threshold are stopped. The class token
+takes up their mean, and only the kept tokens go through the following blocks, computed separately. In the end all
+tokens are put back in place, stopped ones with the features they had when they stopped, and the ordinary decode head
+reads the full grid. Where the paper is silent, this follows the official release (github.com/FLHonker/DoViT-code,
+backbone `do_vit.py`), whose checkpoints are the exits here.
 
 Where this differs from the release, and why:
 
 - `batch_mode="exact"`: every image keeps its own tokens; the release keeps as many of each image as the batch does
   on average, so that an image's answer depends on its neighbours ("mean");
-- the second criterion compares with the previous checkpoint's score; in the release it compares with zero, and so
+- the second criterion compares with the previous exit's score; in the release it compares with zero, and so
   stops every token until scores have passed delta, at the start of a training. It is off by default;
-- the sequence is put back at checkpoints and at the end, not after every block;
+- the sequence is put back at exits and at the end, not after every block;
 - the threshold warm-up is a function of the saved training step, which the release forgets at a restart.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, T all tokens with prefix, C channels.
@@ -45,11 +46,15 @@ from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, 
 
 @dataclass(frozen=True)
 class DoViTState:
-    """What travels from exit to exit.
+    """The state that travels from exit to exit.
 
-    full: the complete sequence, stopped tokens with the features they stopped with. keep: `(cells,)` bool, patches no
-    checkpoint has stopped. score: `(cells,)` of the previous checkpoint, None before the first. label: `(cells,)`
-    int64, the class that each patch was predicted to be when last computed, for the boundary guard.
+    Attributes:
+        full: the complete sequence, stopped tokens with the features they stopped with.
+        keep: `(cells,)` bool, patches that no exit has stopped.
+        score: `(cells,)` scores of the previous exit, None before the first.
+        exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+        label: `(cells,)` int64, the class predicted for each patch when last computed, for the boundary guard.
+        exit_records: one for each exit so far.
     """
 
     full: Tokens
@@ -62,18 +67,29 @@ class DoViTState:
 
 @dataclass(frozen=True)
 class DoViT(ThresholdMethod[DoViTState]):
-    """Dynamic Token-Pass. Thresholds, scores, cap and guard: see `ThresholdMethod`.
+    """Dynamic Token-Pass: a patch whose score is above the threshold stops; the decode head reads its last features.
 
-    threshold: tau. Published: 0.985 (Cityscapes), 0.95 to 0.98 (ADE20K). Thresholds by class are
-        not published for DoViT.
-    min_improvement: delta, stop also where the score grew by less since the previous checkpoint; None is off.
-    blend_trigger: blend into the class token only if the share of stopped tokens is strictly above this.
-    blend_weight: weight of the stopped tokens' mean in the class token, 0.5 as published, 0 without blend.
-    batch_mode: "exact", or "mean" for the release's one token count per batch.
-    scoring: "grid" scores all patches, as published; "live" skips stopped ones at inference, same result with heads
-        that look at one token at a time. Where exits are recorded, as in training, the grid is always scored.
-    detach_aux: stop the exit heads' losses from reaching the backbone; published: no.
-    threshold_warmup: 0.875 in the Segmenter recipes.
+    Attributes:
+        threshold: tau of the paper, a score in [0, 1]. Published: 0.985 (Cityscapes), 0.95 to 0.98 (ADE20K). One for
+            all exits or one for each; thresholds by class are not published for DoViT.
+        min_improvement: delta of the paper, stop also where the score grew by less since the previous exit; None is
+            off.
+        blend_trigger: blend into the class token only if the share of stopped tokens is strictly above this.
+        blend_weight: weight in [0, 1] of the stopped tokens' mean in the class token, 0.5 as published, 0 without
+            blend.
+        batch_mode: "exact", or "mean" for the release's one token count per batch.
+        scoring: "grid" scores all patches, as published; "live" skips stopped ones at inference, with the same result
+            for heads that look at one token at a time. Where exits are recorded, as in training, the grid is scored.
+        detach_aux: stop the exit heads' losses from reaching the backbone; published: no.
+        threshold_warmup: share of the training over which thresholds fall from 1 to their value; 0.875 in the published
+            Segmenter recipes.
+        cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
+        score: "probability", "margin" or "entropy".
+        temperature: of the exit heads' softmax, one for all exits or one for each.
+        boundary_guard: no exits where predicted classes meet.
+
+    Raises:
+        ConfigError: for a value out of range, and for options that exclude each other.
     """
 
     name: ClassVar[str] = "dovit"
@@ -180,7 +196,7 @@ class DoViT(ThresholdMethod[DoViTState]):
         return decode_grid(full.patches(), state.exit_records, state.exit_index, model)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
-        """Patches above tau stop, and those whose score no longer grows (release, `do_vit.py`)."""
+        """Stop patches above tau, and those whose score no longer grows (`do_vit.py` of the release)."""
         stop = self.confident(n, graded)
         if self.min_improvement is not None and graded.earlier is not None:
             stop |= graded.score - graded.earlier < self.min_improvement
@@ -192,9 +208,9 @@ class DoViT(ThresholdMethod[DoViTState]):
     def _score_and_label(
         self, n: int, patches: Tokens, live: Tokens, model: ModelView
     ) -> tuple[Tensor, Tensor, ExitRecord]:
-        """Score and class of every patch, `(cells,)` each, detached, and the record of the head's run.
+        """Return score and class of every patch, `(cells,)` each, detached, and the record of the head's run.
 
-        Patches that were not scored have a score of 0. Classes are named where a rule asks for them, else they are 0.
+        Patches that were not scored have a score of 0. Classes are computed where a rule needs them, else they are 0.
         """
         head = model.exit_heads[n]
         on_grid = self.scores_grid or model.with_records
@@ -214,7 +230,7 @@ class DoViT(ThresholdMethod[DoViTState]):
 
 
 def blend(full: Tokens, mean: Tensor, applies: Tensor, weight: float) -> Tokens:
-    """Class token to `(1 - weight) class token + weight mean` where `applies`.
+    """Replace the class token by `(1 - weight) class token + weight mean` where `applies`.
 
     mean: `(B, C)` of each image's stopped tokens; applies: `(B,)` bool.
     """
@@ -225,7 +241,7 @@ def blend(full: Tokens, mean: Tensor, applies: Tensor, weight: float) -> Tokens:
 
 
 def _stopped_mean(x: Tensor, chosen: Tensor, cells: Packing, full: Tokens) -> tuple[Tensor, Tensor]:
-    """Mean feature `(B, C)` of the stopped patches of each image, and their share of all its tokens `(B,)`."""
+    """Return the mean feature `(B, C)` of each image's stopped patches, and their share of all its tokens `(B,)`."""
     image = cells.image_index()
     # Integers and fp32, as half precision cannot count far enough.
     images, stopped = len(cells.lengths), ~chosen
@@ -235,8 +251,10 @@ def _stopped_mean(x: Tensor, chosen: Tensor, cells: Packing, full: Tokens) -> tu
 
 
 def _mean_count(keep: Tensor, cells: Packing) -> Tensor:
-    """The release's batch mode: every image keeps the batch's mean number of tokens, those to be kept
-    first (release, `do_vit.py`)."""
+    """Keep the batch's mean number of tokens in every image, those to be kept first.
+
+    This is the batch mode of the release (`do_vit.py`).
+    """
     images = len(cells.lengths)
     masks = keep.unflatten(0, (images, cells.longest))
     # floor(mean(kept + class token)) - class token; integers, as half precision cannot count far enough.
@@ -247,7 +265,7 @@ def _mean_count(keep: Tensor, cells: Packing) -> Tensor:
 
 
 def _put_back(full: Tokens, tokens: Tokens) -> Tokens:
-    """Token reconstruction: the complete sequence with the live tokens' features written to their rows."""
+    """Reconstruct the complete sequence: the live tokens' features are written to their rows."""
     image = tokens.packing.image_index()
     rows = tokens.position + (image + 1) * tokens.num_prefix
     if tokens.num_prefix:

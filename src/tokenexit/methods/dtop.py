@@ -1,11 +1,12 @@
 """DToP: Dynamic Token Pruning (Tang et al., ICCV 2023, arXiv 2308.01045).
 
-After a few blocks an auxiliary head grades every live token. A token whose best class scores above the threshold is
+After a few blocks an auxiliary head scores every live token. A token whose best class scores above the threshold is
 easy: its prediction goes to the canvas and it takes no part in later blocks. Of each predicted class the k most
 confident easy tokens stay, as context and, for ATM heads, as witnesses that the class is present. The canvas is the
 result.
 
-Where this differs from that code, and why:
+Source: the paper, and where it is silent the official release (github.com/zbwxp/Dynamic-Token-Pruning). Where this
+differs from the release, and why:
 
 - images are packed, not looped over; the result of an image does not depend on its batch;
 - prefix tokens are never scored and never leave; the paper runs without any, so does `class_token=False`;
@@ -35,11 +36,15 @@ Finish = Literal["auto", "presence_last", "frozen"]
 
 @dataclass(frozen=True)
 class DToPState:
-    """What travels from exit to exit.
+    """The state that travels from exit to exit.
 
-    logits: `(cells, K)` canvas of (mask) logits; scores: the canvas of scores where the finish needs it, else None.
-    presence: `(B, K, 2)` of the last head that saw a token of the image (ATM), else None.
-    label: `(cells,)` int64, the class that the last head to see a token named, for the boundary guard.
+    Attributes:
+        logits: `(cells, K)` canvas of (mask) logits.
+        scores: `(cells, K)` canvas of scores where the finish needs it, else None.
+        presence: `(B, K, 2)` of the last head that saw a token of the image (ATM), else None.
+        exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+        label: `(cells,)` int64, the class that the last head to see a token predicted, for the boundary guard.
+        exit_records: one for each exit so far.
     """
 
     logits: Tensor
@@ -52,16 +57,25 @@ class DToPState:
 
 @dataclass(frozen=True)
 class DToP(ThresholdMethod[DToPState]):
-    """Dynamic Token Pruning. Thresholds, scores, cap and guard: see `ThresholdMethod`.
+    """Dynamic Token Pruning: a token whose best class scores above the threshold leaves with that prediction.
 
-    threshold: p0; 0.95 is the paper's for ATM heads, 0.98 better for FCN heads. Thresholds by
-        class are not published for DToP.
-    keep_per_class: k, how many of each predicted class stay at every exit; 5 as published, 0 keeps nobody.
-    finish: "presence_last" scores exited tokens with the presence of the last head, as the release does with ATM heads
-        throughout; "frozen" keeps the scores a token left with; "auto" is presence_last where all heads are ATM, else
-        frozen.
-    detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no).
-    score: of ATM heads the published "probability" is presence times sigmoid.
+    Attributes:
+        threshold: p0 of the paper, a score in [0, 1]; 0.95 is published for ATM heads, 0.98 is better for FCN heads.
+            One for all exits or one for each; thresholds by class are not published for DToP.
+        keep_per_class: k of the paper, how many tokens of each predicted class stay at every exit; 5 as published, 0
+            keeps none.
+        finish: "presence_last" scores exited tokens with the presence of the last head, as the release does with ATM
+            heads throughout; "frozen" keeps the scores a token left with; "auto" is presence_last where all heads are
+            ATM, else frozen.
+        detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no).
+        threshold_warmup: share of the training over which thresholds fall from 1 to their value.
+        cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
+        score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.
+        temperature: of the exit heads' softmax, one for all exits or one for each.
+        boundary_guard: no exits where predicted classes meet.
+
+    Raises:
+        ConfigError: for a value out of range.
     """
 
     name: ClassVar[str] = "dtop"
@@ -129,7 +143,7 @@ class DToP(ThresholdMethod[DToPState]):
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
-        # Score: the exit head sees live tokens only and writes what it says to the canvas.
+        # Score: the exit head sees live tokens only and writes its logits to the canvas.
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
         state = self._write(head, patches, out, state, model)
@@ -145,11 +159,11 @@ class DToP(ThresholdMethod[DToPState]):
             left_at = torch.where(leaves, n, model.num_exits)
             exit_index = state.exit_index.index_copy(0, patches.position, left_at)
 
-        # Carrier: none but the tokens kept; whoever leaves is gone for later blocks.
+        # Carrier: the retained tokens alone; tokens that leave take no part in later blocks.
         return tokens.keep(~leaves), replace(state, exit_index=exit_index)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
-        """Easy tokens leave, but for the k most confident of each predicted class (release, `PruneHead`)."""
+        """Let easy tokens leave, but for the k most confident of each predicted class (`PruneHead` of the release)."""
         easy = self.guard(graded, live & self.confident(n, graded))
         stay = graded.most_confident(easy, self.keep_per_class)
         return self.limit(n, graded, easy & ~stay, live)
@@ -158,7 +172,7 @@ class DToP(ThresholdMethod[DToPState]):
         return self._score_and_label(n, head, out)[0]
 
     def _score_and_label(self, n: int, head: Head | ExitRecord, out: HeadOutput) -> tuple[Tensor, Tensor]:
-        """Score and predicted class of the tokens that the head saw, `(P,)` each."""
+        """Return score and predicted class of the tokens that the head saw, `(P,)` each."""
         logits = scale_logits(out.logits, of_exit(self.temperature, n))
         probabilities = class_scores(head.kind, logits, out.presence, out.packing.image_index())
         best, label = probabilities.max(dim=-1)
@@ -198,7 +212,7 @@ def _kinds(model: ModelView) -> set[str]:
 
 
 def _canvas_value(model: ModelView, finish: str) -> Value:
-    """What the canvas must hold so that all its cells mean the same."""
+    """Return what the canvas must hold so that all its cells mean the same."""
     kinds = _kinds(model)
     if kinds == {"softmax"} or (kinds == {"atm"} and finish != "frozen"):
         return "logits"
@@ -206,7 +220,7 @@ def _canvas_value(model: ModelView, finish: str) -> Value:
 
 
 def _latest_presence(out: HeadOutput, before: Tensor | None) -> Tensor | None:
-    """Presence of this head; for an image of which it saw no token, of the last head that did."""
+    """Return the presence logits of this head; for an image of which it saw no token, those of the last that did."""
     if out.presence is None or before is None or min(out.packing.lengths) > 0:
         return out.presence if out.presence is not None else before
     saw = out.packing.offsets.diff() > 0

@@ -1,6 +1,6 @@
-"""A method some of whose exits are passed over: their heads do not run and nobody leaves there.
+"""Closed exits of a method are passed over: their heads do not run and no token leaves there.
 
-Which exits to close is for `tokenexit.calibration.gating` to say.
+`tokenexit.calibration.gating` chooses which exits to close.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, Thresh
 
 @dataclass(frozen=True)
 class _Wrapper(Method[Any]):
-    """What closing exits leaves as it is in the method inside."""
+    """Base of the wrappers: facts that are those of the wrapped method."""
 
     method: Method[Any]
 
@@ -49,9 +49,13 @@ class _Wrapper(Method[Any]):
 
 @dataclass(frozen=True)
 class Gated(_Wrapper):
-    """`method` without the exits in `closed`, counted from 0; those that stay keep their thresholds.
+    """A method without some of its exits; the others keep their thresholds.
 
-    For inference: training wants the maps of all exits.
+    It serves inference alone: training needs the maps of all exits.
+
+    Attributes:
+        method: the method inside.
+        closed: exits that are passed over, 0 for the first.
     """
 
     name: ClassVar[str] = "gated"
@@ -80,9 +84,12 @@ class Gated(_Wrapper):
 
 @dataclass(frozen=True)
 class GatedBySize(_Wrapper):
-    """`method` without the exits that are closed at an image's size, whatever is in it and beside it in the batch.
+    """A method without the exits that are closed at an image's size, whatever is in it and beside it in the batch.
 
-    closed: `((1, (0, 1)), (97, (0,)), (400, ()))`: from so many patches on, up to those of the next, these are closed.
+    Attributes:
+        method: the method inside.
+        closed: pairs of a number of patches, from which on (up to the next pair's), and the exits that are closed:
+            `((1, (0, 1)), (97, (0,)), (400, ()))`.
     """
 
     name: ClassVar[str] = "gated_by_size"
@@ -91,7 +98,7 @@ class GatedBySize(_Wrapper):
     closed: tuple[tuple[int, tuple[int, ...]], ...] = ()
 
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
-        """Images run together where the same exits are closed."""
+        """Yield consecutive images for which the same exits are closed, and the method for them."""
         for run, _ in super().runs(grids, max_tokens):
             start = run.start
             for method, group in groupby(grids[run.start : run.stop], self.for_grid):
@@ -100,7 +107,7 @@ class GatedBySize(_Wrapper):
                 start = stop
 
     def for_grid(self, grid: Grid) -> Method[Any]:
-        """The method with the exits closed that are closed on this grid."""
+        """Return the method with the exits closed that are closed on this grid."""
         closed: tuple[int, ...] = ()
         for patches, numbers in self.closed:
             if grid[0] * grid[1] >= patches:
@@ -113,16 +120,16 @@ class GatedBySize(_Wrapper):
         self.method.check(model)
 
     def start(self, tokens: Tokens, model: ModelView) -> Any:
-        return self._of(tokens).start(tokens, model)
+        return self._for_all(tokens).start(tokens, model)
 
     def at_exit(self, n: int, tokens: Tokens, state: Any, model: ModelView) -> tuple[Tokens, Any]:
-        return self._of(tokens).at_exit(n, tokens, state, model)
+        return self._for_all(tokens).at_exit(n, tokens, state, model)
 
     def result(self, tokens: Tokens, state: Any, model: ModelView) -> Result:
-        return self._of(tokens).result(tokens, state, model)
+        return self._for_all(tokens).result(tokens, state, model)
 
-    def _of(self, tokens: Tokens) -> Method[Any]:
-        """That of all images, which the model has sorted."""
+    def _for_all(self, tokens: Tokens) -> Method[Any]:
+        """Return the method of all images, which the model has sorted by it."""
         method, *others = (self.for_grid(grid) for grid in tokens.grids)
         assert all(other == method for other in others), "images of one method run together"
         return method

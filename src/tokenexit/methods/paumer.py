@@ -1,14 +1,15 @@
-"""PAUMER: Patch Pausing Transformer for Semantic Segmentation (Courdier, Sivaprasad, Fleuret, BMVC 2022,
-arXiv 2311.00586).
+"""PAUMER: Patch Pausing Transformer for Semantic Segmentation.
 
-Known from its abstract: computation is paused for patches that need no more of it before the final decoder; the
-criterion is the entropy of predictions made from intermediate activations; one trained network serves many run-time
-budgets by changing the pausing parameters at inference.
+Source: Courdier, Sivaprasad, Fleuret, BMVC 2022, arXiv 2311.00586. Known from its abstract: computation is paused for
+patches that need no more of it before the final decoder; the criterion is the entropy of predictions made from
+intermediate activations; one trained network serves many run-time budgets by changing the pausing parameters at
+inference.
 
 Our reading, as its full text was not at hand: paused patches keep the features they were paused with and are put back
 in place for the decoder; nothing stands in for them in the blocks between, so that this is DoViT's flow with another
-score and without its blend; a patch is paused where its entropy over `log K` is below 1 minus the threshold. How it
-was trained is not told: here as any method, with exits on, and with several thresholds if several methods are drawn.
+score and without its blend; a patch is paused where its entropy over `log K` is below 1 minus the threshold. The
+abstract does not say how it was trained: here as any method, with exits on, and with several thresholds if several
+methods are drawn.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from tokenexit.methods.selection import Score
 
 @dataclass(frozen=True)
 class PAUMER(DoViT):
-    """Patches of low entropy are paused: DoViT with these defaults.
+    """PAUMER pauses patches of low entropy: DoViT with these defaults.
 
-    threshold: one minus the entropy, as a share of its maximum, above which a patch is paused; 0.95 is ours.
+    Attributes:
+        threshold: one minus the entropy, as a share of its maximum, above which a patch is paused; the default of 0.95
+            is not the paper's.
+        blend_weight: 0, nothing stands in for paused patches.
+        score: "entropy".
     """
 
     name: ClassVar[str] = "paumer"

@@ -1,8 +1,7 @@
-"""Reference lines: the same engine with prescribed exits.
+"""Reference lines run the same engine with prescribed exits.
 
 `PrescribedExits` lets every token leave at a given exit and is otherwise DToP. From it follow the lines that every
-result is
-read against: random exits at matched counts, and the dense-pass agreement oracle.
+result is compared with: random exits at matched counts, and the dense-pass agreement oracle.
 
 Legend: cells = all patches of all images, P live patch tokens, K classes.
 """
@@ -27,9 +26,10 @@ from tokenexit.methods.thresholded import Graded
 
 @dataclass(frozen=True, eq=False)
 class PrescribedExits(DToP):
-    """Every token leaves where it is told to, whatever its score; nobody is retained.
+    """Every token leaves at a prescribed exit, whatever its score; none is retained.
 
-    exit_index: `(cells,)` int64 over the batch's flat canvas; `num_exits` is "stays to the end".
+    Attributes:
+        exit_index: `(cells,)` int64 over the batch's flat canvas; `num_exits` means "stays to the end".
     """
 
     name: ClassVar[str] = "imposed"
@@ -43,7 +43,7 @@ class PrescribedExits(DToP):
         self.refuse("exits imposed from outside are no method to export: choose another, such as dtop.")
 
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
-        """Every run takes its own cells of the canvas along."""
+        """Yield runs of images, each with its own cells of the canvas."""
         first_cell = [0, *accumulate(h * w for h, w in grids)]
         for run, _ in super().runs(grids, max_tokens):
             cells = slice(first_cell[run.start], first_cell[run.stop])
@@ -56,20 +56,21 @@ class PrescribedExits(DToP):
 
 
 def random_counterpart(method: Method[Any]) -> PrescribedExits | None:
-    """DToP with the exits still to be prescribed, for the line of random exits; None for other methods, whose carriers
-    and results differ."""
+    """Return DToP with exits still to be prescribed, for the line of random exits.
+
+    Other methods have none (None): their carriers and results differ.
+    """
     return PrescribedExits(finish=method.finish) if type(method) is DToP else None
 
 
 def random_exits(exit_index: Tensor, generator: torch.Generator) -> Tensor:
-    """The exits of one image in random places: as many tokens leave at each exit, but not the same ones."""
+    """Shuffle the exits of one image: as many tokens leave at each exit, but not the same ones."""
     order = torch.randperm(exit_index.numel(), generator=generator).to(exit_index.device)
     return exit_index.flatten()[order].view_as(exit_index)
 
 
 def agreement_exits(records: tuple[ExitRecord, ...], cells: Sequence[int]) -> Tensor:
-    """The dense-pass agreement oracle: each token's earliest exit whose class is the final one there and at all
-    later exits.
+    """Return each token's earliest exit from which on its class is the final one: the dense-pass agreement oracle.
 
     records: of a dense pass with every exit's map recorded, the decode head's last. cells: patches of each image.
     Returns `(cells,)` int64. It knows the final answer, so it is a reference line and no method; nor is it a bound.

@@ -1,7 +1,7 @@
-"""`ThresholdMethod`: what all methods share whose tokens leave where an exit head is sure enough.
+"""`ThresholdMethod` is the base of methods whose tokens leave where an exit head is confident enough.
 
-A method of this kind says three things: how an exit grades tokens (`grade`), which of them leave (`decide`), and, in
-its own `at_exit`, what becomes of them. `decide` is pure, so that calibration applies the very same rule to scores that
+A method of this kind supplies how an exit scores tokens (`grade`), which of them leave (`decide`), and, in its own
+`at_exit`, what becomes of them. `decide` is pure, so that calibration applies the very same rule to scores that
 it recorded on a dense pass.
 
 Legend: P graded patch tokens in packed order, cells = all patches of all images, B images, K classes, E exits.
@@ -30,7 +30,7 @@ T = TypeVar("T", bound=Threshold)
 
 
 def per_exit(value: float | Sequence[T], num_exits: int, name: str = "threshold") -> tuple[float | T, ...]:
-    """One value, such as a threshold, for every exit. Raises `ConfigError` for a list of another length."""
+    """Return one value, such as a threshold, for every exit. Raises `ConfigError` for a list of another length."""
     values = (value,) * num_exits if isinstance(value, int | float) else tuple(value)
     if len(values) != num_exits:
         raise ConfigError(
@@ -40,12 +40,12 @@ def per_exit(value: float | Sequence[T], num_exits: int, name: str = "threshold"
 
 
 def of_exit(value: float | Sequence[T], n: int) -> float | T:
-    """The value for exit `n`, of one for all exits or one for each."""
+    """Return the value for exit `n`, from one for all exits or one for each."""
     return value if isinstance(value, int | float) else value[n]
 
 
 def threshold_of_tokens(threshold: Threshold, label: Tensor) -> float | Tensor:
-    """The threshold of every token: the exit's only one, or `(P,)`, that of the class predicted, `label (P,)`."""
+    """Return the threshold of every token: the exit's only one, or `(P,)`, that of the predicted class `label (P,)`."""
     if isinstance(threshold, int | float):
         return threshold
     table = threshold if isinstance(threshold, Tensor) else torch.tensor(threshold, dtype=torch.float32)
@@ -53,14 +53,14 @@ def threshold_of_tokens(threshold: Threshold, label: Tensor) -> float | Tensor:
 
 
 def per_class(threshold: Thresholds) -> bool:
-    """Whether some exit has a threshold for each class."""
+    """Return whether some exit has a threshold for each class."""
     if isinstance(threshold, int | float):
         return False
     return any(tau.ndim > 0 if isinstance(tau, Tensor) else not isinstance(tau, int | float) for tau in threshold)
 
 
 def label_of_thresholds(threshold: Thresholds) -> str:
-    """`0.95`, `0.98/0.9`, or with one for each class the least and the largest of all, `0.9-0.998 per class`."""
+    """Write thresholds as `0.95`, `0.98/0.9`, or, with one for each class, as their range `0.9-0.998 per class`."""
     exits: Sequence[Any] = (threshold,) if isinstance(threshold, int | float) else threshold
     if not per_class(threshold):
         return "/".join(f"{tau:g}" for tau in exits)
@@ -70,12 +70,17 @@ def label_of_thresholds(threshold: Thresholds) -> str:
 
 @dataclass(frozen=True)
 class Graded:
-    """What an exit head says of P patch tokens, image after image in raster order.
+    """Scores and classes of P patch tokens at an exit, image after image in raster order.
 
-    score: `(P,)` in [0, 1]. label: `(P,)` int64, the class named. packing: which rows belong to which image. grids:
-    patches of every image. position: `(P,)` cell of each row, None where the rows are all cells. last_label: `(cells,)`
-    int64, the class of each patch when it was last computed. earlier: `(P,)`, scores at the exit before, None at the
-    first or where nobody asks.
+    Attributes:
+        score: `(P,)` in [0, 1].
+        label: `(P,)` int64, the predicted class.
+        packing: which rows belong to which image.
+        grids: (rows, columns) of patches of every image.
+        num_classes: number K of classes.
+        last_label: `(cells,)` int64, the class of each patch when it was last computed.
+        position: `(P,)` cell of each row, None where the rows are all cells.
+        earlier: `(P,)` scores at the previous exit, None at the first or where no rule needs them.
     """
 
     score: Tensor
@@ -88,35 +93,37 @@ class Graded:
     earlier: Tensor | None = None
 
     def most_confident(self, candidate: Tensor, k: int) -> Tensor:
-        """Of `candidate (P,)` the k most confident of each image and class, `(P,)` bool."""
+        """Return the k most confident of `candidate (P,)` in each image and class, `(P,)` bool."""
         return retain_top_k(candidate, self.score, self.label, self.packing.image_index(), self.num_classes, k)
 
     def on_boundary(self) -> Tensor:
-        """Tokens beside a patch of another class, `(P,)` bool."""
+        """Return which tokens lie beside a patch of another class, `(P,)` bool."""
         cells = on_boundary(self.last_label, self.grids)
         return cells if self.position is None else cells.index_select(0, self.position)
 
 
 @dataclass(frozen=True)
 class ThresholdMethod(Method[State]):
-    """Base of methods in which a token may leave where its score is strictly above a threshold.
+    """The base of methods in which a token may leave where its score is strictly above a threshold.
 
-    threshold: one for all exits or one for each; in place of an exit's number, one for each class: a token is held to
-        that of the class it is predicted to be (class-based thresholding).
-    threshold_warmup: share of the training over which thresholds fall from 1 to their value.
-    score: what is compared with the threshold: the best class's "probability", its "margin" over the second, or one
-        minus the "entropy" over its maximum.
-    temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
-    cap: for each exit the share of an image's tokens that may go on, the least sure; a limit on every image's compute.
-    boundary_guard: a token beside one that is predicted another class, as each was when last computed, stays in; a cap
-        goes before it.
+    Attributes:
+        threshold: one for all exits or one for each; in place of an exit's number, one for each class: a token is
+            compared with that of its predicted class (class-based thresholding).
+        threshold_warmup: share of the training over which thresholds fall from 1 to their value.
+        cap: for each exit the share in [0, 1] of an image's tokens that may go on, the least confident; a limit on
+            every image's compute.
+        score: what is compared with the threshold: the best class's "probability", its "margin" over the second, or one
+            minus the "entropy" over its maximum.
+        temperature: of the exit heads' softmax, one for all exits or one for each; it moves scores and no prediction.
+        boundary_guard: a token beside one of another predicted class, as each was when last computed, stays; a cap
+            takes precedence.
+        decodes_grid: whether the decode head reads the features of all patches, and not those of live ones alone.
     """
 
     calibrates: ClassVar[bool] = True
     offered: ClassVar[bool] = True
     always_named: ClassVar[tuple[str, ...]] = ("threshold",)
     decodes_grid: ClassVar[bool]
-    """Whether the decode head reads the features of all patches, and not those of live ones alone."""
 
     threshold: Thresholds = option(
         0.95,
@@ -179,25 +186,25 @@ class ThresholdMethod(Method[State]):
 
     @abstractmethod
     def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
-        """Scores of the tokens that an exit head answered for, `(P,)` fp32.
+        """Return the scores of the tokens that an exit head classified, `(P,)` fp32.
 
-        head: the exit head, or the record of its run: how logits are to be read. out: what it said.
+        head: the exit head, or the record of its run: how logits are to be read. out: its output.
         """
 
     @abstractmethod
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
-        """Which tokens leave at exit `n`: `(P,)` bool, a subset of `live (P,)`. Pure: the method's rule and no more."""
+        """Return which tokens leave at exit `n`: `(P,)` bool, a subset of `live (P,)`. Pure: the rule and no more."""
 
     def confident(self, n: int, graded: Graded) -> Tensor:
-        """Tokens whose score is strictly above the threshold that they are held to: `(P,)` bool."""
+        """Return the tokens whose score is strictly above their threshold: `(P,)` bool."""
         return exceeds(graded.score, threshold_of_tokens(of_exit(self.threshold, n), graded.label))
 
     def guard(self, graded: Graded, leaves: Tensor) -> Tensor:
-        """`leaves (P,)` without those on a boundary, if boundaries are guarded."""
+        """Return `leaves (P,)` without tokens on a boundary, if boundaries are guarded."""
         return leaves & ~graded.on_boundary() if self.boundary_guard else leaves
 
     def limit(self, n: int, graded: Graded, leaves: Tensor, live: Tensor) -> Tensor:
-        """`leaves (P,)` and, if there is a cap, the surest of the live tokens beyond it."""
+        """Return `leaves (P,)` and, if there is a cap, the most confident of the live tokens beyond it."""
         if self.cap is None:
             return leaves
         limits = cap_limits(self.cap, n, graded.grids, graded.score.device)
@@ -205,9 +212,9 @@ class ThresholdMethod(Method[State]):
 
 
 def calibratable(method: Method[Any]) -> ThresholdMethod[Any]:
-    """The method as one whose thresholds can be chosen on a dense pass.
+    """Return the method as one whose thresholds can be chosen on a dense pass.
 
-    Raises `ConfigError` for one that has none, or lets images decide for each other.
+    Raises `ConfigError` for one that has none, and for one in which images decide for each other.
     """
     if not isinstance(method, ThresholdMethod) or not method.calibrates:
         raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose one that has, such as dtop.")
@@ -239,9 +246,9 @@ def check_threshold_sizes(threshold: Thresholds, num_exits: int, num_classes: in
 
 
 def warmed_up(threshold: Thresholds, progress: float, warmup: float) -> Thresholds:
-    """Thresholds during warm-up: fall linearly from 1 to their value over the share `warmup` of the training.
+    """Return thresholds in training: they fall linearly from 1 to their value over its share `warmup`.
 
-    `tau(i) = 1 - min(1, i / T) (1 - tau)` with `i / T = progress / warmup` (DoViT, release, `do_vit.py`).
+    `tau(i) = 1 - min(1, i / T) (1 - tau)` with `i / T = progress / warmup` (`do_vit.py` of DoViT's release).
     """
     done = min(1.0, progress / warmup) if warmup > 0 else 1.0
 
@@ -262,7 +269,7 @@ def check_score(score: str) -> None:
 
 
 def check_temperature(temperature: PerExit) -> None:
-    """Reject what logits cannot be divided by."""
+    """Reject temperatures that are no positive numbers."""
     if isinstance(temperature, str) or not isinstance(temperature, int | float | Sequence):
         raise ConfigError(f"temperature={temperature!r} is no number: give one above 0, or one for each exit.")
     for value in (temperature,) if isinstance(temperature, int | float) else temperature:
@@ -271,7 +278,7 @@ def check_temperature(temperature: PerExit) -> None:
 
 
 def check_cap(cap: Sequence[float] | None) -> None:
-    """Reject caps that are no shares of an image's tokens."""
+    """Reject caps outside [0, 1]."""
     if cap is None:
         return
     if isinstance(cap, str | int | float) or not all(0.0 <= share <= 1.0 for share in cap):
@@ -285,11 +292,11 @@ def check_cap_length(cap: Sequence[float] | None, num_exits: int) -> None:
 
 
 def cap_limits(cap: Sequence[float], n: int, grids: Sequence[Grid], device: torch.device) -> Tensor:
-    """How many patch tokens of each image may go on after exit `n`: `(B,)` int64."""
+    """Return how many patch tokens of each image may go on after exit `n`: `(B,)` int64."""
     return torch.tensor([int(cap[n] * h * w + 1e-9) for h, w in grids], device=device)
 
 
 def check_share(name: str, value: float) -> None:
-    """Reject what is no share."""
+    """Reject shares outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
         raise ConfigError(f"{name}={value} is outside [0, 1]: it is a share.")

@@ -1,1 +1,1 @@
-"""What is made of outputs: losses."""
+"""Results of a call: maps, windows, the ledger, losses."""

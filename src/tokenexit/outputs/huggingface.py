@@ -1,4 +1,4 @@
-"""Results as users of Hugging Face's `transformers` know them, which is not needed for it."""
+"""Results take the form that users of Hugging Face's `transformers` know; the package itself is not needed."""
 
 from __future__ import annotations
 
@@ -17,9 +17,17 @@ from tokenexit.outputs.windows import Segmentation
 
 
 def label_maps(outputs: Segmentation, target_sizes: Sequence[Size] | None = None) -> list[Tensor]:
-    """Class of every pixel, one `(H, W)` map per image, as `post_process_semantic_segmentation` of their processors.
+    """Return the class of every pixel, as `post_process_semantic_segmentation` of transformers' processors does.
 
-    target_sizes: height and width of each; those that were asked for in the call if not given.
+    Args:
+        outputs: result of a call of the model.
+        target_sizes: height and width in pixels of each map; the call's targets if not given.
+
+    Returns:
+        One `(H, W)` int64 map per image.
+
+    Raises:
+        ConfigError: for another number of sizes than images.
     """
     if target_sizes is not None:
         if len(target_sizes) != len(outputs):
@@ -31,8 +39,12 @@ def label_maps(outputs: Segmentation, target_sizes: Sequence[Size] | None = None
 
 
 def segments(output: Segmentation, id2label: Mapping[int, str]) -> list[dict[str, Any]]:
-    """What their `image-segmentation` pipeline returns of one image: for every class in it, in order, `label`, `mask`
-    (PIL, mode L, 255 in it and 0 elsewhere) and `score`, here the mean of the class's pixels (theirs is None)."""
+    """Return the segments of one image, as the `image-segmentation` pipeline of transformers does.
+
+    For every class in it, in order: `label`, `mask` (PIL, mode L, 255 inside and 0 elsewhere) and `score`, here the
+        mean
+    over the class's pixels (None in transformers).
+    """
     labels, scores = output.labels[0].cpu().numpy(), output.scores[0].cpu().numpy()
     return [
         {
@@ -46,7 +58,12 @@ def segments(output: Segmentation, id2label: Mapping[int, str]) -> list[dict[str
 
 @dataclass(frozen=True)
 class ImageSegmentation:
-    """Called with an image (path, PIL image, array) it returns its segments, with a list of them a list of these."""
+    """A call with an image (path, PIL image, array) returns its segments, a call with a list a list of these.
+
+    Attributes:
+        predict: segments one image.
+        id2label: names of the classes.
+    """
 
     predict: Callable[[ImageSource], Segmentation]
     id2label: Mapping[int, str]

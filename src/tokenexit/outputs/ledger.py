@@ -1,4 +1,4 @@
-"""The ledger: what one call cost, image by image, from true counts of live tokens."""
+"""The ledger holds the cost of one call, image by image, from true counts of live tokens."""
 
 from __future__ import annotations
 
@@ -15,11 +15,19 @@ from tokenexit.heads import Head, HeadSpec, build_head
 from tokenexit.methods.base import ExitRecord
 
 Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclass(frozen=True)
 class MacsByPart:
-    """Multiply-adds of one image by part of the network."""
+    """Multiply-adds of one image by part of the network.
+
+    Attributes:
+        embed: patch embedding.
+        blocks: all blocks, prefix tokens included.
+        exit_heads: heads of the exits that ran.
+        decode_head: the head at the end.
+    """
 
     embed: int
     blocks: int
@@ -28,16 +36,19 @@ class MacsByPart:
 
     @property
     def total(self) -> int:
+        """Multiply-adds of all parts."""
         return self.embed + self.blocks + self.exit_heads + self.decode_head
 
 
 @dataclass(frozen=True)
 class Ledger:
-    """Per image: live patch tokens in every block, and the multiply-adds that follow.
+    """Live patch tokens in every block and the multiply-adds that follow, per image.
 
-    live: `[image][block]` patch tokens computed; prefix tokens are not counted here but are in the multiply-adds.
-    tokens: patches of each image. parts: multiply-adds of each image.
-    dense_macs: what the same image costs without exits (backbone and decode head).
+    Attributes:
+        live: `[image][block]` patch tokens computed; prefix tokens are not counted here but are in the multiply-adds.
+        tokens: number of patches of each image.
+        parts: multiply-adds of each image by part of the network.
+        dense_macs: multiply-adds of the same image without exits (backbone and decode head).
     """
 
     live: tuple[tuple[int, ...], ...]
@@ -47,6 +58,7 @@ class Ledger:
 
     @property
     def macs(self) -> tuple[int, ...]:
+        """Multiply-adds of each image."""
         return tuple(part.total for part in self.parts)
 
     @property
@@ -72,7 +84,7 @@ def write_ledger(
     lengths: Sequence[Sequence[int]],
     records: Sequence[ExitRecord],
 ) -> Ledger:
-    """Add up one call.
+    """Add up the cost of one call.
 
     lengths: `[block][image]` tokens in every block, prefix included. records: one for each exit, then the decode
         head's.
@@ -94,7 +106,7 @@ def write_ledger(
 
 
 def dense_ops(backbone: ViT, decode_head: Head, grid: Grid) -> Ops:
-    """Backbone and decode head on all tokens: the denominator of every saving."""
+    """Count backbone and decode head on all tokens: the denominator of every saving."""
     cells = grid[0] * grid[1]
     length = cells + backbone.config.num_prefix_tokens
     blocks = backbone.block_ops(length) * backbone.config.depth
@@ -102,10 +114,11 @@ def dense_ops(backbone: ViT, decode_head: Head, grid: Grid) -> Ops:
 
 
 def dtop_convention_gmacs(backbone: ViT, head: Head, image_size: Size) -> float:
-    """Dense GMACs of one crop as the DToP paper prints them ("GFLOPs").
+    """Return the dense GMACs of one crop as the DToP paper prints them ("GFLOPs").
 
-    One head, LayerNorm 5 per element, two bilinear upsamples of the class maps at 4 per output element; no exit head
-    (specification of DToP, section d). Build the backbone with `class_token=False, final_norm=False` as it does.
+    One head, LayerNorm 5 per element, two bilinear upsamples of the class maps at 4 per output element; no exit head.
+    This yields the four dense baselines of the release's README to the printed decimal. Build the backbone with
+    `class_token=False, final_norm=False`, as the release does.
     """
     ops = dense_ops(backbone, head, backbone.patch_embed.grid(*image_size))
     return ops.in_dtop_convention(2 * head.num_classes * image_size[0] * image_size[1]) / GIGA
@@ -114,7 +127,7 @@ def dtop_convention_gmacs(backbone: ViT, head: Head, image_size: Size) -> float:
 def dense_gmacs(
     backbone: str, head: HeadSpec, num_classes: int, image_size: Size, convention: Literal["tokenexit", "dtop"]
 ) -> dict[str, float | int | str]:
-    """Dense cost of a preset with a decode head on one image, in either convention; no weights are made."""
+    """Return the dense cost of a preset with a decode head on one image, in either convention, without weights."""
     dtop = convention == "dtop"
     options = {"class_token": False, "final_norm": False} if dtop else {}
     config = vit_config(backbone, **options)

@@ -1,8 +1,8 @@
-"""Losses of every exit and of the decode head, taken on full maps at label size.
+"""Losses of every exit and of the decode head are taken on full maps at label size.
 
 Ignored pixels take part in no loss, or are "counted" as in the authors' releases: cross-entropy then divides by the
 number of all pixels (mmsegmentation's `avg_non_ignore=False`, its default, which DoViT trains with), and mask losses
-take ignored pixels as negatives of every class (DToP's release, `mmseg_custom/loss/atm_loss.py`).
+take ignored pixels as negatives of every class (DToP's release).
 
 Legend: B images, K classes, (H, W) labels.
 """
@@ -23,7 +23,7 @@ from tokenexit.methods import ExitRecord
 from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
 
 IgnoredPixels = Literal["left_out", "counted"]
-"""What losses do with ignored pixels; `TrainConfig.ignored_pixels` says which is which."""
+"""How losses treat ignored pixels: see this module."""
 
 FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 FOCAL_WEIGHT, DICE_WEIGHT = 20.0, 1.0
@@ -41,29 +41,37 @@ def segmentation_loss(
 ) -> Tensor:
     """Return the loss to train a model with: that of the decode head plus `aux_weight` times that of every exit.
 
-    output: of a batch of images of one size, from a model in training mode, or called with `with_records=True`.
-    masks: `(B, H, W)` whole numbers, classes from 0 and `ignore_index`, usually at the size of the images; maps are
-        resized to theirs.
-    ignore_index: value of pixels that take part in no loss.
-    aux_weight: 0.4 for softmax heads (SETR, DoViT) and 1.0 for ATM heads (DToP) if not given, as in the releases'
-        configurations.
-    stride: judge every n-th pixel of both axes; 1 as published, 2 saves most of the losses' time on a CPU.
-    class_weights: factor on the cross-entropy of each class, which ATM heads do not have.
-    ignored: whether ignored pixels are left out or counted, see this module.
+    It warns where the exit heads get no gradient.
 
-    Warns where the exit heads get no gradient. Raises `ConfigError` for images of several sizes and for an output
-    without the decode head's map, `DataError` for masks that do not belong to the output.
+    Args:
+        output: result for a batch of images of one size, from a model in training mode, or called with
+            `with_records=True`.
+        masks: `(B, H, W)` whole numbers, classes from 0 and `ignore_index`, usually at the size of the images; maps are
+            resized to theirs.
+        ignore_index: value of pixels that take part in no loss.
+        aux_weight: weight of the exits' losses; if not given 0.4 for softmax heads (SETR, DoViT) and 1.0 for ATM heads
+            (DToP), as in the releases' configurations.
+        stride: take the loss on every n-th pixel of both axes; 1 as published, 2 saves most of its time on a CPU.
+        class_weights: factor on the cross-entropy of each class, which ATM heads do not have.
+        ignored: whether ignored pixels are "left_out" or "counted", see this module.
+
+    Returns:
+        The loss, a scalar fp32 tensor.
+
+    Raises:
+        ConfigError: for images of several sizes, and for an output without the decode head's map.
+        DataError: for masks that do not belong to the output.
     """
     _check_masks(output, masks, ignore_index)
     *exits, final = output.exit_records
     if final.logits is None:
         raise ConfigError("this output has no map of the decode head to take a loss of: run the model with Dense.")
     if aux_weight is None:
-        aux_weight = 1.0 if any(stage.kind == "atm" for stage in exits) else 0.4
-    recorded = [stage for stage in exits if stage.logits is not None]
+        aux_weight = 1.0 if any(record.kind == "atm" for record in exits) else 0.4
+    recorded = [record for record in exits if record.logits is not None]
     _warn_without_gradient(len(exits), len(recorded), aux_weight)
     masks = masks[:, stride // 2 :: stride, stride // 2 :: stride].long()
-    losses = [stage_loss(output, stage, masks, ignore_index, class_weights, ignored) for stage in (*recorded, final)]
+    losses = [exit_loss(output, record, masks, ignore_index, class_weights, ignored) for record in (*recorded, final)]
     return losses[-1] + aux_weight * torch.stack(losses[:-1]).sum() if len(losses) > 1 else losses[-1]
 
 
@@ -87,7 +95,7 @@ def _check_masks(output: SegmentationOutput, masks: Tensor, ignore_index: int) -
 
 
 def _warn_without_gradient(exits: int, recorded: int, aux_weight: float) -> None:
-    """Say what is easily overlooked: a model that trains without its exits looks fine until tokens leave."""
+    """Warn of untrained exit heads: such a model looks fine until tokens leave."""
     if not torch.is_grad_enabled() or not exits:
         return
     if recorded < exits:
@@ -100,23 +108,23 @@ def _warn_without_gradient(exits: int, recorded: int, aux_weight: float) -> None
         warnings.warn("this loss gives the exit heads no gradient, as aux_weight is 0: raise it.", stacklevel=3)
 
 
-def stage_loss(
+def exit_loss(
     output: SegmentationOutput,
-    stage: ExitRecord,
+    record: ExitRecord,
     masks: Tensor,
     ignore_index: int,
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Return the loss on the full map of one stage, at the masks' resolution: cross-entropy, or the ATM loss."""
-    assert stage.logits is not None, "losses are taken on outputs of a model in training mode"
+    """Return the loss on the full map of one exit, at the masks' resolution: cross-entropy, or the ATM loss."""
+    assert record.logits is not None, "losses are taken on outputs of a model in training mode"
     grids = [output.grid(i) for i in range(len(output))]
-    ((_, maps),) = unpack_grids(stage.logits, grids, stage.scale)  # training crops have one size
+    ((_, maps),) = unpack_grids(record.logits, grids, record.scale)  # training crops have one size
     size = (masks.shape[1], masks.shape[2])
-    maps = resize_maps(maps.float(), grids[0], output.patch_size, stage.upscale, output.sizes[0], size)
-    if stage.kind == "atm":
-        assert stage.presence is not None
-        return atm_loss(stage.presence.float(), maps, masks, ignore_index, ignored)
+    maps = resize_maps(maps.float(), grids[0], output.patch_size, record.upscale, output.sizes[0], size)
+    if record.kind == "atm":
+        assert record.presence is not None
+        return atm_loss(record.presence.float(), maps, masks, ignore_index, ignored)
     return cross_entropy(maps, masks, ignore_index, class_weights, ignored)
 
 
@@ -127,10 +135,10 @@ def cross_entropy(
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
 ) -> Tensor:
-    """Return the sum over the judged pixels, divided by their number, or by that of all pixels if ignored ones are
-    counted; zero (not NaN) where none is judged. logits `(B, K, H, W)`.
+    """Return the mean cross-entropy over the judged pixels; zero (not NaN) where none is judged.
 
-    class_weights: factor on the pixels of each class; the mean stays one over pixels, so weights should average to one.
+    logits: `(B, K, H, W)`. ignored: "counted" divides the sum by the number of all pixels. class_weights: factor on the
+        pixels of each class; the mean stays one over pixels, so weights should average to one.
     """
     weight = None if class_weights is None else logits.new_tensor(class_weights)
     total = F.cross_entropy(logits, masks, weight, ignore_index=ignore_index, reduction="sum")
@@ -142,7 +150,7 @@ def cross_entropy(
 def atm_loss(
     presence: Tensor, mask_logits: Tensor, masks: Tensor, ignore_index: int, ignored: IgnoredPixels = "left_out"
 ) -> Tensor:
-    """Return presence cross-entropy + 20 focal + dice, each query for its own class (DToP, `mmseg_custom/loss`).
+    """Return presence cross-entropy + 20 focal + dice, each query for its own class (DToP's release).
 
     presence: `(B, K, 2)` logits of present and absent; mask_logits `(B, K, H, W)`; masks `(B, H, W)`.
     Mask losses are taken on classes present in the truth, and divided by the mean number of such masks over processes.

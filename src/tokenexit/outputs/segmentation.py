@@ -1,4 +1,4 @@
-"""What a segmenter returns: grid logits, where tokens left, and what it cost. Full-size maps are made on access."""
+"""The result of a call holds grid logits, the exit map and the cost. Full-size maps are made on access."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ LABEL_TILE_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True)
 class SegmentationOutput:
-    """Result for a batch of B images; indexing and iterating give outputs of one image.
+    """The result for a batch of B images; indexing and iterating give outputs of one image.
 
-    grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale).
-    value: "logits" before a softmax, or "scores" in [0, 1]: those of ATM heads (presence times sigmoid, not
-        normalised over classes) and of models that mix kinds of heads.
-    exit_index: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first;
-        `num_exits` where it stayed to the end.
-    ledger: live tokens in every block and multiply-adds, per image.
-    sizes: height and width of the images as the network saw them. targets: of the maps that `labels` and `logits`
-        return. patch_size, upscale: how the grid lies on the image.
-    exit_records: records of the exits and the decode head, from which losses are taken in training.
-    loss: of the batch, where the model was called with `labels`.
+    Attributes:
+        grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale).
+        value: "logits" before a softmax, or "scores" in [0, 1]: those of ATM heads (presence times sigmoid, not
+            normalised over classes) and of models that mix kinds of heads.
+        exit_index: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first; `num_exits`
+            where it stayed to the end.
+        num_exits: number of exits of the model.
+        ledger: live tokens in every block and multiply-adds, per image.
+        sizes: height and width in pixels of the images as the network saw them.
+        targets: height and width in pixels of the maps that `labels` and `logits` return.
+        patch_size: side of a patch in pixels.
+        upscale: factor of the decode head's bilinear step that is applied to `grid_logits` first.
+        exit_records: records of the exits and, last, the decode head, from which losses are taken in training.
+        loss: scalar loss of the batch, where the model was called with `labels`.
     """
 
     grid_logits: tuple[Tensor, ...]
@@ -75,6 +79,20 @@ class SegmentationOutput:
         return (self[i] for i in range(len(self)))
 
     @property
+    def windows(self) -> SegmentationOutput:
+        """What the network saw: the images themselves, each its own single window; see `WindowedOutput`."""
+        return self
+
+    @property
+    def window_counts(self) -> tuple[int, ...]:
+        """How many of `windows` each image was seen in."""
+        return (1,) * len(self)
+
+    def with_windows(self, windows: SegmentationOutput) -> SegmentationOutput:
+        """The output of the same images, were `windows` what the network gave for them."""
+        return windows
+
+    @property
     def logits(self) -> Tensor | list[Tensor]:
         """Full-size logits (or scores, see `value`): `(B, K, H, W)`, or a list of `(K, H, W)` if sizes differ.
 
@@ -92,12 +110,14 @@ class SegmentationOutput:
 
     @property
     def scores(self) -> Tensor | list[Tensor]:
-        """Score of that class, in [0, 1]: `(B, H, W)` fp32, or a list of `(H, W)` if sizes differ. Its probability
-        where `value` is "logits". Raises `DataError` where grid logits are not finite."""
+        """Score of that class, in [0, 1]: `(B, H, W)` fp32, or a list of `(H, W)` if sizes differ.
+
+        It is the probability where `value` is "logits". Raises `DataError` where grid logits are not finite.
+        """
         return stack_equal([self._scores(i) for i in range(len(self))])
 
     def _resize(self, image: int, maps: Tensor) -> Tensor:
-        """Grid maps `(k, h s, w s)` of one image to its target size, class by class alike."""
+        """Resize grid maps `(k, h s, w s)` of one image to its target size; classes do not mix."""
         size = self.sizes[image]
         resized = resize_maps(maps[None].float(), self.grid(image), self.patch_size, self.upscale, size)
         if self.targets[image] != size:
@@ -105,11 +125,12 @@ class SegmentationOutput:
         return resized[0]
 
     def grid(self, image: int) -> Grid:
+        """Return (rows, columns) of patches of one image."""
         h, w = self.exit_index[image].shape
         return h, w
 
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
-        """What makes the `(k, H, W)` maps of some classes at the target's size."""
+        """Return a function that makes the `(k, H, W)` maps of some classes at the target's size."""
         return lambda classes: self._resize(image, self.grid_logits[image][classes])
 
     def _labels(self, image: int) -> Tensor:
@@ -128,10 +149,9 @@ class SegmentationOutput:
 
 
 def check_finite(*maps: Tensor) -> None:
-    """Raise `DataError` for maps of which classes cannot be told: the argmax of NaN is a class like any other.
+    """Raise `DataError` for maps with NaN or infinity, whose argmax would be a class like any other.
 
-    Called where maps become labels or scores, on grid logits, which are small; training and export see them as they
-    are.
+    It is called on grid logits, which are small, where maps become labels or scores; not in training and export.
     """
     for each in maps:
         if not torch.stack(each.detach().aminmax()).isfinite().all():  # NaN is the least and the greatest of all
@@ -142,9 +162,9 @@ def check_finite(*maps: Tensor) -> None:
 
 
 def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: Size) -> Tensor:
-    """Class of every pixel, `(H, W)` int64, holding a few full-size maps at a time; ties go to the lower class.
+    """Return the class of every pixel, `(H, W)` int64, from a few full-size maps at a time; ties go to the lower class.
 
-    maps: makes the `(k, H, W)` maps of some classes. sizes: those that the maps have on the way.
+    maps: makes the `(k, H, W)` maps of some classes. sizes: the sizes of all maps made on the way.
     """
     first, *rest = _tiles(num_classes, sizes)
     best, label = maps(first).max(dim=0)
@@ -156,7 +176,7 @@ def argmax_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, *sizes: S
 
 
 def scores_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, value: Value, *sizes: Size) -> Tensor:
-    """The largest score of every pixel, `(H, W)` fp32: of logits, the probability by softmax. See `argmax_by_tiles`."""
+    """Return the largest score of every pixel, `(H, W)` fp32; for logits, the probability. See `argmax_by_tiles`."""
     first, *rest = _tiles(num_classes, sizes)
     tile = maps(first)
     best, total = tile.amax(dim=0), tile.logsumexp(dim=0)
@@ -167,18 +187,18 @@ def scores_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, value: Va
 
 
 def _tiles(num_classes: int, sizes: Sequence[Size]) -> list[slice]:
-    """All classes, so many at a time that their maps of these sizes stay within `LABEL_TILE_ELEMENTS`."""
+    """Split the classes so that their maps of these sizes stay within `LABEL_TILE_ELEMENTS`."""
     step = max(1, LABEL_TILE_ELEMENTS // max(height * width for height, width in sizes))
     return [slice(start, start + step) for start in range(0, num_classes, step)]
 
 
 def stack_equal(maps: Sequence[Tensor]) -> Tensor | list[Tensor]:
-    """One tensor of maps of one size, a list of others."""
+    """Stack maps of one size, and list maps of several."""
     return torch.stack(list(maps)) if len({m.shape for m in maps}) == 1 else list(maps)
 
 
 def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: Size, out: Size | None = None) -> Tensor:
-    """Grid maps `(B, K, h s, w s)` to image size `(B, K, H, W)`, bilinear without aligned corners.
+    """Resize grid maps `(B, K, h s, w s)` to image size `(B, K, H, W)`, bilinear without aligned corners.
 
     The head's own `upscale` comes first; padding added for the patch size is cut off. out: another resolution of the
     same image to sample at, such as half of `size`.
@@ -197,11 +217,8 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     return maps[:, :, : out[0], : out[1]]
 
 
-# ------------------------------------------------------------------------------------------- results put together
-
-
 def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
-    """Several calls of one model as if they had been one; their outputs have the same exits and kind of values."""
+    """Join the outputs of several calls of one model, which have the same exits and kind of values."""
     ledgers = [out.ledger for out in outputs]
     return replace(
         outputs[0],
@@ -220,7 +237,7 @@ def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
 
 
 def _concatenated_records(records: Sequence[ExitRecord]) -> ExitRecord:
-    """One exit in several calls."""
+    """Join the records of one exit in several calls."""
     logits = [record.logits for record in records if record.logits is not None]
     presence = [record.presence for record in records if record.presence is not None]
     return replace(

@@ -1,8 +1,8 @@
-"""Classes at full size without a full-size map: bilinear logits need no look where all corners agree.
+"""Labels at full size are made without full-size logits: a pixel whose corners agree needs no interpolation.
 
 A pixel's logits are a mean of those of the four tokens around it, with weights that are not negative. If one class is
-the highest at all four, it is the highest of every such mean, whatever the weights. Only where corners differ, at the
-borders of things, is anything interpolated. The answer is that of `F.interpolate(...).argmax(0)`, for a fifth of its
+the highest at all four, it is the highest of every such mean, whatever the weights. Logits are interpolated only where
+corners differ, at the borders of objects. The answer is that of `F.interpolate(...).argmax(0)`, for a fifth of its
 time on real images.
 """
 
@@ -17,14 +17,14 @@ TILE_ELEMENTS = 1 << 20
 
 
 def can_skip(patch: int, size: tuple[int, int], target: tuple[int, int], upscale: int) -> bool:
-    """Whether `labels_of_grid` applies: one bilinear step by an even factor, and nothing behind it."""
+    """Return whether `labels_of_grid` applies: one bilinear step by an even factor, and nothing after it."""
     return upscale == 1 and size == target and patch % 2 == 0
 
 
 def labels_of_grid(maps: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
-    """Class of every pixel, `(H, W)` int64, of logits or scores `(K, h, w)`; of equals the lower class.
+    """Return the class of every pixel, `(H, W)` int64, from logits or scores `(K, h, w)`; ties go to the lower class.
 
-    patch: pixels a side of each cell, even; size: at most `(h patch, w patch)`, what lies beyond is cut off.
+    patch: side of a cell in pixels, even. size: at most `(h patch, w patch)`; the rest is cut off.
     """
     maps = maps.float()
     classes, h, w = maps.shape

@@ -1,12 +1,12 @@
-"""Images in windows: where they lie, how they are run, and one map of them all.
+"""Large images are segmented in windows, whose maps are joined.
 
-A window grid as mmsegmentation's: windows start at multiples of the stride; one that would cross the border is moved
-back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Maps of the
-windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the target.
+The window grid is that of mmsegmentation: windows start at multiples of the stride; one that would cross the border is
+moved back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Maps of
+the windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the target.
 
-Windows of all images run packed, so many at a time that a budget of tokens is kept. What is kept of them are grid
-logits; maps of the whole image are made on access, a few classes at a time, and never all classes at once. As with
-images, a window's result does not depend on its companions (except DoViT's `batch_mode="mean"`).
+Windows of all images run packed, as many at a time as a budget of tokens allows. Only their grid logits are kept; maps
+of the whole image are made on access, a few classes at a time. As with images, a window's result does not depend on its
+companions (except DoViT's `batch_mode="mean"`).
 
 Legend: H, W height and width in pixels; K classes, k of them.
 """
@@ -14,7 +14,7 @@ Legend: H, W height and width in pixels; K classes, k of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from itertools import product
 from typing import Any, ClassVar, TypeAlias
 
@@ -22,9 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.engine.vit import ViT
+from tokenexit.heads import Head
 from tokenexit.methods import Method
 from tokenexit.methods.base import Value
-from tokenexit.outputs.ledger import Ledger, MacsByPart, Size
+from tokenexit.outputs.ledger import Ledger, MacsByPart, Size, dense_ops
 from tokenexit.outputs.segmentation import (
     SegmentationOutput,
     argmax_by_tiles,
@@ -39,13 +41,13 @@ PACK_TOKENS = 8192
 """Tokens that run at once: eight windows of 512 pixels at patch 16, about half a GiB of activations of a ViT-Large."""
 
 Box: TypeAlias = tuple[int, int, int, int]
-"""Top, left, bottom, right in pixels; the last two are one beyond."""
+"""Top, left, bottom, right in pixels; bottom and right are exclusive."""
 
 Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any]], SegmentationOutput]
 
 
 def window_boxes(size: Size, window: Size | None, stride: Size | None) -> tuple[Box, ...]:
-    """The windows of an image of `size`, row by row; without a window, the image itself.
+    """Return the windows of an image of `size`, row by row; without a window, the image itself.
 
     Together they cover every pixel, and all have one size: the window's, or the image's where that is smaller.
     """
@@ -55,8 +57,14 @@ def window_boxes(size: Size, window: Size | None, stride: Size | None) -> tuple[
     return tuple((top, left, bottom, right) for (top, bottom), (left, right) in product(rows, columns))
 
 
+def dense_macs(backbone: ViT, decode_head: Head, size: Size, window: Size | None, stride: Size | None) -> int:
+    """Multiply-adds of the dense model on an image of `size`, in its windows, which all have one size."""
+    boxes = window_boxes(size, window, stride)
+    return len(boxes) * dense_ops(backbone, decode_head, backbone.patch_embed.grid(*_size(boxes[0]))).macs
+
+
 def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """Beginning and end of every window along one axis."""
+    """Return start and end of every window along one axis."""
     count = max(side - window + stride - 1, 0) // stride + 1
     ends = [min(n * stride + window, side) for n in range(count)]
     return [(max(end - window, 0), end) for end in ends]
@@ -80,18 +88,26 @@ def segment_windows(
     """
     sizes = tuple((image.shape[1], image.shape[2]) for image in images)
     boxes = tuple(window_boxes(size, window, stride) for size in sizes)
-    crops = [image[:, top:bottom, left:right] for image, own in zip(images, boxes) for top, left, bottom, right in own]
+    crops = [
+        image[:, top:bottom, left:right]
+        for image, windows in zip(images, boxes)
+        for top, left, bottom, right in windows
+    ]
     grids = [(-(-crop.shape[1] // patch_size), -(-crop.shape[2] // patch_size)) for crop in crops]
-    outputs = [forward(crops[run.start : run.stop], own) for run, own in method.runs(grids, max_tokens)]
+    outputs = [forward(crops[run.start : run.stop], each) for run, each in method.runs(grids, max_tokens)]
     return WindowedOutput(concatenated(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
 
 
 @dataclass(frozen=True)
 class WindowedOutput:
-    """Result for a batch of B images that were segmented in windows, read as a `SegmentationOutput`.
+    """The result for a batch of B images that were segmented in windows, read as a `SegmentationOutput`.
 
-    windows: the result of all windows, image after image. boxes: where each image's windows lie. sizes: height and
-    width of the images that were cut. targets: of the maps that `labels` and `logits` return.
+    Attributes:
+        windows: the result of all windows, image after image.
+        boxes: the windows of each image.
+        sizes: height and width in pixels of the images as they were cut.
+        targets: height and width in pixels of the maps that `labels` and `logits` return.
+        patch_size: side in pixels of a cell of `exit_index`, which is 1.
     """
 
     windows: SegmentationOutput
@@ -100,7 +116,6 @@ class WindowedOutput:
     targets: tuple[Size, ...]
 
     patch_size: ClassVar[int] = 1
-    """Pixels along a cell of `exit_index`."""
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -109,46 +124,56 @@ class WindowedOutput:
         if not -len(self) <= image < len(self):
             raise IndexError(f"image {image} of an output of {len(self)} images")
         image %= len(self)
-        one, own = slice(image, image + 1), self._own(image)
-        windows = concatenated([self.windows[n] for n in range(own.start, own.stop)])
+        one, part = slice(image, image + 1), self._windows_of(image)
+        windows = concatenated([self.windows[n] for n in range(part.start, part.stop)])
         return WindowedOutput(windows, self.boxes[one], self.sizes[one], self.targets[one])
 
     def __iter__(self) -> Iterator[WindowedOutput]:
         return (self[i] for i in range(len(self)))
 
-    def _own(self, image: int) -> slice:
-        """Which of the windows are this image's."""
+    def _windows_of(self, image: int) -> slice:
+        """Return which of the windows are this image's."""
         start = sum(map(len, self.boxes[:image]))
         return slice(start, start + len(self.boxes[image]))
 
     @property
+    def window_counts(self) -> tuple[int, ...]:
+        """How many of `windows` each image was seen in."""
+        return tuple(map(len, self.boxes))
+
+    def with_windows(self, windows: SegmentationOutput) -> WindowedOutput:
+        """The output of the same images, were `windows` what the network gave for them."""
+        return replace(self, windows=windows)
+
+    @property
     def value(self) -> Value:
-        """What the maps hold: class logits, or scores in [0, 1]."""
+        """The kind of values in the maps: class logits, or scores in [0, 1]."""
         return self.windows.value
 
     @property
     def num_exits(self) -> int:
+        """Number of exits of the model."""
         return self.windows.num_exits
 
     @property
     def ledger(self) -> Ledger:
-        """Sums over each image's windows, `dense_macs` too: what the same windows cost without exits."""
+        """Sums over each image's windows; `dense_macs` is the cost of the same windows without exits."""
         windows = self.windows.ledger
-        own = [self._own(image) for image in range(len(self))]
+        parts = [self._windows_of(image) for image in range(len(self))]
         return Ledger(
-            live=tuple(tuple(map(sum, zip(*windows.live[part]))) for part in own),
-            tokens=tuple(sum(windows.tokens[part]) for part in own),
-            parts=tuple(MacsByPart(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in own),
-            dense_macs=tuple(sum(windows.dense_macs[part]) for part in own),
+            live=tuple(tuple(map(sum, zip(*windows.live[part]))) for part in parts),
+            tokens=tuple(sum(windows.tokens[part]) for part in parts),
+            parts=tuple(MacsByPart(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in parts),
+            dense_macs=tuple(sum(windows.dense_macs[part]) for part in parts),
         )
 
     @property
     def exit_index(self) -> tuple[Tensor, ...]:
-        """`(H, W)` int64 per image: the exit at which a pixel's tokens left, mean over the windows that see it.
+        """The exit at which a pixel's tokens left, mean over the windows that see it: `(H, W)` int64 per image.
 
         Halves are rounded up, to the later exit. The maps of single windows are `windows.exit_index`.
         """
-        return tuple(self._exit_stage(image) for image in range(len(self)))
+        return tuple(self._exit_index(image) for image in range(len(self)))
 
     @property
     def logits(self) -> Tensor | list[Tensor]:
@@ -166,22 +191,22 @@ class WindowedOutput:
         return stack_equal([self._scores(image) for image in range(len(self))])
 
     def _labels(self, image: int) -> Tensor:
-        check_finite(*self.windows.grid_logits[self._own(image)])
+        check_finite(*self.windows.grid_logits[self._windows_of(image)])
         num_classes = self.windows.grid_logits[0].shape[0]
         return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
 
     def _scores(self, image: int) -> Tensor:
-        check_finite(*self.windows.grid_logits[self._own(image)])
+        check_finite(*self.windows.grid_logits[self._windows_of(image)])
         num_classes = self.windows.grid_logits[0].shape[0]
         return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
 
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
-        """What makes the `(k, H, W)` maps of some classes at the target's size."""
-        own, out, seen = self._own(image), self.windows, self._seen(image)
-        grids = [out.grid(n) for n in range(own.start, own.stop)]
+        """Return a function that makes the `(k, H, W)` maps of some classes at the target's size."""
+        part, out, seen = self._windows_of(image), self.windows, self._seen(image)
+        grids = [out.grid(n) for n in range(part.start, part.stop)]
 
         def maps(classes: slice) -> Tensor:
-            chosen = [grid_logits[classes] for grid_logits in out.grid_logits[own]]
+            chosen = [grid_logits[classes] for grid_logits in out.grid_logits[part]]
             canvas = torch.zeros(len(chosen[0]), *seen.shape, device=seen.device)
             for box, grid, values in zip(self.boxes[image], grids, chosen):
                 window = resize_maps(values[None].float(), grid, out.patch_size, out.upscale, _size(box))[0]
@@ -194,17 +219,17 @@ class WindowedOutput:
         return maps
 
     def _seen(self, image: int) -> Tensor:
-        """How many windows see each pixel: `(H, W)` int64."""
+        """Count the windows that see each pixel: `(H, W)` int64."""
         device = self.windows.exit_index[0].device
         seen = torch.zeros(self.sizes[image], dtype=torch.int64, device=device)
         for box in self.boxes[image]:
             _inside(seen, box).add_(1)
         return seen
 
-    def _exit_stage(self, image: int) -> Tensor:
+    def _exit_index(self, image: int) -> Tensor:
         seen, patch = self._seen(image), self.windows.patch_size
         total = torch.zeros_like(seen)
-        for box, exit_index in zip(self.boxes[image], self.windows.exit_index[self._own(image)]):
+        for box, exit_index in zip(self.boxes[image], self.windows.exit_index[self._windows_of(image)]):
             height, width = _size(box)
             pixels = exit_index.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
             _inside(total, box).add_(pixels[:height, :width])
@@ -212,7 +237,7 @@ class WindowedOutput:
 
 
 Segmentation: TypeAlias = SegmentationOutput | WindowedOutput
-"""A result whichever way the network saw the images: whole, or in windows."""
+"""A result whichever way the network saw the images: whole, or in windows. Both have `windows`, so nobody asks."""
 
 
 def _size(box: Box) -> Size:
@@ -221,6 +246,6 @@ def _size(box: Box) -> Size:
 
 
 def _inside(maps: Tensor, box: Box) -> Tensor:
-    """What of `(..., H, W)` lies in the box: a view."""
+    """Return a view of the part of `(..., H, W)` in the box."""
     top, left, bottom, right = box
     return maps[..., top:bottom, left:right]

@@ -1,1 +1,1 @@
-"""Label maps and figures in the layouts of others."""
+"""Prediction of images and videos on disk, and the annotation formats of other tools."""

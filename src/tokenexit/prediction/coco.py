@@ -1,4 +1,4 @@
-"""COCO's layout of label maps: the annotations of one image, and those of all images as a results file.
+"""COCO's format of label maps: the annotations of one image, and those of all images as a results file.
 
 A results file is a list of `{image_id, category_id, segmentation}`, as COCO-Stuff's server takes it, with one
 annotation per class in an image. `image_id` and `category_id` mean what the index beside it says, which pycocotools'

@@ -1,4 +1,4 @@
-"""Outputs that can be kept of a prediction: a file for each image, and for some of them one of all images.
+"""Outputs of a prediction: a file for each image, and for some kinds one file for all images.
 
 Legend: H, W height and width of the image in pixels; h, w of the token grid.
 """
@@ -69,7 +69,7 @@ Save: TypeAlias = Callable[[Prediction, CallInfo, Path], None]
 
 @dataclass(frozen=True)
 class Output:
-    """A kind of result.
+    """A kind of output.
 
     title: for people. suffix: what follows an image's name in the name of the file that `save` writes. folder: where
     these files are. of_all: makes of their contents the contents of `files_of_all`, the files of all images.

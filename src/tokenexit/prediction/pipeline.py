@@ -1,4 +1,4 @@
-"""A pipeline of images through a model: decoded ahead of it, packed for it, drawn and written behind it.
+"""The pipeline of prediction: images are decoded ahead of the model, packed for it, drawn and written behind it.
 
     jobs -> items (a thread) -> packs -> predictions -> files (threads), films and failures
 
@@ -7,9 +7,7 @@ Every step keeps the order of the jobs. What is said of them (failures, images t
 
 from __future__ import annotations
 
-import math
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
@@ -26,14 +24,15 @@ from PIL import Image
 from torch import Tensor
 
 from tokenexit.calibration.drift import Monitor, hook_scores
+from tokenexit.calibration.latency import seconds_per_mac
 from tokenexit.errors import DataError
 from tokenexit.inputs import heic
 from tokenexit.inputs.images import MAX_PIXELS, load_image
 from tokenexit.inputs.preprocessing import Preprocessing, resized_size
 from tokenexit.inputs.sources import Say, WorkItem, frame_name, quiet
 from tokenexit.methods import Method
-from tokenexit.outputs.ledger import Size, dense_ops
-from tokenexit.outputs.windows import PACK_TOKENS, Segmentation, WindowedOutput, window_boxes
+from tokenexit.outputs.ledger import Size
+from tokenexit.outputs.windows import PACK_TOKENS, Segmentation, dense_macs, window_boxes
 from tokenexit.prediction import video
 from tokenexit.prediction.outputs import PARTS, VIDEO_SUFFIX, CallInfo, Output, Prediction, blended
 from tokenexit.prediction.store import OutputFolder
@@ -48,8 +47,6 @@ MAX_TOKENS = 32_768
 square, so that an image of three times as many pixels takes nearly ten times as long."""
 SLOW_SECONDS = 10.0
 """Images that are expected to take longer are announced."""
-RATE_SIDE = 64
-"""Patches a side of the image whose way through one block tells how fast this machine is."""
 
 T = TypeVar("T")
 
@@ -59,7 +56,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Limits:
-    """The largest image that is taken. pixels: of the file. tokens: of what runs at once, an image or a window."""
+    """The largest image that is accepted. pixels: of the file. tokens: in one forward pass, an image or a window."""
 
     pixels: int = MAX_PIXELS
     tokens: int = MAX_TOKENS
@@ -67,8 +64,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Frame:
-    """An image, or a frame of a video. name: of its results; file: of itself; words: for messages; tensor: for the
-    network."""
+    """An image, or a frame of a video.
+
+    name: the name of its results. file: its own. words: how messages call it. tensor: the input of the network.
+    """
 
     name: str
     file: str
@@ -92,7 +91,7 @@ class End:
 
 Item: TypeAlias = Frame | Failure | End
 Outcome: TypeAlias = Future[Image.Image | None] | Failure | End
-"""For an image that was predicted, a future that ends when its files are written, with its frame of a film or None."""
+"""For a predicted image: a future that ends when its files are written, with its frame of the video or None."""
 
 
 def frames_of(
@@ -102,9 +101,9 @@ def frames_of(
     wanted: Callable[[str], bool],
     limits: Limits,
 ) -> Iterator[Item]:
-    """Yield the images of all jobs, in order, or why they failed; behind each job its end.
+    """Yield images and failures of all work items in order, and an `End` behind each item.
 
-    wanted: says by the name of an image's results whether they are.
+    wanted: whether the results of this name are to be made.
     """
     for job in jobs:
         count = 0
@@ -129,7 +128,7 @@ def _images(job: WorkItem, max_pixels: int) -> Iterator[tuple[str, str, str, Cal
 
 
 def _file(path: Path, name: str) -> str:
-    """The image's own name, as deep as that of its results."""
+    """Return the image's own file name, with as many folders as its results have."""
     return str(Path(*Path(os.path.abspath(path)).parts[-len(Path(name).parts) :]))
 
 
@@ -163,7 +162,7 @@ def _frame(
 
 
 def _check_tokens(words: str, size: Size, preprocessing: Preprocessing, patch_size: int, max_tokens: int) -> None:
-    """Refuse an image of which more than `max_tokens` would run at once, before it is resized."""
+    """Reject an image of which more than `max_tokens` would run at once, before it is resized."""
     height, width = resized_size(size, preprocessing.resize)
     window = preprocessing.window
     if window is not None:
@@ -208,8 +207,10 @@ def packed(items: Iterable[Item], patch_size: int, max_tokens: int) -> Iterator[
 
 @dataclass(frozen=True)
 class Engine:
-    """A model and how it segments images. scores: whether those of the classes are wanted. monitor: sees every
-    image."""
+    """A model and how it segments images.
+
+    scores: whether outputs need class scores. monitor: the drift monitor, which sees every image.
+    """
 
     model: ExitSegmenter
     method: Method[Any]
@@ -219,38 +220,27 @@ class Engine:
 
     @property
     def max_tokens(self) -> int:
-        """The number of tokens that run at once; an image runs alone where companions would change its answer."""
+        """The number of tokens of a pack; an image runs alone where others in the batch would change its prediction."""
         return PACK_TOKENS if self.method.batch_independent else 1
 
     @cached_property
-    def rate(self) -> float:
-        """Multiply-adds a second on this machine, in a block of `inference`; measured on one block of the backbone."""
-        backbone = self.model.backbone
-        side = RATE_SIDE * backbone.config.patch_size
+    def seconds_per_mac(self) -> float:
+        """Seconds per multiply-add on this machine, in a block of `inference`; 0 where not even a small image fits into
+        memory: all of them will fail in a sentence of their own."""
         try:
-            tokens = backbone.embed([torch.zeros(3, side, side, device=self.model.device)])
-            backbone.run(tokens, 0, 1)  # the first run warms up
-            start = self._now()
-            backbone.run(tokens, 0, 1)
-            seconds = self._now() - start
-        except (torch.OutOfMemoryError, MemoryError):  # larger images will fail in a sentence of their own
-            return math.inf
-        return backbone.block_ops(tokens.packing.lengths[0]).macs / seconds
-
-    def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
-        return time.perf_counter()
+            return seconds_per_mac(self.model)
+        except (torch.OutOfMemoryError, MemoryError):
+            return 0.0
 
     def tokens_and_seconds(self, frame: Frame) -> tuple[int, float]:
-        """Patch tokens of all windows of an image, and how long they take if none leaves."""
+        """Return the patch tokens of all windows of an image, and the seconds that they take if none exits."""
         model = self.model
         window, stride = model.preprocessing.window, model.preprocessing.stride
-        boxes = window_boxes((frame.tensor.shape[1], frame.tensor.shape[2]), window, stride)
-        top, left, bottom, right = boxes[0]  # all have one size
-        grid = model.backbone.patch_embed.grid(bottom - top, right - left)
-        macs = len(boxes) * dense_ops(model.backbone, model.decode_head, grid).macs
-        return len(boxes) * grid[0] * grid[1], macs / self.rate
+        size = (frame.tensor.shape[1], frame.tensor.shape[2])
+        boxes = window_boxes(size, window, stride)
+        grids = [model.backbone.patch_embed.grid(bottom - top, right - left) for top, left, bottom, right in boxes]
+        macs = dense_macs(model.backbone, model.decode_head, size, window, stride)
+        return sum(h * w for h, w in grids), macs * self.seconds_per_mac
 
     def predict(self, pack: Sequence[Frame]) -> Sequence[Prediction | Failure]:
         """Predict a pack, in a block of `inference`. Images that do not fit into memory together run one by one."""
@@ -271,8 +261,7 @@ class Engine:
             out = model.segment(tensors, self.method, [(frame.image.height, frame.image.width) for frame in pack])
             found = [self._prediction(frame, out[i]) for i, frame in enumerate(pack)]
         if self.monitor is not None and seen is not None:
-            windows = [len(own) for own in out.boxes] if isinstance(out, WindowedOutput) else [1] * len(pack)
-            self.monitor.add(seen.histograms(windows))
+            self.monitor.add(seen.histograms(out.window_counts))
         return found
 
     def _prediction(self, frame: Frame, out: Segmentation) -> Prediction | Failure:
@@ -297,7 +286,7 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Keep:
+class ResultWriter:
     """Where results go and which of them. film: whether each job makes one, of `fps` frames a second."""
 
     results: OutputFolder
@@ -307,14 +296,14 @@ class Keep:
     fps: float = 25.0
 
     def write(self, name: str, seen: Prediction) -> Image.Image | None:
-        """Write all files of an image or none. Returns its frame of a film, if there is one."""
+        """Write all files of an image or none. Returns its frame of the video, if one is made."""
         with ExitStack() as files:
             for output in self.outputs.values():
                 output.save(seen, self.about, files.enter_context(atomic_write(self.results.path(output.file(name)))))
         return blended(seen, self.about) if self.film else None
 
     def film_of(self, job: WorkItem) -> AbstractContextManager[Callable[[Image.Image], None]]:
-        """Open the film of a job: see `video.encoder`."""
+        """Open the video of a work item: see `video.encoder`."""
         rate = Fraction(self.fps).limit_denominator(1001) if job.video is None else video.rate_of(job.video)
         return video.encoder(self.results.path(job.name + VIDEO_SUFFIX), rate)
 
@@ -325,7 +314,7 @@ def count_file(job: WorkItem) -> str:
 
 
 class _Spoiled(Exception):
-    """Ends a film that lacks a frame."""
+    """A frame is missing, so that the video is not written."""
 
 
 @dataclass
@@ -336,7 +325,7 @@ class Worker:
     """
 
     engine: Engine
-    keep: Keep
+    writer: ResultWriter
     say: Say = quiet
     images: int = 0
     failed: list[tuple[int, str]] = field(default_factory=list)
@@ -364,14 +353,14 @@ class Worker:
                     except DataError as error:  # at the end of a film
                         self._fail(index, str(error))
         except OSError as error:
-            raise self.keep.results.unwritable(error) from None
+            raise self.writer.results.unwritable(error) from None
 
     def _fail(self, index: int, sentence: str) -> None:
         self.failed.append((index, sentence))
         self.say(sentence)
 
     def _announce(self, frames: Sequence[Frame]) -> None:
-        """Say how long large images will take, if that is long, and twice as long as was said before."""
+        """Announce how long a large image will take, if that is long, and twice as long as was announced before."""
         for frame in frames:
             if frame.tensor[0].numel() <= self._unmeasured_pixels:
                 continue
@@ -386,7 +375,7 @@ class Worker:
 
     @property
     def _unmeasured_pixels(self) -> int:
-        """Images of so few pixels are not worth the measurement."""
+        """Return the number of pixels up to which an image is not worth the measurement."""
         return PACK_TOKENS * self.engine.model.config.backbone.patch_size**2
 
     def _outcomes(self, packs: Iterable[Sequence[Item]], writers: ThreadPoolExecutor) -> Iterator[Outcome]:
@@ -403,13 +392,13 @@ class Worker:
                 elif isinstance(answer := next(answers), Failure):
                     coming.append(answer)
                 else:
-                    coming.append(writers.submit(self.keep.write, item.name, answer))
+                    coming.append(writers.submit(self.writer.write, item.name, answer))
             yield from waiting
             waiting = coming
         yield from waiting
 
     def _take(self, index: int, job: WorkItem, outcomes: Iterator[Outcome]) -> None:
-        """Take the outcomes of one job, up to its end. Its film is there whole or not at all."""
+        """Take the outcomes of one work item, up to its end. Its video is written whole or not at all."""
         with ExitStack() as film:
             add: Callable[[Image.Image], None] | None = None
             whole_so_far = True
@@ -417,7 +406,7 @@ class Worker:
                 try:
                     frame = self._frame(each)
                     if frame is not None and whole_so_far:
-                        add = add or film.enter_context(self.keep.film_of(job))
+                        add = add or film.enter_context(self.writer.film_of(job))
                         add(frame)
                 except DataError as error:
                     self._fail(index, str(error))
@@ -425,7 +414,7 @@ class Worker:
             if not whole_so_far:
                 raise _Spoiled
         if job.video is not None:
-            self.keep.results.write(count_file(job), f"{each.frames}\n")
+            self.writer.results.write(count_file(job), f"{each.frames}\n")
 
     def _frame(self, each: Future[Image.Image | None] | Failure) -> Image.Image | None:
         if isinstance(each, Failure):
@@ -436,7 +425,7 @@ class Worker:
 
 
 def in_words(seconds: float) -> str:
-    """A duration to two digits or so: `40 s`, `12 min`, `3 h`."""
+    """Write a duration to two digits or so: `40 s`, `12 min`, `3 h`."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.0f} h"

@@ -1,4 +1,4 @@
-"""COCO's run lengths of label maps: the runs of every class at once, and their text.
+"""Run-length encoding (RLE) of label maps as COCO defines it: counts of every class, and their text.
 
 Legend: H, W height and width in pixels. Runs go down the columns, left to right, and begin with background.
 """

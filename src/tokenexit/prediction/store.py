@@ -1,4 +1,4 @@
-"""Where results go: a folder, or a zip that is a folder until all is done."""
+"""The store of results: a folder, or a zip file that is a folder until all is done."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tokenexit.runtime.schema import parse_json
 
 
 class OutputFolder:
-    """Files by their names below `out`, each whole or not there.
+    """The result files below `out`, each written whole or not at all.
 
     A zip's files gather in the folder `NAME.zip.parts`, which the next call goes on with if one is killed.
     Methods raise `ConfigError` for an `out` that cannot be read or written.
@@ -91,7 +91,7 @@ class OutputFolder:
             raise self.unwritable(error) from None
 
     def forget(self, files: Iterable[str]) -> None:
-        """Remove what is to be made again."""
+        """Remove files that are to be made again."""
         try:
             for file in files:
                 (self.folder / file).unlink(missing_ok=True)

@@ -82,7 +82,7 @@ def encoder(path: Path, rate: Fraction) -> Iterator[Callable[[Image.Image], None
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """The library and the video."""
+    """Yield the library and the open video."""
     av = _av(f"video '{path}'", "give its frames")
     if not path.exists():
         raise DataError(f"video '{path}' does not exist: check the path.")
@@ -101,7 +101,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def _upright(frame: Any) -> Image.Image:
-    """A frame as it is meant to be seen: phones store a turn beside the images."""
+    """Return a frame turned upright: phones store the rotation beside the images."""
     image: Image.Image = frame.to_image()
     turn = int(getattr(frame, "rotation", 0) or 0) % 360
     return image.rotate(turn, expand=True) if turn else image

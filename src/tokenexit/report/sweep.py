@@ -7,14 +7,12 @@ Every point is a true run on the evaluation images; only the thresholds come fro
 from __future__ import annotations
 
 import csv
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from tokenexit.calibration.agreement import FALL_OFF
 from tokenexit.calibration.calibration_set import CalibrationSet, Reference, dense_reference, error, true_run
@@ -27,8 +25,8 @@ from tokenexit.evaluation.results import Scaled
 from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.methods.thresholded import calibratable
 from tokenexit.report.chart import collapse_floor
-from tokenexit.report.evaluations import without_nan
-from tokenexit.runtime.atomic import atomic_write
+from tokenexit.runtime.atomic import write_or_refuse
+from tokenexit.runtime.notebook import Notebook
 
 FIELDS = (
     "series",
@@ -49,6 +47,7 @@ FIELDS = (
 CHOSEN = "{}, thresholds chosen"
 BY_HAND = "{}, one threshold"
 SMALLER = "dense, smaller images"
+CURE = "choose another --out"
 HALVINGS = 5
 """True runs that find where agreement falls off, to a 32nd of the path's range of compute."""
 STYLES = (("#1f6fb4", "o"), ("#c8501e", "s"), ("#0f7f6b", "^"), ("#7a4fb5", "D"), ("#8a6d00", "v"), ("#b03060", "P"))
@@ -109,9 +108,7 @@ def agreeing(planner: Planner, calibration_set: CalibrationSet, reference: Refer
     A dense pass alone cannot say: what the loss of context does to the tokens that stay is not in it. At least
     `1 / 2^HALVINGS`, so that a method which never keeps to them has its points, too.
     """
-    positions = (
-        torch.linspace(0, len(calibration_set) - 1, min(len(calibration_set), COMPARED_IMAGES)).round().long().tolist()
-    )
+    positions = calibration_set.spread(COMPARED_IMAGES)
     few, said, end = calibration_set.part(positions), reference.part(positions), planner.path.end
     first, last = planner.mac_ratio(0.0), planner.mac_ratio(end)
 
@@ -137,7 +134,7 @@ def sweep(
     by_hand: Sequence[Method[Any]],
     scales: Sequence[float],
     out: Path,
-    settings: dict[str, Any],
+    settings: Mapping[str, Any],
     *,
     points: int = 8,
     average: Average = "classes",
@@ -146,113 +143,71 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Run all points and write `sweep.json`, `sweep.csv` and `sweep.png` to the folder `out`.
 
-    bench: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without labels.
-    methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one line for
-    each name. scales: of the images' sides, for the line of dense models on smaller images. full_range: see
-    `plan_method`. settings: what else
-    decides the figures, such as model and data. Returns the rows. Raises `ConfigError` if `out` holds a sweep of other
-    settings.
+    calibration_set: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without
+    labels. methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one
+    line for each name. scales: of the images' sides, for the line of dense models on smaller images. full_range: see
+    `plan_method`. settings: what else decides the figures, such as model and data. Returns the rows. Raises
+    `ConfigError` if `out` holds a sweep of other settings.
     """
     plt = _pyplot()
-    path = out / "sweep.json"
-    settings = {
-        **settings,
-        "model": calibration_set.model.fingerprint(),
-        "methods": [spec_of(method) for method in methods],
-        "by_hand": [spec_of(method) for method in by_hand],
-        "scales": list(scales),
-        "points": points,
-        "average": average,
-        "full_range": full_range,
-        "images": len(calibration_set),
-        "tuned_on": len(tune),
-        "precision": calibration_set.precision,
-    }
-    kept = _read(path, settings)
-    if kept["jobs"] is None:
-        jobs = [SweepPoint("dense", {"name": "dense"})]
-        jobs += [SweepPoint(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
-        jobs += [SweepPoint(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
+    notebook = Notebook(
+        out / "sweep.json",
+        {
+            **settings,
+            "model": calibration_set.model.fingerprint(),
+            "methods": [spec_of(method) for method in methods],
+            "by_hand": [spec_of(method) for method in by_hand],
+            "scales": list(scales),
+            "points": points,
+            "average": average,
+            "full_range": full_range,
+            "images": len(calibration_set),
+            "tuned_on": len(tune),
+            "precision": calibration_set.precision,
+        },
+    )
+
+    def planned() -> list[dict[str, Any]]:
+        found = [SweepPoint("dense", {"name": "dense"})]
+        found += [SweepPoint(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
+        found += [SweepPoint(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
         for method in methods:
-            planned = plan_rule(method, points, len(calibration_set.model.config.exits))
-            if planned is None:
+            own = plan_rule(method, points, len(calibration_set.model.config.exits))
+            if own is None:
                 say(f"choosing thresholds of {method.name} on {len(tune)} images")
-                planned = plan_method(tune, method, points, average, full_range, say)
-            jobs += planned
-        kept["jobs"] = [asdict(job) for job in jobs]
-        _write(path, kept)
-    for n, values in enumerate(kept["jobs"]):
-        job = SweepPoint(**values)
-        if n < len(kept["rows"]):
-            continue
-        row = Scaled(build_method(job.method), job.input_scale)
-        title = f"{n + 1}/{len(kept['jobs'])} {row.label}"
-        (result,) = evaluate(
-            calibration_set.model,
-            calibration_set.data,
-            [row],
-            limit=len(calibration_set),
-            precision=calibration_set.precision,
-            progress=calibration_set.progress(title),
-        )
-        kept["rows"].append({"series": job.series, **result.to_dict(calibration_set.data.labels.names)})
-        _write(path, kept)
-    rows: list[dict[str, Any]] = kept["rows"]
+                own = plan_method(tune, method, points, average, full_range, say)
+            found += own
+        return [asdict(point) for point in found]
+
+    plan = [SweepPoint(**point) for point in notebook.once("points", planned)]
+    rows = [
+        notebook.once(f"row {n}", partial(measured_row, calibration_set, point, f"{n}/{len(plan)}"))
+        for n, point in enumerate(plan, start=1)
+    ]
     _write_csv(out / "sweep.csv", rows)
     _draw(plt, rows, out / "sweep.png")
     return rows
 
 
-def _read(path: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier call with the same settings has done; nothing, if there was none."""
-    settings = json.loads(json.dumps(settings, default=str))
-    try:
-        kept: dict[str, Any] = json.loads(path.read_text())
-        before = kept["settings"]
-    except FileNotFoundError:
-        return {"settings": settings, "jobs": None, "rows": []}
-    except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{path} is no sweep: choose another --out, or delete it.") from None
-    for key in sorted({*before, *settings}):
-        if before.get(key) != settings.get(key):
-            raise ConfigError(
-                f"{path} was made with {key}={before.get(key)!r}, not {settings.get(key)!r}: choose another --out, or "
-                "delete it."
-            )
-    return kept
-
-
-def _write(path: Path, kept: dict[str, Any]) -> None:
-    text = json.dumps(without_nan(kept), indent=1) + "\n"
-    with _writable(path), atomic_write(path) as unfinished:
-        unfinished.write_text(text)
+def measured_row(calibration_set: CalibrationSet, point: SweepPoint, number: str) -> dict[str, Any]:
+    """Evaluate one point; number: where it stands among all, for the progress."""
+    row = Scaled(build_method(point.method), point.input_scale)
+    (result,) = evaluate(
+        calibration_set.model,
+        calibration_set.data,
+        [row],
+        limit=len(calibration_set),
+        precision=calibration_set.precision,
+        progress=calibration_set.progress(f"{number} {row.label}"),
+    )
+    return {"series": point.series, **result.to_dict(calibration_set.data.labels.names)}
 
 
 def _write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    with _writable(path), atomic_write(path) as unfinished, unfinished.open("w", newline="") as file:
+    with write_or_refuse(path, CURE) as unfinished, unfinished.open("w", newline="") as file:
         table = csv.DictWriter(file, FIELDS, extrasaction="ignore")
         table.writeheader()
         table.writerows(rows)
-
-
-class _writable:
-    """Makes the folder of a file; what goes wrong in the block is said in one sentence."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            self._refuse(error)
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError):
-            self._refuse(error)
-
-    def _refuse(self, error: OSError) -> None:
-        raise ConfigError(f"{self.path} cannot be written ({error.strerror}): choose another --out.") from None
 
 
 def _pyplot() -> Any:
@@ -268,7 +223,7 @@ def _pyplot() -> Any:
 
 def _draw(plt: Any, rows: Sequence[dict[str, Any]], path: Path) -> None:
     figure = figure_of(plt, rows)
-    with _writable(path), atomic_write(path) as unfinished:
+    with write_or_refuse(path, CURE) as unfinished:
         figure.savefig(unfinished, dpi=130)
     plt.close(figure)
 

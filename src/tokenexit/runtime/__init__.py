@@ -1,1 +1,1 @@
-"""How files are read, kept and changed, and what a machine is asked: nothing here knows of models."""
+"""Files, caches, processes and precision of a machine; nothing here knows of models."""

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all, with the permissions that the user's umask grants."""
+"""Atomic writes: a file is there whole or not at all, with the permissions that the user's umask grants."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from stat import S_IMODE
+
+from tokenexit.errors import ConfigError
 
 
 @contextmanager
@@ -27,6 +29,18 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def write_or_refuse(path: Path, cure: str) -> Iterator[Path]:
+    """`atomic_write` in a folder that is made where it lacks. Raises `ConfigError`, in one sentence that ends with
+    `cure`, where it cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path) as unfinished:
+            yield unfinished
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written ({error.strerror}): {cure}.") from None
 
 
 def _new_file(folder: Path, suffix: str) -> Path:

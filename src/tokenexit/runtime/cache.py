@@ -1,4 +1,4 @@
-"""Small files of measurements in the user's cache folder, one for each machine and question; delete one to ask anew."""
+"""A cache of measurements in the user's cache folder, one JSON file for each; delete a file to measure again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tokenexit.runtime.schema import fits, read_json
 
 
 def cached_path(kind: str, device: torch.device, *facts: Any) -> Path:
-    """Where an answer is kept that holds for this machine, number of threads and torch, and for these facts."""
+    """Return the path of a measurement on this machine, with its number of threads and torch, and of these facts."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     key = json.dumps([*facts, name, torch.get_num_threads(), torch.__version__], default=list)
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -25,7 +25,7 @@ def cached_path(kind: str, device: torch.device, *facts: Any) -> Path:
 
 
 def read_cached(path: Path, kind: Any) -> Any:
-    """What was kept, if it is what the annotation `kind` says; None where there is nothing, or nothing of that kind."""
+    """Return a cached value that fits the annotation `kind`; None where there is none."""
     try:
         values = read_json(path, "delete it")
     except (OSError, CheckpointError):
@@ -33,8 +33,8 @@ def read_cached(path: Path, kind: Any) -> Any:
     return values if fits(values, kind) else None
 
 
-def keep(path: Path, values: Any) -> None:
-    """Keep for the next time; where the cache cannot be written, the next time measures again."""
+def write_cached(path: Path, values: Any) -> None:
+    """Write a value to the cache; where that fails, the next call measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(path) as unfinished:

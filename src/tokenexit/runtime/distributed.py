@@ -1,4 +1,4 @@
-"""Several processes that evaluate together: who takes which image, what all get to know, and how all fail as one."""
+"""Several processes that work together: who takes which image, what they exchange, and how they fail together."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ T = TypeVar("T")
 
 
 def rank_and_size() -> tuple[int, int]:
-    """The number of this process, from 0, and how many there are; (0, 1) where there is one."""
+    """Return the rank of this process, from 0, and the number of processes; (0, 1) where there is one."""
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
 
 
 def gather(value: T) -> list[T]:
-    """What each process gave, in order; all must call it, and all get the same.
+    """Return the values of all processes, by rank; all must call it, and all get the same.
 
     Raises `ConfigError` if one of them has ended.
     """
@@ -43,7 +43,7 @@ def _ended() -> ConfigError:
 
 
 def from_first(value: T) -> T:
-    """What the first process gave; all must call it."""
+    """Return the value of the first process; all must call it."""
     rank, count = rank_and_size()
     if count == 1:
         return value
@@ -57,9 +57,9 @@ def from_first(value: T) -> T:
 
 @contextmanager
 def all_or_none() -> Iterator[None]:
-    """A block that all processes enter and that succeeds in all or in none.
+    """Run a block that succeeds in all processes or in none.
 
-    What a user can cause in one process is raised in all of them: the error of the first process that has one.
+    A `TokenExitError` in one process is raised in all of them: that of the first process that has one.
     """
     error: TokenExitError | None = None
     try:

@@ -1,4 +1,4 @@
-"""A folder that changes as one: killed at any moment, it holds all files as they were or all as they are to be.
+"""Atomic changes of several files in a folder: killed at any moment, it holds all old files or all new ones.
 
 New files are written to a folder of their own inside. Renaming that to `COMMITTED` is the one step that makes them
 count; moving them to their names follows, and whoever reads meanwhile, or after a kill, finds them in `COMMITTED`.
@@ -18,7 +18,7 @@ UNFINISHED, COMMITTED = ".saving-", ".saved"
 
 @contextmanager
 def replaced_together(folder: Path) -> Iterator[Path]:
-    """An empty folder for new files, which replace those of their names in `folder` if the block ends well.
+    """Yield an empty folder for new files, which replace those of their names in `folder` if the block ends well.
 
     Makes `folder`, and removes what killed calls left there, so that one process at a time may write. Raises OSError as
     writing does.
@@ -53,6 +53,6 @@ def settle(folder: Path) -> None:
 
 
 def current(folder: Path, name: str) -> Path:
-    """Where the file of this name stands, finished or not; it need not exist."""
+    """Return the path of the current file of this name, moved yet or not; it need not exist."""
     committed = folder / COMMITTED / name
     return committed if committed.exists() else folder / name

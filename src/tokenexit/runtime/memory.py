@@ -1,4 +1,4 @@
-"""Buffers that stay with the process."""
+"""Memory settings: large buffers that the process keeps when they are freed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a trained model is run: without gradients, in a precision; and which precision suits a processor."""
+"""Inference without gradients, in fp32, bf16 or fp16, and the precision that suits a processor."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _FIRST_CUDA_CAPABILITY = {"bf16": (8, 0), "fp16": (7, 0)}
 
 @contextmanager
 def inference(device: torch.device, precision: Precision = "fp32") -> Iterator[None]:
-    """No gradients, and matrix products in bf16 or fp16 if asked for.
+    """Disable gradients, and run matrix products in bf16 or fp16 if asked for.
 
     Hold it open over many calls of a model, and enter it again inside as you like: within the outermost block each
     weight is lowered once; a block around every call lowers all of them every time (5 % of ViT-Base at 512).
@@ -33,7 +33,7 @@ def inference(device: torch.device, precision: Precision = "fp32") -> Iterator[N
 
 
 def inference_precision(asked: AskedPrecision, device: torch.device) -> Precision:
-    """The precision that a trained model is run in.
+    """Return the precision that a trained model is run in.
 
     auto: bf16 on CUDA cards that multiply it fast; fp32 on CPUs, so that figures and calibrations made on one machine
     are found again on another.
@@ -44,14 +44,14 @@ def inference_precision(asked: AskedPrecision, device: torch.device) -> Precisio
 
 
 def training_precision(asked: Literal["auto", "fp32", "bf16"], device: torch.device) -> Literal["fp32", "bf16"]:
-    """The precision that a model is trained in. auto: bf16 where the processor multiplies it fast, fp32 elsewhere."""
+    """Return the precision that a model is trained in. auto: bf16 where the processor multiplies it fast, else fp32."""
     if asked != "auto":
         return asked
     return "bf16" if is_fast("bf16", device) else "fp32"
 
 
 def slow_precision(precision: Precision, device: torch.device) -> str | None:
-    """One sentence that warns of a precision which this processor emulates; None for one that it multiplies fast."""
+    """Return a warning about a precision that this processor emulates; None for one that it multiplies fast."""
     if is_fast(precision, device):
         return None
     return (
@@ -61,7 +61,7 @@ def slow_precision(precision: Precision, device: torch.device) -> str | None:
 
 
 def is_fast(precision: Precision, device: torch.device) -> bool:
-    """Whether the processor has instructions that multiply matrices of this precision."""
+    """Return whether the processor has instructions that multiply matrices of this precision."""
     if precision == "fp32":
         return True
     if device.type == "cuda":
@@ -73,7 +73,7 @@ def is_fast(precision: Precision, device: torch.device) -> bool:
 
 @cache
 def cpu_instructions() -> frozenset[str]:
-    """What this CPU can do, in the words of torch and of Linux; nothing where neither says."""
+    """Return the names of this CPU's instruction sets, as torch and Linux list them; none where neither does."""
     ask = getattr(torch.cpu, "get_capabilities", dict)  # older torch does not say
     told = {name for name, there in ask().items() if there is True}
     try:

@@ -1,4 +1,4 @@
-"""What files may hold: JSON read within limits, and values held to types and bounds before anything is built of them.
+"""Read JSON and YAML within limits, and hold values to types and bounds before anything is built of them.
 
 A schema is an annotation, so it stands where the value is declared: in a dataclass, a constructor, or a `TypedDict` for
 a file. Numbers have bounds as `Annotated[int, Between(1, 64)]`; without them whole numbers stay below 2^31, and all
@@ -21,6 +21,10 @@ from tokenexit.errors import CheckpointError, ConfigError
 
 LARGEST_FILE = 16 * 2**20
 """Bytes of a JSON file; the longest that are written, records of long trainings, have a tenth of it."""
+LARGEST_YAML = 2 * 2**20
+"""Bytes of a YAML file, which takes seconds to parse; one that lists 65,535 classes has half of it."""
+MOST_VALUES = 10**6
+"""Values of a YAML file once its aliases are written out."""
 DEEPEST = 64
 """Lists and mappings within each other."""
 LARGEST_INT = 2**31 - 1
@@ -28,7 +32,7 @@ LARGEST_INT = 2**31 - 1
 
 @dataclass(frozen=True)
 class Between:
-    """Bounds of a number, both inclusive."""
+    """The bounds of a number, both inclusive."""
 
     low: float
     high: float
@@ -44,7 +48,7 @@ Share = Annotated[float, Between(0, 1)]
 
 
 def read_json(path: Path, cure: str, nan_as_null: bool = False) -> Any:
-    """The content of a JSON file; nan_as_null as of `parse_json`.
+    """Return the content of a JSON file; nan_as_null as in `parse_json`.
 
     Raises `CheckpointError` in one sentence that ends with `cure`, and `FileNotFoundError` where there is no file.
     """
@@ -59,7 +63,7 @@ def read_json(path: Path, cure: str, nan_as_null: bool = False) -> Any:
 
 
 def read_bytes(path: Path) -> bytes:
-    """The content of a small file. Raises OSError, and `ValueError` for what is too long, or a device or pipe."""
+    """Return the content of a small file. Raises OSError, and `ValueError` for one too long, a device or a pipe."""
     if path.exists() and not path.is_file():
         raise ValueError("it is no file")
     with path.open("rb") as file:
@@ -74,7 +78,7 @@ def damaged(path: Path | str, reason: Exception | str, cure: str) -> CheckpointE
 
 
 def parse_json(data: bytes, nan_as_null: bool = False) -> Any:
-    """The value in UTF-8 JSON. nan_as_null: read NaN and infinities, which are no JSON, as null.
+    """Return the value in UTF-8 JSON. nan_as_null: read NaN and infinities, which are no JSON, as null.
 
     Raises `ValueError` in a few words: too long, too deep, other encodings, a key given twice, no JSON.
     """
@@ -102,6 +106,42 @@ def parse_json(data: bytes, nan_as_null: bool = False) -> Any:
     return value
 
 
+def parse_yaml(data: bytes, loader: Any = None) -> Any:
+    """The value in UTF-8 YAML; loader: one of plain YAML and more, in place of `yaml.SafeLoader`.
+
+    Raises `ValueError` in a few words: too long, too deep, too many aliases, other encodings, no YAML.
+    """
+    import yaml
+
+    if len(data) > LARGEST_YAML:
+        raise ValueError(f"it has more than {LARGEST_YAML >> 20} MB")
+    try:
+        value = yaml.load(data.decode("utf-8-sig"), Loader=loader or yaml.SafeLoader)
+    except UnicodeDecodeError:
+        raise ValueError("it is no UTF-8 text") from None
+    except RecursionError:
+        raise ValueError("it nests too deeply") from None
+    except yaml.MarkedYAMLError as error:
+        where = f" in line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise ValueError(f"{error.problem or 'damaged'}{where}") from None
+    except Exception as error:  # the parser raises what its constructors of dates and numbers do, too
+        raise ValueError(" ".join(str(error).split())[:200]) from None
+    if _deeper_than(value, DEEPEST):
+        raise ValueError(f"it nests deeper than {DEEPEST} levels")
+    if _count(value, {}) > MOST_VALUES:
+        raise ValueError(f"its aliases stand for more than {MOST_VALUES:,} values")
+    return value
+
+
+def _count(value: Any, known: dict[int, int]) -> int:
+    """How many values there are, each as often as it is named; known: counts of lists and mappings by identity."""
+    if not isinstance(value, dict | list | tuple):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = 1 + sum(_count(inner, known) for inner in _items(value))
+    return known[id(value)]
+
+
 def _integer(text: str) -> int:
     if len(text) > 30:  # Python refuses those of more than 4300 digits in words about itself
         raise ValueError("it holds a number of more than 30 digits")
@@ -118,13 +158,14 @@ def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _deeper_than(value: Any, levels: int) -> bool:
-    layer = [value]
+    layer = [value] if isinstance(value, dict | list | tuple) else []
     for _ in range(levels):
-        layer = [v for outer in layer if isinstance(outer, dict | list) for v in _items(outer)]
-    return any(isinstance(v, dict | list) for v in layer)
+        inner = (v for outer in layer for v in _items(outer))
+        layer = list({id(v): v for v in inner if isinstance(v, dict | list | tuple)}.values())  # aliases once
+    return bool(layer)
 
 
-def _items(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
+def _items(values: dict[Any, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
     return values.values() if isinstance(values, dict) else values
 
 
@@ -132,7 +173,7 @@ def _items(values: dict[str, Any] | list[Any]) -> Iterable[Any]:
 
 
 def check(name: str, value: Any, kind: Any) -> None:
-    """Raise `ConfigError` where `value` is no `kind`."""
+    """Raise `ConfigError` where `value` does not fit the annotation `kind`."""
     if wrong := misfit(name, value, kind):
         raise ConfigError(f"{wrong}.")
 
@@ -144,7 +185,7 @@ def check_fields(value: Any) -> None:
 
 
 def check_keys(what: str, values: Any, known: Sequence[str], needed: Sequence[str] = ()) -> None:
-    """Raise `ConfigError` for what is no mapping, has other keys than `known`, or lacks one of `needed`."""
+    """Raise `ConfigError` for a value that is no mapping, has keys not in `known`, or lacks one of `needed`."""
     if not isinstance(values, Mapping):
         raise ConfigError(f"{what} is {shown(values)}: give a mapping with the keys {', '.join(known)}.")
     unknown = [str(key) for key in values if key not in known]
@@ -157,12 +198,12 @@ def check_keys(what: str, values: Any, known: Sequence[str], needed: Sequence[st
 
 @lru_cache(maxsize=64)
 def hints(declared: Any) -> dict[str, Any]:
-    """The annotations of a class, with their bounds."""
+    """Return the annotations of a class, with their bounds."""
     return get_type_hints(declared, include_extras=True)
 
 
 def misfit(name: str, value: Any, kind: Any) -> str | None:
-    """What does not fit, in words, or None; of a file, a `TypedDict`, its first value that does not."""
+    """Say what does not fit, or return None; for a file, a `TypedDict`, the first value that does not fit."""
     if is_typeddict(kind) and isinstance(value, Mapping):
         missing = sorted(kind.__required_keys__ - value.keys())
         if missing:
@@ -177,7 +218,7 @@ def misfit(name: str, value: Any, kind: Any) -> str | None:
 
 
 def fits(value: Any, kind: Any) -> bool:
-    """Whether `value` is what the annotation `kind` says; lists count as tuples, whole numbers as numbers."""
+    """Return whether `value` fits the annotation `kind`; lists count as tuples, whole numbers as numbers."""
     origin, inner = get_origin(kind), get_args(kind)
     if kind is Any:
         return True
@@ -208,7 +249,7 @@ def _is_small(value: float) -> bool:
 
 
 def in_words(kind: Any) -> str:
-    """An annotation as a sentence says it: "a whole number from 1 to 64"."""
+    """Describe an annotation in words: "a whole number from 1 to 64"."""
     origin, inner = get_origin(kind), get_args(kind)
     if origin is Annotated:
         return " ".join([in_words(inner[0]), *(str(bound) for bound in inner[1:])])
@@ -236,5 +277,5 @@ _short.maxlevel, _short.maxstring, _short.maxother = 3, 60, 60
 
 
 def shown(value: Any) -> str:
-    """A value in a message: short, on one line, whatever it is."""
+    """Write any value for a message: short and on one line."""
     return " ".join(_short.repr(value).split())

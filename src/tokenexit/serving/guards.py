@@ -73,6 +73,7 @@ class Guard:
         self._token, self._local_only = token, local_only
         self._body_bytes, self._body_seconds, self._idle_seconds = body_bytes, body_seconds, idle_seconds
         self._held, self._held_bytes = 0, held_bytes
+        metrics.gauges["tokenexit_upload_bytes"] = ("Bytes of uploads under way.", lambda: self._held)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":

@@ -5,20 +5,14 @@ A method with exits is reckoned as if nobody left: a threshold decides how many 
 
 from __future__ import annotations
 
-import time
-from collections import Counter
-
-import torch
-
-from tokenexit.outputs.ledger import Size, dense_ops
-from tokenexit.outputs.windows import window_boxes
+from tokenexit.calibration.latency import seconds_per_mac
+from tokenexit.outputs import windows
+from tokenexit.outputs.ledger import Size
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
-PROBE_SIDE = 32
-"""Patches along the noise that is timed: enough that the work counts, and not the calls."""
-REPEATS, SECONDS = 3, 0.5
-"""It is timed so often at least, and for so long: another program may have the machine at first."""
+SECONDS = 0.5
+"""For so long the machine is timed: another program may have it at first."""
 
 
 class Pace:
@@ -33,19 +27,8 @@ class Pace:
     @classmethod
     def measured(cls, model: ExitSegmenter, precision: Precision) -> Pace:
         """Time one block of the backbone, for half a second."""
-        backbone, device = model.backbone, model.device
-        pace = cls(float("inf"))
-        side = PROBE_SIDE * model.config.backbone.patch_size
-        with inference(device, precision):
-            tokens = backbone.embed([torch.randn(3, side, side, device=device)])
-            until, times = time.perf_counter() + SECONDS, 0
-            while times < REPEATS or time.perf_counter() < until:
-                start, times = time.perf_counter(), times + 1
-                backbone.run(tokens, 0, 1)
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
-                pace.observe(backbone.block_ops(tokens.packing.lengths[0]).macs, time.perf_counter() - start)
-        return pace
+        with inference(model.device, precision):
+            return cls(seconds_per_mac(model, SECONDS))
 
     def seconds(self, macs: int) -> float:
         return macs * self._seconds_per_mac
@@ -57,7 +40,5 @@ class Pace:
 
 def dense_macs(model: ExitSegmenter, size: Size) -> int:
     """Multiply-adds of the dense model for an image whose resized height and width are `size`, in its windows."""
-    boxes = window_boxes(size, model.preprocessing.window, model.preprocessing.stride)
-    sizes = Counter((bottom - top, right - left) for top, left, bottom, right in boxes)
-    grid = model.backbone.patch_embed.grid
-    return sum(n * dense_ops(model.backbone, model.decode_head, grid(*size)).macs for size, n in sizes.items())
+    preprocessing = model.preprocessing
+    return windows.dense_macs(model.backbone, model.decode_head, size, preprocessing.window, preprocessing.stride)

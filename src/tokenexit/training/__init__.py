@@ -1,1 +1,1 @@
-"""Losses, schedule, recipes and the loop."""
+"""Training: configuration, loop, optimiser, distillation, checkpoints and logs."""

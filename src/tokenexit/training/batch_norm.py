@@ -1,4 +1,4 @@
-"""Batch statistics over all processes."""
+"""Batch normalisation with statistics over all processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Build the things that a run is made of from its configuration."""
+"""Build dataset, transform, preprocessing and model from the configuration of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def build_dataset(config: DataConfig, split: str) -> SegmentationDataset:
 
 
 def open_validation(config: TrainConfig) -> SegmentationDataset:
-    """What a run is validated on. Raises `DataError`, with a way out, where there is no such split."""
+    """Open the validation images of a run. Raises `DataError`, with a way out, where there is no such split."""
     try:
         data = build_dataset(config.data, config.data.val_split)
     except DataError as error:
@@ -37,7 +37,7 @@ def open_validation(config: TrainConfig) -> SegmentationDataset:
 
 
 def build_transform(config: DataConfig, ignore_index: int = 255) -> Compose:
-    """Build what happens to an image and its mask in training."""
+    """Build the augmentation of an image and its mask."""
     return training_transform(
         (config.crop[0], config.crop[1]),
         ignore_index=ignore_index,
@@ -48,7 +48,7 @@ def build_transform(config: DataConfig, ignore_index: int = 255) -> Compose:
 
 
 def build_preprocessing(config: DataConfig, labels: Labels | None) -> Preprocessing:
-    """Build what happens to an image that the model is given later."""
+    """Build the preprocessing of the images that the trained model is given."""
     return Preprocessing(
         mean=config.mean,
         std=config.std,
@@ -105,7 +105,7 @@ def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
 
 
 def _apply_stochastic_depth(model: ExitSegmenter, config: ModelConfig) -> None:
-    """Change stochastic depth, which is no part of the saved architecture, and reject changes of anything else."""
+    """Change stochastic depth, which is not part of the saved architecture, and reject changes of anything else."""
     unknown = set(config.options) - {"drop_path", "drop_path_attention"}
     if unknown:
         raise ConfigError(f"model.options.{min(unknown)} cannot change with init_from: it is part of the saved model.")

@@ -21,18 +21,19 @@ from torch import Tensor, nn
 
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.runtime.precision import training_precision
+from tokenexit.runtime.schema import read_bytes
 from tokenexit.training.config import TrainConfig, as_begun, differing_key, flat, saved_config
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 STATE, RUN = "state.pt", "run.json"
 
 CheckpointParts = Mapping[str, nn.Module | torch.optim.Optimizer]
-"""What a run is made of, by name."""
+"""Modules and optimiser of a run, by name."""
 
 
 @dataclass(frozen=True)
 class Best:
-    """The weights that validated best so far: after `step` steps, with this mIoU in percent."""
+    """The weights with the best validation so far: after `step` steps, with this mIoU in percent."""
 
     step: int
     miou: float
@@ -41,7 +42,7 @@ class Best:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: `step` steps are done by `processes` processes; `history` holds what was logged so far.
+    """The progress of a run: `step` steps are done by `processes` processes; `history` holds what was logged so far.
 
     best: None before the first validation."""
 
@@ -52,7 +53,7 @@ class Progress:
 
 
 def save_checkpoint(folder: Path, progress: Progress, parts: CheckpointParts, config: TrainConfig) -> None:
-    """Write the checkpoint of `parts` as they stand, and forget all others, finished or not."""
+    """Write a checkpoint of `parts`, and remove all others, finished or not."""
     step = progress.step
     unfinished = folder / f".step-{step:07d}"
     try:
@@ -72,8 +73,8 @@ def save_checkpoint(folder: Path, progress: Progress, parts: CheckpointParts, co
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written to {folder} ({_reason(error)}): free the place; the same "
-            "command then continues from the one before."
+            f"the checkpoint of step {step} cannot be written to {folder} ({_reason(error)}): free disk space; the "
+            "same command then continues from the one before."
         ) from None
     for other in (*folder.glob("step-*"), *folder.glob(".step-*")):
         if other != final:
@@ -100,14 +101,14 @@ def load_checkpoint(folder: Path, parts: CheckpointParts, config: TrainConfig) -
 
 
 def begun_with(folder: Path) -> dict[str, Any] | None:
-    """The configuration, as `flat`, of the run that has checkpoints in a folder; None if there is none.
+    """Return the configuration, as `flat`, of the run that has checkpoints in a folder; None if there is none.
 
-    It holds the keys that were written, and those alone. Raises `CheckpointError` if the checkpoint is damaged."""
+    It holds only the keys that were written. Raises `CheckpointError` if the checkpoint is damaged."""
     return _read_run(folder)[1]["config"] if (folder / LATEST).is_file() else None
 
 
 def run_is_whole(folder: Path) -> bool:
-    """Whether there is a checkpoint whose configuration can be read."""
+    """Return whether there is a checkpoint whose configuration can be read."""
     try:
         return (folder / (folder / LATEST).read_text().strip() / RUN).is_file()
     except (OSError, ValueError):
@@ -115,13 +116,13 @@ def run_is_whole(folder: Path) -> bool:
 
 
 def settled(config: TrainConfig, begun: dict[str, Any] | None, device: torch.device) -> TrainConfig:
-    """The configuration with which a run begins or goes on: as it was begun, in the precision that suits the device."""
+    """Return the configuration with which a run begins or continues, in the precision that suits the device."""
     config = config if begun is None else as_begun(config, begun)
     return replace(config, precision=training_precision(config.precision, device))
 
 
 def steps_done(folder: Path) -> int | None:
-    """How many steps the run has done that has checkpoints in a folder, by their names; None if there is none."""
+    """Return the number of steps of the last checkpoint in a folder, by its name; None if there is none."""
     try:
         found = re.match(r"step-(\d+)", (folder / LATEST).read_text())
     except (OSError, ValueError):
@@ -141,16 +142,18 @@ def check_same_run(folder: Path, begun: dict[str, Any], config: TrainConfig) -> 
 
 
 def _read_run(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The folder that `latest` names, and its configuration, as written, history and number of processes."""
+    """Return the folder that `latest` names, and its configuration, as written, history and number of processes."""
     path = folder
     try:
         path = folder / (folder / LATEST).read_text().strip()
-        run = json.loads((path / RUN).read_text())
+        run = json.loads(read_bytes(path / RUN))  # NaN, which losses may be, included
         return path, {
             "config": dict(run["config"]),
             "history": list(run["history"]),
             "processes": int(run.get("processes", 1)),
         }
+    except RecursionError:
+        raise _damaged(path, ValueError("it nests too deeply")) from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(path, error) from None
 
@@ -163,7 +166,7 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong, on one line, to stand in brackets."""
+    """Write what went wrong on one line, to stand in brackets."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     lines = str(error).strip().splitlines()
@@ -171,6 +174,6 @@ def _reason(error: Exception) -> str:
 
 
 def _free_name(path: Path) -> Path:
-    """`path`, or with a number behind it if it exists: the one that is there may be what `latest` names."""
+    """Return `path`, with a number behind it if it exists: the existing one may be what `latest` names."""
     names = (path.with_name(f"{path.name}-{n}") if n else path for n in count())
     return next(name for name in names if not name.exists())

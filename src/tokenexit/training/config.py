@@ -1,4 +1,4 @@
-"""What a training run is: one dataclass per thing. A YAML of these is an experiment.
+"""Configuration of a training run as dataclasses; a YAML file of them is a recipe.
 
 This module imports no torch, so that the command line can build its parser quickly. The text under a field is what
 `tokenexit train --help` says about it.
@@ -23,7 +23,7 @@ class ModelConfig:
     backbone: str = "vit_tiny_patch16"
     """A preset of `tokenexit.engine.vit.PRESETS`."""
     exits: list[int] = field(default_factory=lambda: [3, 6, 9])
-    """After how many blocks each exit stands."""
+    """Exits, each by the number of blocks before it."""
     exit_head: Any = "fcn"
     """Head of all exits: a name, a mapping of `kind` and its options, or a list with one for each exit."""
     decode_head: Any = "fcn"
@@ -33,23 +33,23 @@ class ModelConfig:
     init_from: str | None = None
     """Folder of a saved model to fine-tune; architecture, preprocessing and classes are taken from it."""
     new_exits: bool = False
-    """With init_from: keep backbone and decode head, and put fresh exit heads at `exits`, as `exit_head` says."""
+    """Fresh exit heads, at `exits` and as `exit_head` says, on backbone and decode head of init_from."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path and drop_path_attention alone."""
 
 
 @dataclass
 class DataConfig:
-    """Where images come from and what happens to them in training."""
+    """Dataset and augmentation, and the preprocessing of the trained model."""
 
     name: str = "scenes"
     """A registered dataset, such as scenes (drawn by a program), camvid, ade20k, cityscapes or folder."""
     root: str | None = None
-    """Folder of the dataset; none for scenes."""
+    """Folder of the dataset; null for scenes."""
     train_split: str = "train"
-    """Split to train on."""
+    """Training split."""
     val_split: str = "val"
-    """Split to validate on."""
+    """Validation split."""
     options: dict[str, Any] = field(default_factory=dict)
     """Options of the dataset, such as size of scenes."""
     crop: tuple[int, int] = (352, 352)
@@ -57,24 +57,24 @@ class DataConfig:
     ratio: tuple[float, float] = (0.5, 2.0)
     """Range of the random resize."""
     resize_base: tuple[int, int] | None = None
-    """Long and short side, in pixels, that the random resize takes as 1; the image's own if not given."""
+    """Long and short side, in pixels, of a random resize by 1; the image's own if not given."""
     cat_max_ratio: float = 0.75
-    """Largest share of one class in a crop; crops beyond are drawn again, as in mmsegmentation."""
+    """Largest share of one class in a crop; other crops are drawn again, as in mmsegmentation."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Subtracted from pixels in 0..1, red, green and blue; AugReg weights need 0.5."""
+    """Mean of pixels in 0..1, red, green and blue, which is subtracted; AugReg weights need 0.5."""
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    """Pixels in 0..1 are divided by it; AugReg weights need 0.5."""
+    """Standard deviation of pixels in 0..1, by which they are divided; AugReg weights need 0.5."""
     resize: int | tuple[int, int] | None = None
-    """Shortest side, or height and width, in pixels, that images are given for the model later; their own if not
+    """Shortest side, or height and width, in pixels, to which the trained model resizes images; their own if not
     given."""
     window: tuple[int, int] | None = None
-    """Height and width of the windows in which the model segments later; the whole image if not given."""
+    """Height and width of the windows in which the trained model segments; the whole image if not given."""
     stride: tuple[int, int] | None = None
-    """Distance of these windows; they touch if not given."""
+    """Distance between these windows; they touch if not given."""
     workers: int = 0
-    """Processes that load images; 0 loads them between the steps."""
+    """Worker processes that load images; 0 loads them between the steps."""
     cache: bool = False
-    """Keep decoded images in memory, up to 2 GiB."""
+    """Cache of decoded images in memory, up to 2 GiB."""
 
     def __post_init__(self) -> None:
         _at_least("data", self, workers=0)
@@ -83,36 +83,36 @@ class DataConfig:
 
 @dataclass
 class OptimConfig:
-    """Optimiser and schedule."""
+    """Optimiser and learning rate schedule."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """The optimiser."""
+    """Name of the optimiser."""
     lr: float = 1e-4
     """Learning rate of the backbone."""
     head_lr_factor: float = 10.0
-    """Heads learn so many times faster."""
+    """Learning rate of the heads, as a multiple of that of the backbone."""
     weight_decay: float = 0.01
-    """Of weight matrices; see decay_all."""
+    """Weight decay of weight matrices; see decay_all."""
     decay_all: bool = False
-    """Decay norms, biases and embeddings too, as DToP does."""
+    """Weight decay of norms, biases and embeddings too, as in DToP."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Of AdamW."""
+    """Betas of AdamW."""
     momentum: float = 0.9
-    """Of SGD."""
+    """Momentum of SGD."""
     warmup_steps: int = 100
-    """Steps over which the rate rises linearly."""
+    """Steps of the linear warm-up."""
     warmup_start: float = 1e-6
-    """Share of the rate that the first step has."""
+    """Learning rate of the first step, as a share of lr."""
     power: float = 0.9
-    """Of the polynomial decay."""
+    """Power of the polynomial decay."""
     decay_start: int = 0
-    """Step at which the decay begins; 0 lets it run during the warm-up, as mmcv 0.x did."""
+    """Step at which the decay begins; 0 includes the warm-up, as in mmcv 0.x."""
     decay_end: int | None = None
-    """Step at which the decay would end; that of the run if not given."""
+    """Step at which the decay would end; the last of the run if not given."""
     min_lr: float = 0.0
-    """Rate that the decay ends at, the same for backbone and heads."""
+    """Learning rate at the end of the decay, the same for backbone and heads."""
     clip_grad_norm: float | None = None
-    """Largest norm of the gradient; no limit if not given."""
+    """Largest norm of the gradient (gradient clipping); no limit if not given."""
 
     def __post_init__(self) -> None:
         _positive("optim", self, "lr", "head_lr_factor")
@@ -135,7 +135,7 @@ class DistillConfig:
     """Distillation from a dense model, beside the labels."""
 
     teacher: str | None = None
-    """Folder of a saved model that is asked without exits; none for no distillation."""
+    """Folder of the saved model to learn from, run without exits; null for no distillation."""
     features: float = 0.5
     """Weight of the squared difference of the features that the decode heads read."""
     logits: float = 1.0
@@ -143,10 +143,10 @@ class DistillConfig:
     exits: float = 0.0
     """Weight of the divergence of every exit's logits from the teacher's decode head."""
     temperature: float = 1.0
-    """Logits are divided by it, and divergences multiplied by its square."""
+    """Temperature by which logits are divided; divergences are multiplied by its square."""
     upsampled: bool = False
-    """Compare logits after the bilinear step that belongs to a SETR head, as DoViT's release does; on the grid before
-    it otherwise."""
+    """Comparison of logits after the bilinear upsampling of a SETR head, as in DoViT's release, instead of before
+    it."""
 
     def __post_init__(self) -> None:
         _at_least("distill", self, features=0, logits=0, exits=0)
@@ -163,57 +163,58 @@ class TrainConfig:
     """A training run."""
 
     out: str = "runs/train"
-    """Folder of the run: its checkpoints, and in the end the model."""
+    """Folder of the run, for checkpoints and the trained model."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
     freeze: Freeze = "none"
-    """What is not trained: the backbone, or all_but_exit_heads, which leaves the dense prediction as it was."""
+    """Frozen parts: none, the backbone, or all_but_exit_heads, which keeps the dense prediction as it was."""
     methods: list[Any] = field(default_factory=lambda: ["dense"])
-    """What the forward pass runs, names or mappings of `name` and options; one is drawn for each step, so that one
-    model serves them all, and the first is validated."""
+    """Methods of the forward pass, as names or mappings of `name` and options; one is drawn for each step, so that
+    one model serves them all, and the first is validated."""
     steps: int = 1000
-    """Steps of the optimiser; the schedule of rates ends with them."""
+    """Optimiser steps; the learning rate schedule ends with them."""
     batch_size: int = 8
-    """Images per step, of all processes together."""
+    """Images per step, over all processes."""
     accumulate: int = 1
-    """Parts that a process takes its images of a step in, one after the other, to save memory; they weigh alike, as
-    processes do, and each has batch statistics of its own."""
+    """Gradient accumulation: number of equal parts of a process's images of a step, run one after the other to save
+    memory; each has batch statistics of its own."""
     checkpoint_blocks: bool = False
-    """Compute each block a second time in the backward pass instead of keeping what it held; the result is the same."""
+    """Activation checkpointing: blocks computed again in the backward pass, for less memory; same result."""
     sync_batch_norm: bool = False
-    """Take batch statistics over all processes; on CUDA alone."""
+    """Batch statistics over all processes (synchronised batch norm); CUDA only."""
     ema_decay: float | None = None
-    """Average the weights, those so far with this share; the average is what is validated and saved. No average if not
+    """Decay of an exponential moving average of the weights, which is validated and saved; no average if not
     given."""
     aux_weight: float = 0.4
     """Weight of every exit's loss; 0.4 is usual for softmax heads, 1 for ATM heads."""
     loss_stride: int = 1
-    """Take losses at every n-th pixel of both axes; 1 as published, 2 is much faster on a CPU."""
+    """Stride in pixels, on both axes, at which losses are taken; 1 as published, 2 is much faster on a CPU."""
     class_weights: list[float] | None = None
     """Factor on the cross-entropy of each class, averaging to one over pixels; lifts rare classes. ATM heads ignore
     it."""
     ignored_pixels: IgnoredPixels = "left_out"
-    """left_out: ignored pixels take part in no loss; counted, as in the authors' releases: cross-entropy divides by the
-    number of all pixels, and mask losses of ATM heads take ignored ones as negatives of every class."""
+    """Ignored pixels in losses. left_out: they take part in no loss; counted, as in the authors' releases:
+    cross-entropy divides by the number of all pixels, and mask losses of ATM heads take them as negatives of every
+    class."""
     seed: int = 0
-    """Of weights, order, augmentation and everything else that is random."""
+    """Random seed of weights, order and augmentation."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
-    """auto takes bf16 where the processor multiplies it fast and fp32 elsewhere; a run keeps what it began with."""
+    """Precision; auto: bf16 where the processor multiplies it fast, else fp32. A run keeps the one it began with."""
     validate_every: Literal["auto"] | int = "auto"
-    """Validate after so many steps and at the end; auto: four times in a run; 0 for never."""
+    """Steps between validations, with one at the end; auto: four in a run; 0 for none."""
     val_limit: int | None = None
-    """Images to validate on; if not given all of them, and with validate_every=auto at most 100, evenly spread."""
+    """Largest number of validation images; all if not given, with validate_every=auto at most 100, evenly spread."""
     checkpoint_every: int = 200
-    """Save a checkpoint after so many steps; 0 for none but the last."""
+    """Steps between checkpoints; 0 for only the last."""
     resume: bool = True
-    """Continue from the last checkpoint in `out`; false starts anew and overwrites it."""
+    """Continuation from the last checkpoint in `out`; false starts anew and overwrites it."""
     keep: Literal["best", "last"] = "best"
     """Weights that are saved as the model: those of the best validation, or the last. The checkpoint holds both, so
     the same command with the other word saves the others."""
     log: Literal["csv", "tensorboard"] = "csv"
-    """Where losses, rates and mIoU are written, beside the terminal: log.csv, or events for TensorBoard, too."""
+    """Log of losses, learning rates and mIoU: csv writes log.csv, tensorboard events for TensorBoard, too."""
 
     def __post_init__(self) -> None:
         _at_least("", self, steps=1, batch_size=1, accumulate=1, loss_stride=1, seed=0, aux_weight=0)
@@ -235,7 +236,7 @@ class TrainConfig:
 
 
 def check_class_weights(config: TrainConfig, num_classes: int) -> None:
-    """A factor for every class, or none at all."""
+    """Check that there is a weight for every class, or none at all."""
     if config.class_weights is not None and len(config.class_weights) != num_classes:
         raise ConfigError(
             f"class_weights has {len(config.class_weights)} values for {num_classes} classes: give one for each."
@@ -243,7 +244,7 @@ def check_class_weights(config: TrainConfig, num_classes: int) -> None:
 
 
 def check_run(config: TrainConfig, processes: int) -> None:
-    """Refuse what cannot work together, as far as it shows without data and weights: before torch is imported."""
+    """Reject options that exclude each other, as far as it shows without data, weights and torch."""
     check_parts(config, processes)
     check_start(config.model)
     check_freeze(config.freeze, config.model)
@@ -252,7 +253,7 @@ def check_run(config: TrainConfig, processes: int) -> None:
 
 
 def check_start(config: ModelConfig) -> None:
-    """Refuse two starts at once, and exits for no model."""
+    """Reject two sources of weights at once, and new exits without a saved model."""
     if config.init_from is not None and config.weights is not None:
         raise ConfigError("model.weights and model.init_from exclude each other: leave one out.")
     if config.init_from is None and config.new_exits:
@@ -260,7 +261,7 @@ def check_start(config: ModelConfig) -> None:
 
 
 def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
-    """Refuse to freeze what nobody has trained."""
+    """Reject frozen parts with random weights."""
     if freeze == "backbone" and model.weights is None and model.init_from is None:
         raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")
     if freeze == "all_but_exit_heads" and model.init_from is None:
@@ -268,7 +269,7 @@ def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
 
 
 def check_parts(config: TrainConfig, processes: int) -> None:
-    """Every process must get as many images of a step, in as many equal parts."""
+    """Check that a batch divides into equal parts for all processes."""
     if config.batch_size % (processes * config.accumulate):
         raise ConfigError(
             f"batch_size={config.batch_size} is no multiple of {processes} processes x accumulate={config.accumulate}: "
@@ -280,14 +281,14 @@ FREE_KEYS = {
     *("out", "resume", "validate_every", "val_limit", "checkpoint_every", "checkpoint_blocks", "keep", "log"),
     *("data.root", "data.val_split", "data.workers", "data.cache"),
 }
-"""What may differ when a run continues: where things lie, and what is done beside the training.
+"""Keys that may differ when a run continues: paths, and what is done beside the training.
 
 `steps` is not among them: the schedule ends with it, so a longer run has other weights from its first step on.
 """
 
 
 def flat(config: TrainConfig) -> dict[str, Any]:
-    """All values by their dotted key, in the types that JSON gives back."""
+    """Return all values by their dotted key, in the types that JSON gives back."""
     flattened: dict[str, Any] = {}
     for key, value in asdict(config).items():
         if key in ("model", "data", "optim", "distill"):
@@ -298,23 +299,23 @@ def flat(config: TrainConfig) -> dict[str, Any]:
 
 
 def differing_key(saved: dict[str, Any], config: TrainConfig) -> str | None:
-    """The first key that parts a run, saved as `flat`, from this configuration."""
+    """Return the first key in which a run, saved as `flat`, differs from this configuration."""
     now = flat(config)
     return next((key for key in now if key not in FREE_KEYS and saved.get(key) != now[key]), None)
 
 
 AUTO_VALIDATIONS, AUTO_VAL_IMAGES = 4, 100
-"""What validate_every=auto comes to: so many validations in a run, on so many images at most."""
+"""Validations in a run and their largest number of images with validate_every=auto."""
 
 
 def validation_steps(config: TrainConfig) -> int:
-    """Steps from one validation to the next, 0 for none at all."""
+    """Return the steps from one validation to the next, 0 for none at all."""
     every = config.validate_every
     return math.ceil(config.steps / AUTO_VALIDATIONS) if every == "auto" else every
 
 
 def as_begun(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
-    """The configuration with which a run goes on that was begun with the values `saved`, read as they were written.
+    """Return the configuration with which a run continues that was begun with the values `saved`.
 
     What is left to this version to choose stays as it was: the precision, and for runs of versions that did not
     validate or choose by themselves, no validation and the last weights.
@@ -327,7 +328,7 @@ def as_begun(config: TrainConfig, saved: Mapping[str, Any]) -> TrainConfig:
 
 
 def saved_config(values: dict[str, Any]) -> dict[str, Any]:
-    """A configuration saved as `flat`, with those keys at their defaults that did not exist when it was written."""
+    """Fill in a configuration saved as `flat`: keys that did not exist when it was written get their defaults."""
     return flat(TrainConfig()) | values
 
 

@@ -1,4 +1,4 @@
-"""Freeze parts of a model: they get no gradient, and stay in evaluation mode, so that their buffers keep still too."""
+"""Freeze parts of a model: they get no gradient, and stay in evaluation mode, so that their buffers stay the same."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ FROZEN: dict[Freeze, tuple[str, ...]] = {
 
 
 def training_mode(model: ExitSegmenter, freeze: Freeze) -> None:
-    """Set training mode for what is trained. Without a trained parameter in front of a head, autograd builds no graph
-    through the backbone. Raises `ConfigError` if nothing is left."""
+    """Set training mode for the parts that are trained. Without a trained parameter in front of a head, autograd builds
+    no graph through the backbone. Raises `ConfigError` if nothing is left."""
     model.train()
     for name in FROZEN[freeze]:
         model.get_submodule(name).eval().requires_grad_(False)

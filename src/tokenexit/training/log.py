@@ -1,4 +1,4 @@
-"""What a run leaves of its course: a row now and then in log.csv, and events for TensorBoard if asked for.
+"""Training logs: rows in log.csv at intervals, and events for TensorBoard if asked for.
 
 A run that goes on drops the rows after its checkpoint, so that a log reads as if nobody had stopped.
 """
@@ -22,7 +22,9 @@ LOG_ROWS = 1000
 
 
 class Row(NamedTuple):
-    """loss: mean since the row before. lr: rate of the backbone. miou: in percent, where the model was validated."""
+    """One row of the log.
+
+    loss: mean since the row before. lr: rate of the backbone. miou: in percent, where the model was validated."""
 
     step: int
     loss: float
@@ -35,13 +37,15 @@ Write = Callable[[Row], None]
 
 
 def is_row(step: int, steps: int) -> bool:
-    """Whether a row is due after this step of so many."""
+    """Return whether a row is due after this step of so many."""
     return step % math.ceil(steps / LOG_ROWS) == 0 or step == steps
 
 
 @contextmanager
 def open_log(config: TrainConfig, out: Path, done: int) -> Iterator[Write]:
-    """To be called with every row. done: steps of the run that are done; rows of later ones are dropped.
+    """Open the log and return a function that takes every row.
+
+    done: steps of the run that are done; rows of later ones are dropped.
 
     Raises `ConfigError` where the files cannot be written, or TensorBoard is not there."""
     if config.log == "csv":
@@ -65,7 +69,7 @@ def open_log(config: TrainConfig, out: Path, done: int) -> Iterator[Write]:
 
 
 class CsvLog:
-    """Appends rows to a file; at the first one it drops those of steps after `done` that are there from before.
+    """A log that appends rows to a CSV file; at the first one it drops older rows of steps after `done`.
 
     A run that ends in its first step leaves no file."""
 
@@ -85,7 +89,7 @@ class CsvLog:
         except (OSError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{self.path} cannot be written ({reason}): free the place; the same command then goes on from the "
+                f"{self.path} cannot be written ({reason}): free disk space; the same command then goes on from the "
                 "last checkpoint."
             ) from None
 
@@ -96,7 +100,7 @@ def _cells(row: Row) -> tuple[Any, ...]:
 
 
 def _rows_until(path: Path, done: int) -> Iterator[list[str]]:
-    """Rows of the first steps; a row that a kill cut short is left out with all that follow."""
+    """Read the rows of the first steps; a row that a kill cut short is left out with all that follow."""
     if not done or not path.is_file():
         return
     with path.open(newline="", errors="replace") as file:

@@ -60,17 +60,29 @@ LOGGED_LINES, LONGEST_SILENCE = 20, 60.0
 
 
 def speak(line: str) -> None:
-    """Print a line at once, into a file or a pipe, too."""
+    """Print a line and flush, so that files and pipes get it at once."""
     print(line, flush=True)
 
 
 def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitSegmenter:
-    """Train a model as configured; returns it in evaluation mode and leaves it, saved, in `config.out`.
+    """Train a model as configured, and save it in `config.out`.
 
     The model is validated meanwhile, and the weights of the best validation are kept, see `validate_every` and `keep`.
+    A second call with the same configuration continues from the last checkpoint.
 
-    A second call with the same configuration continues from the last checkpoint; with another configuration it is
-    refused with a `ConfigError`, except for the keys in `FREE_KEYS`. say: receives one line per event.
+    Args:
+        config: model, data, methods, schedule and the folder of the results.
+        say: shows one line per event.
+        progress: show a progress bar.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        ConfigError: for options that cannot work, and for a folder of a training with another configuration, except
+            for the keys in `FREE_KEYS`.
+        DataError: for a dataset that cannot be used.
+        CheckpointError: for weights or checkpoints that cannot be read.
     """
     # On a CPU several processes find each other only if it is asked for. Autocast is ours, as accelerate would fix the
     # precision of the whole process.
@@ -123,7 +135,7 @@ def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitS
 
 
 def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[TrainingRun, LoadReport | None]:
-    """Everything that a run is made of, before its first step; and what was loaded to start from."""
+    """Set up a run before its first step; also return the report of the loaded weights, if any."""
     check_run(config, accelerator.num_processes)
     methods = [build_method(spec) for spec in config.methods]
     torch.manual_seed(config.seed)
@@ -151,7 +163,7 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Tr
 
 @dataclass
 class TrainingRun:
-    """A run and where it stands: `step` steps are done, the checkpoint holds `saved` of them."""
+    """A training run and its progress: `step` steps are done, the checkpoint holds `saved` of them."""
 
     config: TrainConfig
     out: Path
@@ -174,17 +186,17 @@ class TrainingRun:
 
     @property
     def parts(self) -> CheckpointParts:
-        """What a checkpoint holds."""
+        """The parts that a checkpoint holds."""
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         return parts if self.average is None else parts | {"average": self.average}
 
     @property
     def result(self) -> ExitSegmenter:
-        """The model that is validated and saved: the average of the weights, if there is one."""
+        """The model that is validated and saved: the moving average of the weights, if there is one."""
         return self.model if self.average is None else cast(ExitSegmenter, self.average.module)
 
     def headline(self) -> str:
-        """What is about to happen, in one line."""
+        """Describe the run in one line."""
         config, processes = self.config, self.accelerator.num_processes
         total = sum(p.numel() for p in self.model.parameters())
         trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
@@ -207,7 +219,7 @@ class TrainingRun:
         return f"each with batch statistics of its own{why}"
 
     def share_buffers(self) -> None:
-        """Batch statistics are a process's own: all take those of the first, which are the ones that are saved."""
+        """Give all processes the batch statistics of the first, which are the ones that are saved."""
         if self.accelerator.num_processes > 1:
             for buffer in self.result.buffers():
                 torch.distributed.broadcast(buffer, 0)
@@ -218,7 +230,7 @@ class TrainingRun:
         self.saved = self.step
 
     def validate(self, data: SegmentationDataset, loss: float, seconds: float) -> float:
-        """Validate the weights as they stand, note what was found and keep them if they are the best; their mIoU."""
+        """Validate the current weights, log their mIoU, keep them if they are the best, and return the mIoU."""
         self.share_buffers()
         found = validate(self.result, self.config, self.methods[0], data)
         self.history.append({"step": self.step, "loss": loss, "seconds": seconds} | found)
@@ -231,7 +243,7 @@ class TrainingRun:
         return miou
 
     def restore_kept(self) -> int:
-        """Give `result` the weights that are to be its; returns the step that they are of."""
+        """Load the best or last weights into `result`, as configured, and return their step."""
         if self.config.keep == "last" or self.best is None:
             return self.step
         self.result.load_state_dict(self.best.weights)
@@ -239,7 +251,7 @@ class TrainingRun:
 
 
 def _run_steps(run: TrainingRun, progress: bool) -> None:
-    """The steps that are left."""
+    """Run the steps that are left."""
     config, accelerator = run.config, run.accelerator
     validation, every = _validation_set(run), validation_steps(config)
     wrapped, prepared = accelerator.prepare(run.model, run.optimizer)
@@ -277,7 +289,7 @@ def _run_steps(run: TrainingRun, progress: bool) -> None:
 def train_step(
     model: torch.nn.Module, optimizer: Any, batch: TrainingBatch, method: Method[Any], run: TrainingRun
 ) -> float:
-    """One step of the optimiser; returns the mean loss over all parts of the batch, those of other processes too."""
+    """Take one optimiser step and return the mean loss over all parts of the batch, of other processes too."""
     config, accelerator = run.config, run.accelerator
     parts = config.accumulate
     total = torch.zeros((), device=accelerator.device)
@@ -297,7 +309,7 @@ def train_step(
 
 
 def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[Any], run: TrainingRun) -> Tensor:
-    """The loss of one part of a batch."""
+    """Compute the loss of one part of a batch."""
     config, target = run.config, None
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
         output = model(images, method)
@@ -312,13 +324,13 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
 
 
 def average_of(model: ExitSegmenter, decay: float) -> AveragedModel:
-    """The exponential moving average of a model's weights, from those after the first step on; its buffers are the
-    model's own."""
+    """Make an exponential moving average of a model's weights, from those after the first step on; its buffers are
+    the model's own."""
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
 
 
 def draw_method(methods: list[Method[Any]], seed: int, step: int) -> Method[Any]:
-    """The method of this step: the only one, or one drawn from (seed, step), the same on all processes."""
+    """Return the method of this step: the only one, or one drawn from (seed, step), the same on all processes."""
     if len(methods) == 1:
         return methods[0]
     return methods[int(np.random.default_rng([seed, step]).integers(len(methods)))]
@@ -327,7 +339,7 @@ def draw_method(methods: list[Method[Any]], seed: int, step: int) -> Method[Any]
 def validate(
     model: ExitSegmenter, config: TrainConfig, method: Method[Any], data: SegmentationDataset
 ) -> dict[str, float]:
-    """mIoU and compute of `method` on the validation split; leaves the model in training mode."""
+    """Return mIoU and compute of `method` on the validation split; leaves the model in training mode."""
     from tokenexit.evaluation.evaluate import evaluate
 
     (result,) = evaluate(
@@ -342,7 +354,7 @@ def validate(
 
 
 def _validation_set(run: TrainingRun) -> SegmentationDataset | None:
-    """Opened before the first step, so that what is wrong with it does not show hours later."""
+    """Open the validation split before the first step, so that a fault does not show hours later."""
     if not validation_steps(run.config):
         return None
     from tokenexit.evaluation.evaluate import check_classes
@@ -353,7 +365,7 @@ def _validation_set(run: TrainingRun) -> SegmentationDataset | None:
 
 
 def _loader(run: TrainingRun) -> DataLoader[Any]:
-    """Batches from the run's step to the end; each process reads its own part of every batch."""
+    """Make the loader of batches from the run's step to the end; each process reads its own part of every batch."""
     config = run.config
     transform = build_transform(config.data, run.data.labels.ignore_index)
     sampler = ResumableSampler(
@@ -374,7 +386,7 @@ def _loader(run: TrainingRun) -> DataLoader[Any]:
 
 
 def _checked_out(config: TrainConfig) -> Path:
-    """The run's folder, made and found to be writable before any work is done."""
+    """Make the run's folder, and check that it can be written to, before any work is done."""
     out = Path(config.out)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -390,7 +402,7 @@ def _checked_out(config: TrainConfig) -> Path:
 
 
 def _check_same_step(run: TrainingRun, resumed: Progress | None) -> None:
-    """Machines that do not share the run's folder would go on from different steps, and wait for each other forever."""
+    """Reject processes at different steps: machines without a shared folder would wait for each other forever."""
     steps = sorted(set(gather(resumed.step if resumed else 0)))
     if len(steps) > 1:
         raise ConfigError(
@@ -405,30 +417,33 @@ def _other_processes(run: TrainingRun, resumed: Progress) -> str:
 
 
 def _lost_connection(error: RuntimeError) -> bool:
-    """gloo, which connects processes on CPUs, has no error of its own."""
+    """Return whether an error is a lost connection; gloo, which connects processes on CPUs, has no own type for it."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 def _syncs(config: TrainConfig, accelerator: Accelerator) -> bool:
-    """Whether batch statistics are taken over all processes, for which torch needs CUDA."""
+    """Return whether batch statistics are taken over all processes, for which torch needs CUDA."""
     return config.sync_batch_norm and accelerator.device.type == "cuda" and accelerator.num_processes > 1
 
 
 def _seed_of_part(seed: int, step: int, part: int) -> int:
-    """part: counted over all processes, so that what is random does not hang on which of them takes it."""
+    """Return the random seed of a part of a batch.
+
+    part: counted over all processes, so that randomness does not depend on which of them takes it.
+    """
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def _silent(line: str) -> None:
-    """What all processes but the first say."""
+    """Print nothing, as all processes but the first do."""
 
 
 def _no_row(row: Row) -> None:
-    """What all processes but the first write."""
+    """Write no row, as all processes but the first do."""
 
 
 class TrainingLog:
-    """Running loss and pace, for the progress line. done: steps that were done before."""
+    """Running loss and seconds per step, for the progress line. done: steps that were done before."""
 
     def __init__(self, total: int, done: int) -> None:
         self.total, self.done, self.started = total, done, time.monotonic()
@@ -462,7 +477,7 @@ class TrainingLog:
 
 @contextmanager
 def _progress_bar(log: TrainingLog, say: Say, shown: bool) -> Iterator[Callable[[], None]]:
-    """To be called after every step: moves a bar on a terminal, says a line now and then elsewhere."""
+    """Yield a function to call after every step: it moves a bar on a terminal, or prints a line at intervals."""
     if not shown or log.done == log.total:
         yield lambda: None
     elif not sys.stderr.isatty():

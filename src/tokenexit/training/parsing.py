@@ -11,6 +11,7 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from tokenexit.errors import ConfigError
+from tokenexit.runtime.schema import parse_yaml, read_bytes
 from tokenexit.training.config import TrainConfig, flat
 
 USAGE = "tokenexit train [--config FILE] [--KEY VALUE ...]"
@@ -166,20 +167,15 @@ def _with_files(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_file(path: Path) -> None:
-    import yaml
-
     try:
-        content = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read ({error.strerror}): give a YAML file.") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"--config {path} is no text: give a YAML file.") from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f" in line {mark.line + 1}" if mark else ""
-        raise ConfigError(
-            f"--config {path} is no YAML ({getattr(error, 'problem', None) or 'damaged'}{where}): correct it."
-        ) from None
+        data = read_bytes(path)
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(f"--config {path} cannot be read ({reason}): give a YAML file.") from None
+    try:
+        content = parse_yaml(data)
+    except ValueError as error:
+        raise ConfigError(f"--config {path} is no YAML ({error}): correct it.") from None
     if not isinstance(content, dict):
         raise ConfigError(f"--config {path} holds no keys: write one 'key: value' a line, such as 'steps: 1000'.")
 

@@ -1,4 +1,4 @@
-"""What a run would do: all that can be said and refused without its data and weights. Nothing is fetched or written."""
+"""The plan of a run (`--dry-run`): all that can be checked without its data and weights; nothing is written."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NOT_THERE = "not there yet"
 
 
 def plan(config: TrainConfig) -> str:
-    """The run in a few lines.
+    """Describe the run in a few lines.
 
     Raises what the run itself would, a `TokenExitError`, for a configuration that cannot work.
     """
@@ -96,7 +96,7 @@ def plan(config: TrainConfig) -> str:
 
 
 def skeleton(config: TrainConfig, labels: Labels) -> ExitSegmenter | None:
-    """The model that the run would build: a new one without memory for its weights, a saved one if it is there."""
+    """Build the model of the run: a new one without memory for its weights, a saved one if it is there."""
     if config.model.init_from is None:
         with torch.device("meta"):
             return build_model(replace(config.model, weights=None), config.data, labels)[0]
@@ -143,7 +143,7 @@ def _data(data: DataConfig, labels: Labels | None) -> Iterator[str]:
 def _splits(
     data: DataConfig, train: SegmentationDataset | None, validation: SegmentationDataset | None
 ) -> Iterator[str]:
-    """How many images there are, of a dataset that is read and there."""
+    """Describe the splits of a dataset that is there, by their numbers of images."""
     if train is None or data.root is None:
         return
     yield f"{data.train_split} with {len(train)} images"
@@ -165,7 +165,7 @@ def _steps(config: TrainConfig) -> Iterator[str]:
 
 
 def _images(preprocessing: Preprocessing) -> Iterator[str]:
-    """How the model later takes the images it is given."""
+    """Describe how the trained model resizes images."""
     if isinstance(preprocessing.resize, int):
         yield f"images with a shortest side of {preprocessing.resize}"
     elif isinstance(preprocessing.resize, tuple):

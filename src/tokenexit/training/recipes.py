@@ -13,7 +13,10 @@ PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 def scene_recipe(out: Path, steps: int, precision: Precision, seed: int) -> TrainConfig:
-    """A small ViT with patches of 8 pixels; the method is drawn for each step, so that one model serves all three."""
+    """Return the recipe of a small ViT with patches of 8 pixels.
+
+    The method is drawn for each step, so that one model serves all three.
+    """
     head = {"kind": "fcn", "channels": 128}
     return TrainConfig(
         out=str(out),

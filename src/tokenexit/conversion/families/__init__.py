@@ -1,4 +1,4 @@
-"""Sources of weights: how each is recognised and renamed, and what its names and shapes do not say.
+"""A table of sources says how weights of each are recognised and renamed, and what names and shapes do not tell.
 
 A source's rename function is pure. It gives timm's names under `backbone.`, ours under `decode_head.` and
 `exit_heads.N.`; what it does not know keeps its name.
@@ -29,13 +29,16 @@ HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 @dataclass(frozen=True)
 class Source:
-    """A source is a family of checkpoints.
+    """A source is a family of weights.
 
-    rename: names of the file to ours. signatures: patterns of names, each of which some entry matches whole.
-    settings: fields of `ViTConfig` that the source fixes in its code, given the renamed weights.
-    normalisation: mean and std it was trained with, given the renamed weights.
-    exits: after how many blocks the auxiliary heads stand, by (depth, number of heads), as the published configurations
-        have them. atm_heads: attention heads of ATM decoders, by (width, classes), likewise.
+    Attributes:
+        title: its name for people.
+        rename: turns names of the file into names of tokenexit.
+        signatures: patterns of names, each of which some entry matches as a whole.
+        settings: fields of `ViTConfig` that the source fixes in its code, given the renamed weights.
+        normalisation: mean and std it was trained with, given the renamed weights.
+        exits: number of blocks before each auxiliary head, by (depth, number of heads), as published.
+        atm_heads: number of attention heads of ATM decoders, by (width, classes), as published.
     """
 
     title: str
@@ -47,6 +50,7 @@ class Source:
     atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
 
     def matches(self, names: Iterable[str]) -> bool:
+        """Return whether names of entries are those of this source."""
         names = list(names)
         return all(any(re.fullmatch(pattern, name) for name in names) for pattern in self.signatures)
 
@@ -178,7 +182,7 @@ SOURCES: dict[str, Source] = {
         _timm,
     ),
 }
-"""By name, in the order in which they are tried: where several match, the more particular one comes first."""
+"""All sources by name, in the order in which they are tried: the more particular one comes first."""
 
 
 def detect(names: Iterable[str]) -> str | None:
@@ -188,6 +192,7 @@ def detect(names: Iterable[str]) -> str | None:
 
 
 def source_named(kind: str) -> Source:
+    """Return the source of this name. Raises `ConfigError` for an unknown one."""
     if kind not in SOURCES:
         raise ConfigError(f"kind '{kind}' is unknown: choose auto or one of {', '.join(SOURCES)}.")
     return SOURCES[kind]

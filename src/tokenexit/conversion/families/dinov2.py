@@ -1,4 +1,4 @@
-"""DINOv2's own release: registers and gated MLP under other names than timm's, and its linear segmentation heads.
+"""DINOv2's release names registers and gated MLP otherwise than timm, and has linear segmentation heads.
 
 The released head files hold the head alone; the backbone is a file of its own.
 """

@@ -1,6 +1,6 @@
-"""Hugging Face transformers: ViT, DeiT, DINOv2 with and without registers, in the names of files and of newer modules.
+"""Hugging Face transformers has ViT, DeiT and DINOv2 with and without registers, under two generations of names.
 
-Query, key and value are separate there, and in newer modules also the two halves of the gated MLP.
+Query, key and value are separate there, and in the newer names also the two halves of the gated MLP.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""mmsegmentation (0.x and 1.x) and what is built on it, DToP's and DoViT's own code included.
+"""Backbones of mmsegmentation (0.x and 1.x) and of code built on it, DToP's and DoViT's releases included.
 
 DToP adds nothing to the backbone's names, and its heads are ATM heads. DoViT has a fused qkv and keeps the auxiliary
 heads inside the backbone.

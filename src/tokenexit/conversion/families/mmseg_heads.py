@@ -1,6 +1,6 @@
-"""Heads as mmsegmentation and what is built on it name them: SETR, FCN, linear, Segmenter, ATM, DINOv2 linear.
+"""Heads of mmsegmentation and of code built on it: SETR, FCN, linear, Segmenter, ATM, DINOv2 linear.
 
-A head is known by the names it holds. What it holds beyond our counterpart keeps its name.
+A head is recognised by the names of its entries. Entries that tokenexit's head lacks keep their names.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def rename_heads(state: Mapping[str, Tensor]) -> State:
 
 
 def rename_head(head: Mapping[str, Tensor]) -> State:
-    """Rename one head, whose names come without what stands in front of it. 1x1 convolutions become linear layers."""
+    """Rename one head, whose names come without their prefix. 1x1 convolutions become linear layers."""
     if "q.weight" in head:
         return rename(head, ATM)
     if "cls_emb" in head:

@@ -1,4 +1,4 @@
-"""Segmenter's own release: timm's names under `encoder.`, a mask transformer or a linear layer under `decoder.`."""
+"""Segmenter's release has timm's names under `encoder.`, a mask transformer or a linear layer under `decoder.`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""timm: ViT, DeiT, DeiT-3, DINO, MAE, DINOv2 with and without registers. Its names are ours."""
+"""timm has ViT, DeiT, DeiT-3, DINO, MAE, DINOv2 with and without registers. Its names are tokenexit's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What scenes are drawn with: colours, dice, light, camera, street and painter.
+"""Tools that draw scenes: colours, random numbers, light, camera, street and painter.
 
 `s` metres right of the camera, `y` above the road, `z` ahead. Materials stand for a class and a colour.
 """
@@ -69,7 +69,7 @@ HAIRS: tuple[Colour, ...] = ((30, 24, 20), (90, 64, 40), (150, 140, 130), (60, 4
 
 
 class CarModel(NamedTuple):
-    """Outline, from the rear over the roof, and side windows in shares of length and height; these in metres."""
+    """A car: outline, from the rear over the roof, and side windows in shares of length and height, those in metres."""
 
     body: tuple[Point, ...]
     panes: tuple[tuple[Point, ...], ...]
@@ -117,7 +117,7 @@ class Dice:
         self._left: list[float] = []
 
     def roll(self) -> float:
-        """A number in [0, 1)."""
+        """Draw a number in [0, 1)."""
         if not self._left:
             self._left = self.rng.random(2048).tolist()
         return self._left.pop()
@@ -132,17 +132,17 @@ class Dice:
         return items[int(self.roll() * len(items))]
 
     def grey(self, low: float, high: float, spread: float = 10) -> Colour:
-        """A nearly grey colour, warm or cold."""
+        """Draw a nearly grey colour, warm or cold."""
         value, warm = self.between(low, high), self.between(-spread, spread)
         return value + warm, value, value - warm
 
     def near(self, colour: Colour, factor: float = 0.15) -> Colour:
-        """The colour, a little brighter or darker."""
+        """Return the colour, a little brighter or darker."""
         bright = self.between(1 - factor, 1 + factor)
         return colour[0] * bright, colour[1] * bright, colour[2] * bright
 
     def along(self, start: float, step: float, chance: float, end: float) -> Iterator[float]:
-        """Distances from `start` to `end`, about `step` apart, each taken with probability `chance`."""
+        """Draw distances from `start` to `end`, about `step` apart, each taken with probability `chance`."""
         z = start + step * self.roll()
         while z < end:
             if self.chance(chance):
@@ -195,7 +195,7 @@ class Camera:
 
 @dataclass(frozen=True)
 class Street:
-    """Kerbs at s = `left` and `right`, `lanes` between them, pavements `pave` metres wide.
+    """A street with kerbs at s = `left` and `right`, `lanes` between them, pavements `pave` metres wide.
 
     cars ... poles: how full the street is of each, 0..1.
     """
@@ -211,7 +211,7 @@ class Street:
     poles: float
 
     def beside(self, side: int, metres: float) -> float:
-        """s at `metres` outside the kerb of a side (-1 left, 1 right)."""
+        """Return s at `metres` outside the kerb of a side (-1 left, 1 right)."""
         return self.right + metres if side > 0 else self.left - metres
 
 
@@ -227,7 +227,7 @@ class Painter:
         self.materials: list[tuple[int, ...]] = [(0, 0, 0, 255, SKY, 0, 0)]  # columns: see `material`
 
     def material(self, label: int, colour: Colour, z: float, bright: float = 1.0, ground: bool = False) -> int:
-        """The number of a new material at z metres; ground takes its haze row by row in `develop` instead.
+        """Return the number of a new material at z metres; ground takes its haze row by row in `develop` instead.
 
         Columns: red, green, blue, share of sky, class, is ground, how clear its texture is through the haze (0..255).
         """
@@ -243,19 +243,19 @@ class Painter:
         self._ids.polygon(points, fill=material)
 
     def shape(self, material: int, plane: Plane, corners: Iterable[Point]) -> None:
-        """A polygon in the coordinates of a plane."""
+        """Draw a polygon in the coordinates of a plane."""
         self._ids.polygon([plane(a, b) for a, b in corners], fill=material)
 
     def box(self, material: int, plane: Plane, a0: float, a1: float, b0: float, b1: float) -> None:
         self._ids.polygon([plane(a0, b0), plane(a1, b0), plane(a1, b1), plane(a0, b1)], fill=material)
 
     def disc(self, material: int, centre: Point, rx: float, ry: float) -> None:
-        """An ellipse; radii in canvas pixels, at least one."""
+        """Draw an ellipse; radii in canvas pixels, at least one."""
         (u, v), rx, ry = centre, max(rx, 1.0), max(ry, 1.0)
         self._ids.ellipse((u - rx, v - ry, u + rx, v + ry), fill=material)
 
     def strip(self, material: int, s0: float, s1: float, z0: float, z1: float) -> None:
-        """Ground between s0 and s1, with as many corners as a bend needs."""
+        """Draw ground between s0 and s1, with as many corners as a bend needs."""
         point, shares = (
             self.camera.point,
             (0, 0.01, 0.03, 0.07, 0.15, 0.25, 0.4, 0.6, 0.8, 1) if z1 > 1.5 * z0 else (0, 1),
@@ -264,20 +264,20 @@ class Painter:
         self.polygon(material, [point(s0, 0, z) for z in zs] + [point(s1, 0, z) for z in reversed(zs)])
 
     def wall(self, material: int, s: float, y0: float, y1: float, z0: float, z1: float) -> None:
-        """An upright surface along the street."""
+        """Draw an upright surface along the street."""
         point, zs = self.camera.point, [z0 + (z1 - z0) * share for share in (0, 0.1, 0.3, 0.6, 1)]
         self.polygon(material, [point(s, y0, z) for z in zs] + [point(s, y1, z) for z in reversed(zs)])
 
     def shadow(self, strength: float, corners: Sequence[Point]) -> None:
-        """Darkens the ground between the (s, z) corners."""
+        """Darken the ground between the (s, z) corners."""
         points = [self.camera.point(s, 0, max(z, self.camera.near)) for s, z in corners]
         self._shadows.polygon([(u / SCALE, v / SCALE) for u, v in points], fill=int(255 * strength))
 
     def upright(self, s: float, z: float) -> Plane:
-        """The plane at (s, z) that faces the camera: metres to the right, metres above the road."""
+        """Return the plane at (s, z) that faces the camera: metres to the right, metres above the road."""
         (u, v), k = self.camera.point(s, 0, z), self.camera.focal / z
         return lambda a, b: (u + k * a, v - k * b)
 
     def pixels(self, metres: float, z: float) -> float:
-        """Canvas pixels of a length that faces the camera."""
+        """Return the canvas pixels of a length that faces the camera."""
         return metres * self.camera.focal / z

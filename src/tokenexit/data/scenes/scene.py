@@ -1,4 +1,4 @@
-"""The whole image: light, camera and street are chosen, things placed back to front, image and mask developed."""
+"""Render a whole scene: choose light, camera and street, place things back to front, develop image and mask."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from tokenexit.errors import ConfigError, DataError
 
 
 def choose_light(dice: Dice, difficulty: float) -> Light:
-    """Sunny, overcast, dusk or hazy; haze grows with difficulty."""
+    """Choose a light: sunny, overcast, dusk or hazy; haze grows with difficulty."""
     kind, low, grey = dice.roll(), dice.between(0, 30), dice.between(150, 200)
     light = Light(
         top=(dice.between(50, 110), dice.between(110, 160), dice.between(180, 225)),
@@ -82,7 +82,7 @@ def choose_light(dice: Dice, difficulty: float) -> Light:
 
 
 def choose_camera(dice: Dice, size: tuple[int, int]) -> Camera:
-    """Field of view, horizon, and the bend, rise and lean of the road."""
+    """Choose a camera: field of view, horizon, and the bend, rise and lean of the road."""
     height, width = size[0] * SCALE, size[1] * SCALE
     focal, v0, above = dice.between(0.75, 1.05), dice.between(0.36, 0.54) * height, dice.between(1.25, 1.9)
     focal *= math.sqrt(height * width)
@@ -99,7 +99,7 @@ def choose_camera(dice: Dice, size: tuple[int, int]) -> Camera:
 
 
 def choose_street(dice: Dice, difficulty: float) -> Street:
-    """Widths, the camera's lane, and how much of everything: around `difficulty`, different in every scene."""
+    """Choose widths, the camera's lane, and how much of everything: around `difficulty`, different in every scene."""
     lanes, lane = dice.pick((1, 2, 2, 2, 3, 4)), dice.between(2.9, 3.6)
     room = dice.pick((0.8, 4.4))  # without or with parking on both sides
     own = (int(lanes * dice.roll()) + 0.5) * lane + room / 2
@@ -109,7 +109,7 @@ def choose_street(dice: Dice, difficulty: float) -> Street:
 
 
 def place_things(p: Painter, street: Street) -> list[Thing]:
-    """Everything that stands in the street: how far it is, which says what hides what, and how to draw it."""
+    """Place everything that stands in the street: its distance, which decides what hides what, and how to draw it."""
     dice, things, lane = p.dice, list[Thing](), (street.right - street.left) / street.lanes
     for side in (-1, 1):
         kerb = partial(street.beside, side)
@@ -136,7 +136,7 @@ def place_things(p: Painter, street: Street) -> list[Thing]:
 
 
 def place_houses(p: Painter, street: Street, side: int) -> Iterator[Thing]:
-    """Lot after lot along one side: a house and its shadow, or a hedge with trees behind, or nothing.
+    """Place lot after lot along one side: a house and its shadow, or a hedge with trees behind, or nothing.
 
     A house counts as far as its far end: whatever stands before it, up to that distance, is drawn later.
     """
@@ -158,7 +158,7 @@ def place_houses(p: Painter, street: Street, side: int) -> Iterator[Thing]:
 
 
 def develop(p: Painter) -> tuple[Pixels, Pixels]:
-    """The finished canvas -> image (H, W, 3) with light, sky, texture, haze and noise, and mask (H, W)."""
+    """Develop the finished canvas to image (H, W, 3) with light, sky, texture, haze and noise, and mask (H, W)."""
     (height, width), light, camera, rng = p.size, p.light, p.camera, p.dice.rng
     ids, table = np.asarray(p.ids), np.array(p.materials, np.uint8)
     crisp = ids[::SCALE, ::SCALE]
@@ -189,7 +189,7 @@ def develop(p: Painter) -> tuple[Pixels, Pixels]:
 
 
 def _noise(rng: np.random.Generator, size: tuple[int, int], cell: float, stretch: float = 1.0) -> FloatMap:
-    """Smooth noise (H, W) in -1..1 with spots of `cell` pixels, `stretch` times as wide as high."""
+    """Draw smooth noise (H, W) in -1..1 with spots of `cell` pixels, `stretch` times as wide as high."""
     (height, width), cell = size, max(cell, 1.0)
     rows, columns = max(2, int(height / cell) + 1), max(2, int(width / cell / stretch) + 1)
     seeds = rng.integers(0, 256, (rows, columns), np.uint8)
@@ -200,7 +200,7 @@ def _noise(rng: np.random.Generator, size: tuple[int, int], cell: float, stretch
 
 
 def render_scene(seed: int, size: tuple[int, int] = (192, 256), difficulty: float = 0.5) -> tuple[Pixels, Pixels]:
-    """One scene: image (H, W, 3) in RGB and mask (H, W) of `SCENE_LABELS`, the same for the same arguments.
+    """Render one scene: image (H, W, 3) in RGB and mask (H, W) of `SCENE_LABELS`, the same for the same arguments.
 
     size: (H, W), 16 to 2048 pixels each. difficulty: 0 is an empty road under open sky, 1 a crowded street.
 
@@ -220,7 +220,7 @@ def render_scene(seed: int, size: tuple[int, int] = (192, 256), difficulty: floa
 
 
 class Scenes:
-    """`length` scenes by index, drawn when asked for.
+    """A dataset of `length` scenes by index, each drawn when it is read.
 
     size: (H, W) in pixels. seed: scenes of different seeds have nothing in common. difficulty: of all scenes in 0..1,
     or None for the whole range, another one for each index.
@@ -248,7 +248,7 @@ class Scenes:
         return Sample(Image.fromarray(image), mask, f"scene-{self.seed}-{index:06d}")
 
     def difficulty_of(self, index: int) -> float:
-        """The difficulty of a scene, 0..1."""
+        """Return the difficulty of a scene, 0..1."""
         if self.difficulty is not None:
             return self.difficulty
         # A third word: this number must not be the first of those that the scene itself is made of.
@@ -258,7 +258,7 @@ class Scenes:
 def scene_split(
     split: str, length: int | None = None, size: tuple[int, int] = (192, 256), difficulty: float | None = None
 ) -> Scenes:
-    """The scenes "train", "val" or "test": a fixed seed each, 4000, 200 and 500 scenes if `length` is not given."""
+    """Open "train", "val" or "test": a fixed seed each, 4000, 200 and 500 scenes if `length` is not given."""
     if split not in SPLIT_SEEDS:
         raise DataError(f"split {split!r} of the scenes is unknown: choose one of {', '.join(SPLIT_SEEDS)}.")
     return Scenes(SPLIT_LENGTHS[split] if length is None else length, size, SPLIT_SEEDS[split], difficulty)

@@ -38,7 +38,7 @@ from tokenexit.data.scenes.canvas import (
 
 
 def draw_ground(p: Painter, street: Street) -> None:
-    """Pavements to the horizon, the road on them, kerbs, gutters and slabs."""
+    """Draw pavements to the horizon, the road on them, kerbs, gutters and slabs."""
     dice, near = p.dice, p.camera.near
     stone, asphalt = dice.grey(120, 180, 16), dice.grey(70, 120, 8)
     pavement, joint = (p.material(PAVEMENT, stone, 0, bright, ground=True) for bright in (1, 0.8))
@@ -60,7 +60,7 @@ def draw_ground(p: Painter, street: Street) -> None:
 
 
 def draw_markings(p: Painter, street: Street) -> None:
-    """Repairs, manholes, lane lines, a crossing: all of class road."""
+    """Draw repairs, manholes, lane lines, a crossing: all of class road."""
     dice, near, left, width = p.dice, p.camera.near, street.left, street.right - street.left
     for _ in range(int(dice.between(0, 5))):
         patch, s, z = (
@@ -98,7 +98,7 @@ def draw_markings(p: Painter, street: Street) -> None:
 
 
 def draw_backdrop(p: Painter, street: Street) -> None:
-    """What ends the view: tree line, skyline, and the haze in which they meet the ground (void)."""
+    """Draw what ends the view: tree line, skyline, and the haze in which they meet the ground (void)."""
     dice, metre, (u0, v0) = p.dice, p.pixels(1, FAR), p.camera.point(0, 0, FAR)
 
     def place(u: float, y: float) -> Point:
@@ -128,7 +128,7 @@ def draw_backdrop(p: Painter, street: Street) -> None:
 
 
 def draw_building(p: Painter, side: int, s: float, z0: float, z1: float, gap: bool) -> None:
-    """A house along the street from z0 to z1 metres, its front in the plane s; gap: its end wall can be seen."""
+    """Draw a house along the street from z0 to z1 metres, its front in the plane s; gap: its end wall can be seen."""
     dice, point, z0 = p.dice, p.camera.point, max(z0, p.camera.near)
     z, end_wall, deep = (z0 + z1) / 2, p.upright(s, z0), side * dice.between(8, 14)
     small, floor = dice.chance(0.35), dice.between(2.8, 3.6)
@@ -175,7 +175,7 @@ def draw_building(p: Painter, side: int, s: float, z0: float, z1: float, gap: bo
 
 
 def draw_hedge(p: Painter, s: float, z0: float, z1: float) -> None:
-    """A hedge along the pavement."""
+    """Draw a hedge along the pavement."""
     dice, point, z0 = p.dice, p.camera.point, max(z0, p.camera.near)
     colour, high = dice.near(dice.pick(LEAVES)), dice.between(0.8, 2.2)
     zs = [z0 + (z1 - z0) * share for share in (0, 0.05, 0.12, 0.25, 0.5, 0.75, 1)]
@@ -185,7 +185,7 @@ def draw_hedge(p: Painter, s: float, z0: float, z1: float) -> None:
 
 
 def draw_tree(p: Painter, s: float, z: float) -> None:
-    """A trunk and a crown of overlapping blobs, large and dark first, small and bright last; or a conifer."""
+    """Draw a trunk and a crown of overlapping blobs, large and dark first, small and bright last; or a conifer."""
     dice, plane, metre = p.dice, p.upright(s, z), p.pixels(1, z)
     high, colour = dice.between(5, 10), dice.near(dice.pick(LEAVES), 0.2)
     shades = [p.material(TREE, colour, z, bright) for bright in (0.6, 0.75, 0.9, 1.05, 1.2)]
@@ -211,7 +211,7 @@ def draw_tree(p: Painter, s: float, z: float) -> None:
 
 
 def draw_cast_shadow(p: Painter, s: float, z: float, half: float, high: float) -> None:
-    """What an upright thing throws on the ground: a long shadow from the sun, a small one beneath."""
+    """Draw the shadow of an upright thing on the ground: a long one from the sun, a small one beneath."""
     away, third = -0.6 * p.light.sun * high, half / 3
     far = ((s + away + half, z + 0.5), (s + away - half, z + 0.5))
     p.shadow(0.8 * p.light.shadow, ((s - third, z), (s + third, z), *far))
@@ -219,7 +219,7 @@ def draw_cast_shadow(p: Painter, s: float, z: float, half: float, high: float) -
 
 
 def draw_car_side(p: Painter, plane: Plane, car: CarModel, paint: int, glass: int, dark: int, z: float) -> None:
-    """Body, windows and wheels in a plane of (share of length, share of height)."""
+    """Draw body, windows and wheels in a plane of (share of length, share of height)."""
     p.shape(paint, plane, car.body)
     for pane in car.panes:
         p.shape(glass, plane, pane)
@@ -231,7 +231,7 @@ def draw_car_side(p: Painter, plane: Plane, car: CarModel, paint: int, glass: in
 
 
 def draw_car(p: Painter, s: float, z: float, oncoming: bool) -> None:
-    """A car along the street, its near end z metres away: the end towards the camera and the side that can be seen."""
+    """Draw a car along the street, z metres away: the near end and the visible side."""
     dice, car = p.dice, p.dice.pick(CARS)
     half, far, front, away = car.width / 2, z + car.length, float(oncoming), -1.1 * p.light.sun
     colour, flank = dice.near(dice.pick(PAINTS)), dice.pick((0.7, 0.85, 1.1))
@@ -269,7 +269,7 @@ def draw_car(p: Painter, s: float, z: float, oncoming: bool) -> None:
 
 
 def draw_crossing_car(p: Painter, s: float, z: float) -> None:
-    """A car across the street, seen from the side."""
+    """Draw a car across the street, seen from the side."""
     dice, car, upright = p.dice, p.dice.pick(CARS), p.upright(s, z)
     way, half, far = dice.pick((-1, 1)), car.length / 2, z + car.width
     paint, glass, dark = (p.material(CAR, c, z) for c in (dice.near(dice.pick(PAINTS)), (46, 54, 62), (26, 26, 28)))
@@ -278,7 +278,7 @@ def draw_crossing_car(p: Painter, s: float, z: float) -> None:
 
 
 def draw_person(p: Painter, s: float, z: float) -> None:
-    """Legs in mid-stride, swinging arms, coat, head with hair."""
+    """Draw a person: legs in mid-stride, swinging arms, coat, head with hair."""
     dice, plane, shirt = p.dice, p.upright(s, z), p.dice.near(p.dice.pick(CLOTHES))
     h, stride, w = dice.between(1.5, 1.9), dice.between(-0.2, 0.2), dice.between(0.19, 0.27)
     coat, sleeve = (p.material(PERSON, shirt, z, bright) for bright in (1, 0.75))
@@ -299,7 +299,7 @@ def draw_person(p: Painter, s: float, z: float) -> None:
 
 
 def draw_post(p: Painter, s: float, z: float, high: float, thick: float) -> None:
-    """An upright post, at least one image pixel wide: thinner ones would leave holes in the mask."""
+    """Draw an upright post, at least one image pixel wide: thinner ones would leave holes in the mask."""
     plane, half, colour = p.upright(s, z), max(thick / 2, SCALE * z / p.camera.focal / 2), p.dice.grey(50, 160)
     draw_cast_shadow(p, s, z, thick, high)
     p.box(p.material(POLE, colour, z), plane, -half, half, 0, high)
@@ -307,7 +307,7 @@ def draw_post(p: Painter, s: float, z: float, high: float, thick: float) -> None
 
 
 def draw_lamp(p: Painter, s: float, z: float, side: int) -> None:
-    """A lamp post whose arm reaches over the road."""
+    """Draw a lamp post whose arm reaches over the road."""
     plane, high, reach = p.upright(s, z), p.dice.between(5, 8), -side * p.dice.between(0.8, 2.2)
     draw_post(p, s, z, high, 0.16)
     thick, arm = max(0.1, SCALE * z / p.camera.focal), p.material(POLE, p.dice.grey(70, 130), z)
@@ -317,7 +317,7 @@ def draw_lamp(p: Painter, s: float, z: float, side: int) -> None:
 
 
 def draw_sign(p: Painter, s: float, z: float) -> None:
-    """A traffic sign or a traffic light on its post."""
+    """Draw a traffic sign or a traffic light on its post."""
     dice, plane, high, r = p.dice, p.upright(s, z), p.dice.between(2.2, 3.2), p.dice.between(0.35, 0.5)
     draw_post(p, s, z, high, 0.09)
     red, white, blue, black, green, yellow = (
@@ -353,7 +353,7 @@ def draw_sign(p: Painter, s: float, z: float) -> None:
 
 
 def draw_foreground(p: Painter, clutter: float) -> None:
-    """What belongs to the camera's own place and to no class (void): wires overhead, the bonnet below."""
+    """Draw what belongs to the camera and to no class (void): wires overhead, the bonnet below."""
     dice, w, h = p.dice, p.width, p.height
     if dice.chance(0.6 * clutter):
         wire = p.material(VOID, (40, 40, 44), 10)

@@ -1,4 +1,4 @@
-"""Read what the configuration inside a checkpoint of mmsegmentation says and the weights do not.
+"""The configuration inside a checkpoint of mmsegmentation says some things that the weights do not.
 
 Both generations of the framework keep it as Python text (`meta.config` in 0.x, `meta.cfg` in 1.x). It is parsed and
 never run: literals and calls of `dict` are understood, everything else is passed over.
@@ -15,7 +15,7 @@ DEFAULT_HEADS = {"PruneHead": 6}
 
 
 def attention_heads_in(meta: Mapping[str, Any]) -> dict[str, int]:
-    """Return the number of attention heads by part, `backbone`, `decode_head` and `exit_heads.N`, as far as said."""
+    """Return the number of attention heads by part, `backbone`, `decode_head` and `exit_heads.N`, where it is given."""
     model = _model(meta.get("cfg", meta.get("config")))
     auxiliary = model.get("auxiliary_head")
     heads = auxiliary if isinstance(auxiliary, list) else [auxiliary]
