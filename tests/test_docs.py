@@ -18,7 +18,9 @@ def test_names(repo_root: Path) -> set[str]:
 @pytest.fixture(scope="module")
 def methods_page(repo_root: Path) -> tuple[str, str]:
     """The page of methods: what stands before the tables of tests, and these."""
-    before, _, tests = (repo_root / "docs" / "reference" / "methods.md").read_text().partition("\n## Where each is tested")
+    before, _, tests = (
+        (repo_root / "docs" / "reference" / "methods.md").read_text().partition("\n## Where each is tested")
+    )
     assert tests
     return before, tests
 
