@@ -72,7 +72,8 @@ def test_pages__have_commands() -> None:
 def test_pages__name_options_that_some_command_has() -> None:
     """In running text, where no parser reads them. Evidence, which also names options of benchmarks, is left out."""
     sources = "".join(path.read_text() for path in (ROOT / "src" / "tokenexit" / "cli").glob("*.py"))
-    known = set(re.findall(r'"--([a-z][a-z-]*)"', sources)) | {"config", "no-gate", "nnodes"}
+    known = set(re.findall(r'"--([a-z][a-z-]*)"', sources)) | {"config", "no-gate"}
+    known |= {"nnodes", "extra-index-url"}  # of torchrun and pip
     known |= {name.replace("_", "-") for name in method_options()}
     known |= {f.name.replace("_", "-") for f in fields(TrainConfig)}
     for page in (page for page in PAGES if page.parent.name != "evidence"):
