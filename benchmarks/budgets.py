@@ -1,4 +1,4 @@
-"""Are budgets met on other images, and is it worth more than thresholds set by hand?
+"""Check whether budgets are met on other images, and compare with one threshold set by hand.
 
     python -m benchmarks.budgets MODEL --data camvid --data-root ../shared/data/camvid --json budgets.json
 
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--fit-split", default="val")
     parser.add_argument("--check-split", default="test")
-    parser.add_argument("--limit", type=int, help="so many images of each split, drawn at random")
-    parser.add_argument("--length", type=int, help="how many images each split of drawn scenes has")
+    parser.add_argument("--limit", type=int, help="number of images of each split, drawn at random")
+    parser.add_argument("--length", type=int, help="number of images of each split of drawn scenes")
     parser.add_argument("--method", nargs="+", choices=("dtop", "dovit"), default=["dtop", "dovit"])
     parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.6, 0.5, 0.4])
     parser.add_argument("--hand", type=float, nargs="*", default=list(HAND), help="thresholds set by hand")
-    parser.add_argument("--seed", type=int, default=0, help="of the halves")
-    parser.add_argument("--json", type=Path, help="figures, kept as they come")
+    parser.add_argument("--seed", type=int, default=0, help="random seed of the halves")
+    parser.add_argument("--json", type=Path, help="JSON file of the figures, written after every run")
     options = parser.parse_args(arguments)
 
     model = ExitSegmenter.from_pretrained(options.model)

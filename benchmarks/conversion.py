@@ -1,4 +1,4 @@
-"""How much of the arithmetic saved becomes time saved, with the tokens that leave imposed.
+"""Measure how much of the saved arithmetic becomes saved time, with prescribed exits.
 
     python -m benchmarks.conversion --backbone vit_base_patch16 --size 512 --batch 1 --precision fp32 --leave 0.5
 
@@ -159,17 +159,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--method", choices=("dtop", "dovit"), default="dtop")
-    parser.add_argument("--leave", type=float, nargs="+", default=[0.5], help="share leaving first, image by image")
+    parser.add_argument("--leave", type=float, nargs="+", default=[0.5], help="share that exits first, per image")
     parser.add_argument("--exits", type=int, nargs="+", default=[3])
     parser.add_argument("--exit-head", default="fcn")
     parser.add_argument("--head", default="fcn", help="decode head")
     parser.add_argument("--num-classes", type=int, default=19)
-    parser.add_argument("--rivals", action="store_true", help="also the plain dense model, eager and compiled")
-    parser.add_argument("--one-by-one", action="store_true", help="also the dynamic images one after another")
+    parser.add_argument("--rivals", action="store_true", help="plain dense model too, eager and compiled")
+    parser.add_argument("--one-by-one", action="store_true", help="dynamic images one after another, too")
     parser.add_argument("--captured", action="store_true", help="blocks of dense and dynamic as CUDA graphs")
     parser.add_argument("--compiled-blocks", action="store_true", help="blocks of dense and dynamic compiled")
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--threads", type=int, help="torch's own choice if not given")
+    parser.add_argument("--threads", type=int, help="number of threads; torch's default if not given")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

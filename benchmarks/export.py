@@ -1,4 +1,4 @@
-"""Does an exported model keep its saving? Milliseconds in onnxruntime against the share of tokens that go on.
+"""Measure the speed of exported models: milliseconds in onnxruntime against the share of live tokens.
 
     python -m benchmarks.export --backbone vit_small_patch16 --size 512 --json docs/evidence/performance/onnx.json
 

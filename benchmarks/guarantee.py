@@ -1,4 +1,4 @@
-"""Does the guarantee hold? Many calibrations drawn from one pool of scenes whose true risk is known.
+"""Check the guarantee with many calibrations, drawn from one pool of scenes whose true risk is known.
 
     python -m benchmarks.guarantee --out runs/guarantee --plot docs/evidence/calibration/guarantee.png
 
@@ -189,14 +189,14 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--pool", type=int, default=5000, help="scenes whose mean loss is the true risk")
     parser.add_argument("--path-images", type=int, default=200, help="other scenes, on which the path is fixed")
     parser.add_argument("--size", type=int, default=96, help="side of a scene in pixels, a multiple of 8")
-    parser.add_argument("--steps", type=int, default=1500, help="of training")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
     parser.add_argument("--draws", type=int, default=200, help="calibrations for each bound")
-    parser.add_argument("--draws-of", type=int, default=600, help="images for each")
-    parser.add_argument("--bounds", type=float, nargs="+", default=[0.02, 0.03, 0.05], help="on mean disagreement")
+    parser.add_argument("--draws-of", type=int, default=600, help="images for each calibration")
+    parser.add_argument("--bounds", type=float, nargs="+", default=[0.02, 0.03, 0.05], help="mean disagreements")
     parser.add_argument("--confidence", type=float, default=0.9)
-    parser.add_argument("--json", type=Path, help="figures; in --out if not given")
-    parser.add_argument("--plot", type=Path, help="a PNG of true risks beside their bounds")
-    parser.add_argument("--quick", action="store_true", help="a minute or so, to see that it works")
+    parser.add_argument("--json", type=Path, help="JSON file of the figures; in --out if not given")
+    parser.add_argument("--plot", type=Path, help="PNG of true risks beside their bounds")
+    parser.add_argument("--quick", action="store_true", help="short run of about a minute, as a check of the script")
     return parser
 
 

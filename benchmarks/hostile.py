@@ -1,4 +1,4 @@
-"""What hostile clients and damaged files do to others: nothing but a sentence, or a wait of twice as long.
+"""Attack the library with damaged files and the server with hostile clients, and check what others notice.
 
     python -m benchmarks.hostile images --count 2000 --seed 7
     python -m benchmarks.hostile server MODEL --requests 200 --json hostile.json

@@ -1,4 +1,4 @@
-"""Images per second of the training loader: decoding, augmentation, batches, with different numbers of workers.
+"""Measure images per second of the training loader: decoding, augmentation, batches, with different numbers of workers.
 
     python -m benchmarks.loader --data camvid --data-root DIR --crop 352 352 --workers 0 1 2 --json loader.json
 
@@ -82,16 +82,16 @@ def to_table(paces: Sequence[Pace], caption: str, step_seconds: float | None = N
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="scenes", help="a dataset's name")
-    parser.add_argument("--data-root", type=Path, help="its folder")
+    parser.add_argument("--data", default="scenes", help="name of the dataset")
+    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
     parser.add_argument("--split", default="train")
     parser.add_argument("--crop", type=int, nargs=2, default=[352, 352], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--batches", type=int, default=20, help="timed batches for each number of workers")
-    parser.add_argument("--cache", action="store_true", help="decode before, and keep images in memory")
+    parser.add_argument("--cache", action="store_true", help="cache of decoded images in memory, filled before")
     parser.add_argument("--step-seconds", type=float, help="time of one training step with this batch size")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--json", type=Path, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     try:
         if options.batches < 1 or min(options.workers) < 0:

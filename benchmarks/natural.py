@@ -1,4 +1,4 @@
-"""A trained model on real images: milliseconds of every image, dense and dynamic in turn, and what they convert.
+"""Measure a trained model on real images: milliseconds of every image, dense and dynamic in turn.
 
     python -m benchmarks.natural runs/camvid-dtop --data camvid --data-root ../shared/data/camvid \\
         --method dtop --threshold 0.98/0.8/0.65 --precision bf16 --json FILE
@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=int, help="images, evenly spread over the split")
+    parser.add_argument("--limit", type=int, help="number of images, evenly spread over the split")
     parser.add_argument("--method", choices=("dtop", "dovit"), default="dtop")
     parser.add_argument("--threshold", default="0.98/0.8/0.65")
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")

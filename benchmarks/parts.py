@@ -1,4 +1,4 @@
-"""Where the time of a forward pass goes: embed, blocks, attention, exit head, rule, compaction, canvas, finish.
+"""Measure the parts of a forward pass: embed, blocks, attention, exit head, rule, compaction, canvas, finish.
 
     python -m benchmarks.parts --backbone vit_small_patch16 --size 512 --precision bf16 --leave 0.5
 

@@ -1,4 +1,4 @@
-"""The dense model as users run it otherwise: a plain batch, torch's fused attention, compiled, weights in bf16."""
+"""Baselines of the dense model as users run it: a plain batch, torch's fused attention, compiled, weights in bf16."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How time grows: with live tokens, image side, batch, classes and threads.
+"""Measure how time grows with live tokens, image side, batch, classes and threads.
 
     python -m benchmarks.scaling --backbone vit_small_patch16 --precision bf16 --json FILE --plot FILE
 
@@ -115,7 +115,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--json", type=Path, required=True, help="kept point by point; goes on where it was interrupted"
+        "--json", type=Path, required=True, help="JSON file of the figures, from which an interrupted run continues"
     )
     parser.add_argument("--plot", type=Path)
     parser.add_argument("--point", help=argparse.SUPPRESS)

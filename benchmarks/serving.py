@@ -1,4 +1,4 @@
-"""Load on `tokenexit serve`: images per second and waiting times of clients at once, and whether memory stays flat.
+"""Measure `tokenexit serve` under load: images per second, waiting times, and whether memory stays flat.
 
     python -m benchmarks.serving MODEL --clients 1 8 32 --requests 400 --soak 2000 --json serving.json
 
@@ -175,12 +175,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="folder of a saved model")
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 32])
-    parser.add_argument("--requests", type=int, default=400, help="for each number of clients")
-    parser.add_argument("--soak", type=int, default=0, help="requests after which memory is compared")
+    parser.add_argument("--requests", type=int, default=400, help="number of requests for each number of clients")
+    parser.add_argument("--soak", type=int, default=0, help="number of requests after which memory is compared")
     parser.add_argument("--size", type=int, nargs=2, default=[128, 192], metavar=("HEIGHT", "WIDTH"))
     parser.add_argument("--method", default="dtop")
     parser.add_argument("--serve", default="", help="options of the server, as --serve='--queue 8 --wait-ms 0'")
-    parser.add_argument("--json", type=Path, help="a file for the figures")
+    parser.add_argument("--json", type=Path, help="JSON file of the figures")
     options = parser.parse_args(arguments)
     size = (options.size[0], options.size[1])
     try:

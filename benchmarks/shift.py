@@ -1,4 +1,4 @@
-"""What a calibration is worth on other images: brightness, blur, noise, JPEG, and another place altogether.
+"""Measure a calibration on shifted images: brightness, blur, noise, JPEG, and another place altogether.
 
     python -m benchmarks.shift runs/camvid-calibrated --data camvid --data-root ../shared/data/camvid --split test
     python -m benchmarks.shift runs/scenes-calibrated --data scenes --other camvid --other-root ../shared/data/camvid
@@ -156,12 +156,12 @@ def table(rows: Sequence[dict[str, Any]], bound: float | None) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a calibrated model")
+    parser.add_argument("model", type=Path, help="folder of a calibrated model")
     parser.add_argument("--data", required=True, help="dataset that is shifted; not the calibration's own images")
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--split", default="test")
-    parser.add_argument("--limit", type=int, help="so many images of each, drawn at random")
-    parser.add_argument("--other", help="another dataset, as it is")
+    parser.add_argument("--limit", type=int, help="number of images of each dataset, drawn at random")
+    parser.add_argument("--other", help="another dataset, not shifted")
     parser.add_argument("--other-root", type=Path)
     parser.add_argument("--shifts", nargs="+", choices=list(SHIFTS), default=list(SHIFTS))
     parser.add_argument("--json", type=Path, help="figures, kept as they come")

@@ -1,4 +1,4 @@
-"""All rows of `docs/evidence/performance.md`: runs what is missing, then prints the tables.
+"""Measure all rows of `docs/evidence/performance.md` that are missing, and print the tables.
 
     python -m benchmarks.suite --out docs/evidence/performance/cpu --threads 1
     python -m benchmarks.suite --out docs/evidence/performance/gpu --device cuda
@@ -113,8 +113,8 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--only", default="", help="rows whose name begins so")
-    parser.add_argument("--tables", action="store_true", help="print what was measured, measure nothing")
+    parser.add_argument("--only", default="", help="prefix of the names of rows to run")
+    parser.add_argument("--tables", action="store_true", help="tables of existing figures only, without measurements")
     options = parser.parse_args()
 
     rows = [row for row in (cpu_rows() if options.device == "cpu" else gpu_rows()) if row[0].startswith(options.only)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ from tokenexit.calibration.search import cap_shares, meet_budget
 from tokenexit.calibration.store import reference_statistics_of, write_calibration
 from tokenexit.calibration.targets import Bound, Budget, target_of
 from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even_path, position_where
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, build_method
 from tokenexit.segmenter import ExitSegmenter
@@ -128,6 +129,11 @@ def test_meet_budget__stays_below_a_step_and_says_when_nothing_will_do() -> None
     assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).position == 0.0  # type: ignore[union-attr]
 
 
+def method_of(result: Calibration) -> Mapping[str, Any]:
+    assert isinstance(result.method, Mapping)
+    return result.method
+
+
 @pytest.mark.parametrize("method", [DToP(keep_per_class=1), DoViT()], ids=["dtop", "dovit"])
 @pytest.mark.parametrize("budget", [0.95, 0.8])
 def test_calibrate__meets_a_budget_by_a_true_run(method: Any, budget: float) -> None:
@@ -136,7 +142,7 @@ def test_calibrate__meets_a_budget_by_a_true_run(method: Any, budget: float) -> 
     run = true_run(images, build_method(result.method), dense_reference(images))
     assert run.mac_ratio == pytest.approx(result.reached["share_of_dense"])
     assert 0.95 * budget <= run.mac_ratio <= budget
-    assert len(result.method["threshold"]) == 2
+    assert len(method_of(result)["threshold"]) == 2
     assert "no" not in result.asked
     assert result.asked["budget"] == budget
 
@@ -152,9 +158,9 @@ def test_calibrate__keeps_every_image_below_its_cap() -> None:
     images = calibration_set(8)
     result = calibrate(images, DToP(keep_per_class=3), Budget("budget", 0.85), cap=0.87)
     assert result.reached["share_of_dense_largest"] <= 0.87
-    assert len(result.method["cap"]) == 2
+    assert len(method_of(result)["cap"]) == 2
     # Whatever the scores: with thresholds at which nobody leaves of his own will, too.
-    bare = DToP(threshold=1.0, cap=tuple(result.method["cap"]))
+    bare = DToP(threshold=1.0, cap=tuple(method_of(result)["cap"]))
     run = true_run(images, bare, dense_reference(images))
     assert (run.macs.double() / run.dense_macs).max() <= 0.87
     with pytest.raises(ConfigError, match=r"a cap of 0\.1 cannot be kept: an image costs at least 0\.\d+ of dense"):

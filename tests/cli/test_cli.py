@@ -168,13 +168,13 @@ def test_cost_prints_a_line_per_figure(capsys: Captured) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--backbone", "vit_huge"], "backbone 'vit_huge' is unknown: choose one of vit_tiny_patch16"),
-        (["--head", "nope"], "head 'nope' is unknown: choose one of linear"),
+        (["--backbone", "vit_huge"], "--backbone vit_huge is unknown: choose one of vit_tiny_patch16"),
+        (["--head", "nope"], "--head nope is unknown: choose one of linear"),
         (["--num-classes", "0"], "--num-classes 0 must be at least 1."),
         (["--image-size", "-3"], "--image-size -3 must be at least 1."),
         (["--image-size", "1", "2", "3"], "--image-size has 3 numbers: give one side, or height and width."),
         (["--image-size", "big"], "argument --image-size: invalid int value: 'big': see tokenexit cost --help."),
-        (["--convention", "mine"], "is unknown: choose one of tokenexit, dtop."),
+        (["--convention", "mine"], "--convention mine is unknown: choose one of tokenexit, dtop."),
     ],
 )
 def test_cost_refuses_what_cannot_be_counted(arguments: list[str], words: str, capsys: Captured) -> None:
@@ -217,7 +217,7 @@ def test_train_leaves_a_model_and_says_so_and_a_second_call_says_it_is_finished(
         (["--config", "nope.yaml"], "--config nope.yaml cannot be read"),
         (["--steps", "many"], "steps: many does not fit, give a whole number."),
         (["--stepz", "3"], "stepz is no key of a run: did you mean steps?"),
-        (["--optim.lr", "-1"], "optim.lr=-1.0 must be positive."),
+        (["--optim.lr", "-1"], "optim.lr must be positive, got -1.0: give a number above 0."),
         (["--method", "nope"], "--method nope is unknown: choose one of dense, dtop, dovit"),
         (["--methods", "[nope]"], "method 'nope' is unknown: choose one of dense, dtop, dovit"),
         (["--threshold", "0.9"], "options of a method need --method"),
@@ -417,7 +417,7 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
         (["--method", "dtop", "--finish", "presence_last"], "finish='presence_last' needs ATM heads"),
         (["--method", "dovit", "--blend-weight", "2"], "blend_weight=2.0 is outside [0, 1]"),
         (["--method", "dovit", "--batch-mode", "x"], "--batch-mode x is unknown: choose one of exact, mean."),
-        (["--data", "nope"], "dataset 'nope' is unknown: choose one of"),
+        (["--data", "nope"], "--data nope is unknown: choose one of"),
         (["--data", "camvid"], "dataset 'camvid' is read from a folder: give its root"),
         (["--data", "scenes"], "the model predicts 3 classes, the dataset has 9: evaluate on the dataset"),
         (["--split", "nope"], "split 'nope'"),
@@ -607,7 +607,7 @@ def test_predict_says_what_it_passes_over_and_prints_any_name(
     (folder / "a.png").write_bytes((data / "images" / "test" / "p0.png").read_bytes())
     (folder / "a.txt").write_text("")
     out = os.fsdecode(os.fsencode(str(tmp_path)) + b"/out\xff")
-    assert main(["predict", str(model), str(folder), "--out", out, "--save", "masks"]) == 0
+    assert main(["predict", str(model), str(folder), "--out", out, "--save", "masks", "--method", "dense"]) == 0
     printed = capsys.readouterr()
     assert printed.err == f"tokenexit predict: passed over in {folder}: 1 .txt.\n"
     assert printed.out == f"masks: {tmp_path}/out\\udcff\n"
@@ -681,8 +681,8 @@ def test_convert__takes_options_of_heads_and_refuses_what_are_none(
         ("num_heads", "--head-options num_heads does not fit: write NAME=VALUE, such as num_heads=16."),
         ("num_heads=", "--head-options num_heads= does not fit"),
         ("num_heads=[", "--head-options num_heads=[ does not fit"),
-        ("num_heads=x", "no multiple of num_heads=x"),
-        ("dropout=much", "dropout=much: choose a value in [0, 1)"),
+        ("num_heads=x", "num_heads of head 'atm' must be a whole number or None, got 'x'"),
+        ("dropout=much", "dropout of head 'atm' must be a number, got 'much'"),
         ("colour=3", "head_options names 'colour', which is no option of atm"),
     ):
         assert main(["convert", source, target, "--head-options", wrong]) == 2

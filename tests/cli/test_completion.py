@@ -65,6 +65,18 @@ def test_bash__completes_options_and_what_they_take(program: dict[str, str]) -> 
         "tokenexit cost --json --convention ": ["tokenexit", "dtop"],
         "tokenexit predict --precision=b": ["bf16"],
         "tokenexit data ": ["check"],
+        "tokenexit data check camv": ["camvid"],
+        "tokenexit evaluate m --data coco": ["coco_stuff10k", "coco_stuff164k"],
+        "tokenexit evaluate m --split t": ["train", "test"],
+        "tokenexit predict m i --method cal": ["calibrated"],
+        "tokenexit calibrate m --method d": ["dtop", "dovit"],
+        "tokenexit convert --kind dino": ["dinov2_head", "dinov2"],
+        "tokenexit cost --backbone vit_t": ["vit_tiny_patch16"],
+        "tokenexit cost --head s": ["setr_naive", "setr_pup"],
+        "tokenexit train --data.name camv": ["camvid"],
+        "tokenexit train --model.backbone vit_t": ["vit_tiny_patch16"],
+        "tokenexit train --method do": ["dovit"],
+        "tokenexit train --config dtop/setr": ["dtop/setr_ade20k_base"],
         "tokenexit train --optim.l": ["--optim.lr"],
         "tokenexit train --dry": ["--dry-run"],
         "tokenexit train --freeze ": ["none", "backbone", "all_but_exit_heads"],
@@ -112,7 +124,7 @@ def test_an_answer__waits_for_no_large_library(line: str, tmp_path: Path) -> Non
 
 
 def test_completion__refuses_another_shell(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "invalid choice: 'tcsh'" in wrong(capsys, "completion", "tcsh")
+    assert wrong(capsys, "completion", "tcsh") == "shell tcsh is unknown: choose one of bash, zsh, fish."
 
 
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])

@@ -9,7 +9,14 @@ import sys
 import pytest
 
 from tokenexit.cli import method_options as module
-from tokenexit.cli.method_options import MethodOption, add_method_options, method_names, method_options
+from tokenexit.cli.method_options import (
+    MethodOption,
+    add_method_options,
+    method_names,
+    method_options,
+    options_of,
+    threshold_method_names,
+)
 from tokenexit.methods import METHODS, DToP
 
 
@@ -49,6 +56,17 @@ def test_add_method_options__takes_what_the_fields_take_and_refuses_other_words(
     assert not hasattr(options, "cap")
     with pytest.raises(argparse.ArgumentError, match="probability"):
         parser.parse_args(["--score", "loudness"])
+
+
+def test_threshold_method_names__are_those_that_calibrate() -> None:
+    assert threshold_method_names() == tuple(name for name, kind in METHODS.items() if kind.calibrates)
+
+
+def test_options_of__are_the_fields_of_the_method() -> None:
+    from dataclasses import fields
+
+    for name, kind in METHODS.items():
+        assert options_of(name) == {field.name for field in fields(kind)}
 
 
 def test_method_names__are_those_of_the_registry() -> None:

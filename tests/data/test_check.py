@@ -178,7 +178,7 @@ def test_check__nothing_to_check_is_refused(tmp_path):
         check_dataset("flowers", tmp_path, ["train"])
     with pytest.raises(ConfigError, match="no option 'sizes'"):
         check_dataset("scenes", None, options={"sizes": 3})
-    with pytest.raises(ConfigError, match="workers=0"):
+    with pytest.raises(ConfigError, match="workers must be at least 1, got 0"):
         check_dataset("scenes", None, workers=0)
 
 

@@ -367,14 +367,14 @@ def test_dataset_file__class_names_are_enough(tmp_path):
         ("classes: [a]\nignore_index: 0", "ignore_index=0 is also class 'a'"),
         ("classes: [a]\nignore_values: 3", "ignore_values must be a list"),
         ("classes: [a]\nignore_values: [x]", "'x'"),
-        ("classes: [a]\nreduce_zero_label: 1", "reduce_zero_label is 1"),
-        ("classes: [a]\nmasks: rgb", "masks='rgb' is unknown: choose 'index' or 'colour'"),
+        ("classes: [a]\nreduce_zero_label: 1", "reduce_zero_label must be true or false, got 1"),
+        ("classes: [a]\nmasks: rgb", "masks must be 'index' or 'colour', got 'rgb'"),
         ("classes: [a]\nmasks: colour", "masks are colours, but there is no palette"),
-        ("classes: [a]\nignore_colours: [[0, 0, 0]]", "ignore_colours=.* means nothing with masks='index'"),
-        (f"{PAINTED}reduce_zero_label: true", "reduce_zero_label=True means nothing with masks='colour'"),
-        (f"{PAINTED}unknown_colours: skip", "unknown_colours='skip' is unknown: choose 'refuse' or 'ignore'"),
+        ("classes: [a]\nignore_colours: [[0, 0, 0]]", "ignore_colours=.* does not apply to masks='index'"),
+        (f"{PAINTED}reduce_zero_label: true", "reduce_zero_label=True does not apply to masks='colour'"),
+        (f"{PAINTED}unknown_colours: skip", "unknown_colours must be 'refuse' or 'ignore', got 'skip'"),
         (f"{PAINTED}ignore_colours: red", "ignore_colours must be a list"),
-        (f"{PAINTED}ignore_colours: [red]", "ignore_colours holds 'red'"),
+        (f"{PAINTED}ignore_colours: [red]", "ignore_colours must hold .*, got 'red'"),
         (f"{PAINTED}ignore_colours: [[9, 0, 0]]", "ignore_colours holds .*the colour of 'a'"),
         ("classes: [a, b]\nmasks: colour\npalette: [[9, 0, 0], [9, 0, 0]]", "stands for 'a' and for 'b'"),
     ],
@@ -415,7 +415,7 @@ def test_folder__options_beside_given_labels_decode_colours_too(tmp_path):
     write_pair(tmp_path, "train", "a", np.array([[[0, 200, 0], [1, 1, 1]]], np.uint8))
     dataset = FolderDataset(tmp_path, "train", LABELS, masks="colour", unknown_colours="ignore")
     assert dataset[0].mask.tolist() == [[1, 255]]
-    with pytest.raises(ConfigError, match=r"ignore_values=.* means nothing with masks='colour'"):
+    with pytest.raises(ConfigError, match=r"ignore_values=.* does not apply to masks='colour'"):
         FolderDataset(tmp_path, "train", LABELS, masks="colour", ignore_values=(3,))
 
 
@@ -430,7 +430,7 @@ def test_folder__unpaired_files_can_be_left_out_and_are_listed(tmp_path):
         ("mask", "a.png"),
         ("image", "c.png"),
     ]
-    with pytest.raises(ConfigError, match="unpaired='drop' is unknown"):
+    with pytest.raises(ConfigError, match="unpaired must be 'refuse' or 'skip', got 'drop'"):
         FolderDataset(tmp_path, "train", LABELS, unpaired="drop")
 
 

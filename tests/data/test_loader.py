@@ -95,13 +95,13 @@ def test_sampler__without_a_last_step_it_does_not_end_and_has_no_length():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"length": 0}, "dataset length=0"),
-        ({"batch_size": 0}, "batch_size=0"),
-        ({"seed": -1}, "seed=-1"),
-        ({"start_step": -1}, "step=-1"),
-        ({"stop_step": 1.5}, "stop_step=1.5"),
-        ({"rank": 2, "num_processes": 2}, "rank=2"),
-        ({"num_processes": 3}, "no multiple of the 3 processes"),
+        ({"length": 0}, "dataset length must be a whole number of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be a whole number of at least 1, got 0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0, got -1"),
+        ({"start_step": -1}, "step must be a whole number of at least 0, got -1"),
+        ({"stop_step": 1.5}, "stop_step must be a whole number of at least 0, got 1.5"),
+        ({"rank": 2, "num_processes": 2}, "rank must be from 0 to 1, got 2"),
+        ({"num_processes": 3}, "must be a multiple of the 3 processes, got 4"),
     ],
 )
 def test_sampler__impossible_numbers_are_refused_by_name(changes, words):
@@ -146,7 +146,7 @@ def test_augmentation_rng__no_two_of_seed_epoch_index_share_their_numbers():
 
 @pytest.mark.parametrize("seed", [-1, 1.0, None, True])
 def test_training_set__an_impossible_seed_is_refused(seed):
-    with pytest.raises(ConfigError, match="seed="):
+    with pytest.raises(ConfigError, match="seed must be a whole number of at least 0, got "):
         training_set(seed=seed)
 
 

@@ -148,8 +148,8 @@ def test_colour_masks__sixteen_bits_and_damage_are_refused(tmp_path):
     [
         (Labels(("a", "b"), (RED, RED)), {}, r"\(200, 0, 0\) stands for 'a' and for 'b'"),
         (PAINTED, {"ignore_colours": (RED,)}, "the colour of 'red'"),
-        (PAINTED, {"ignore_colours": ((1, 2),)}, r"holds \(1, 2\): a colour is three"),
-        (PAINTED, {"unknown_colours": "drop"}, "unknown_colours='drop' is unknown"),
+        (PAINTED, {"ignore_colours": ((1, 2),)}, r"three whole numbers from 0 to 255 each, got \(1, 2\)"),
+        (PAINTED, {"unknown_colours": "drop"}, "unknown_colours must be 'refuse' or 'ignore', got 'drop'"),
     ],
 )
 def test_colour_masks__a_colour_with_two_meanings_is_refused(labels, options, words):

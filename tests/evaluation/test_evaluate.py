@@ -328,11 +328,11 @@ def test_methods_are_welcome_by_name_and_one_alone(model: ExitSegmenter) -> None
 
 
 def test_nothing_to_evaluate_is_refused(model: ExitSegmenter) -> None:
-    with pytest.raises(ConfigError, match="limit=0 leaves no image"):
+    with pytest.raises(ConfigError, match="limit must be at least 1, got 0"):
         evaluate(model, Images(), [Dense()], limit=0)
-    with pytest.raises(ConfigError, match="0 images and 1 methods are nothing to evaluate"):
+    with pytest.raises(ConfigError, match="one image and one method, got 0 and 1"):
         evaluate(model, Images(0), [Dense()])
-    with pytest.raises(ConfigError, match="3 images and 0 methods are nothing to evaluate"):
+    with pytest.raises(ConfigError, match="one image and one method, got 3 and 0"):
         evaluate(model, Images(), [])
 
 

@@ -1,6 +1,6 @@
 """Heads on the features of one image, from state-dict tensors: attention head by attention head, nothing reordered.
 
-Written from the specification of DToP (section e), that of DoViT (A.3), and the definition of Segmenter's decoder.
+Written from descriptions of the heads in the official releases of DToP and DoViT, and of Segmenter's decoder.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Te
 
 
 def atm(state: State, spec: Mapping[str, Any], x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask logits `(n, K)` and presence logits `(K, 2)`, "present" first (DToP, section e)."""
+    """Mask logits `(n, K)` and presence logits `(K, 2)`, "present" first, as in the official release of DToP."""
     memory = layer_norm(state, "input_norm", linear(state, "input_proj", x), 1e-5)
     query = state["queries.weight"]
     num_heads, score = spec["num_heads"], torch.empty(0)

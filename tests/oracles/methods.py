@@ -1,7 +1,7 @@
 """The methods, image by image and class by class, on full grids with masks: straight from the specifications.
 
-Tokens never move. `dtop` follows DToP a.5 to a.7; `dovit` follows DoViT A.4 to A.7, with the batch's one token count
-of A.5 in its "mean" mode.
+Tokens never move. `dtop` and `dovit` follow the official releases; the "mean" mode of DoViT's has one token count for
+the batch.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ class Weights:
 
 
 def scores_of(spec: dict, logits: Tensor, presence: Tensor | None) -> Tensor:
-    """Per-class scores `(n, K)`: softmax, or presence times sigmoid (a.5)."""
+    """Per-class scores `(n, K)`: softmax, or presence times sigmoid."""
     if spec["kind"] == "atm":
         assert presence is not None
         return torch.softmax(presence, dim=1)[:, 0] * torch.sigmoid(logits)
@@ -231,7 +231,7 @@ def _dtop_choice(
     held: set[int],
     k: int,
 ) -> tuple[list[int], float]:
-    """Positions that leave, and the smallest margin of any choice that was made (a.6).
+    """Positions that leave, and the smallest margin of any choice that was made.
 
     By position: the score, the class and its lead over the second, the threshold. held: who stays whatever its score.
     """
@@ -254,7 +254,7 @@ def _dtop_choice(
 def dovit_grades(
     weights: Weights, exit: int, x: Tensor, grid: tuple[int, int], score: str, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Score, class and its lead of every patch of the grid (A.4): averages over the head's own grid."""
+    """Score, class and its lead of every patch of the grid: averages over the head's own grid."""
     state, spec = weights.head(exit)
     if spec["kind"] == "setr_naive":
         fine = setr_naive_fine(state, x, grid)
@@ -333,7 +333,7 @@ def dovit(
                 stopped = ~computed[b]
                 stages[b][stopped & ran[b]] = e
                 stages[b][computed[b]] = len(exits)  # in "mean" mode tokens may come back
-                # All tokens: the class token counts (A.6).
+                # All tokens: the class token counts, as in DoViT's release.
                 if blend_weight and int(stopped.sum()) / len(x) > blend_trigger:
                     mean = x[prefix:][stopped].mean(0)
                     x[0] = (1 - blend_weight) * x[0] + blend_weight * mean

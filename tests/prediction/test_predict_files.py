@@ -767,7 +767,7 @@ def test_a_monitor_and_closed_exits_do_not_go_together(
     model: ExitSegmenter, tmp_path: Path, method: Method[Any], gate: bool
 ) -> None:
     monitor = Monitor(ReferenceStatistics.of(Histograms(torch.zeros(1, 2, len(EDGES) + 1, dtype=torch.int64))))
-    with pytest.raises(ConfigError, match="a monitor wants to see every exit"):
+    with pytest.raises(ConfigError, match="a monitor must see every exit"):
         predict_files(model, [tmp_path], tmp_path / "out", method, gate=gate, monitor=monitor)
 
 

@@ -100,12 +100,12 @@ def test_report_model__names_the_largest_confusion(tmp_path: Path) -> None:
     assert first == (data.labels.names[truth], data.labels.names[taken])
 
 
-def test_report_model__shows_the_cheapest_and_the_dearest_images(tmp_path: Path) -> None:
+def test_report_model__shows_the_images_of_least_and_of_most_compute(tmp_path: Path) -> None:
     model, data = tiny_segmenter(), Squares()
     page = report_model(model, data, [METHOD], tmp_path / "r.html", examples=1).read_text()
     (_, chosen) = evaluate(model, data, [Dense(), METHOD])
     shares = np.array(chosen.gmacs) / np.array(chosen.dense_gmacs)
-    for title, share in (("Cheapest", shares.min()), ("Dearest", shares.max())):
+    for title, share in (("Least compute", shares.min()), ("Most compute", shares.max())):
         ((place, *_),) = [re.findall(rf"{title}: (\d+)<", page)]
         assert shares[int(place)] == share
     tags = Tags(page)
@@ -115,7 +115,7 @@ def test_report_model__shows_the_cheapest_and_the_dearest_images(tmp_path: Path)
 
 
 def test_report_model__refuses_to_compare_dense_with_itself(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="compares a method with dense"):
+    with pytest.raises(ConfigError, match="methods must name one beside dense, got none"):
         report_model(tiny_segmenter(), Squares(), [Dense()], tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
 

@@ -74,15 +74,15 @@ def test_overlay__blends_classes_and_leaves_void_as_it_was():
     [
         (lambda: colorize([[0, 3]], PALETTE), DataError, "class 3, the palette has 3 colours"),
         (lambda: colorize([[-1]], PALETTE), DataError, "class -1"),
-        (lambda: colorize([[0.5]], PALETTE), DataError, "float64 are no map"),
+        (lambda: colorize([[0.5]], PALETTE), DataError, "whole numbers, got .* float64"),
         (lambda: colorize([0, 1], PALETTE), DataError, r"shape \(2,\)"),
         (lambda: palette_png([[0]], [(0, 0, 0)] * 256), ConfigError, "256 colours"),
         (lambda: overlay(photo(2, 3), [[0]], PALETTE), DataError, "image is 2x3 .* labels is 1x1"),
-        (lambda: overlay(photo(1, 1), [[0]], PALETTE, alpha=2), ConfigError, "alpha=2"),
+        (lambda: overlay(photo(1, 1), [[0]], PALETTE, alpha=2), ConfigError, r"alpha must lie in \[0, 1\], got 2"),
         (lambda: exit_map([[0, 3]], 2, (4, 4)), DataError, r"values 0\.\.2"),
         (lambda: exit_map(np.zeros((0, 2), int), 2, (4, 4)), DataError, r"shape \(0, 2\)"),
         (lambda: exit_map([[0]], 2, (4, 4), image=photo(3, 4)), DataError, "image is 3x4 .* size is 4x4"),
-        (lambda: exit_legend(2, [4]), ConfigError, "1 places for 2 exits"),
+        (lambda: exit_legend(2, [4]), ConfigError, "one value per exit, 2, got 1"),
         (lambda: panel([]), ConfigError, "images is empty"),
     ],
 )

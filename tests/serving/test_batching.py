@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tests.helpers import tiny_segmenter
 from tokenexit.methods import Dense, DoViT, DToP, Method
-from tokenexit.serving.batching import DEAR, GIVEN, Batcher, Expired, Overloaded, SegmentationRequest
+from tokenexit.serving.batching import EXPENSIVE, GIVEN, Batcher, Expired, Overloaded, SegmentationRequest
 
 SOON = 60.0
 
@@ -210,12 +210,12 @@ def priced(number: float, seconds: float) -> SegmentationRequest:
 
 def test_a_dear_job__gives_way_between_its_blocks_and_ends(blocks: Blocks) -> None:
     assert blocks.batcher is not None
-    dear = blocks.batcher.submit(priced(100, 2 * DEAR))
+    expensive = blocks.batcher.submit(priced(100, 2 * EXPENSIVE))
     assert blocks.entered.wait(20)
     cheap = blocks.batcher.submit(priced(1, 0.001))
     assert cheap.result(20).output == 1
-    assert not dear.done()
-    answer = dear.result(20)
+    assert not expensive.done()
+    answer = expensive.result(20)
     assert answer.output == 100
     assert blocks.ran == [100.0, *[1.0] * 4, *[100.0] * 3]
     assert answer.milliseconds >= 1e3 * 4 * 0.05
@@ -225,24 +225,24 @@ def test_a_dear_job__is_not_starved_by_those_it_gives_way_to() -> None:
     model = Blocks(blocks=6)
     with closing(Batcher(model, max_wait=0.0)) as batcher:  # type: ignore[arg-type]
         model.batcher = batcher
-        dear = batcher.submit(priced(100, 2 * DEAR))
+        expensive = batcher.submit(priced(100, 2 * EXPENSIVE))
         assert model.entered.wait(20)
-        others = [batcher.submit(priced(100 + n, DEAR)) for n in range(1, 20)]  # each as long as the dear one's
-        dear.result(20)
+        others = [batcher.submit(priced(100 + n, EXPENSIVE)) for n in range(1, 20)]  # as long as the other
+        expensive.result(20)
         assert sum(one.done() for one in others) < 12
         for one in others:
             one.result(60)
 
 
 def test_dear_jobs__run_alone_and_do_not_give_way_to_each_other(held: Model) -> None:
-    jobs = [priced(1, 2 * DEAR), priced(2, 2 * DEAR), priced(3, 0.6), priced(4, 0.6), priced(5, 0.3)]
+    jobs = [priced(1, 2 * EXPENSIVE), priced(2, 2 * EXPENSIVE), priced(3, 0.6), priced(4, 0.6), priced(5, 0.3)]
     with closing(gathered(held, jobs)) as batcher:
         assert batcher.wait() == pytest.approx(1.5 * (1 + 1 / GIVEN))
-        assert batcher.wait(2 * DEAR) == pytest.approx(4 * DEAR + 1.5)
+        assert batcher.wait(2 * EXPENSIVE) == pytest.approx(4 * EXPENSIVE + 1.5)
         held.go.set()
         for one in jobs:
             one.answer.result(20)
-        assert batcher.wait(2 * DEAR) == 0
+        assert batcher.wait(2 * EXPENSIVE) == 0
     assert [numbers for numbers, _ in held.calls[1:]] == [[1.0], [2.0], [3.0], [4.0, 5.0]]
 
 
@@ -276,10 +276,10 @@ def test_a_dear_job__gives_way_to_images_that_are_being_read(blocks: Blocks) -> 
     """Reading and encoding take the same processor."""
     assert blocks.batcher is not None
     with blocks.batcher.slots(1):
-        dear = blocks.batcher.submit(priced(100, 2 * DEAR))
-        alone = dear.result(20).milliseconds
+        expensive = blocks.batcher.submit(priced(100, 2 * EXPENSIVE))
+        alone = expensive.result(20).milliseconds
         with blocks.batcher.slots(1):
             start = time.monotonic()
-            dear = blocks.batcher.submit(priced(100, 2 * DEAR))
-            assert dear.result(20).milliseconds < 4 * alone  # pauses are not counted
+            expensive = blocks.batcher.submit(priced(100, 2 * EXPENSIVE))
+            assert expensive.result(20).milliseconds < 4 * alone  # pauses are not counted
             assert 1e3 * (time.monotonic() - start) > 1e3 * (4 + 3 * GIVEN) * 0.05

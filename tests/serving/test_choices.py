@@ -73,8 +73,8 @@ def test_dial__keeps_what_else_the_method_has() -> None:
     assert (moved.keep_per_class, moved.boundary_guard) == (2, True)
 
 
-def test_choose__without_options_is_dtop(model: ExitSegmenter) -> None:
-    assert Choices(model).choose(None) == DToP()
+def test_choose__without_options_is_dense_on_an_uncalibrated_model_as_in_every_command(model: ExitSegmenter) -> None:
+    assert Choices(model).choose(None) == Choices(model).usual == Dense()
     assert Choices(model).choose("dense", compute=0.3) == Dense()
 
 
@@ -87,11 +87,14 @@ def test_choose__takes_one_threshold_or_one_for_each_exit(model: ExitSegmenter) 
     ("asked", "words"),
     [
         ({"name": "resnet"}, "method 'resnet' is unknown: choose one of dense, dtop"),
-        ({"name": "dtop", "threshold": "much"}, "threshold='much' is no number"),
+        ({"name": "dtop", "threshold": "much"}, "threshold must be a number, got 'much'"),
         ({"name": "dtop", "threshold": "1.5"}, "outside"),
         ({"name": "dtop", "threshold": "0.9/0.8/0.7"}, "3 values for 2 exits"),
-        ({"name": "dtop", "compute": 1.5}, "compute=1.5 is outside"),
-        ({"name": "dtop", "compute": float("nan")}, "compute=nan is outside"),
+        ({"name": "dtop", "compute": 1.5}, "compute must lie in [0, 1], got 1.5"),
+        ({"name": "dtop", "compute": float("nan")}, "compute must lie in [0, 1], got nan"),
+        ({"name": "dense", "compute": 1.5}, "compute must lie in [0, 1], got 1.5"),
+        ({"name": None, "compute": 0.5}, "need a method, as this model is not calibrated"),
+        ({"name": None, "threshold": "0.5"}, "need a method, as this model is not calibrated"),
         ({"name": "dtop", "threshold": "0.9", "compute": 0.5}, "one of the two"),
         ({"name": "dense", "threshold": "0.9"}, "has no thresholds"),
         ({"name": "truncated", "compute": 0.5}, "has no thresholds"),
@@ -109,7 +112,7 @@ def test_offers__say_what_a_model_cannot_run() -> None:
     assert refusals["dense"] is None
     assert refusals["dovit"] is None
     assert "grid" in str(refusals["dtop"])
-    assert choices.usual == DoViT()
+    assert choices.usual == Dense()
 
 
 def test_calibration__is_what_runs_and_where_the_dial_begins() -> None:
@@ -124,6 +127,12 @@ def test_calibration__is_what_runs_and_where_the_dial_begins() -> None:
     first, second = thresholds(choices.choose("dtop", compute=at / 2))
     assert 1 - first == pytest.approx(0.1**0.5, abs=1e-5)
     assert 1 - second == pytest.approx(0.4**0.5, abs=1e-5)
+
+
+def test_offers__hold_the_calibrated_method_whichever_it_is() -> None:
+    assert [offer.name for offer in Choices(small_model()).offers()] == ["dense", "dtop", "dovit"]
+    choices = Choices(calibrated(small_model(), {"name": "paumer", "threshold": [0.9, 0.6]}))
+    assert [offer.name for offer in choices.offers() if offer.calibrated] == ["paumer"]
 
 
 def test_calibration__of_other_weights_is_refused_at_the_start() -> None:

@@ -180,7 +180,7 @@ def test_serve__impossible_options_are_named(arguments: list[str], words: str, s
 def test_serve__a_token_that_cannot_be_sent_is_refused(
     token: str, saved: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = "the token is empty or has signs that a header cannot carry: use letters, digits and -._~+/=."
+    words = "the token must be one or more letters, digits or -._~+/=, got an empty one or other signs: choose another."
     assert wrong(capsys, saved, "--token", token) == words
     monkeypatch.setenv("TOKENEXIT_TOKEN", token)
     assert wrong(capsys, saved) == words

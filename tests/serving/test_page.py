@@ -55,8 +55,8 @@ def browser(shared_browser: Browser) -> Browser:
 
 @pytest.fixture
 def page(browser: Browser, client: Client) -> Browser:
-    """The page with its first sample shown."""
-    return opened(browser, client)
+    """The page with its first sample shown, segmented with DToP."""
+    return method(opened(browser, client), "dtop")
 
 
 @pytest.fixture(scope="module")
@@ -85,9 +85,9 @@ def text(page: Browser, selector: str) -> str:
 
 def upload(page: Browser, path: Path) -> Browser:
     """Choose a file, and wait until what it gives is drawn."""
-    page.run("window.before = picture")
+    page.run("window.before = current")
     page.upload("#file", path)
-    page.until("picture !== window.before")
+    page.until("current !== window.before")
     return settled(page)
 
 
@@ -121,6 +121,13 @@ def test_page__shows_a_sample_at_once_and_asks_nobody_else(page: Browser, client
     assert legend == ["Exit 1, after block 1", "Exit 2, after block 3", "Stayed to the end"]
     assert page.run("document.querySelectorAll('#exits .swatch').length") == 3
     assert page.run("document.querySelector('.sample').getAttribute('aria-pressed')") == "true"
+
+
+def test_page__begins_with_dense_on_an_uncalibrated_model_and_says_so(browser: Browser, client: Client) -> None:
+    page = opened(browser, client)
+    assert page.run("document.querySelector('[name=method]:checked').value") == "dense"
+    assert page.run("document.querySelector('.dial').disabled")
+    assert "This model is not calibrated: dense unless you choose another." in text(page, "#controls")
 
 
 def test_upload__shows_what_the_api_says_of_the_image(page: Browser, client: Client, photo: Path) -> None:
@@ -165,7 +172,7 @@ def test_dial__moves_with_keys_and_all_follows(page: Browser) -> None:
     assert shares[0] < shares[2]
     assert shares[1] < shares[3]
     assert shares[3] == page.run("views.dtop.tokens")
-    assert text(page, "#threshold") == "nobody leaves"
+    assert text(page, "#threshold") == "no token leaves"
     page.click("#reset")
     page.until("views.dtop.threshold[0] === 0.95")
     assert settled(page).run("document.getElementById('threshold').textContent") == "threshold 0.950"
@@ -220,7 +227,7 @@ def test_tab_key__reaches_every_control(page: Browser) -> None:
 def test_compare__shows_the_methods_side_by_side(page: Browser, client: Client, photo: Path) -> None:
     turned(method(upload(page, photo), "compare"), 0.3)
     assert page.run("[...document.querySelectorAll('#exits thead th')].map((th) => th.innerText)") == [
-        "Place",
+        "Exit",
         "Dense",
         "DToP",
         "DoViT",
@@ -278,11 +285,11 @@ def test_images__can_be_dropped_and_pasted(page: Browser, way: str) -> None:
     page.run(
         "(async () => { const canvas = new OffscreenCanvas(30, 20); canvas.getContext('2d').fillRect(0, 0, 9, 9);"
         " const data = new DataTransfer(); data.items.add(new File([await canvas.convertToBlob()], 'mine.png'));"
-        f" window.before = picture; document.body.dispatchEvent({event}); }})()"
+        f" window.before = current; document.body.dispatchEvent({event}); }})()"
     )
-    page.until("picture !== window.before")
+    page.until("current !== window.before")
     settled(page)
-    assert page.run("[picture.name, views.dtop.height, views.dtop.width]") == ["mine.png", 20, 30]
+    assert page.run("[current.name, views.dtop.height, views.dtop.width]") == ["mine.png", 20, 30]
     assert page.run("document.querySelector('[aria-pressed=true]')") is None
 
 
@@ -298,7 +305,7 @@ def test_large_images_and_forgotten_ones__are_sent_as_the_server_takes_them(
     large = tmp_path / "large.png"
     drawing(300, 500).save(large)
     with running(model, limits=Limits(pixels=30_000, kept_bytes=1)) as client:
-        page = upload(opened(browser, client), large)
+        page = upload(method(opened(browser, client), "dtop"), large)
         assert page.run("document.getElementById('message').hidden")
         assert 25_000 < page.run("views.dtop.width * views.dtop.height") <= 30_000
         client.form("/images", [("image", ("a.png", png()))])  # takes the place of the page's image
@@ -319,13 +326,14 @@ def test_token__is_asked_for_once(browser: Browser, model: ExitSegmenter) -> Non
         opened(browser, client)
 
 
-def test_many_classes__keep_their_names(browser: Browser) -> None:
+def test_many_classes__keep_their_names(browser: Browser, photo: Path) -> None:
     model = small_model(num_classes=300)
     model.preprocessing = replace(model.preprocessing, labels=default_labels(300))
     with running(model) as client:
-        page = opened(browser, client)
+        browser.open(f"http://127.0.0.1:{client.port}/")  # scenes say nothing to this model, so it has no samples
+        page = method(upload(settled(browser), photo), "dtop")
         page.click(".look")
-        mask = client.predict(("a.png", client.get("/samples/0.png").body), method="dtop", format="png").body
+        mask = client.predict(("a.png", photo.read_bytes()), method="dtop", format="png").body
         assert np.asarray(Image.open(io.BytesIO(mask))).max() > 255
         name = page.run("about.classes[Math.max(...views.dtop.labels)]")
         assert int(name.removeprefix("class_")) > 255
@@ -352,7 +360,7 @@ def test_page__fits_the_window_and_its_text_is_legible(page: Browser, size: tupl
     )
     assert min(contrasts) >= 4.5, contrasts
     assert (page.run("getComputedStyle(document.body).backgroundColor") == "rgb(20, 23, 26)") is dark
-    image = np.asarray(Image.open(io.BytesIO(page.picture(whole=False))).convert("L"))
+    image = np.asarray(Image.open(io.BytesIO(page.screenshot(whole=False))).convert("L"))
     assert bool(image.mean() < 128) is dark
 
 

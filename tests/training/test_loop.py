@@ -525,7 +525,7 @@ def test_log__has_about_a_thousand_rows_at_most() -> None:
 
 def test_log__that_cannot_be_written_ends_in_one_sentence(data: Path, tmp_path: Path) -> None:
     (tmp_path / "log.csv").mkdir()
-    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free the place"):
+    with pytest.raises(ConfigError, match=r"log\.csv cannot be written \(.*\): free disk space"):
         run(tiny_run(data, tmp_path))
 
 
@@ -601,7 +601,7 @@ def test_a_loss_that_is_no_number_ends_the_run_before_anything_is_saved(
     [
         ({"methods": ["nope"]}, ConfigError, "method 'nope' is unknown"),
         ({"methods": [{"name": "dtop", "treshold": 0.5}]}, ConfigError, "no option 'treshold'"),
-        ({"class_weights": [1.0, 1.0]}, ConfigError, "class_weights has 2 values for 3 classes"),
+        ({"class_weights": [1.0, 1.0]}, ConfigError, "class_weights must have 3 values, one per class, got 2"),
         ({"methods": [{"name": "dtop", "threshold": [0.1, 0.2, 0.3]}]}, ConfigError, "3 values for 2 exits"),
     ],
 )

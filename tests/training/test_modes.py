@@ -191,7 +191,7 @@ def test_a_step_in_parts_is_a_step_of_the_whole_batch(clip: float | None, data: 
 
 
 def test_parts_that_are_not_equal_are_refused(data: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^batch_size=2 is no multiple of 1 processes x accumulate=4: choose one"):
+    with pytest.raises(ConfigError, match=r"^batch_size must be a multiple of 1 processes x accumulate=4, got 2:"):
         run(tiny_run(data, tmp_path, accumulate=4))
 
 

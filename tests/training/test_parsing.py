@@ -58,6 +58,23 @@ def test_options_may_be_written_with_hyphens() -> None:
     assert parse("--batch-size", "3", "--optim.weight-decay=0.5").batch_size == 3
 
 
+def test_options_of_nested_keys_may_be_written_as_in_other_commands() -> None:
+    config = parse(
+        "--data-root", "folder", "--data.val-split", "holdout", "--optim-weight-decay=0.5", "--val-limit", "7"
+    )
+    assert (config.data.root, config.data.val_split, config.optim.weight_decay) == ("folder", "holdout", 0.5)
+    assert config.val_limit == 7
+
+
+def test_no_two_keys_are_the_same_option_when_written_with_dashes() -> None:
+    from tokenexit.cli.method_options import method_options
+
+    written = [
+        key.replace(".", "-").replace("_", "-") for key in (*config_keys(), *method_options(), "method", "dry_run")
+    ]
+    assert len(set(written)) == len(written)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -78,8 +95,8 @@ def test_options_may_be_written_with_hyphens() -> None:
         (("--optim.lrr", "3"), "optim.lrr is no key of a run: did you mean optim.lr?"),
         (("--qqq", "3"), "qqq is no key of a run: see tokenexit train --help."),
         (("camvid",), "camvid stands alone: write options as --KEY VALUE, see tokenexit train --help."),
-        (("--steps", "0"), "steps=0 must be at least 1."),
-        (("--validate-every", "-1"), "validate_every=-1 must be at least 0."),
+        (("--steps", "0"), "steps must be at least 1, got 0: raise it."),
+        (("--validate-every", "-1"), "validate_every must be at least 0, got -1: raise it."),
         (("--validate-every", "often"), "validate_every: often does not fit, give auto or a whole number."),
         (("--keep", "first"), "keep: first does not fit, give one of best, last."),
     ],
@@ -191,10 +208,10 @@ def test_further_options_are_returned_beside_the_run() -> None:
     ("arguments", "words"),
     [
         (["--stepz", "3"], "stepz is no key of a run: did you mean steps?"),
-        (["--steps", "0"], "steps=0 must be at least 1."),
+        (["--steps", "0"], "steps must be at least 1, got 0: raise it."),
         (["--threshold", "0.9"], "options of a method need --method"),
         (["--config", "nope.yaml"], "--config nope.yaml cannot be read"),
-        (["--batch-size", "3", "--accumulate", "2"], "batch_size=3 is no multiple of 1 processes x accumulate=2"),
+        (["--batch-size", "3", "--accumulate", "2"], "batch_size must be a multiple of 1 processes x accumulate=2"),
         (["--model.weights", "a", "--model.init_from", "b"], "model.weights and model.init_from exclude each other"),
         (["--model.new_exits", "true"], "model.new_exits puts exits on a saved model"),
         (["--freeze", "backbone"], "freeze=backbone would keep random weights"),

@@ -63,8 +63,8 @@ def test_dry_run__says_what_would_be_done_and_does_nothing(tmp_path: Path, capsy
         (["--data.val_split", "test"], "split 'test' of ADE20K has no public masks"),
         (["--data.options", "{size: 3}"], "dataset 'ade20k' has no option 'size'"),
         (["--data.crop", "[0, 64]"], "RandomCrop size=(0, 64) is no size"),
-        (["--data.ratio", "[2, 1]"], "RandomResize ratio=(2.0, 1.0) is no range"),
-        (["--data.resize_base", "[0, 64]"], "RandomResize base=(0, 64) is no size"),
+        (["--data.ratio", "[2, 1]"], "RandomResize ratio must be (low, high) with 0 < low <= high, got (2.0, 1.0)"),
+        (["--data.resize_base", "[0, 64]"], "RandomResize base must be (long, short) of at least 1 pixel, got (0, 64)"),
         (["--data.resize", "0"], "preprocessing.resize=0"),
         (["--data.stride", "[600, 600]"], "preprocessing.stride=(600, 600) is longer than preprocessing.window"),
         (["--model.exits", "[40]"], "exits=(40,) must be increasing numbers of blocks"),
@@ -74,9 +74,9 @@ def test_dry_run__says_what_would_be_done_and_does_nothing(tmp_path: Path, capsy
         (["--model.new_exits", "true"], "model.new_exits puts exits on a saved model"),
         (["--method", "dovit"], "DoViT scores tokens by class probability"),
         (["--methods", "[{name: dtop, threshold: [0.9]}]"], "threshold has 1 values for 2 exits"),
-        (["--class_weights", "[1.0]"], "class_weights has 1 values for 150 classes"),
+        (["--class_weights", "[1.0]"], "class_weights must have 150 values, one per class, got 1"),
         (["--freeze", "all_but_exit_heads"], "freeze=all_but_exit_heads would keep a random decode head"),
-        (["--accumulate", "32"], "batch_size=16 is no multiple of 1 processes x accumulate=32"),
+        (["--accumulate", "32"], "batch_size must be a multiple of 1 processes x accumulate=32, got 16"),
     ],
 )
 def test_dry_run__refuses_in_one_sentence_what_the_run_would(

@@ -143,14 +143,14 @@ class Reference:
     def __len__(self) -> int:
         return len(self._maps)
 
-    def part(self, places: Sequence[int]) -> Reference:
+    def part(self, positions: Sequence[int]) -> Reference:
         """The maps of some of the images, in their order."""
         some = Reference((), self.ignore_index)
-        some._maps = [self._maps[place] for place in places]
+        some._maps = [self._maps[position] for position in positions]
         return some
 
-    def __getitem__(self, place: int) -> Tensor:
-        packed, shape = self._maps[place]
+    def __getitem__(self, position: int) -> Tensor:
+        packed, shape = self._maps[position]
         return torch.from_numpy(np.frombuffer(zlib.decompress(packed), np.int16).reshape(shape).astype(np.int64))
 
 
@@ -196,15 +196,15 @@ def true_run(
     windows: list[int] = []
     live, confusion = [], []
     with hook_scores(calibration_set.model) as seen:
-        for places, _, output in calibration_set.forward(method, title):
+        for positions, _, output in calibration_set.forward(method, title):
             ledger = output.ledger
             windows += output.window_counts
             macs += ledger.macs
             dense += ledger.dense_macs
             tokens += ledger.tokens
             live += [[image[n] for n in exits] for image in ledger.live]
-            for place, labels in zip(places, output.labels):
-                confusion.append(_confusion(reference[place], labels.cpu(), classes, reference.ignore_index))
+            for position, labels in zip(positions, output.labels):
+                confusion.append(_confusion(reference[position], labels.cpu(), classes, reference.ignore_index))
     histograms = seen.histograms(windows)
     return TrueRun(
         torch.tensor(macs),
@@ -234,15 +234,15 @@ def labelled(calibration_set: CalibrationSet) -> CalibrationSet:
     Raises `DataError` if there is none.
     """
     ignore = calibration_set.data.labels.ignore_index
-    places = [
+    positions = [
         p
         for some, _, masks in calibration_set.batches()
         for p, mask in zip(some, masks)
         if bool((mask != ignore).any())
     ]
-    if not places:
+    if not positions:
         raise DataError("these images have no labels: ask for --max-disagreement or a budget, which need none.")
-    return calibration_set.part(places)
+    return calibration_set.part(positions)
 
 
 def _confusion(reference: Tensor, labels: Tensor, classes: int, ignore_index: int | None) -> Tensor:

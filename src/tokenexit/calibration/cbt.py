@@ -40,9 +40,9 @@ def cbt_thresholds(
 ) -> tuple[tuple[float, ...], ...]:
     """Thresholds by exit and class, `(E, K)`, from training images, for `DToP(threshold=..., keep_per_class=0)`.
 
-    bench: the model in evaluation mode, and training images with their truth. alpha, beta: thresholds of the easiest
-    and the hardest class. Raises `ConfigError` for a range that is none and for another number of classes, `DataError`
-    for images without truth.
+    calibration_set: the model in evaluation mode, and training images with their truth. alpha, beta: thresholds of the
+    easiest and the hardest class. Raises `ConfigError` for a range that is none and for another number of classes,
+    `DataError` for images without truth.
     """
     if not 0.0 <= alpha <= beta <= 1.0:
         raise ConfigError(f"alpha={alpha:g} and beta={beta:g} are no range in [0, 1]: give alpha <= beta.")

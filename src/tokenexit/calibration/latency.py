@@ -30,7 +30,7 @@ from tokenexit.engine.tokens import Tokens
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import ModelView
-from tokenexit.runtime.cache import cached_path, keep, read_cached
+from tokenexit.runtime.cache import cached_path, read_cached, write_cached
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.runtime.schema import Between
 from tokenexit.segmenter import ExitSegmenter
@@ -178,7 +178,9 @@ def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision
     if kept is not None and len(kept["exits"]) == len(model.config.exits):
         return Latency(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]), Curve(*kept["rest"]))
     found = measure_latency(model, method, precision)
-    keep(path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)})
+    write_cached(
+        path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)}
+    )
     return found
 
 

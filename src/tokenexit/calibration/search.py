@@ -42,7 +42,7 @@ def meet_budget(
     tolerance: float = TOLERANCE,
     runs: int = TRUE_RUNS,
 ) -> BudgetFit[T] | None:
-    """The least saving place of the path `[0, end]` whose true cost is at most `budget`; None if there is none.
+    """The least saving position of the path `[0, end]` whose true cost is at most `budget`; None if there is none.
 
     predicted: cost at a position by the dense pass, falling. measured: the same by a true run, and the run. At most
     `runs` true runs; between positions known to be too dear and cheap enough, the next guess moves the prediction by

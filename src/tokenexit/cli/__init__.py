@@ -36,19 +36,19 @@ HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision T
 
 usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command's options
 
-  quickstart   train on drawn street scenes, compare Dense, DToP and DoViT, write a report; a few minutes on a CPU
-  train        train or fine-tune a model as a YAML says
+  quickstart   a small training on drawn street scenes, Dense, DToP and DoViT compared; a few minutes on a CPU
+  train        training or fine-tuning of a model as a YAML says
   evaluate     accuracy and compute of a model on a dataset, several methods in one table
   calibrate    thresholds for a budget or a bounded loss, saved with the model
   sweep        curves of mIoU against compute, several methods in one chart
   report       one HTML file: curve, classes, compute by image, cheapest and dearest images
-  predict      segment images: masks, overlays, exit maps
+  predict      masks, overlays and exit maps of images and videos
   serve        a page to try a model on, and an HTTP API
   cost         multiply-adds of a model, without weights
   export       ONNX or a torch.export program, exits included, compared with the model first
   gate         which exits pay on this machine at an image's size, and why
-  convert      weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP and DoViT to a model
-  data         read a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
+  convert      a model from weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP or DoViT
+  data         check of a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
   doctor       what this machine and installation can do
   completion   a script by which bash, zsh or fish completes all of this
 """

@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 from typing import Any
 
 from tokenexit.cli.options import command_parser
 from tokenexit.errors import ConfigError
 
+KINDS = ("auto", "huggingface", "dovit", "dtop", "segvit", "mmseg", "segmenter", "dinov2_head", "dinov2", "timm")
+"""auto, and the names of `tokenexit.conversion.families.SOURCES`, which would import torch."""
+
 
 def convert(arguments: list[str]) -> int:
-    parser = command_parser(
-        "convert", "Weights of another library to a model folder, or a backbone to a .safetensors file."
-    )
-    parser.add_argument("source", help="weight file, folder with one, or hf-hub:OWNER/NAME")
-    parser.add_argument("destination", type=Path, help="model folder, or .safetensors file where there are no heads")
-    parser.add_argument("--kind", default="auto", help="where the weights come from; auto tells by their names")
-    parser.add_argument("--backbone", help="backbone weights, for DINOv2's released linear heads")
-    parser.add_argument("--backbone-only", action="store_true", help="leave the heads out")
-    parser.add_argument("--exits", type=int, nargs="*", help="after how many blocks auxiliary heads stand")
-    parser.add_argument(
-        "--head-options",
-        nargs="+",
-        metavar="NAME=VALUE",
-        help="options of the heads that the weights do not say, such as num_heads=16 for DToP on Pascal Context",
-    )
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     head_options = _named_values("--head-options", options.head_options or [])
     from tokenexit.conversion.convert import convert as run
 
@@ -40,6 +29,27 @@ def convert(arguments: list[str]) -> int:
     )
     print(report.summary())
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser(
+        "convert", "Weights of another library to a model folder, or a backbone to a .safetensors file."
+    )
+    parser.add_argument("source", help="weight file, folder with one, or hf-hub:OWNER/NAME")
+    parser.add_argument("destination", type=Path, help="model folder, or .safetensors file where there are no heads")
+    parser.add_argument(
+        "--kind", choices=KINDS, default="auto", help="source of the weights; auto: told by their names"
+    )
+    parser.add_argument("--backbone", help="file of backbone weights, for DINOv2's released linear heads")
+    parser.add_argument("--backbone-only", action="store_true", help="the backbone without the heads")
+    parser.add_argument("--exits", type=int, nargs="*", help="numbers of blocks after which auxiliary heads stand")
+    parser.add_argument(
+        "--head-options",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="options of the heads that the weights do not say, such as num_heads=16 for DToP on Pascal Context",
+    )
+    return parser
 
 
 def _named_values(option: str, given: list[str]) -> dict[str, Any]:

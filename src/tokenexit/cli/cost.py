@@ -4,40 +4,44 @@ from __future__ import annotations
 
 import json
 
-from tokenexit.cli.options import command_parser, positive
-from tokenexit.errors import ConfigError
+from tokenexit.cli.options import add_image_size, check_counts, command_parser, image_size
+
+BACKBONES = (
+    *("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16"),
+    *("deit3_small_patch16", "deit3_base_patch16", "deit3_large_patch16"),
+    *("dinov2_small_patch14", "dinov2_base_patch14", "dinov2_large_patch14", "dinov2_giant_patch14"),
+    *("dinov2_small_patch14_reg4", "dinov2_base_patch14_reg4", "dinov2_large_patch14_reg4"),
+    "dinov2_giant_patch14_reg4",
+)
+"""The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
+HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear")
+"""The names of `tokenexit.heads.HEADS`, likewise."""
 
 
 def cost(arguments: list[str]) -> int:
     parser = command_parser("cost", "Multiply-adds of a dense model on one image, without weights.")
-    parser.add_argument("--backbone", default="vit_tiny_patch16", help="a preset, such as vit_base_patch16")
-    parser.add_argument("--head", default="fcn", help="decode head")
-    parser.add_argument("--num-classes", type=int, default=150, help="classes to predict")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[512], help="one side, or height and width")
+    parser.add_argument(
+        "--backbone",
+        choices=BACKBONES,
+        metavar="NAME",
+        default=BACKBONES[0],
+        help=f"backbone preset: {', '.join(BACKBONES)}",
+    )
+    parser.add_argument("--head", choices=HEADS, metavar="NAME", default="fcn", help=f"decode head: {', '.join(HEADS)}")
+    parser.add_argument("--num-classes", type=int, default=150, help="number of classes")
+    add_image_size(parser)
     parser.add_argument(
         "--convention",
         choices=("tokenexit", "dtop"),
         default="tokenexit",
-        help="dtop: as that paper counts, without class token, LayerNorm 5 and upsampling 4 per element",
+        help="counting rules; dtop: as in that paper, without class token, LayerNorm 5 and upsampling 4 per element",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--json", action="store_true", help="output as JSON")
     options = parser.parse_args(arguments)
-    positive("--num-classes", options.num_classes)
-    size = image_size(options.image_size)
+    check_counts(options, "num_classes")
+    size = image_size(options)
     from tokenexit.outputs.ledger import dense_gmacs
 
     figures = dense_gmacs(options.backbone, options.head, options.num_classes, size, options.convention)
-    if options.json:
-        print(json.dumps(figures))
-    else:
-        for name, value in figures.items():
-            print(f"{name:12} {value}")
+    print(json.dumps(figures) if options.json else "\n".join(f"{name:12} {value}" for name, value in figures.items()))
     return 0
-
-
-def image_size(sides: list[int]) -> tuple[int, int]:
-    for side in sides:
-        positive("--image-size", side)
-    if len(sides) > 2:
-        raise ConfigError(f"--image-size has {len(sides)} numbers: give one side, or height and width.")
-    return sides[0], sides[-1]

@@ -1,36 +1,25 @@
-"""The command export."""
+"""The command `export`: one file for another runtime, exits included."""
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
 
-from tokenexit.cli.method_options import add_method_options, method_names
-from tokenexit.cli.options import asked_methods, chosen_methods, command_parser, say_if_uncalibrated
+from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, say_if_uncalibrated
+from tokenexit.cli.method_options import add_method_choice
+from tokenexit.cli.options import add_model_argument, command_parser
 from tokenexit.errors import ConfigError
 
 
 def export(arguments: list[str]) -> int:
-    parser = command_parser("export", "One file for another runtime, exits included: ONNX, or a torch.export program.")
-    parser.add_argument("model", type=Path, help="folder of a saved model")
-    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="of the file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for model.onnx or model.pt2")
-    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given, else dense")
-    add_method_options(parser)
-    parser.add_argument(
-        "--images",
-        nargs="+",
-        type=Path,
-        metavar="IMAGE|DIR",
-        help="to compare on, three at most; drawn ones if not given",
-    )
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file: name a folder.")
+    asked = asked_methods(options.method, options)
     from tokenexit.exporting.export import export_model
     from tokenexit.exporting.pictures import compared_images
     from tokenexit.segmenter import ExitSegmenter
 
-    asked = asked_methods(options.method and [options.method], options)
     model = ExitSegmenter.from_pretrained(options.model)
     (method,) = chosen_methods(model, asked)
     made = export_model(model, method, compared_images(model, options.images), options.out, options.format)
@@ -41,3 +30,19 @@ def export(arguments: list[str]) -> int:
         f"{made.same_pixels:.3%} of the pixels of the same class"
     )
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("export", "One file for another runtime, exits included: ONNX, or a torch.export program.")
+    add_model_argument(parser)
+    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="format of the file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for model.onnx or model.pt2")
+    add_method_choice(parser)
+    parser.add_argument(
+        "--images",
+        nargs="+",
+        type=Path,
+        metavar="IMAGE|DIR",
+        help="images on which file and model are compared, three at most; drawn ones if not given",
+    )
+    return parser

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from tokenexit.cli.cost import image_size
-from tokenexit.cli.method_options import add_method_options, method_names
-from tokenexit.cli.options import add_machine_options, asked_methods, chosen_methods, command_parser, machine_of
+from tokenexit.cli.chosen_methods import asked_methods, chosen_methods
+from tokenexit.cli.method_options import add_method_choice
+from tokenexit.cli.options import (
+    add_image_size,
+    add_machine_options,
+    add_model_argument,
+    command_parser,
+    image_size,
+    open_model,
+)
 
 
 def gate(arguments: list[str]) -> int:
     parser = command_parser("gate", "Which exits of a model pay on this machine at a size, and why; measured once.")
-    parser.add_argument("model", type=Path, help="folder of a saved model")
-    parser.add_argument("--image-size", type=int, nargs="+", default=[512], help="one side, or height and width")
-    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given")
-    add_method_options(parser)
+    add_model_argument(parser)
+    add_image_size(parser)
+    add_method_choice(parser, "calibrated one")
     add_machine_options(parser)
     options = parser.parse_args(arguments)
-    size = image_size(options.image_size)
+    size = image_size(options)
+    asked = asked_methods(options.method, options)
     from tokenexit.calibration.gating import gate as run
-    from tokenexit.segmenter import ExitSegmenter
 
-    asked = asked_methods(options.method and [options.method], options)
-    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
+    model = open_model(options)
     (method,) = chosen_methods(model, asked, "dense has no exits to close")
     model.check(method)
     found = run(model, method, model.backbone.patch_embed.grid(*size), options.precision)

@@ -14,6 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+CALIBRATED = "calibrated"
+"""The name of the method that a model was calibrated for, at the calibration's thresholds."""
 FOLDER = Path(__file__).parents[1] / "methods"
 TYPES: dict[str, type] = {"int": int, "float": float, "float | None": float}
 """Annotations that are one number on the command line; others are text such as `0.98/0.9/0.8`."""
@@ -52,31 +54,64 @@ def method_options() -> dict[str, MethodOption]:
 
 
 def method_names() -> tuple[str, ...]:
-    """Names that `--method` takes."""
+    """Names in the registry of methods."""
     return tuple(_imported() or _written())
 
 
-def add_method_options(parser: Any, several: bool = False, without: tuple[str, ...] = ()) -> None:
+def options_of(name: str) -> set[str]:
+    """Names of a method's options."""
+    return {option.name for option in method_options().values() if name in option.methods}
+
+
+def threshold_method_names() -> tuple[str, ...]:
+    """Names of the methods whose thresholds can be chosen."""
+    return method_options()["threshold"].methods
+
+
+def add_method_choice(parser: Any, default: str = f"{CALIBRATED} one, else dense", *, several: bool = False) -> None:
+    """Add `--method` and the options of methods, for commands that run a model as it was calibrated by default.
+
+    default: what runs if no method is named, for the help.
+    """
+    parser.add_argument(
+        "--method",
+        nargs="+" if several else None,
+        metavar="NAME",
+        choices=(*method_names(), CALIBRATED),
+        help=f"{'methods, each a row of its own' if several else 'method'}: {', '.join(method_names())}, or "
+        f"{CALIBRATED}, the model's own; the {default} if not given",
+    )
+    add_method_options(parser, several)
+
+
+def add_method_options(
+    parser: Any, several: bool = False, without: tuple[str, ...] = (), only: tuple[str, ...] | None = None
+) -> None:
     """Add the options that select a method's parameters, all but those in `without`, which the command has itself.
 
-    several: each threshold is a row of its own.
+    several: each threshold is a row of its own. only: methods that the command runs; all if None.
     """
-    group = parser.add_argument_group("options of methods")
-    every = len(method_names())
+    group = parser.add_argument_group("method options")
+    run = method_names() if only is None else only
     for name, option in method_options().items():
-        if name in without:
+        whose = [method for method in option.methods if method in run]
+        if name in without or not whose:
             continue
-        whose = "" if len(option.methods) == every else f"; {', '.join(option.methods)}"
-        settings: dict[str, Any] = {"default": None, "help": option.help + whose}
-        if option.is_flag:
-            settings["action"] = "store_true"
-        elif option.choices:
-            settings |= {"choices": option.choices}
-        else:
-            settings |= {"type": TYPES.get(option.annotation, str)}
+        settings = _settings(option)
+        settings["help"] += "" if len(whose) == len(run) else f"; {', '.join(whose)}"
         if name == "threshold" and several:
             settings["nargs"] = "+"
         group.add_argument(f"--{name.replace('_', '-')}", **settings)
+
+
+def _settings(option: MethodOption) -> dict[str, Any]:
+    """What a parser needs to know of an option."""
+    settings: dict[str, Any] = {"default": None, "help": option.help}
+    if option.is_flag:
+        return settings | {"action": "store_true"}
+    if option.choices:
+        return settings | {"choices": option.choices}
+    return settings | {"type": TYPES.get(option.annotation, str)}
 
 
 # ------------------------------------------------------------------------------------------- from classes, or source

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from contextlib import contextmanager, suppress
-from datetime import timedelta
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from tokenexit.cli.method_options import method_options
-from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
+from tokenexit.data.registry import DATASETS
+from tokenexit.errors import ConfigError, TokenExitError
 
 if TYPE_CHECKING:
     import torch
 
     from tokenexit.data.base import SegmentationDataset
-    from tokenexit.methods import Method, MethodSpec
     from tokenexit.segmenter import ExitSegmenter
-
-T = TypeVar("T")
-
-FIRST_LINE, LINES_APART = 2.0, 30.0
-"""Seconds to the first line of progress where there is no terminal, and from each to the next."""
-
 
 LARGEST = {"input_scale": 8.0}
 """The largest values that options take; those of others end where 32 bits do."""
@@ -80,178 +70,65 @@ def command_parser(name: str, description: str) -> argparse.ArgumentParser:
     return CommandParser(prog=f"tokenexit {name}", description=description, formatter_class=_Help, allow_abbrev=False)
 
 
+def completes(action: argparse.Action, words: Iterable[str]) -> None:
+    """Offer words to a shell where others are taken, too."""
+    known = list(words)
+    action.completer = lambda **_: known  # type: ignore[attr-defined]
+
+
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", type=Path, help="folder of a saved model")
+
+
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    """Add the options of `machine_of`."""
+    group = parser.add_argument_group("machine")
+    group.add_argument(
         "--precision",
         choices=("auto", "fp32", "bf16", "fp16"),
         default="auto",
-        help="of the forward pass; auto: bf16 on CUDA cards that have it, fp32 on CPUs",
+        help="precision of the forward pass; auto: bf16 on CUDA cards that have it, fp32 on CPUs",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1; auto takes CUDA where there is one")
+    device = group.add_argument("--device", default="auto", help="device: cpu, cuda, cuda:1; auto: CUDA if available")
+    completes(device, ("auto", "cpu", "cuda"))
 
 
-def given_method_options(options: Any) -> dict[str, Any]:
-    """Options of methods that were given, threshold included."""
-    given: dict[str, Any] = {}
-    for name, option in method_options().items():
-        value = getattr(options, name, None)
-        if value is not None:
-            given[name] = numbers(name, value) if option.is_text and name != "threshold" else value
-    return given
-
-
-def method_specs(names: Sequence[str], options: Any) -> list[dict[str, Any]]:
-    """One specification for every method and threshold; options are given to the methods that have them."""
-    from dataclasses import fields
-
-    from tokenexit.methods import METHODS
-
-    given = given_method_options(options)
-    texts = given.get("threshold", [])
-    thresholds = [numbers("threshold", text) for text in (texts if isinstance(texts, list) else [texts])]
-    specs: list[dict[str, Any]] = []
-    taken: set[str] = set()
-    for name in names:
-        if name not in METHODS:
-            raise ConfigError(f"--method {name} is unknown: choose one of {', '.join(METHODS)}.")
-        known = {f.name for f in fields(METHODS[name])}
-        own = {key: value for key, value in given.items() if key in known}
-        taken |= set(own)
-        rows = [{"threshold": threshold} for threshold in thresholds] if "threshold" in own else [{}]
-        specs += [{"name": name, **own, **row} for row in rows]
-    for key in sorted(set(given) - taken):
-        raise ConfigError(
-            f"--{key.replace('_', '-')} is no option of {', '.join(names)}: leave it out, or choose another method."
-        )
-    return list({json.dumps(spec): spec for spec in specs}.values())  # each once
-
-
-CALIBRATED = "calibrated"
-"""The name of the method that a model was calibrated for, at the calibration's thresholds."""
-UNCALIBRATED = "tokenexit: the model is not calibrated: running dense; run `tokenexit calibrate`, or name --method."
-
-
-def asked_methods(names: Sequence[str] | None, options: Any) -> list[dict[str, Any]] | None:
-    """Specifications of the methods that were named, checked before a model is read; None if none was.
-
-    `calibrated` is a name, too. Raises `ConfigError` for what no model could run.
-    """
-    if names is None:
-        if given_method_options(options):
-            raise ConfigError("options of a method need --method: name it, such as dtop.")
-        return None
-    others = [name for name in names if name != CALIBRATED]
-    if not others and given_method_options(options):
-        raise ConfigError(f"options of a method do not go with --method {CALIBRATED}: name the method itself.")
-    methods_of(others, options)
-    specs = [
-        [{"name": name}] if name == CALIBRATED else method_specs([name], _own_options(name, options)) for name in names
-    ]
-    return [spec for own in specs for spec in own]
-
-
-def _own_options(name: str, options: Any) -> argparse.Namespace:
-    """The options without those of methods that this one does not have."""
-    from dataclasses import fields
-
-    from tokenexit.methods import METHODS
-
-    known = {f.name for f in fields(METHODS[name])}
-    foreign = set(method_options()) - known
-    return argparse.Namespace(**(vars(options) | dict.fromkeys(foreign)))
-
-
-def chosen_methods(
-    model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None, needs_exits: str = ""
-) -> list[Method[Any]]:
-    """The methods that a command runs: those that were asked for, else the calibrated one, else dense.
-
-    A name without options stands for the calibrated method where the model was calibrated for that one: a
-    calibration's thresholds are the model's default for its method. An uncalibrated model has no thresholds of its own,
-    so it runs dense if nothing is named, which `say_if_uncalibrated` says.
-    asked: of `asked_methods`. needs_exits: why dense alone is of no use to the command, if it is none: an uncalibrated
-    model is refused then. Raises `ConfigError`, and `CheckpointError` for a calibration of other weights.
-    """
-    if asked is not None:
-        return list(dict.fromkeys(_chosen(model, spec) for spec in asked))
-    method = model.calibrated_method()
-    if method is not None:
-        return [method]
-    if needs_exits:
-        raise ConfigError(f"{needs_exits}, and this model is not calibrated: calibrate it, or name --method.")
-    return [_build("dense")]
-
-
-def say_if_uncalibrated(model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None) -> None:
-    """Say on stderr, beside the results, that they are dense's because nothing else was asked for."""
-    if asked is None and model.calibration is None:
-        print(UNCALIBRATED, file=sys.stderr)
-
-
-def _build(spec: MethodSpec) -> Method[Any]:
-    from tokenexit.methods import build_method
-
-    return build_method(spec)
-
-
-def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
-    """What one specification stands for on this model."""
-    from dataclasses import replace
-
-    name, options = spec["name"], {key: value for key, value in spec.items() if key != "name"}
-    if name == CALIBRATED:
-        method = model.calibrated_method()
-        if method is None:
-            raise ConfigError(f"--method {CALIBRATED}: this model is not, run `tokenexit calibrate` or name another.")
-        return method
-    if "threshold" in options or name != calibrated_name(model):
-        return _build(spec)
-    try:
-        method = model.calibrated_method()
-    except CheckpointError:
-        raise ConfigError(
-            f"--method {name} takes the calibration's thresholds, which are of other weights or damaged: calibrate "
-            "again, or give --threshold, too."
-        ) from None
-    assert method is not None, "it has a name"
-    if replace(method, **options) != method:
-        given = " and ".join(f"--{key.replace('_', '-')}" for key in options)
-        raise ConfigError(f"{name} was calibrated with another {given}: give --threshold, too, or leave {given} out.")
-    return method
-
-
-def calibrated_name(model: ExitSegmenter) -> str | None:
-    """The name of the method that a model was calibrated for, whether or not the calibration can be used."""
-    return None if model.calibration is None else model.calibration.method_name
-
-
-def is_calibrated(model: ExitSegmenter, method: Method[Any]) -> bool:
-    """Whether this is the method, thresholds and all, that the model was calibrated for."""
-    with suppress(CheckpointError):  # a calibration of other weights is none of this model
-        return method.name == calibrated_name(model) and method == model.calibrated_method()
-    return False
-
-
-def methods_of(names: Sequence[str], options: Any) -> list[Method[Any]]:
-    from tokenexit.methods import build_method
-
-    return [build_method(spec) for spec in method_specs(names, options)]
-
-
-def numbers(name: str, text: str) -> Any:
-    """`0.95`, or `0.98/0.9/0.8` with one for each exit, each of them one number or `0.9,0.99,0.95` for every class."""
-    try:
-        exits = [tuple(float(part) for part in exit.split(",")) for exit in text.split("/")]
-    except ValueError:
-        raise ConfigError(f"--{name} {text} is no number: write 0.95, or 0.98/0.9/0.8 for one per exit.") from None
-    values = tuple(exit[0] if len(exit) == 1 else exit for exit in exits)
-    return values[0] if text.count("/") == text.count(",") == 0 else values
-
-
-def add_window_options(parser: argparse.ArgumentParser) -> None:
+def add_running_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `open_model`: windows, device, precision."""
     sides: dict[str, Any] = {"nargs": "+", "metavar": "PIXELS"}
-    parser.add_argument("--window", help="segment in windows of one side, or height and width; none: whole", **sides)
-    parser.add_argument("--stride", help="of the windows, which touch if it is not given", **sides)
+    group = parser.add_argument_group("windows")
+    group.add_argument(
+        "--window", help="size of sliding windows: one side, or height and width; none: the whole image", **sides
+    )
+    group.add_argument("--stride", help="stride of the windows; their size if not given", **sides)
+    add_machine_options(parser)
+
+
+def open_model(options: Any) -> ExitSegmenter:
+    """The model of `add_model_argument` on the machine, and in the windows, that were asked for."""
+    from tokenexit.segmenter import ExitSegmenter
+
+    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
+    if "window" in options:
+        set_windows(model, options)
+    return model
+
+
+def add_data_options(parser: argparse.ArgumentParser, split: str, images: str = "number of images, the first") -> None:
+    """Add the options of `dataset_of`, and `--limit`.
+
+    split: the default. images: which ones `--limit` leaves, for the help.
+    """
+    group = parser.add_argument_group("data")
+    group.add_argument(
+        "--data",
+        choices=tuple(DATASETS),
+        metavar="NAME",
+        help=f"dataset: {', '.join(DATASETS)}; that of the training if not given",
+    )
+    group.add_argument("--data-root", type=Path, help="folder of the dataset")
+    completes(group.add_argument("--split", default=split, help="part of the dataset"), ("train", "val", "test"))
+    group.add_argument("--limit", type=int, help=f"{images}; all if not given")
 
 
 def set_windows(model: ExitSegmenter, options: Any) -> None:
@@ -309,61 +186,33 @@ def share(text: str) -> float:
     return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
 
 
-def positive(name: str, value: int | None) -> None:
-    if value is not None and value < 1:
-        raise ConfigError(f"{name} {value} must be at least 1.")
+def check_counts(options: Any, *names: str) -> None:
+    """Refuse numbers, alone or in a list, below 1. names: of the options, with underscores."""
+    for name in names:
+        value = getattr(options, name)
+        for number in value if isinstance(value, list) else [value]:
+            if number is not None and number < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {number} must be at least 1.")
 
 
-def progress_bar(title: str) -> Callable[[Iterable[T]], Iterable[T]]:
-    """Progress of one loop on stderr: a bar on a terminal, elsewhere a line now and then."""
-    return progress_bars()(title)
+def add_image_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        default=[512],
+        help="image size: one side, or height and width",
+    )
 
 
-def progress_bars() -> Callable[[str], Callable[[Iterable[T]], Iterable[T]]]:
-    """The same for a command of many loops, by their titles: their lines keep one pace."""
-    from rich.console import Console
-    from rich.progress import track
-
-    console = Console(stderr=True)
-    if console.is_terminal:
-        return lambda title: lambda items: track(items, description=title, console=console)
-    due = pace(time.monotonic)
-    return lambda title: lambda items: progress_lines(title, items, due)
-
-
-def progress_lines(title: str, items: Iterable[T], due: Callable[[], bool]) -> Iterator[T]:
-    """Hands on `items` and says on stderr how many are done whenever a line is due."""
-    total = len(items) if isinstance(items, Sized) else None
-    start = time.monotonic()
-    for done, item in enumerate(items):
-        yield item
-        if due():
-            print(progress_line(title, done + 1, total, time.monotonic() - start), file=sys.stderr, flush=True)
-
-
-def progress_line(title: str, done: int, total: int | None, seconds: float) -> str:
-    """`evaluating: 12 of 100, 0:00:05 so far, 0:00:37 left`."""
-    so_far = timedelta(seconds=round(seconds))
-    if total is None:
-        return f"{title}: {done} done, {so_far} so far"
-    left = timedelta(seconds=round(seconds / done * (total - done)))
-    return f"{title}: {done} of {total}, {so_far} so far, {left} left"
-
-
-def pace(clock: Callable[[], float]) -> Callable[[], bool]:
-    """Tells, each time it is asked, whether a line is due: the first after `FIRST_LINE` seconds, the next ones
-    `LINES_APART`."""
-    due_at = clock() + FIRST_LINE
-
-    def due() -> bool:
-        nonlocal due_at
-        now = clock()
-        if now < due_at:
-            return False
-        due_at = now + LINES_APART
-        return True
-
-    return due
+def image_size(options: Any) -> tuple[int, int]:
+    """Height and width as `--image-size` says."""
+    sides = options.image_size
+    check_counts(options, "image_size")
+    if len(sides) > 2:
+        raise ConfigError(f"--image-size has {len(sides)} numbers: give one side, or height and width.")
+    return sides[0], sides[-1]
 
 
 def existing_folder(path: Path) -> Path:

@@ -1,28 +1,32 @@
-"""The command predict."""
+"""The command `predict`: segments images and videos."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.method_options import add_method_options, method_names
+from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, is_calibrated, say_if_uncalibrated
+from tokenexit.cli.method_options import add_method_choice
 from tokenexit.cli.options import (
-    add_machine_options,
-    add_window_options,
-    asked_methods,
-    chosen_methods,
+    add_model_argument,
+    add_running_options,
+    check_counts,
     command_parser,
-    is_calibrated,
-    machine_of,
-    positive,
-    progress_bar,
+    open_model,
     report_once,
-    say_if_uncalibrated,
-    set_windows,
 )
+from tokenexit.cli.progress import progress_bar
 from tokenexit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tokenexit.calibration.drift import Monitor
+    from tokenexit.methods import Method
+    from tokenexit.prediction.predict_files import Predicted
+    from tokenexit.segmenter import ExitSegmenter
 
 MAX_PIXELS = 7680 * 4320
 """Largest image that `predict` opens."""
@@ -36,13 +40,37 @@ PATIENCE = timedelta(days=30)
 
 @report_once()
 def predict(arguments: list[str]) -> int:
+    options = _parser().parse_args(arguments)
+    check_counts(options, "max_pixels", "max_tokens")
+    if not 0.1 <= options.fps <= 1000.0:
+        raise ConfigError(f"--fps {options.fps:g} is no rate of frames: give one from 0.1 to 1000.")
+    asked = asked_methods(options.method, options)
+    from tokenexit.runtime.distributed import all_or_none, process_group, rank_and_size
+
+    with process_group(PATIENCE):
+        with all_or_none():
+            model = open_model(options)
+            method, gate, monitor = _run_of(model, asked, options)
+        done = _predicted(model, method, gate, monitor, options)
+        first = rank_and_size()[0] == 0
+    if first:
+        warning = None if monitor is None else monitor.warning()
+        if warning is not None:
+            _say(warning)
+        _print_end(done, options)
+        if not done.failed:
+            say_if_uncalibrated(model, asked)
+    return 1 if done.failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
         "predict",
         "Segment images and videos: palette PNG masks at their size, overlays, exit maps, annotation formats of other "
         "tools. A second call goes on where the first one ended; torchrun shares the work among processes and "
         "machines.",
     )
-    parser.add_argument("model", type=Path, help="folder of a saved model")
+    add_model_argument(parser)
     parser.add_argument(
         "images",
         nargs="+",
@@ -50,86 +78,85 @@ def predict(arguments: list[str]) -> int:
         metavar="IMAGE|DIR",
         help="images, folders of them, @LIST with the path of one in each line; videos",
     )
-    parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder for the results, or a .zip")
-    parser.add_argument(
-        "--save", nargs="+", choices=SAVE, metavar="WHAT", default=list(SAVE[:3]), help=f"of {', '.join(SAVE)}"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="files that are there are made again")
-    parser.add_argument("--method", choices=method_names(), help="the calibrated one if not given, else dense")
-    add_method_options(parser)
-    parser.add_argument(
-        "--gate",
-        action=argparse.BooleanOptionalAction,
-        help="pass over exits that do not pay on this machine at an image's size, see `tokenexit gate`; on unless "
-        "thresholds are the calibration's",
-    )
-    add_window_options(parser)
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="largest image that is taken")
+    _add_output_options(parser)
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="largest number of pixels of an image")
     parser.add_argument(
         "--max-tokens",
         type=int,
         default=MAX_TOKENS,
-        help="most tokens that an image, or a window of one, may have; their time grows with the square",
+        help="largest number of tokens of an image, or of a window of one; their time grows with the square",
     )
-    parser.add_argument("--fps", type=float, default=25.0, help="frames per second of a video made of a folder")
     parser.add_argument(
+        "--gate",
+        action=argparse.BooleanOptionalAction,
+        help="no exits that do not pay on this machine at an image's size, see `tokenexit gate`; on unless "
+        "thresholds are the calibration's",
+    )
+    add_method_choice(parser)
+    add_running_options(parser)
+    return parser
+
+
+def _add_output_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("output")
+    group.add_argument("--out", type=Path, default=Path("predictions"), help="folder for the results, or a .zip")
+    group.add_argument(
+        "--save", nargs="+", choices=SAVE, metavar="WHAT", default=list(SAVE[:3]), help=f"results: {', '.join(SAVE)}"
+    )
+    group.add_argument("--overwrite", action="store_true", help="new results in place of those that are there")
+    group.add_argument("--fps", type=float, default=25.0, help="frames per second of a video made of a folder")
+    group.add_argument(
         "--image-url", default="/data/local-files/?d=", help="address before an image's name in Label Studio's tasks"
     )
-    add_machine_options(parser)
-    options = parser.parse_args(arguments)
-    positive("--max-pixels", options.max_pixels)
-    positive("--max-tokens", options.max_tokens)
-    if not 0.1 <= options.fps <= 1000.0:
-        raise ConfigError(f"--fps {options.fps:g} is no rate of frames: give one from 0.1 to 1000.")
+
+
+def _run_of(
+    model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None, options: argparse.Namespace
+) -> tuple[Method[Any], bool, Monitor | None]:
+    """The method, whether exits are closed where they do not pay, and what watches a calibrated run."""
     from tokenexit.calibration.drift import Monitor
     from tokenexit.calibration.store import reference_statistics_of
-    from tokenexit.prediction.outputs import OUTPUTS
-    from tokenexit.prediction.predict_files import predict_files
-    from tokenexit.runtime.distributed import all_or_none, process_group, rank_and_size
-    from tokenexit.segmenter import ExitSegmenter
 
-    asked = asked_methods(options.method and [options.method], options)
-    with process_group(PATIENCE):
-        with all_or_none():
-            model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
-            set_windows(model, options)
-            (method,) = chosen_methods(model, asked)
-            calibrated = is_calibrated(model, method)
-            gate = method.may_gate and not calibrated if options.gate is None else options.gate
-            monitor = Monitor(reference_statistics_of(model)) if calibrated and not gate else None
-        done = predict_files(
-            model,
-            options.images,
-            options.out,
-            method,
-            save=options.save,
-            overwrite=options.overwrite,
-            precision=options.precision,
-            max_pixels=options.max_pixels,
-            max_tokens=options.max_tokens,
-            fps=options.fps,
-            image_url=options.image_url,
-            gate=gate,
-            monitor=monitor,
-            progress=progress_bar("predicting"),
-            say=_say,
-        )
-        first = rank_and_size()[0] == 0
-    status = 1 if done.failed else 0
-    if not first:
-        return status
-    warning = None if monitor is None else monitor.warning()
-    if warning is not None:
-        _say(warning)
+    (method,) = chosen_methods(model, asked)
+    calibrated = is_calibrated(model, method)
+    gate = method.may_gate and not calibrated if options.gate is None else options.gate
+    return method, gate, Monitor(reference_statistics_of(model)) if calibrated and not gate else None
+
+
+def _predicted(
+    model: ExitSegmenter, method: Method[Any], gate: bool, monitor: Monitor | None, options: argparse.Namespace
+) -> Predicted:
+    from tokenexit.prediction.predict_files import predict_files
+
+    return predict_files(
+        model,
+        options.images,
+        options.out,
+        method,
+        save=options.save,
+        overwrite=options.overwrite,
+        precision=options.precision,
+        max_pixels=options.max_pixels,
+        max_tokens=options.max_tokens,
+        fps=options.fps,
+        image_url=options.image_url,
+        gate=gate,
+        monitor=monitor,
+        progress=progress_bar("predicting"),
+        say=_say,
+    )
+
+
+def _print_end(done: Predicted, options: argparse.Namespace) -> None:
+    from tokenexit.prediction.outputs import OUTPUTS
+
     if done.skipped:
         print(f"already there and left as they are: {done.skipped} (--overwrite makes them again)")
     if done.failed:
         print(f"images segmented: {done.images}, failed: {len(done.failed)}")
-    else:
-        *others, last = [OUTPUTS[name].title if name in OUTPUTS else "videos" for name in dict.fromkeys(options.save)]
-        say_if_uncalibrated(model, asked)
-        print(f"{', '.join(others)}{' and ' if others else ''}{last}: {_printable(options.out)}")
-    return status
+        return
+    *others, last = [OUTPUTS[name].title if name in OUTPUTS else "videos" for name in dict.fromkeys(options.save)]
+    print(f"{', '.join(others)}{' and ' if others else ''}{last}: {_printable(options.out)}")
 
 
 def _say(sentence: str) -> None:

@@ -177,9 +177,9 @@ def report_sections(
 
 def quickstart(arguments: list[str]) -> int:
     parser = command_parser("quickstart", "Train on drawn street scenes and compare Dense, DToP and DoViT in a report.")
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the model and report")
-    parser.add_argument("--minutes", type=float, default=2.5, help="how long to train, about")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is random")
+    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the model and the report")
+    parser.add_argument("--minutes", type=float, default=2.5, help="approximate time of training")
+    parser.add_argument("--seed", type=int, default=0, help="random seed")
     options = parser.parse_args(arguments)
 
     run_quickstart(options.out, minutes=options.minutes, seed=options.seed)

@@ -1,70 +1,34 @@
-"""The command report."""
+"""The command `report`: one HTML file of what a model reaches and costs."""
 
 from __future__ import annotations
 
+import argparse
 import shlex
 from pathlib import Path
 
-from tokenexit.cli.method_options import add_method_options, method_names
+from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, is_calibrated
+from tokenexit.cli.method_options import CALIBRATED, add_method_choice
 from tokenexit.cli.options import (
-    CALIBRATED,
-    add_machine_options,
-    add_window_options,
-    asked_methods,
-    chosen_methods,
+    add_data_options,
+    add_model_argument,
+    add_running_options,
+    check_counts,
     command_parser,
     dataset_of,
     in_windows,
-    is_calibrated,
-    machine_of,
-    positive,
-    progress_bar,
-    set_windows,
+    open_model,
 )
+from tokenexit.cli.progress import progress_bar
 
 
 def report(arguments: list[str]) -> int:
-    parser = command_parser("report", "One HTML file: what a model reaches, what it costs, and on which images.")
-    parser.add_argument("model", type=Path, help="folder of a saved model")
-    parser.add_argument("--data", help="dataset, such as scenes, camvid, folder; that of the training if not given")
-    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
-    parser.add_argument("--split", default="test", help="part of the dataset")
-    parser.add_argument("--limit", type=int, help="the first so many images only")
-    parser.add_argument(
-        "--method",
-        nargs="+",
-        choices=method_names(),
-        help="dtop, dovit, ...; the first is looked at closely; the calibrated one if not given",
-    )
-    add_method_options(parser, several=True)
-    parser.add_argument(
-        "--input-scale",
-        type=float,
-        nargs="*",
-        default=[0.9, 0.8, 0.7],
-        metavar="SCALE",
-        help="dense on smaller images",
-    )
-    parser.add_argument(
-        "--references",
-        choices=("yes", "no"),
-        default="yes",
-        help="lines of random exits and of a stop after each exit: a run more for each DToP row, and one for all stops",
-    )
-    parser.add_argument("--examples", type=int, default=3, help="of the cheapest and of the dearest images")
-    add_window_options(parser)
-    add_machine_options(parser)
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the file")
-    options = parser.parse_args(arguments)
-    positive("--limit", options.limit)
-    positive("--examples", options.examples)
+    options = _parser().parse_args(arguments)
+    check_counts(options, "limit", "examples")
+    asked = asked_methods(options.method, options)
     from tokenexit.evaluation.results import Scaled
     from tokenexit.report.model_report import report_model
-    from tokenexit.segmenter import ExitSegmenter
 
-    asked = asked_methods(options.method, options)
-    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
-    set_windows(model, options)
+    model = open_model(options)
     name, data = dataset_of(options)
     methods = chosen_methods(model, asked, "a report compares a method with dense")
     path = report_model(
@@ -83,3 +47,30 @@ def report(arguments: list[str]) -> int:
     )
     print(f"report: {path}")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("report", "One HTML file: what a model reaches, what it costs, and on which images.")
+    add_model_argument(parser)
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="HTML file")
+    add_data_options(parser, "test")
+    parser.add_argument(
+        "--input-scale",
+        type=float,
+        nargs="*",
+        default=[0.9, 0.8, 0.7],
+        metavar="SCALE",
+        help="factors on the images' sides of dense rows",
+    )
+    parser.add_argument(
+        "--references",
+        choices=("yes", "no"),
+        default="yes",
+        help="lines of random exits and of a stop after each exit: a run more for each DToP row, and one for all stops",
+    )
+    parser.add_argument(
+        "--examples", type=int, default=3, help="number of images shown of the cheapest, and of the dearest"
+    )
+    add_method_choice(parser, "calibrated one", several=True)
+    add_running_options(parser)
+    return parser

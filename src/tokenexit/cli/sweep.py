@@ -2,72 +2,48 @@
 
 from __future__ import annotations
 
+import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.method_options import add_method_options, method_names
+from tokenexit.cli.chosen_methods import methods_of
+from tokenexit.cli.method_options import add_method_options, method_names, threshold_method_names
 from tokenexit.cli.options import (
-    add_machine_options,
-    add_window_options,
+    add_data_options,
+    add_model_argument,
+    add_running_options,
+    check_counts,
     command_parser,
+    completes,
     dataset_of,
     in_windows,
-    machine_of,
-    methods_of,
-    positive,
-    progress_bars,
-    set_windows,
+    open_model,
 )
+from tokenexit.cli.progress import progress_bars
+
+if TYPE_CHECKING:
+    from tokenexit.calibration.calibration_set import CalibrationSet
 
 
 def sweep(arguments: list[str]) -> int:
-    parser = command_parser("sweep", "Curves of mIoU against GMACs: methods, one checkpoint, many thresholds.")
-    parser.add_argument("model", type=Path, help="folder of a saved model")
-    parser.add_argument("--data", help="dataset; that of the training if not given")
-    parser.add_argument("--data-root", type=Path, help="folder of the dataset")
-    parser.add_argument("--split", default="test", help="part of the dataset to evaluate on")
-    parser.add_argument("--limit", type=int, help="the first so many images only")
-    parser.add_argument("--tune-split", default="val", help="part of the dataset to choose thresholds on, unlabelled")
-    parser.add_argument("--tune-limit", type=int, help="so many of them only, drawn at random")
-    parser.add_argument(
-        "--method", nargs="+", choices=method_names(), default=["dtop", "dovit"], help="any but dense; one or several"
-    )
-    add_method_options(parser, several=True)
-    parser.add_argument("--points", type=int, default=8, help="of every method's curve")
-    parser.add_argument("--full-range", action="store_true", help="go on where agreement with dense has fallen off")
-    parser.add_argument("--keep", choices=("pixels", "classes"), default="classes", help="agreement to keep is over")
-    parser.add_argument("--input-scale", type=float, nargs="*", default=[0.5, 0.625, 0.75, 0.875], help="rivals: dense")
-    parser.add_argument("--out", type=Path, default=Path("sweep"), help="folder for sweep.json, .csv and .png")
-    add_window_options(parser)
-    add_machine_options(parser)
-    options = parser.parse_args(arguments)
-    for name in ("limit", "tune_limit", "points"):
-        positive(f"--{name.replace('_', '-')}", getattr(options, name))
-    from tokenexit.calibration.calibration_set import CalibrationSet, drawn
-    from tokenexit.evaluation.evaluate import check_classes
-    from tokenexit.report.sweep import sweep as run
-    from tokenexit.runtime.precision import inference
-    from tokenexit.segmenter import ExitSegmenter
-
-    by_hand = [m for m in methods_of(options.method, options) if hasattr(m, "threshold")] if options.threshold else []
+    options = _parser().parse_args(arguments)
+    check_counts(options, "limit", "tune_limit", "points")
+    by_hand = [m for m in methods_of(options.method, options) if m.thresholds is not None] if options.threshold else []
     options.threshold = None
     methods = methods_of(options.method, options)
-    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
-    set_windows(model, options)
-    name, data = dataset_of(options)
-    options.split, split = options.tune_split, options.split
-    _, tune = dataset_of(options)
-    check_classes(model, data)
-    count = len(data) if options.limit is None else min(options.limit, len(data))
-    progress = progress_bars()
-    with inference(model.device, options.precision):
+    from tokenexit.report.sweep import sweep as run
+    from tokenexit.runtime.precision import inference
+
+    shown, tune, about = _image_sets(options)
+    with inference(shown.model.device, options.precision):
         rows = run(
-            CalibrationSet(model, data, tuple(range(count)), options.precision, progress),
-            CalibrationSet(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress),
+            shown,
+            tune,
             methods,
             by_hand,
             options.input_scale,
             options.out,
-            {"data": name, "split": split, "tune_split": options.tune_split, "windows": in_windows(model)},
+            about,
             points=options.points,
             average=options.keep,
             full_range=options.full_range,
@@ -75,3 +51,70 @@ def sweep(arguments: list[str]) -> int:
         )
     print(f"{len(rows)} points: {options.out / 'sweep.png'}, sweep.csv and sweep.json")
     return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = command_parser("sweep", "Curves of mIoU against GMACs: methods, one checkpoint, many thresholds.")
+    add_model_argument(parser)
+    parser.add_argument("--out", type=Path, default=Path("sweep"), help="folder for sweep.json, .csv and .png")
+    add_data_options(parser, "test")
+    tune = parser.add_argument(
+        "--tune-split", default="val", help="part of the dataset that thresholds are chosen on, without labels"
+    )
+    completes(tune, ("train", "val", "test"))
+    parser.add_argument(
+        "--tune-limit", type=int, help="number of images of that part, drawn at random; all if not given"
+    )
+    _add_curve_options(parser)
+    names = method_names()
+    parser.add_argument(
+        "--method",
+        nargs="+",
+        metavar="NAME",
+        choices=names,
+        default=list(threshold_method_names()[:2]),
+        help=f"methods, each a curve: {', '.join(names)}",
+    )
+    add_method_options(parser, several=True)
+    add_running_options(parser)
+    return parser
+
+
+def _add_curve_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--points", type=int, default=8, help="number of points on every method's curve")
+    parser.add_argument(
+        "--full-range", action="store_true", help="points where agreement with dense has fallen off, too"
+    )
+    parser.add_argument(
+        "--keep",
+        choices=("pixels", "classes"),
+        default="classes",
+        help="units over which agreement with dense is averaged",
+    )
+    parser.add_argument(
+        "--input-scale",
+        type=float,
+        nargs="*",
+        default=[0.5, 0.625, 0.75, 0.875],
+        metavar="SCALE",
+        help="factors on the images' sides of a dense curve",
+    )
+
+
+def _image_sets(options: argparse.Namespace) -> tuple[CalibrationSet, CalibrationSet, dict[str, Any]]:
+    """Images to evaluate on, images to choose thresholds on, and where both are from."""
+    from tokenexit.calibration.calibration_set import CalibrationSet, drawn
+    from tokenexit.evaluation.evaluate import check_classes
+
+    model = open_model(options)
+    name, data = dataset_of(options)
+    _, tune = dataset_of(argparse.Namespace(**{**vars(options), "split": options.tune_split}))
+    check_classes(model, data)
+    count = len(data) if options.limit is None else min(options.limit, len(data))
+    progress = progress_bars()
+    about = {"data": name, "split": options.split, "tune_split": options.tune_split, "windows": in_windows(model)}
+    return (
+        CalibrationSet(model, data, tuple(range(count)), options.precision, progress),
+        CalibrationSet(model, tune, drawn(len(tune), options.tune_limit, 0), options.precision, progress),
+        about,
+    )

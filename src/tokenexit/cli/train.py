@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from tokenexit.cli.chosen_methods import given_method_options, method_specs
 from tokenexit.cli.completion import complete_values
+from tokenexit.cli.cost import BACKBONES, HEADS
 from tokenexit.cli.method_options import add_method_options, method_names
-from tokenexit.cli.options import asked_by_shell, given_method_options, method_specs
+from tokenexit.cli.options import asked_by_shell
 from tokenexit.errors import ConfigError
 
 
@@ -18,12 +20,14 @@ def train(arguments: list[str]) -> int:
 
     def add_options(parser: Any) -> None:
         parser.add_argument(
-            "--method", choices=method_names(), default=None, help="train with this method alone: dense, dtop, dovit"
+            "--method", choices=method_names(), default=None, help="method to train with alone, in place of methods"
         )
-        parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="plan of the run, checked and printed; nothing is done"
+        )
         add_method_options(parser)
         if asked_by_shell():
-            complete_values(parser)
+            complete_values(parser, _known_words())
 
     config, options = parse_train(arguments, add_options)
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))  # what shows before torch is loaded
@@ -43,3 +47,12 @@ def train(arguments: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(f"model: {config.out}")
     return 0
+
+
+def _known_words() -> dict[str, tuple[str, ...]]:
+    """What keys take that no type says, for a shell."""
+    from tokenexit.data.registry import DATASETS
+    from tokenexit.training.parsing import shipped_recipes
+
+    heads = dict.fromkeys(("model.exit_head", "model.decode_head"), HEADS)
+    return {"config": tuple(shipped_recipes()), "data.name": tuple(DATASETS), "model.backbone": BACKBONES, **heads}

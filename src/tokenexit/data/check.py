@@ -233,7 +233,7 @@ def check_dataset(
     """
     threads = (os.cpu_count() or 1) if workers is None else workers
     if threads < 1:
-        raise ConfigError(f"workers={workers} cannot read: give at least 1.")
+        raise ConfigError(f"workers must be at least 1, got {workers}: raise it.")
     given = dict(options or {})
     chosen = tuple(dict.fromkeys(splits)) if splits else dataset_splits(name, root, **given)
     if "unpaired" in dataset_options(name):

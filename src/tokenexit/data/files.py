@@ -71,7 +71,7 @@ class FileDataset:
         self, mask_format: MaskFormat, pairing: Pairing, unpaired: OnUnpaired = "refuse", note: str = ""
     ) -> None:
         if unpaired not in get_args(OnUnpaired):
-            raise ConfigError(f"unpaired={unpaired!r} is unknown: choose 'refuse' or 'skip'.")
+            raise ConfigError(f"unpaired must be 'refuse' or 'skip', got {unpaired!r}: choose one.")
         if unpaired == "refuse":
             pairing.require_partners()
         self.mask_format = mask_format

@@ -125,10 +125,10 @@ def build_mask_format(labels: Labels, masks: str, options: Mapping[str, Any]) ->
     """`IndexMasks` or `ColourMasks`. Raises `ConfigError` for an option that the other kind has."""
     own, other = (_INDEX_KEYS, _COLOUR_KEYS) if masks == "index" else (_COLOUR_KEYS, _INDEX_KEYS)
     if masks not in ("index", "colour"):
-        raise ConfigError(f"masks={masks!r} is unknown: choose 'index' or 'colour'.")
+        raise ConfigError(f"masks must be 'index' or 'colour', got {masks!r}: choose one.")
     for key in other:
         if options.get(key) not in (None, False, (), "refuse"):
-            raise ConfigError(f"{key}={options[key]!r} means nothing with masks={masks!r}: leave it out.")
+            raise ConfigError(f"{key}={options[key]!r} does not apply to masks={masks!r}: leave it out.")
     known = {key: options[key] for key in own if key in options}
     return IndexMasks(labels, **known) if masks == "index" else ColourMasks(labels, **known)
 
@@ -170,7 +170,7 @@ def _format_from(values: Mapping[str, Any]) -> MaskFormat:
         if key in options:
             options[key] = tuple(options[key])
     if not isinstance(options.get("reduce_zero_label", False), bool):
-        raise ConfigError(f"reduce_zero_label is {options['reduce_zero_label']!r}: write true or false.")
+        raise ConfigError(f"reduce_zero_label must be true or false, got {options['reduce_zero_label']!r}: correct it.")
     classes, masks = values["classes"] or [], values.get("masks", "index")
     if masks == "colour" and not values.get("palette"):
         raise ConfigError("masks are colours, but there is no palette: list the colour of each class.")

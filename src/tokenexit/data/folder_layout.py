@@ -29,7 +29,7 @@ from tokenexit.data.files import (
 from tokenexit.errors import ConfigError, DataError
 
 SPLIT = "{split}"
-"""Stands in the name of a folder for that of the split."""
+"""Placeholder of the split's name in the name of a folder."""
 DRAWN = {"train": 0.8, "val": 0.1, "test": 0.1}
 """Splits that are drawn by file name, and their shares."""
 EXPECTED = (

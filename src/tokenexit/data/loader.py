@@ -137,10 +137,10 @@ class ResumableSampler(Sampler[list[Draw]]):
         self.stop_step = None if stop_step is None else _checked("stop_step", stop_step, least=0)
         self.set_step(start_step)
         if rank >= num_processes:
-            raise ConfigError(f"rank={rank} does not exist among num_processes={num_processes}: count from 0.")
+            raise ConfigError(f"rank must be from 0 to {num_processes - 1}, got {rank}: count processes from 0.")
         if batch_size % num_processes:
             raise ConfigError(
-                f"batch_size={batch_size} is no multiple of the {num_processes} processes: choose one that is."
+                f"batch_size must be a multiple of the {num_processes} processes, got {batch_size}: choose another."
             )
 
     def set_step(self, step: int) -> None:
@@ -300,5 +300,5 @@ def _generator(seed: int, *key: int) -> np.random.Generator:
 
 def _checked(name: str, value: int, least: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}={value!r} is impossible here: give a whole number of at least {least}.")
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}: change it.")
     return value

@@ -69,7 +69,9 @@ class IndexMasks:
     def __post_init__(self) -> None:
         for value in self.ignore_values:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < _NUM_VALUES:
-                raise ConfigError(f"ignore_values holds {value!r}: give whole numbers from 0 to {_NUM_VALUES - 1}.")
+                raise ConfigError(
+                    f"ignore_values must be whole numbers from 0 to {_NUM_VALUES - 1}, got {value!r}: correct it."
+                )
         first, ignore = int(self.reduce_zero_label), self.labels.ignore_index
         if first + self.labels.num_classes > _NUM_VALUES:
             raise ConfigError(f"{self.labels.num_classes} classes do not fit into 16-bit masks: use fewer.")
@@ -130,7 +132,9 @@ class ColourMasks:
 
     def __post_init__(self) -> None:
         if self.unknown_colours not in get_args(UnknownColours):
-            raise ConfigError(f"unknown_colours={self.unknown_colours!r} is unknown: choose 'refuse' or 'ignore'.")
+            raise ConfigError(
+                f"unknown_colours must be 'refuse' or 'ignore', got {self.unknown_colours!r}: choose one."
+            )
         object.__setattr__(self, "ignore_colours", tuple(_checked_colour(colour) for colour in self.ignore_colours))
         ignore = self.labels.ignore_index
         meaning: dict[int, int] = {}
@@ -170,8 +174,8 @@ class ColourMasks:
         return codes
 
     def translate(self, codes: Codes) -> tuple[Mask, Unknown]:
-        place = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
-        mask, known = self._target[place], self._codes[place] == codes
+        nearest = np.searchsorted(self._codes, codes).clip(max=len(self._codes) - 1)
+        mask, known = self._target[nearest], self._codes[nearest] == codes
         if known.all():
             return mask, {}
         mask[~known] = self.labels.ignore_index
@@ -248,7 +252,9 @@ def _checked_colour(colour: Any) -> Colour:
         or len(colour) != 3
         or not all(isinstance(c, int) and not isinstance(c, bool) and 0 <= c <= 255 for c in colour)
     ):
-        raise ConfigError(f"ignore_colours holds {colour!r}: a colour is three whole numbers from 0 to 255.")
+        raise ConfigError(
+            f"ignore_colours must hold three whole numbers from 0 to 255 each, got {colour!r}: correct it."
+        )
     return colour[0], colour[1], colour[2]
 
 

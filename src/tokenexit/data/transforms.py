@@ -86,9 +86,13 @@ class RandomResize:
     def __post_init__(self) -> None:
         low, high = self.ratio
         if not 0.0 < low <= high < float("inf"):
-            raise ConfigError(f"RandomResize ratio={self.ratio} is no range: give (low, high) with 0 < low <= high.")
+            raise ConfigError(
+                f"RandomResize ratio must be (low, high) with 0 < low <= high, got {self.ratio}: correct it."
+            )
         if self.base is not None and min(self.base) < 1:
-            raise ConfigError(f"RandomResize base={self.base} is no size: give (long, short) in pixels, at least 1.")
+            raise ConfigError(
+                f"RandomResize base must be (long, short) of at least 1 pixel, got {self.base}: correct it."
+            )
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         ratio = float(rng.uniform(*self.ratio))
@@ -112,7 +116,7 @@ class RandomCrop:
     def __post_init__(self) -> None:
         _check_pixels("RandomCrop size", self.size)
         if not 0.0 < self.cat_max_ratio <= 1.0:
-            raise ConfigError(f"RandomCrop cat_max_ratio={self.cat_max_ratio} is no share: give a number in (0, 1].")
+            raise ConfigError(f"RandomCrop cat_max_ratio must lie in (0, 1], got {self.cat_max_ratio}: change it.")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         height, width = min(self.size[0], sample.size[0]), min(self.size[1], sample.size[1])
@@ -143,7 +147,7 @@ class RandomFlip:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.probability <= 1.0:
-            raise ConfigError(f"RandomFlip probability={self.probability} is none: give a number in 0..1.")
+            raise ConfigError(f"RandomFlip probability must lie in [0, 1], got {self.probability}: change it.")
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample:
         if rng.random() >= self.probability:
@@ -171,7 +175,8 @@ class PhotometricDistortion:
             low, high = getattr(self, name)
             if not 0.0 <= low <= high:
                 raise ConfigError(
-                    f"PhotometricDistortion {name}={(low, high)} is no range: give (low, high) with 0 <= low <= high."
+                    f"PhotometricDistortion {name} must be (low, high) with 0 <= low <= high, got {(low, high)}: "
+                    "correct it."
                 )
         if self.brightness < 0 or self.hue < 0:
             raise ConfigError(

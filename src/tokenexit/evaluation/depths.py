@@ -34,7 +34,7 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
     grids = [dense.grid(i) for i in range(len(dense))]
     tokens = dense.ledger.tokens
     outputs = []
-    for n, stage in enumerate(dense.exit_records):
+    for n, record in enumerate(dense.exit_records):
         ran = [
             replace(ExitRecord(), head_tokens=tokens) if m == n else ExitRecord()
             for m in range(len(dense.exit_records))
@@ -49,16 +49,16 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
             exit_records=(),
         )
         if n < len(exits):
-            assert stage.logits is not None, "a pass with exit records has the maps of all exits"
-            cells = [count * stage.scale**2 for count in tokens]
-            softmax = stage.kind == "softmax"
-            image = Packing.of(cells, stage.logits.device).image_index()
-            scores = stage.logits if softmax else class_scores(stage.kind, stage.logits, stage.presence, image)
+            assert record.logits is not None, "a pass with exit records has the maps of all exits"
+            cells = [count * record.scale**2 for count in tokens]
+            softmax = record.kind == "softmax"
+            image = Packing.of(cells, record.logits.device).image_index()
+            scores = record.logits if softmax else class_scores(record.kind, record.logits, record.presence, image)
             maps = [
-                own.view(h * stage.scale, w * stage.scale, -1).permute(2, 0, 1)
+                own.view(h * record.scale, w * record.scale, -1).permute(2, 0, 1)
                 for own, (h, w) in zip(torch.split(scores, cells), grids)
             ]
             value: Value = "logits" if softmax else "scores"
-            out = replace(out, grid_logits=tuple(maps), value=value, upscale=stage.upscale)
+            out = replace(out, grid_logits=tuple(maps), value=value, upscale=record.upscale)
         outputs.append(out)
     return outputs

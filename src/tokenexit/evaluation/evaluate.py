@@ -136,10 +136,12 @@ def evaluate(
     if isinstance(methods, Method | Scaled | str | Mapping):
         methods = [methods]
     if limit is not None and limit < 1:
-        raise ConfigError(f"limit={limit} leaves no image: give at least 1.")
+        raise ConfigError(f"limit must be at least 1, got {limit}: raise it.")
     count = len(data) if limit is None else min(limit, len(data))
     if count == 0 or not methods:
-        raise ConfigError(f"{count} images and {len(methods)} methods are nothing to evaluate: give one of each.")
+        raise ConfigError(
+            f"evaluate needs at least one image and one method, got {count} and {len(methods)}: give one of each."
+        )
     classes = model.config.num_classes
     lines = (("random", "oracle") if references else ()) if isinstance(references, bool) else tuple(references)
     rows = [

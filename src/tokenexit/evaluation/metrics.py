@@ -21,7 +21,7 @@ BOUNDARY_RATIO = 0.02
 """Boundary distance as a share of the image diagonal (Cheng et al., CVPR 2021)."""
 
 _OUTSIDE = -1
-"""Stands for "no class" where boundaries are sought: void pixels and all that lies beyond the image."""
+"""The label of "no class" in boundaries: void pixels and everything outside the image."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """Methods decide which tokens leave, what remains of them, and what the result is made of."""
 
+import inspect
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 from tokenexit.errors import ConfigError
@@ -20,6 +21,24 @@ METHODS: dict[str, type[Method[Any]]] = {
     method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
 }
 GATED: dict[str, type[Method[Any]]] = {method.name: method for method in (Gated, GatedBySize)}
+
+
+def register(kind: type[Method[Any]]) -> type[Method[Any]]:
+    """Make a method known by its name: to YAML, the command line and its completion, calibration, the HTTP API.
+
+    kind: a frozen dataclass with a `name` and a `title`, every field of which has a default. Usable as a decorator;
+    returns `kind`. Raises `ConfigError` for what is no such class and for a name that is taken.
+    """
+    name = getattr(kind, "name", None)
+    if not (isinstance(kind, type) and issubclass(kind, Method) and isinstance(name, str) and hasattr(kind, "title")):
+        raise ConfigError(f"{kind!r} is no method: register a subclass of Method with a name and a title.")
+    if inspect.isabstract(kind) or not is_dataclass(kind):
+        raise ConfigError(f"method '{name}' is no whole dataclass: supply what Method leaves open, and @dataclass.")
+    if (METHODS | GATED).get(name, kind) is not kind:
+        raise ConfigError(f"method '{name}' is registered already: choose another name.")
+    METHODS[name] = kind
+    return kind
+
 
 MethodSpec = str | Mapping[str, Any]
 """A method's name, or a mapping with `name` and the method's own fields: `{"name": "dtop", "threshold": 0.95}`."""
@@ -104,5 +123,6 @@ __all__ = [
     "Truncated",
     "as_method",
     "build_method",
+    "register",
     "spec_of",
 ]

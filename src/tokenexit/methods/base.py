@@ -144,6 +144,8 @@ class Method(ABC, Generic[State]):
     has_exits: ClassVar[bool] = True
     calibrates: ClassVar[bool] = False
     may_gate: ClassVar[bool] = False
+    offered: ClassVar[bool] = False
+    """Whether the page of `tokenexit serve` offers it; its HTTP API takes every method."""
     always_named: ClassVar[tuple[str, ...]] = ()
 
     @property

@@ -70,7 +70,9 @@ class FixedRatio(Method[DToPState]):
         return [replace(self, ratios=each) for each in ratios]
 
     def for_export(self) -> Method[Any]:
-        self.refuse("a cap counts tokens on the host and cannot be exported: export dense, dtop or dovit.")
+        self.refuse(
+            "a cap counts tokens on the host and cannot be exported: choose a method that has thresholds, such as dtop."
+        )
 
     def check(self, model: ModelView) -> None:
         self._for(model).check(model)

@@ -19,6 +19,7 @@ class Dense(Method[tuple[ExitRecord, ...]]):
     name: ClassVar[str] = "dense"
     title: ClassVar[str] = "Dense"
     has_exits: ClassVar[bool] = False
+    offered: ClassVar[bool] = True
 
     def check(self, model: ModelView) -> None:
         """Accept every model."""

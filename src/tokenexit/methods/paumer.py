@@ -35,6 +35,7 @@ class PAUMER(DoViT):
 
     name: ClassVar[str] = "paumer"
     title: ClassVar[str] = "PAUMER"
+    offered: ClassVar[bool] = False  # beside DoViT it shows little that is new
 
     threshold: Thresholds = 0.95
     blend_weight: float = 0.0

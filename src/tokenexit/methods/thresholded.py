@@ -121,6 +121,7 @@ class ThresholdMethod(Method[State]):
     """
 
     calibrates: ClassVar[bool] = True
+    offered: ClassVar[bool] = True
     always_named: ClassVar[tuple[str, ...]] = ("threshold",)
     decodes_grid: ClassVar[bool]
 
@@ -216,7 +217,7 @@ def calibratable(method: Method[Any]) -> ThresholdMethod[Any]:
     Raises `ConfigError` for one that has none, and for one in which images decide for each other.
     """
     if not isinstance(method, ThresholdMethod) or not method.calibrates:
-        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose dtop, dovit or paumer.")
+        raise ConfigError(f"method '{method.name}' has no thresholds to calibrate: choose one that has, such as dtop.")
     if not method.batch_independent:
         raise ConfigError("batch_mode='mean' lets images decide for each other: calibrate with batch_mode='exact'.")
     return method

@@ -286,8 +286,8 @@ class Engine:
 
 
 @dataclass(frozen=True)
-class Keep:
-    """Where results go and which of them. film: whether each job makes one, of `fps` frames a second."""
+class ResultWriter:
+    """Writes the chosen outputs. film: whether each work item makes a video, of `fps` frames a second."""
 
     results: OutputFolder
     outputs: Mapping[str, Output]
@@ -325,7 +325,7 @@ class Worker:
     """
 
     engine: Engine
-    keep: Keep
+    writer: ResultWriter
     say: Say = quiet
     images: int = 0
     failed: list[tuple[int, str]] = field(default_factory=list)
@@ -353,7 +353,7 @@ class Worker:
                     except DataError as error:  # at the end of a film
                         self._fail(index, str(error))
         except OSError as error:
-            raise self.keep.results.unwritable(error) from None
+            raise self.writer.results.unwritable(error) from None
 
     def _fail(self, index: int, sentence: str) -> None:
         self.failed.append((index, sentence))
@@ -392,7 +392,7 @@ class Worker:
                 elif isinstance(answer := next(answers), Failure):
                     coming.append(answer)
                 else:
-                    coming.append(writers.submit(self.keep.write, item.name, answer))
+                    coming.append(writers.submit(self.writer.write, item.name, answer))
             yield from waiting
             waiting = coming
         yield from waiting
@@ -406,7 +406,7 @@ class Worker:
                 try:
                     frame = self._frame(each)
                     if frame is not None and whole_so_far:
-                        add = add or film.enter_context(self.keep.film_of(job))
+                        add = add or film.enter_context(self.writer.film_of(job))
                         add(frame)
                 except DataError as error:
                     self._fail(index, str(error))
@@ -414,7 +414,7 @@ class Worker:
             if not whole_so_far:
                 raise _Spoiled
         if job.video is not None:
-            self.keep.results.write(count_file(job), f"{each.frames}\n")
+            self.writer.results.write(count_file(job), f"{each.frames}\n")
 
     def _frame(self, each: Future[Image.Image | None] | Failure) -> Image.Image | None:
         if isinstance(each, Failure):

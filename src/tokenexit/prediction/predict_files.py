@@ -38,7 +38,7 @@ from tokenexit.inputs.sources import (
 from tokenexit.methods import Method, build_method, spec_of
 from tokenexit.prediction.label_studio import LOCAL_FILES
 from tokenexit.prediction.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, CallInfo, Output
-from tokenexit.prediction.pipeline import MAX_TOKENS, Engine, Keep, Limits, Worker, count_file
+from tokenexit.prediction.pipeline import MAX_TOKENS, Engine, Limits, ResultWriter, Worker, count_file
 from tokenexit.prediction.store import OutputFolder
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.distributed import all_or_none, from_first, gather, rank_and_size
@@ -114,9 +114,9 @@ def predict_files(
     """
     model.check(method)
     if monitor is not None and (gate or method.inner is not method):
-        raise ConfigError("a monitor wants to see every exit, and gate closes some: give one of the two.")
+        raise ConfigError("a monitor must see every exit, and gate closes some: give one of the two.")
     if max_tokens < 1:
-        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}.")
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}: raise it.")
     films = VIDEO in save
     outputs = chosen_outputs(save)
     results = OutputFolder(out)
@@ -139,7 +139,7 @@ def predict_files(
     jobs, method = from_first((jobs, method))
     about = CallInfo(classes_of(model), f"tokenexit {model.fingerprint()}", image_url)
     engine = Engine(model, method, precision, "scores" in outputs, monitor)
-    worker = Worker(engine, Keep(results, outputs, about, films, fps), say)
+    worker = Worker(engine, ResultWriter(results, outputs, about, films, fps), say)
     with all_or_none():
         mine = jobs[rank::processes]
         done = results.files() if any(job.video for job in mine) and not films else set()

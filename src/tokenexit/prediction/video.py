@@ -18,7 +18,7 @@ CODECS = ("libx264", "mpeg4")
 """The first one that PyAV was built with encodes: H.264, which browsers play, or what every build has."""
 
 RATE = Fraction(25)
-"""Frames per second of a video that does not say."""
+"""Frames per second of a video without a rate."""
 
 
 def frames(path: Path, max_pixels: int = MAX_PIXELS) -> Iterator[Callable[[], Image.Image]]:

@@ -1,9 +1,9 @@
-"""A line chart as SVG text, legible in light and dark, without a library."""
+"""Line charts and histograms as SVG text, legible in light and dark, without a library."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -25,7 +25,7 @@ Box: TypeAlias = tuple[float, float, float, float]  # left, top, right, bottom i
 
 
 class Point(NamedTuple):
-    """One measurement; its label stands beside it. low, high: ends of a whisker, where its uncertainty is known."""
+    """One measurement, with a label beside it. low, high: ends of a whisker, where its uncertainty is known."""
 
     x: float
     y: float
@@ -43,8 +43,8 @@ class Series:
 
 
 def collapse_floor(values: Sequence[float], reference: float) -> float | None:
-    """Where the axis of mIoU ends, so that a collapse does not flatten all else: three quarters of the reference; None
-    if no value lies below that."""
+    """Return the lower end of the mIoU axis, so that a collapse does not flatten the rest: three quarters of the
+    reference; None if no value lies below that."""
     floor = COLLAPSE * reference
     return floor if any(value < floor for value in values) and any(value >= floor for value in values) else None
 
@@ -58,7 +58,7 @@ def line_chart_svg(
     height: int = 340,
     floor: float | None = None,
 ) -> str:
-    """A line chart as SVG text, for a page or a file of its own. title: what it shows, for those who do not see it.
+    """Draw a line chart as SVG text, for a page or a file of its own. title: alternative text.
 
     Series differ by colour and by marker; colours change with the reader's light or dark scheme. Labels that
     would cover something else are left to the marker's tooltip. width, height: drawing units; the chart scales.
@@ -75,53 +75,60 @@ def line_chart_svg(
     heights = [y for p in above for y in (p.y, p.low, p.high) if y is not None and (floor is None or y >= floor)]
     x_ticks, y_ticks = (nice_ticks(min(v), max(v)) for v in ([p.x for p in points], heights))
 
-    def place(point: Point) -> tuple[float, float]:
+    def position(point: Point) -> tuple[float, float]:
         across = (point.x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
         up = max(0.0, (point.y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0]))
         return left + across * (right - left), bottom - up * (bottom - top)
 
     parts = [legend]
     for tick in y_ticks:
-        y = place(Point(x_ticks[0], tick))[1]
-        parts.append(f'<path class="tx-grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        parts.append(_text(left - 9, y + 4.5, _number(tick, y_ticks), "end", "tx-soft"))
+        parts.append(_grid_line(position(Point(x_ticks[0], tick))[1], left, right, _number(tick, y_ticks)))
     for tick in x_ticks:
-        parts.append(_text(place(Point(tick, y_ticks[0]))[0], bottom + 20, _number(tick, x_ticks), "middle", "tx-soft"))
-    parts.append(_text((left + right) / 2, height - 8, x_label, "middle"))
-    turned = f"translate(15 {(top + bottom) / 2:.1f}) rotate(-90)"
-    parts.append(f'<g transform="{turned}">{_text(0, 0, y_label, "middle")}</g>')
+        x = position(Point(tick, y_ticks[0]))[0]
+        parts.append(_text(x, bottom + 20, _number(tick, x_ticks), "middle", "tx-soft"))
+    parts.append(_axis_labels((left, top, right, bottom), height, x_label, y_label))
+    parts += _curves(series, (x_label, y_label), position, floor, (left, legend_height, right, bottom))
+    return _svg(parts, title or f"{y_label} against {x_label}", width, height)
 
-    placed = [[place(point) for point in one.points] for one in series]
+
+def _curves(
+    series: Sequence[Series],
+    axes: tuple[str, str],
+    position: Callable[[Point], tuple[float, float]],
+    floor: float | None,
+    frame: Box,
+) -> list[str]:
+    """Draw lines, markers, whiskers and those labels that find a free box in the frame.
+
+    axes: the labels of x and y. position: the drawing position of a point.
+    """
+    parts = []
+    placed = [[position(point) for point in one.points] for one in series]
     taken = [_around(x, y, 6) for spots in placed for x, y in spots]
     taken += [_around(x, y, 2) for spots in placed for x, y in _along(spots)]
     for number, (one, spots) in enumerate(zip(series, placed)):
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
         parts.append(f'<g class="tx-{number % 4}"><polyline points="{line}"/>')
         for point, (x, y) in zip(one.points, spots):
-            tip = f"{one.name} {point.label}: {x_label} {point.x:g}, {y_label} {point.y:g}"
+            tip = f"{one.name} {point.label}: {axes[0]} {point.x:g}, {axes[1]} {point.y:g}"
             below = floor is not None and point.y < floor
             label = f"{point.y:.1f} below" if below else point.label
             if point.low is not None and point.high is not None and not below:
-                ends = [place(point._replace(y=end))[1] for end in (point.low, point.high)]
+                ends = [position(point._replace(y=end))[1] for end in (point.low, point.high)]
                 parts.append(f'<path class="tx-whisker" d="M{x:.1f} {ends[0]:.1f}V{ends[1]:.1f}"/>')
             parts.append(_arrow(x, y, tip) if below else _marker(number, x, y, tip))
-            spot = _free_spot(x, y, label, taken, (left, legend_height, right, bottom)) if label else None
+            spot = _free_spot(x, y, label, taken, frame) if label else None
             if spot:
                 taken.append(spot)
                 parts.append(_text(spot[0], spot[3] - 4, label, "start", "tx-label"))
         parts.append("</g>")
-    name = escape(title or f"{y_label} against {x_label}", quote=True)
-    drawing = "\n".join(parts)
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{name}">\n'
-        f"<style>{_chart_style()}</style>\n{drawing}\n</svg>"
-    )
+    return parts
 
 
 def histogram_svg(
     values: Sequence[float], x_label: str, y_label: str, bins: int = 20, width: int = 480, height: int = 240
 ) -> str:
-    """How many of the values lie where, in at most `bins` bars of equal width between round numbers, as SVG text."""
+    """Draw a histogram of at most `bins` bars of equal width between round numbers, as SVG text."""
     if not values or not all(map(math.isfinite, values)):
         raise ConfigError("the histogram has no value, or one that is not finite: give finite values.")
     ticks = nice_ticks(min(values), max(values), bins)
@@ -134,9 +141,7 @@ def histogram_svg(
     wide, high = (right - left) / len(counts), (bottom - top) / y_ticks[-1]
     parts = []
     for tick in y_ticks:
-        y = bottom - tick * high
-        parts.append(f'<path class="tx-grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>')
-        parts.append(_text(left - 9, y + 4.5, f"{tick:.0f}", "end", "tx-soft"))
+        parts.append(_grid_line(bottom - tick * high, left, right, f"{tick:.0f}"))
     every = math.ceil(len(ticks) / 8)
     for n, tick in enumerate(ticks):
         if n % every == 0:
@@ -147,18 +152,35 @@ def histogram_svg(
         if count:
             bar = f"M{x + 1:.1f} {bottom:.1f}V{y:.1f}H{x + wide - 1:.1f}V{bottom:.1f}Z"
             parts.append(f'<g class="tx-0"><path class="tx-marker" d="{bar}"><title>{escape(tip)}</title></path></g>')
-    parts.append(_text((left + right) / 2, height - 8, x_label, "middle"))
+    parts.append(_axis_labels((left, top, right, bottom), height, x_label, y_label))
+    return _svg(parts, f"{y_label} by {x_label}", width, height)
+
+
+def _grid_line(y: float, left: float, right: float, label: str) -> str:
+    """Draw a horizontal grid line with its label."""
+    line = f'<path class="tx-grid" d="M{left:.1f} {y:.1f}H{right:.1f}"/>'
+    return f"{line}\n{_text(left - 9, y + 4.5, label, 'end', 'tx-soft')}"
+
+
+def _axis_labels(box: Box, height: int, x_label: str, y_label: str) -> str:
+    """Draw the labels of both axes around the box."""
+    left, top, right, bottom = box
     turned = f"translate(15 {(top + bottom) / 2:.1f}) rotate(-90)"
-    parts.append(f'<g transform="{turned}">{_text(0, 0, y_label, "middle")}</g>')
-    name, drawing = escape(f"{y_label} by {x_label}", quote=True), "\n".join(parts)
+    across = _text((left + right) / 2, height - 8, x_label, "middle")
+    return f'{across}\n<g transform="{turned}">{_text(0, 0, y_label, "middle")}</g>'
+
+
+def _svg(parts: Sequence[str], name: str, width: int, height: int) -> str:
+    """Wrap the parts of a drawing. name: its alternative text."""
+    drawing, label = "\n".join(parts), escape(name, quote=True)
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{name}">\n'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" role="img" aria-label="{label}">\n'
         f"<style>{_chart_style()}</style>\n{drawing}\n</svg>"
     )
 
 
 def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
-    """Round numbers 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
+    """Return round numbers 1, 2 or 5 times a power of ten apart, from at or below `low` to at or above `high`."""
     if high - low <= max(1e-12, 1e-9 * max(abs(low), abs(high))):  # labels could not tell them apart
         low, high = low - max(1.0, abs(low) * 0.1), high + max(1.0, abs(high) * 0.1)
     rough = (high - low) / about
@@ -170,13 +192,13 @@ def nice_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def _number(tick: float, ticks: Sequence[float]) -> str:
-    """With as many decimals as the distance of ticks needs, and at most as many as `float` holds."""
+    """Write a tick with as many decimals as the distance of ticks needs, and at most as many as `float` holds."""
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     return f"{tick:.{min(decimals, 12)}f}".replace("-", "−")
 
 
 def _legend(names: Sequence[str], width: int) -> tuple[str, float]:
-    """Marker and name of each series in rows from the top left, and the height that they take."""
+    """Draw marker and name of each series in rows from the top left; also return their height."""
     parts, x, y = [], 12.0, 14.0
     for number, name in enumerate(names):
         needed = 16 + _width(name) + 20
@@ -194,7 +216,7 @@ def _marker(number: int, x: float, y: float, tip: str = "") -> str:
 
 
 def _arrow(x: float, y: float, tip: str) -> str:
-    """Stands on the lower edge for a point below it."""
+    """Draw an arrow on the lower edge, for a point below it."""
     shape = f'd="M-6-8H6L0 2Z"><title>{escape(tip)}</title></path>'
     return f'<path class="tx-marker tx-below" transform="translate({x:.1f} {y:.1f})" {shape}'
 
@@ -213,13 +235,13 @@ def _around(x: float, y: float, reach: float) -> Box:
 
 
 def _along(spots: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Places along the line, close enough that no label slips between two of them."""
+    """Return points along the line, close enough that no label slips between two of them."""
     shares = [i / 24 for i in range(25)]
     return [(x + s * (u - x), y + s * (v - y)) for (x, y), (u, v) in pairwise(spots) for s in shares]
 
 
 def _free_spot(x: float, y: float, label: str, taken: Sequence[Box], frame: Box) -> Box | None:
-    """The first free place above, below, right or left of a point, or on its four diagonals."""
+    """Return the first free box above, below, right or left of a point, or on its four diagonals."""
     w, h = _width(label), _FONT + 3.0
     corners = [(-w / 2, -h - 8), (-w / 2, 8), (10, -h / 2), (-w - 10, -h / 2)]
     corners += [(6, 5), (-w - 6, -h - 5), (6, -h - 5), (-w - 6, 5)]

@@ -1,4 +1,4 @@
-"""Evaluations as tables and as a JSON file."""
+"""Results of evaluations as tables and as a JSON file."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 
 OVER_IMAGES = (
-    "Ends of the 95 % bootstrap interval over these images (1,000 resamples): what other images of the kind would "
-    "change. Another training is not in it."
+    "The 95 % bootstrap interval over these images (1,000 resamples): what other images of the kind would change. "
+    "The variance of training is not included."
 )
-TO_DENSE = "The same of mIoU minus dense mIoU on the same images, which is known better than either."
+TO_DENSE = "The same interval of mIoU minus dense mIoU on the same images, which is usually narrower than either."
 
 
 def main_table(
     results: Sequence[Evaluation], latency: bool = True, spread: bool = False, intervals: bool = False
 ) -> Table:
-    """One row per method: accuracy, compute, tokens left, and time; 100 columns of a terminal hold it.
+    """Make the main table, one row per method: accuracy, compute, live tokens and time; it fits into 100 columns.
 
     spread: with the 5th and 95th percentile of multiply-adds, for wider places. intervals: with those of mIoU, and of
     its difference to dense, over images.
@@ -77,14 +77,14 @@ def main_table(
 
 
 def class_table(results: Sequence[Evaluation], names: Sequence[str]) -> Table:
-    """IoU of every class, one column per method."""
+    """Make a table of the IoU of every class, one column per method."""
     columns = [Column("class"), *(Column(result.label, "{:.1f}", "right") for result in results)]
     rows = [[name, *(result.scores.iou[i] for result in results)] for i, name in enumerate(names)]
     return Table(columns, rows, caption="IoU per class, percent")
 
 
 def late_blocks_note(model: ExitSegmenter, results: Sequence[Evaluation]) -> str | None:
-    """One sentence if stopping at an exit is at least as good as dense on these images; None if it is at none."""
+    """Return a sentence if stopping at an exit is at least as good as dense on these images, else None."""
     found = {result.method: result for result in results if result.input_scale == 1.0}
     exits, depth = model.config.exits, model.config.backbone.depth
     stops = [(n, found[Truncated(n)].scores.miou) for n in range(1, len(exits) + 1) if Truncated(n) in found]
@@ -104,7 +104,7 @@ def late_blocks_note(model: ExitSegmenter, results: Sequence[Evaluation]) -> str
 
 
 def _can_stop(model: ExitSegmenter, after: int) -> bool:
-    """Whether `Truncated` runs on this model, of whose heads it wants one resolution."""
+    """Return whether `Truncated` runs on this model; it needs exit heads of one resolution."""
     try:
         model.check(Truncated(after))
     except ConfigError:
@@ -113,7 +113,7 @@ def _can_stop(model: ExitSegmenter, after: int) -> bool:
 
 
 def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], about: Mapping[str, Any]) -> None:
-    """All figures and what they were measured with, written whole or not at all; what is NaN becomes null."""
+    """Write all figures and the setup of the measurement atomically; NaN becomes null."""
     machine = {
         "tokenexit": __version__,
         "torch": torch.__version__,
@@ -127,17 +127,17 @@ def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], 
 
 
 def _ends(form: str) -> Callable[[tuple[float, float]], str]:
-    """Both ends of an interval in one form."""
+    """Return a function that writes both ends of an interval in this form."""
     return lambda ends: " to ".join(form.format(end) for end in ends)
 
 
 def _percents(shares: Sequence[float]) -> str:
-    """Shares as `62/41/30`."""
+    """Write shares as `62/41/30`."""
     return "/".join(f"{100 * share:.0f}" for share in shares)
 
 
 def without_nan(value: Any) -> Any:
-    """The same with None for NaN, which JSON does not know."""
+    """Replace NaN, which JSON does not know, by None."""
     if isinstance(value, Mapping):
         return {key: without_nan(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

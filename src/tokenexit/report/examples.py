@@ -1,4 +1,4 @@
-"""One image and what methods make of it, side by side."""
+"""One image and the predictions of several methods, side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tokenexit.segmenter import ExitSegmenter
 
 
 def example(model: ExitSegmenter, sample: Sample, methods: Sequence[Method[Any]], labels: Labels) -> list[Figure]:
-    """Image, truth, and for every method its prediction and, but for dense, where tokens left."""
+    """Make figures of image, ground truth and, for every method, its prediction and (but for dense) its exit map."""
     figures = [
         Figure(sample.image, "image"),
         Figure(colorize(sample.mask, labels.palette, labels.ignore_index), "truth"),

@@ -1,4 +1,4 @@
-"""One HTML file that needs nothing else: text, tables, images and a chart, for light and dark, desk and phone.
+"""Reports as one self-contained HTML file: text, tables, images and charts, for light and dark, desk and phone.
 
 Images travel inside the file as data URIs; there is no script, no font and no address to load from.
 """
@@ -22,18 +22,18 @@ from tokenexit.runtime.atomic import atomic_write
 
 
 class Renders(Protocol):
-    """Anything that knows its HTML: a `Table`, and the blocks below."""
+    """A block that renders itself as HTML: a `Table`, and the blocks below."""
 
     def to_html(self) -> str: ...
 
 
 Block: TypeAlias = str | Renders
-"""A string is text: empty lines part paragraphs, `backticks` mark code."""
+"""A string is text: empty lines separate paragraphs, `backticks` mark code."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A heading and what stands under it."""
+    """A heading and the blocks under it."""
 
     title: str
     blocks: Sequence[Block]
@@ -41,7 +41,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Code:
-    """Commands or settings, shown as they are."""
+    """Commands or settings, shown verbatim."""
 
     text: str
 
@@ -51,7 +51,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Facts:
-    """The few numbers to remember, written large: pairs of value and what it is ("-38 %", "multiply-adds")."""
+    """Key figures in large print: pairs of value and name ("-38 %", "multiply-adds")."""
 
     facts: Sequence[tuple[str, str]]
 
@@ -62,7 +62,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Legend:
-    """What colours mean: of classes, or of exits (`pictures.exit_legend`)."""
+    """A legend of the colours of classes, or of exits (`pictures.exit_legend`)."""
 
     title: str
     swatches: Sequence[Swatch]
@@ -74,7 +74,7 @@ class Legend:
 
 @dataclass(frozen=True)
 class Figure:
-    """An image with its caption, a quieter note below it, and a text for those who do not see it."""
+    """An image with its caption, a note in small print below it, and its alternative text."""
 
     image: Image.Image
     caption: str
@@ -137,7 +137,7 @@ def write_report(
 
 
 def report_html(title: str, sections: Sequence[Section], summary: str = "", footer: str = "") -> str:
-    """The text of the page that `write_report` writes."""
+    """Return the HTML of the page that `write_report` writes."""
     css = resources.files("tokenexit.report").joinpath("report.css").read_text(encoding="utf-8")
     anchors = _anchors([section.title for section in sections])
     links = "".join(f'<a href="#{a}">{escape(section.title)}</a>' for a, section in zip(anchors, sections))
@@ -171,6 +171,6 @@ def _inline(text: str) -> str:
 
 
 def _anchors(titles: Sequence[str]) -> list[str]:
-    """One id per title, made of its letters and digits, with its place where two are alike."""
+    """Return one id per title, made of its letters and digits, with a number where two are alike."""
     words = [re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "section" for title in titles]
     return [word if words.count(word) == 1 else f"{word}-{i + 1}" for i, word in enumerate(words)]

@@ -1,4 +1,4 @@
-"""The report of a trained model: one HTML file with what it reaches, what it costs, and on which images."""
+"""The report of a trained model: one HTML file with its accuracy, its cost and example images."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ def report_model(
 ) -> Path:
     """Evaluate dense and `methods` on a dataset and write the report to `out`.
 
-    methods: the first one is looked at closely, class by class and image by image; all are in the table and the
-    curve; `Scaled` gives one a note. scales: of the images' sides, for dense on smaller images. references: with
+    methods: the first one is shown class by class and image by image; all are in the table and the curve;
+    `Scaled` gives one a note. scales: of the images' sides, for dense on smaller images. references: with
     lines of random exits at the counts of every DToP method (a run more for each) and of a stop after each exit (one
-    dense pass more for all). examples: how many of the cheapest and of the dearest images are shown. what: the data
+    dense pass more for all). examples: number of images shown with the least and with the most compute. what: the data
     in words. Raises `ConfigError` as `evaluate` does, and for no method.
     """
     named = [method if isinstance(method, Scaled) else Scaled(method) for method in methods]
     own = [row for row in named if row != Scaled(Dense())]
     if not own:
-        raise ConfigError("a report compares a method with dense: name one with --method, such as dtop.")
+        raise ConfigError("methods must name one beside dense, got none: give --method, such as dtop.")
     rows = [Scaled(Dense()), *own, *(Scaled(Dense(), scale) for scale in scales)]
     lines: tuple[ReferenceLine, ...] = ("random", "depths") if references else ()
     results = evaluate(model, data, rows, limit=limit, precision=precision, references=lines, progress=progress)
@@ -82,14 +82,14 @@ def _facts(dense: Evaluation, chosen: Evaluation) -> Facts:
         [
             (f"{chosen.share_of_dense:.0%}", f"of dense multiply-adds, {chosen.label}"),
             (f"{chosen.scores.miou:.2f}", f"mIoU, dense {dense.scores.miou:.2f}{_difference(dense, chosen)}"),
-            (f"{boundary:+.2f}", "boundary IoU to dense"),
-            (f"{_speedups(dense, chosen)[0]:.2f}x", "as fast as dense, median over images"),
+            (f"{boundary:+.2f}", "boundary IoU against dense"),
+            (f"{_speedups(dense, chosen)[0]:.2f}x", "speed-up over dense, median over images"),
         ]
     )
 
 
 def _difference(dense: Evaluation, chosen: Evaluation) -> str:
-    """The interval of the difference in mIoU, in brackets."""
+    """Write the interval of the difference in mIoU."""
     ends = chosen.miou_interval(dense)
     return "" if ends is None else f"; the difference is {ends[0]:+.2f} to {ends[1]:+.2f} (95 % over images)"
 
@@ -98,7 +98,7 @@ TITLES = {"imposed": "random exits", "truncated": "stopped after an exit"}
 
 
 def _curve(results: Sequence[Evaluation]) -> Chart:
-    """mIoU against GMACs: thresholds of one method are joined, and dense with its smaller images."""
+    """Draw mIoU against GMACs: thresholds of one method are joined, and dense with its smaller images."""
     dense = results[0]
     ordered = sorted(results, key=lambda r: r.method.name)
     series = []
@@ -114,7 +114,7 @@ def _curve(results: Sequence[Evaluation]) -> Chart:
 
 
 def _point(result: Evaluation, dense: Evaluation) -> Point:
-    """Its whisker is that of the difference to dense: easy and hard images are shared by all, and move all alike."""
+    """Return a point with the whisker of the difference to dense, as easy and hard images move all methods alike."""
     ends = None if result is dense else result.miou_interval(dense)
     low, high = (None, None) if ends is None else (dense.scores.miou + end for end in ends)
     return Point(result.gmacs_mean, result.scores.miou, low=low, high=high)
@@ -134,16 +134,16 @@ def _classes(dense: Evaluation, chosen: Evaluation, names: Sequence[str]) -> Tab
 
 
 def _confusions(dense: Evaluation, chosen: Evaluation, names: Sequence[str]) -> list[Block]:
-    """The pairs that most pixels are lost to, as shares of the true class."""
+    """Make a table of the most frequent confusions, as shares of the true class."""
     counts = chosen.confusion.double().numpy()
     wrong = counts * (1 - np.eye(len(counts)))
     order = np.argsort(-wrong, axis=None)[:CONFUSIONS]
-    pairs = [divmod(int(place), len(counts)) for place in order if wrong.flat[place] > 0]
+    pairs = [divmod(int(cell), len(counts)) for cell in order if wrong.flat[cell] > 0]
     if not pairs:
         return []
     columns = [
         Column("truth"),
-        Column("taken for"),
+        Column("predicted as"),
         Column("dense", "{:.1%}", "right", "Share of the true class's pixels."),
         Column(chosen.label, "{:.1%}", "right"),
         Column("of all errors", "{:.1%}", "right"),
@@ -166,7 +166,7 @@ def _histogram(chosen: Evaluation) -> Chart:
 
 
 def _speedups(dense: Evaluation, chosen: Evaluation) -> tuple[float, float, float]:
-    """Median, 5th and 95th percentile over images."""
+    """Return the median, 5th and 95th percentile of the speed-up over images."""
     ratios = np.array(dense.latency_ms) / np.array(chosen.latency_ms)
     median, low, high = np.percentile(ratios, (50, 5, 95))
     return float(median), float(low), float(high)
@@ -175,7 +175,7 @@ def _speedups(dense: Evaluation, chosen: Evaluation) -> tuple[float, float, floa
 def _time(dense: Evaluation, chosen: Evaluation) -> Table:
     columns = [
         Column("milliseconds of a forward pass"),
-        *(Column(name, "{:.1f}", "right") for name in ("median", "95 %", "longest")),
+        *(Column(name, "{:.1f}", "right") for name in ("median", "95th percentile", "longest")),
     ]
     rows = [
         [r.label, *(float(x) for x in np.percentile(r.latency_ms, (50, 95))), max(r.latency_ms)]
@@ -185,16 +185,16 @@ def _time(dense: Evaluation, chosen: Evaluation) -> Table:
 
 
 def _examples(model: ExitSegmenter, data: SegmentationDataset, chosen: Evaluation, count: int) -> list[Block]:
-    """The images that cost least and those that cost most, with their exit maps."""
+    """Show the images that cost least and those that cost most, with their exit maps."""
     shares = np.array(chosen.gmacs) / np.array(chosen.dense_gmacs)
     order = [int(i) for i in np.argsort(shares, kind="stable")]
     count = min(count, len(order) // 2 or 1)
     classes = [Swatch(name, colour) for name, colour in zip(data.labels.names, data.labels.palette)]
     exits = exit_legend(len(model.config.exits), model.config.exits)
     blocks: list[Block] = [Legend("Classes", classes), Legend("Exits", exits)]
-    for title, places in (("Cheapest", order[:count]), ("Dearest", order[::-1][:count])):
-        for place in places:
-            sample = data[place]
+    for title, indices in (("Least compute", order[:count]), ("Most compute", order[::-1][:count])):
+        for index in indices:
+            sample = data[index]
             figures = example(model, sample, [chosen.method], data.labels)
             blocks.append(FigureRow(figures, title=f"{title}: {sample.name}"))
     return blocks

@@ -40,13 +40,13 @@ _INK, _PAPER = (32, 34, 38), (255, 255, 255)
 
 
 def colorize(labels: npt.ArrayLike, palette: Sequence[Colour], ignore_index: int = VOID_INDEX) -> Image.Image:
-    """Every class in its colour, void in black: `(H, W)` int to RGB. Raises `DataError` for values without a colour."""
+    """Colour every class, void in black: `(H, W)` int to RGB. Raises `DataError` for values without a colour."""
     indices = _void_last(labels, len(palette), ignore_index)
     return Image.fromarray(np.array([*palette, VOID_COLOUR], dtype=np.uint8)[indices])
 
 
 def palette_png(labels: npt.ArrayLike, palette: Sequence[Colour], ignore_index: int = VOID_INDEX) -> Image.Image:
-    """An index image (mode P): pixel values are the classes, 255 is void, the palette gives the colours.
+    """Make an index image (mode P): pixel values are the classes, 255 is void, the palette gives the colours.
 
     Saved as PNG, it is a mask file and an image at once. Raises `DataError` for values without a colour, and
     `ConfigError` for more than 255 classes.
@@ -70,12 +70,12 @@ def overlay(
     alpha: float = 0.5,
     ignore_index: int = VOID_INDEX,
 ) -> Image.Image:
-    """The image seen through its label map, RGB: `alpha` 0 is the image, 1 the map; void pixels stay as they are.
+    """Blend an image with its label map, RGB: `alpha` 0 is the image, 1 the map; void pixels stay as they are.
 
     labels: `(H, W)` of the image's size.
     """
     if not 0.0 <= alpha <= 1.0:
-        raise ConfigError(f"alpha={alpha} is outside [0, 1]: 0 shows the image alone, 1 the labels alone.")
+        raise ConfigError(f"alpha must lie in [0, 1], got {alpha}: 0 shows only the image, 1 only the labels.")
     colours = colorize(labels, palette, ignore_index)
     _check_same_size(image, (colours.height, colours.width), "labels")
     blended = Image.blend(image.convert("RGB"), colours, alpha)
@@ -85,10 +85,13 @@ def overlay(
 
 
 def _void_last(labels: npt.ArrayLike, num_classes: int, ignore_index: int) -> npt.NDArray[np.intp]:
-    """A copy of the `(H, W)` labels in which void is class K."""
+    """Copy `(H, W)` labels with void as class K."""
     array = np.asarray(labels)
     if array.ndim != 2 or not np.issubdtype(array.dtype, np.integer):
-        raise DataError(f"labels of shape {array.shape} and type {array.dtype} are no map: give (H, W) whole numbers.")
+        raise DataError(
+            f"labels must be an (H, W) map of whole numbers, got shape {array.shape} and type {array.dtype}: "
+            "convert them."
+        )
     void = array == ignore_index
     indices = np.where(void, num_classes, array).astype(np.intp)
     wrong = ~void & ((array < 0) | (array >= num_classes))
@@ -104,7 +107,7 @@ def _void_last(labels: npt.ArrayLike, num_classes: int, ignore_index: int) -> np
 
 
 def exit_colours(num_exits: int) -> tuple[Colour, ...]:
-    """num_exits + 1 RGB colours, evenly along `EXIT_RAMP`: one per exit, and the last for "stayed to the end"."""
+    """Return num_exits + 1 RGB colours, evenly along `EXIT_RAMP`: one per exit, and one for "stayed to the end"."""
     stops = np.array(EXIT_RAMP, dtype=np.float64)
     # Without an exit only the end is left.
     places = np.linspace(0.0, len(stops) - 1.0, num_exits + 1) if num_exits else np.array([len(stops) - 1.0])
@@ -113,9 +116,9 @@ def exit_colours(num_exits: int) -> tuple[Colour, ...]:
 
 
 def exit_legend(num_exits: int, blocks: Sequence[int] | None = None) -> list[Swatch]:
-    """What the colours of an exit map mean, in order. blocks: the exits' places, "after n blocks", if known."""
+    """Return the legend of an exit map, in order of exits. blocks: the blocks before each exit, if known."""
     if blocks is not None and len(blocks) != num_exits:
-        raise ConfigError(f"blocks has {len(blocks)} places for {num_exits} exits: give one each.")
+        raise ConfigError(f"blocks must have one value per exit, {num_exits}, got {len(blocks)}: give one each.")
     names = [f"Exit {i + 1}" + (f" (after block {blocks[i]})" if blocks else "") for i in range(num_exits)]
     return [Swatch(name, colour) for name, colour in zip([*names, "Stayed to the end"], exit_colours(num_exits))]
 
@@ -129,7 +132,7 @@ def exit_map(
     extent: tuple[float, float] | None = None,
     grid: bool = False,
 ) -> Image.Image:
-    """Where tokens left: `(h, w)` exit indices to an RGB image of `size`, each token one flat tile.
+    """Draw an exit map: `(h, w)` exit indices to an RGB image of `size`, each token one flat tile.
 
     exit_index: 0 for the first exit, `num_exits` where a token stayed to the end.
     image: an image of `size` to show in grey underneath; `alpha` is the share of the exit colours.
@@ -155,13 +158,13 @@ def exit_map(
 
 
 def token_of_pixels(pixels: int, extent: float, tokens: int) -> npt.NDArray[np.intp]:
-    """The row (or column) of tokens in which the middle of each pixel lies: `(pixels,)`."""
-    place = np.floor((np.arange(pixels) + 0.5) * extent / pixels).astype(np.intp)
-    return place.clip(0, tokens - 1)
+    """Return the row (or column) of tokens in which the middle of each pixel lies: `(pixels,)`."""
+    token = np.floor((np.arange(pixels) + 0.5) * extent / pixels).astype(np.intp)
+    return token.clip(0, tokens - 1)
 
 
 def _starts(tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
-    """True at the first pixel of every token but the first."""
+    """Return True at the first pixel of every token but the first."""
     starts = np.zeros(len(tokens), dtype=np.bool_)
     starts[1:] = tokens[1:] != tokens[:-1]
     return starts
@@ -171,7 +174,7 @@ def _starts(tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
 
 
 def panel(images: Sequence[tuple[str, Image.Image]], height: int | None = None, gap: int = 12) -> Image.Image:
-    """Images side by side under their titles, RGB on white.
+    """Draw images side by side under their titles, RGB on white.
 
     height: of every image in pixels; that of the first one by default. gap: pixels between and around them.
     """
@@ -201,7 +204,7 @@ def _to_height(image: Image.Image, height: int) -> Image.Image:
 
 
 def _fitting(text: str, font: Any, width: int) -> str:
-    """`text`, or as much of its beginning as fits into `width` pixels, with an ellipsis."""
+    """Return `text`, or as much of its beginning as fits into `width` pixels, with an ellipsis."""
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "...") > width:
@@ -210,7 +213,7 @@ def _fitting(text: str, font: Any, width: int) -> str:
 
 
 def data_uri(image: Image.Image, max_side: int = MAX_SIDE) -> tuple[str, tuple[int, int]]:
-    """An image as text for `src`, with its (width, height) in pixels: PNG for drawings, WebP or JPEG for photographs.
+    """Encode an image as a data URI, with its (width, height) in pixels: PNG for drawings, else WebP or JPEG.
 
     Sides beyond `max_side` pixels are shrunk; flat colours stay flat.
     """

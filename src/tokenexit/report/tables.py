@@ -1,4 +1,4 @@
-"""One table, three faces: the terminal (rich), Markdown, HTML. Columns say once how their values are written."""
+"""Tables for the terminal (rich), Markdown and HTML. Columns say once how their values are written."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Format: TypeAlias = str | Callable[[Any], str]
 Align: TypeAlias = Literal["left", "center", "right"]
 
 MISSING = "–"
-"""Stands for None and NaN."""
+"""The text of None and NaN."""
 
 
 class Swatch(NamedTuple):
@@ -30,7 +30,7 @@ class Swatch(NamedTuple):
 
 @dataclass(frozen=True)
 class Column:
-    """How one column is headed and its values are written.
+    """A column: its heading and the format of its values.
 
     format: a `str.format` text with one field ("{:.1f}", "{:.0%}"), or a function from value to text. Text and
         swatches stay as they are; None and NaN become a dash.
@@ -43,7 +43,7 @@ class Column:
     help: str = ""
 
     def text(self, value: Any) -> str:
-        """`value` as every rendering shows it, unescaped."""
+        """Write `value` as every rendering shows it, unescaped."""
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return MISSING
         if isinstance(value, Swatch):
@@ -55,7 +55,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """Columns, and rows with one value per column; the first column names its row.
+    """A table of columns, and rows with one value per column; the first column names its row.
 
     caption: one line above the table. Raises `ConfigError` for a row of another length.
     """
@@ -72,15 +72,15 @@ class Table:
                 )
 
     def texts(self) -> list[list[str]]:
-        """Every cell as text, row by row."""
+        """Return every cell as text, row by row."""
         return [[column.text(value) for column, value in zip(self.columns, row)] for row in self.rows]
 
     def explained(self) -> list[Column]:
-        """The columns that come with a help sentence."""
+        """Return the columns that have a help sentence."""
         return [column for column in self.columns if column.help]
 
     def to_rich(self) -> RichTable:
-        """For a `rich` console; help sentences stand below the table."""
+        """Render for a `rich` console; help sentences stand below the table."""
         from rich.markup import escape as plain
         from rich.style import Style
         from rich.table import Table as RichTable
@@ -107,7 +107,7 @@ class Table:
         return self.to_rich()
 
     def to_markdown(self) -> str:
-        """A GitHub table in padded columns, its caption in bold above, help sentences as a list below."""
+        """Render a GitHub table in padded columns, its caption in bold above, help sentences as a list below."""
         head = [_markdown_cell(column.name) for column in self.columns]
         body = [[_markdown_cell(text) for text in row] for row in self.texts()]
         widths = [max(3, *(len(row[i]) for row in [head, *body])) for i in range(len(self.columns))]
@@ -126,7 +126,7 @@ class Table:
         return f"| {' | '.join(padded)} |"
 
     def to_html(self) -> str:
-        """A `<table>` in a frame that scrolls sideways on narrow screens, help sentences in a `<details>` below."""
+        """Render a `<table>` in a frame that scrolls sideways if narrow, help sentences in `<details>` below."""
         caption = f"<caption>{escape(self.caption)}</caption>" if self.caption else ""
         head = "".join(f'<th scope="col"{_class(column)}>{escape(column.name)}</th>' for column in self.columns)
         body = "\n".join(f"<tr>{self._html_cells(row)}</tr>" for row in self.rows)
@@ -151,7 +151,7 @@ class Table:
 
 
 def swatch_html(colour: Colour) -> str:
-    """A small square of one colour; the text beside it says what it stands for."""
+    """Render a small square of one colour; the text beside it says what it stands for."""
     return f'<span class="swatch" style="background:{_hex(colour)}"></span>'
 
 
@@ -165,7 +165,7 @@ def _hex(colour: Colour) -> str:
 
 
 def _markdown_cell(text: str) -> str:
-    """On one line, with nothing that Markdown would take for the end of a cell or for a tag."""
+    """Escape a cell for Markdown: on one line, without marks of the end of a cell or of tags."""
     return " ".join(text.split()).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 

@@ -33,7 +33,7 @@ def read_cached(path: Path, kind: Any) -> Any:
     return values if fits(values, kind) else None
 
 
-def keep(path: Path, values: Any) -> None:
+def write_cached(path: Path, values: Any) -> None:
     """Write a value to the cache; where that fails, the next call measures again."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

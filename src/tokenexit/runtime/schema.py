@@ -26,7 +26,7 @@ LARGEST_YAML = 2 * 2**20
 MOST_VALUES = 10**6
 """Values of a YAML file once its aliases are written out."""
 DEEPEST = 64
-"""Lists and mappings within each other."""
+"""Largest depth of nested lists and mappings."""
 LARGEST_INT = 2**31 - 1
 
 

@@ -1,1 +1,1 @@
-"""A page to try a model on, and the HTTP API behind it."""
+"""The server: a page to try a model, and the HTTP API behind it."""

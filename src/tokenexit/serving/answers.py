@@ -1,4 +1,4 @@
-"""From a result to what is sent: figures, maps for the page, images.
+"""Responses made of results: figures, maps for the page, images.
 
 Legend: H, W height and width of the image in pixels; h, w of the token grid; K classes.
 """
@@ -34,7 +34,7 @@ SHOWN_ELEMENTS = 1 << 26
 
 @dataclass(frozen=True)
 class ExitFigures:
-    """One exit. after_block: where it is. left: tokens that left there. live: tokens that went on."""
+    """The figures of one exit. after_block: its position. left: tokens that left there. live: tokens that went on."""
 
     after_block: int
     left: int
@@ -43,7 +43,7 @@ class ExitFigures:
 
 @dataclass(frozen=True)
 class ClassFigures:
-    """One class of a prediction. share: of the pixels."""
+    """The figures of one class. share: its share of the pixels."""
 
     id: int
     name: str
@@ -52,7 +52,7 @@ class ClassFigures:
 
 @dataclass(frozen=True)
 class Figures:
-    """What one image cost and what is in it.
+    """The cost and the classes of one image.
 
     method: its name and thresholds, those of each exit. share_of_dense: multiply-adds over those of the dense model.
     milliseconds: of the call of the model it ran in, with `batch` images. stayed: tokens that saw every block.
@@ -76,8 +76,8 @@ class Figures:
 
 @dataclass(frozen=True)
 class PredictionFigures(Figures):
-    """Figures of a file. exit_stage: `h` rows of `w` tokens, the exit each left at, 0 the first; the number of exits
-    for those that stayed."""
+    """The figures of a file. exit_stage: `h` rows of `w` tokens, the exit each left at, 0 the first; the number of
+    exits for those that stayed."""
 
     name: str
     exit_stage: list[list[int]]
@@ -85,7 +85,7 @@ class PredictionFigures(Figures):
 
 @dataclass(frozen=True)
 class View(Figures):
-    """Figures with the page's maps, row by row and in base64.
+    """The figures with the page's maps, row by row and in base64.
 
     size: height and width of the maps. labels: class of each pixel, a byte, or two, low first, beyond 256 classes.
     scores: of that class, 255 for certain. grid: rows and columns of `exit_stage`, a byte for each token. extent:
@@ -101,7 +101,7 @@ class View(Figures):
 
 
 def figures(model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], size: Size) -> Figures:
-    """size: of the image; labels: its label map at any size."""
+    """Compute the figures of one image. size: of the image; labels: its label map at any size."""
     return Figures(**_figures(model, method, answer, labels, size))
 
 
@@ -149,13 +149,13 @@ def prediction(
 
 @torch.inference_mode()
 def label_map(answer: Answer) -> npt.NDArray[Any]:
-    """Class of every pixel, `(H, W)`, at the size that was asked for."""
+    """Return the class of every pixel, `(H, W)`, at the requested size."""
     return answer.output.labels[0].cpu().numpy()
 
 
 @torch.inference_mode()
 def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) -> View:
-    """What the page shows. The maps have the size that was asked for, see `shown_size`."""
+    """Make the page's view of an image. The maps have the requested size, see `shown_size`."""
     maps = answer.output.logits[0]
     best, label = maps.max(dim=0)
     scores = best if answer.output.value == "scores" else (best - maps.logsumexp(dim=0)).exp()
@@ -173,14 +173,14 @@ def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) 
 
 
 def shown_size(size: Size, num_classes: int) -> Size:
-    """Size of the page's maps of an image: its own, or smaller in proportion."""
+    """Return the size of the page's maps of an image: its own, or smaller in proportion."""
     height, width = size
     factor = min(1.0, SHOWN_SIDE / max(size), (SHOWN_ELEMENTS / (height * width * num_classes)) ** 0.5)
     return max(1, int(height * factor)), max(1, int(width * factor))
 
 
 def token_grid(model: ExitSegmenter, answer: Answer) -> tuple[npt.NDArray[Any], tuple[float, float]]:
-    """Where tokens left, `(h, w)`, and the image's height and width in tokens. Of overlapping windows, their mean."""
+    """Return the exit map `(h, w)`, and the image's height and width in tokens. Overlapping windows are averaged."""
     output, patch = answer.output, model.config.backbone.patch_size
     exit_index: Tensor = output.exit_index[0]
     cell = patch // output.patch_size  # windows tell it for every pixel
@@ -202,7 +202,7 @@ def _base64(values: npt.NDArray[Any]) -> str:
 
 
 def mask_png(model: ExitSegmenter, labels: npt.NDArray[Any]) -> bytes:
-    """A palette PNG whose values are the classes; 16-bit grey beyond 255 classes."""
+    """Encode a palette PNG whose values are the classes; 16-bit grey beyond 255 classes."""
     palette = labels_of(model).palette
     image = palette_png(labels, palette) if len(palette) <= 255 else Image.fromarray(labels.astype(np.uint16))
     buffer = io.BytesIO()
@@ -221,7 +221,7 @@ def zipped(files: dict[str, bytes]) -> bytes:
 def plain_page(
     model: ExitSegmenter, image: Image.Image, labels: npt.NDArray[Any], answer: Answer, found: Figures, title: str
 ) -> str:
-    """One image's result as a page without scripts."""
+    """Render the result of one image as a page without scripts."""
     classes = labels_of(model)
     grid, extent = token_grid(model, answer)
     exits = model.config.exits

@@ -26,7 +26,7 @@ from tokenexit.serving.connections import Connections
 from tokenexit.serving.ending import Server, server
 from tokenexit.serving.guards import FULL, Ending, Guard, is_local, said
 from tokenexit.serving.page import docs_html
-from tokenexit.serving.service import Limits, Saturated, Service, TooDear
+from tokenexit.serving.service import Limits, Saturated, Service, TooExpensive
 from tokenexit.serving.uploads import keep_in_memory
 from tokenexit.version import __version__
 
@@ -42,14 +42,14 @@ def create_app(
     token: str | None = None,
     local_only: bool = True,
 ) -> FastAPI:
-    """The application, to be run by any ASGI server in one process; `server_of` limits connections, too, and drains.
+    """Create the application for any ASGI server in one process; `server_of` limits connections, too, and drains.
 
     model: in evaluation mode. name: what the page calls it. token, local_only: see `Guard`. Raises `ConfigError` for
     impossible limits and tokens, and `CheckpointError` for a calibration that does not belong to the model.
     """
     if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):  # an empty one must not mean "open to all"
         raise ConfigError(
-            "the token is empty or has signs that a header cannot carry: use letters, digits and -._~+/=."
+            "the token must be one or more letters, digits or -._~+/=, got an empty one or other signs: choose another."
         )
     limits, ending = limits or Limits(), Ending()
     keep_in_memory(limits.upload_bytes)
@@ -81,7 +81,7 @@ def create_app(
 
 
 def server_of(app: FastAPI, log_level: str = "warning") -> Server:
-    """What runs an application of `create_app` under its limits on connections, and ends it in time."""
+    """Make the server of an application of `create_app`, with its limits on connections and its time to end."""
     limits: Limits = app.state.limits
     connections = Connections(limits.connections, limits.per_address, limits.silence)
     return server(app, app.state.ending, connections, limits.drain, log_level)
@@ -131,7 +131,7 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 
 
 def _add_errors(app: FastAPI) -> None:
-    """Every error as one sentence, on a page for browsers; those nobody foresaw are in the server's log alone."""
+    """Answer every error with one sentence, on a page for browsers; unexpected ones are written to the log."""
 
     def add(
         kind: type[Exception], status: int, sentence: Callable[[Any], str], retry: Callable[[Any], int | None] = _never
@@ -146,17 +146,17 @@ def _add_errors(app: FastAPI) -> None:
     add(ConfigError, 422, str)
     add(DataError, 422, str)
     add(RequestValidationError, 422, _invalid)
-    add(TooDear, 413, str)
+    add(TooExpensive, 413, str)
     add(Overloaded, 429, lambda error: FULL, lambda error: 1)
     add(Expired, 503, lambda error: "there was no answer within the time limit: try again.", lambda error: 1)
     add(Saturated, 503, str, lambda error: error.seconds)
     for kind in (MemoryError, torch.OutOfMemoryError):
         add(kind, 413, lambda error: "the images do not fit into memory: send fewer or smaller ones.")
-    add(Exception, 500, lambda error: "something went wrong on the server: its log says what.")
+    add(Exception, 500, lambda error: "an unexpected error occurred on the server: see its log.")
 
 
 def _never(error: Exception) -> None:
-    """No time after which to ask again."""
+    """Return no time after which to ask again."""
 
 
 def _invalid(error: RequestValidationError) -> str:
@@ -181,7 +181,7 @@ def serve(
     app = create_app(model, name, limits=limits, precision=precision, token=token, local_only=local and token is None)
     if not local and token is None:
         print(
-            "tokenexit serve: everybody who reaches this address may use it; set a token to ask for one.",
+            "tokenexit serve: everybody who reaches this address may use it; set a token to restrict access.",
             file=sys.stderr,
         )
     shown = f"[{host}]" if ":" in host else host
@@ -190,7 +190,7 @@ def serve(
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Where connections come in. Raises `ConfigError` for an address that cannot be used."""
+    """Open the socket for connections. Raises `ConfigError` for an address that cannot be used."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, reuse_port=False)

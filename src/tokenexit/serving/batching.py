@@ -1,11 +1,11 @@
-"""Images of many requests in one batch: a bounded queue, one thread that runs the model, a future for each image.
+"""Batching of images of many requests: a bounded queue, one thread that runs the model, a future for each image.
 
-The engine is exact: an image's result does not depend on its companions, so whoever comes at the same time and asks
-for the same method shares a call of the model. A queue that is full refuses at once; waiting longer would help nobody.
+The engine is exact: the result of an image does not depend on its batch, so requests for the same method that arrive
+together share a call of the model. A full queue refuses at once.
 
-A dear job, of more than a second, runs alone and does not take the model from the others: before each of its blocks the
-cheap ones that wait get three times as long as its last block took, so that they lose a quarter of the model to it. A
-call that nobody waits for ends before its next block.
+An expensive request, of more than a second, runs alone. Before each of its blocks, cheap requests that wait get three
+times as long as its last block took, so that they lose a quarter of the model to it. A call that nobody waits for ends
+before its next block.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
 Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any], Sequence[Size]], Segmentation]
 
 
-DEAR = 1.0
-"""Expected seconds from which on a job is dear, and up to which jobs share a call."""
+EXPENSIVE = 1.0
+"""Expected seconds above which a request is expensive and runs alone, and up to which requests share a call."""
 
 GIVEN = 3.0
-"""Time that cheap jobs get between the blocks of a dear one, as a multiple of what a block takes."""
+"""Time of cheap requests between the blocks of an expensive one, as a multiple of the time of a block."""
 
 
 class Overloaded(Exception):
@@ -40,7 +40,7 @@ class Overloaded(Exception):
 
 
 class Expired(Exception):
-    """The time for an answer was over before its turn came."""
+    """The time limit passed before the request had its turn."""
 
 
 class Stopped(Exception):
@@ -58,7 +58,7 @@ class Answer:
 
 @dataclass(frozen=True, eq=False)
 class SegmentationRequest:
-    """One image to segment. image: `(3, H, W)`. target: size of its maps. tokens: what it weighs in a batch.
+    """One image to segment. image: `(3, H, W)`. target: size of its maps. tokens: their number in a batch.
 
     deadline: on the monotonic clock, after which nobody wants the answer. seconds: what it is expected to take.
     gone: set when nobody waits for the answer any more.
@@ -75,13 +75,13 @@ class SegmentationRequest:
     answer: Future[Answer] = field(default_factory=Future)
 
     def goes_with(self, other: SegmentationRequest) -> bool:
-        """Whether both may share a batch; not where a method looks beyond the image (DoViT's release mode)."""
-        alone = self.dear or other.dear or not self.method.batch_independent
+        """Return whether both may share a batch; not where results depend on the batch (DoViT's release mode)."""
+        alone = self.expensive or other.expensive or not self.method.batch_independent
         return self.method == other.method and not alone
 
     @property
-    def dear(self) -> bool:
-        return self.seconds > DEAR
+    def expensive(self) -> bool:
+        return self.seconds > EXPENSIVE
 
     @property
     def wanted(self) -> bool:
@@ -90,7 +90,7 @@ class SegmentationRequest:
 
 @dataclass
 class _Call:
-    """A call of the model under way. since: when it last had its turn. given: seconds in which it gave way."""
+    """A running call of the model. since: when it last had its turn. given: seconds in which it gave way."""
 
     jobs: Sequence[SegmentationRequest]
     start: float = field(default_factory=time.monotonic)
@@ -103,7 +103,7 @@ class _Call:
 
 
 class Batcher:
-    """Runs jobs in one thread, those that fit together at once.
+    """Run requests in one thread, in batches of those that fit together.
 
     forward: the model. max_tokens: patch tokens of a batch; a larger image runs alone. max_slots: images that may
     be under way at once. max_wait: seconds the first image of a batch waits for companions. observe: told of each
@@ -132,7 +132,7 @@ class Batcher:
 
     @property
     def taken(self) -> int:
-        """Images under way: read, waiting, running or being encoded."""
+        """The number of images that are read, waiting, running or being encoded."""
         return self._taken
 
     @contextmanager
@@ -162,33 +162,33 @@ class Batcher:
         return job.answer
 
     def wait(self, seconds: float = 0.0) -> float:
-        """Seconds, about, until a job of so many would have its turn if it came now."""
+        """Estimate the seconds until a request of so many seconds would have its turn if it came now."""
         with self._changed:
             now, queue, calls = time.monotonic(), list(self._queue), list(self._calls)
-        dear = any(job.dear for job in queue) or any(call.jobs[0].dear for call in calls)
+        expensive = any(job.expensive for job in queue) or any(call.jobs[0].expensive for call in calls)
         waiting = [job.seconds for job in queue if job.wanted]
         running = [max(0.0, call.seconds - (now - call.start - call.given)) for call in calls]
-        if seconds > DEAR:
+        if seconds > EXPENSIVE:
             return sum(waiting) + sum(running)
-        cheap = sum(job.seconds for job in queue if not job.dear and job.wanted)
-        cheap += sum(rest for call, rest in zip(calls, running) if not call.jobs[0].dear)
-        return cheap * (1 + 1 / GIVEN if dear else 1)
+        cheap = sum(job.seconds for job in queue if not job.expensive and job.wanted)
+        cheap += sum(rest for call, rest in zip(calls, running) if not call.jobs[0].expensive)
+        return cheap * (1 + 1 / GIVEN if expensive else 1)
 
     @property
     def running_seconds(self) -> float:
-        """How long the call under way has been running."""
+        """The seconds that the running call has taken so far."""
         calls = list(self._calls)
         return time.monotonic() - calls[0].start if calls else 0.0
 
     def close(self, seconds: float | None = None) -> None:
-        """Finish what is queued, and end. seconds: how long to wait for that."""
+        """Finish the queue and end. seconds: the longest wait for that."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
         self._thread.join(seconds)
 
     def between(self) -> None:
-        """Call it before every block of the model: between them a call can end, or give way.
+        """Let a call end or give way; to be called before every block of the model.
 
         Raises `Stopped` where nobody waits for the call under way. Does nothing in threads that are not the batcher's.
         """
@@ -197,7 +197,7 @@ class Batcher:
         call = self._calls[-1]
         if not any(job.wanted for job in call.jobs):
             raise Stopped
-        if not call.jobs[0].dear:
+        if not call.jobs[0].expensive:
             return
         start = time.monotonic()
         until = start + GIVEN * (start - call.since)
@@ -212,7 +212,7 @@ class Batcher:
                 self._run(jobs)
 
     def _next(self) -> list[SegmentationRequest]:
-        """The oldest job and those that go with it; empty at the end."""
+        """Return the oldest request and those that go with it; empty at the end."""
         with self._changed:
             while not self._queue and not self._closed:
                 self._changed.wait()
@@ -224,16 +224,16 @@ class Batcher:
             return self._taken_out(self._pack(self._queue)[0])
 
     def _cheap(self, seconds: float) -> list[SegmentationRequest] | None:
-        """The oldest job that is not dear and those that go with it.
+        """Return the oldest cheap request and those that go with it.
 
         Empty if none came in so many seconds, in which images are being read or encoded, which takes the same
         processor; None if there are no such images.
         """
         with self._changed:
-            waiting = [job for job in self._queue if not job.dear]
+            waiting = [job for job in self._queue if not job.expensive]
             if waiting:
                 return self._taken_out(self._pack(waiting)[0])
-            if self._taken <= len(self._queue) + 1:  # all that is under way is dear: this call, and what is queued
+            if self._taken <= len(self._queue) + 1:  # all that is under way is expensive: this call, and what is queued
                 return None
             self._changed.wait(seconds)
             return []
@@ -243,16 +243,16 @@ class Batcher:
         return jobs
 
     def _pack(self, queue: Iterable[SegmentationRequest]) -> tuple[list[SegmentationRequest], bool]:
-        """Jobs for the next batch, in their order, and whether there is room for more."""
+        """Return the requests of the next batch, in order, and whether there is room for more."""
         first, *others = queue
         jobs, tokens, seconds = [first], first.tokens, first.seconds
         for job in others:
             if job.goes_with(first):
                 tokens, seconds = tokens + job.tokens, seconds + job.seconds
-                if tokens > self._max_tokens or seconds > DEAR:
+                if tokens > self._max_tokens or seconds > EXPENSIVE:
                     return jobs, False
                 jobs.append(job)
-        return jobs, tokens < self._max_tokens and not first.dear
+        return jobs, tokens < self._max_tokens and not first.expensive
 
     def _run(self, queued: Sequence[SegmentationRequest]) -> None:
         jobs = [job for job in queued if _wanted(job)]
@@ -288,7 +288,7 @@ class Batcher:
 
 
 def _wanted(job: SegmentationRequest) -> bool:
-    """False for a job that was cancelled or comes too late, which is told so."""
+    """Return False for a request that was cancelled or is too late, and answer it."""
     if not job.answer.set_running_or_notify_cancel():
         return False
     if not job.wanted:

@@ -1,7 +1,7 @@
-"""What a request may ask for: a method, and how daring it is.
+"""Methods that a request may choose, and the dial between accuracy and compute.
 
-A *compute* of 1 lets no token leave, of 0 every token at the first exit. In between, the doubt (1 - threshold) up to
-which tokens leave grows by equal factors, since that is the scale on which models tell sure from very sure. The dial of
+A *compute* of 1 lets no token leave, of 0 every token at the first exit. In between, 1 - threshold changes by
+equal factors, since confidences near 1 differ by orders of magnitude. The dial of
 a calibrated model runs through its calibrated thresholds and keeps their proportions; else all exits share one.
 """
 
@@ -13,20 +13,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods import METHODS, Dense, DoViT, DToP, Method, build_method
+from tokenexit.methods import METHODS, Dense, Method, build_method
 from tokenexit.methods.base import Threshold
 from tokenexit.methods.thresholded import NEVER, per_exit
 from tokenexit.segmenter import ExitSegmenter
 
 OCTAVES = 10.0
-"""The dial spans doubts from 2^-10, a threshold of 0.999, to 1."""
-OFFERED = ("dense", "dtop", "dovit")
-"""Methods on the page."""
+"""The dial spans values of 1 - threshold from 2^-10 (a threshold of 0.999) to 1."""
 
 
 @dataclass(frozen=True)
 class Offer:
-    """A method on the page. compute: where its own thresholds are on the dial, None if it has none.
+    """A method on the page. compute: the dial position of its own thresholds, None if it has none.
 
     calibrated: whether they were chosen by `tokenexit calibrate`. refusal: why this model cannot run it, else None.
     """
@@ -39,7 +37,7 @@ class Offer:
 
 
 class Choices:
-    """Methods of a model: the calibrated one as it was calibrated, others with their own thresholds."""
+    """The methods of a model: the calibrated one as it was calibrated, others with their own thresholds."""
 
     def __init__(self, model: ExitSegmenter) -> None:
         self.calibrated = model.calibrated_method()
@@ -47,24 +45,29 @@ class Choices:
 
     @property
     def usual(self) -> Method[Any]:
-        """What runs if nothing is asked for: the calibrated method, else DToP or what the model can."""
-        if self.calibrated is not None:
-            return self.calibrated
-        return next(method for method in (DToP(), DoViT(), Dense()) if self._refusal(method) is None)
+        """The default method, as in all commands: the calibrated one, else dense."""
+        return Dense() if self.calibrated is None else self.calibrated
 
     def offers(self) -> list[Offer]:
-        return [self._offer(name) for name in OFFERED]
+        """What the page offers: the registered methods that want to be, and the one that runs if nothing is chosen."""
+        usual = self.usual.name
+        return [self._offer(name) for name, kind in METHODS.items() if kind.offered or name == usual]
 
     def choose(self, name: str | None, threshold: str | None = None, compute: float | None = None) -> Method[Any]:
-        """The method that a request names.
+        """Return the method that a request names.
 
         threshold: one for all exits, or one for each as `0.98/0.9/0.8`. compute: see above. Raises `ConfigError`.
         """
         method = self._named(name)
         if threshold is not None and compute is not None:
-            raise ConfigError("threshold and compute both say when tokens leave: give one of the two.")
-        if threshold is not None:
-            method = method.with_thresholds(_numbers(threshold))
+            raise ConfigError("threshold and compute exclude each other: give one of the two.")
+        values = None if threshold is None else _numbers(threshold)
+        if compute is not None:
+            check_compute(compute)
+        if name is None and self.calibrated is None and (threshold is not None or compute is not None):
+            raise ConfigError("threshold and compute need a method, as this model is not calibrated: name one.")
+        if values is not None:
+            method = method.with_thresholds(values)
         elif compute is not None and method.has_exits:
             method = dialled(method, compute, self._num_exits)
         self._model.check(method)
@@ -96,10 +99,15 @@ class Choices:
         return None
 
 
-def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
-    """The method with thresholds for a place on the dial, `compute` in [0, 1]."""
+def check_compute(compute: float) -> None:
+    """Reject values that are no position of the dial."""
     if not 0.0 <= compute <= 1.0:
-        raise ConfigError(f"compute={compute:g} is outside [0, 1]: 1 is all of the network for every token.")
+        raise ConfigError(f"compute must lie in [0, 1], got {compute:g}: 1 runs the whole network for every token.")
+
+
+def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
+    """Return the method with the thresholds of a dial position, `compute` in [0, 1]."""
+    check_compute(compute)
     power = compute / dial_position(method, num_exits)
 
     def moved(tau: float) -> float:
@@ -112,7 +120,7 @@ def dialled(method: Method[Any], compute: float, num_exits: int) -> Method[Any]:
 
 
 def dial_position(method: Method[Any], num_exits: int) -> float:
-    """Where on the dial a method's thresholds are: the mean over its exits, away from the ends."""
+    """Return the dial position of a method's thresholds: the mean over its exits, away from the ends."""
     octaves = [-math.log2(max(1.0 - tau, 2.0**-OCTAVES)) for tau in _flat(_thresholds(method, num_exits))]
     return min(max(sum(octaves) / len(octaves) / OCTAVES, 0.05), 0.95) if octaves else 0.5
 
@@ -129,5 +137,7 @@ def _numbers(text: str) -> float | tuple[float, ...]:
     try:
         values = tuple(float(part) for part in text.split("/"))
     except ValueError:
-        raise ConfigError(f"threshold={text!r} is no number: write 0.95, or 0.98/0.9/0.8 for one per exit.") from None
+        raise ConfigError(
+            f"threshold must be a number, got {text!r}: write 0.95, or 0.98/0.9/0.8 for one per exit."
+        ) from None
     return values[0] if len(values) == 1 else values

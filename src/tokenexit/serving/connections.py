@@ -1,7 +1,7 @@
-"""Connections: how many may be open, how long they may be silent, and a place that is kept for health checks.
+"""Limits on connections: their number, how long they may be silent, and a reserve for health checks.
 
-Whoever sends nothing holds nothing: where all places are taken, a new connection takes that of the one that has been
-silent longest. Where all are at work, a few more are let in, and only asked for their health.
+Whoever sends nothing holds nothing: where the limit is reached, a new connection replaces the one that has been
+silent longest. Where all are at work, a few more are admitted, for `/healthz` only.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ GRACE = 0.5
 
 
 class Connections:
-    """The connections of a server.
+    """The open connections of a server and their limits.
 
     most: open at once. per_address: of one client; an IPv6 client is its /64 network. seconds: how long one may take to
     send a request's head, or to take the next bytes of its answer.
@@ -35,7 +35,7 @@ class Connections:
         self._spare: set[Connection] = set()
 
     def admit(self, new: Connection) -> bool:
-        """Whether a connection may stay. It may at the cost of a silent one, and some for health checks only."""
+        """Return whether a connection may stay: in place of a silent one, or a few for health checks only."""
         own = [connection for connection in self._open if connection.address == new.address]
         crowded = own if len(own) >= self.per_address else self._open if len(self._open) >= self.most else []
         if not crowded or _end_silent(crowded):
@@ -53,7 +53,7 @@ class Connections:
 
 
 def _end_silent(connections: Iterable[Connection]) -> bool:
-    """Ends the one that has been silent longest; False if all are at work."""
+    """End the connection that has been silent longest; False if all are at work."""
     oldest = min((c for c in connections if c.silent), key=lambda c: c.silent_since, default=None)
     if oldest is None or time.monotonic() - oldest.silent_since < GRACE:
         return False
@@ -62,7 +62,7 @@ def _end_silent(connections: Iterable[Connection]) -> bool:
 
 
 class Connection(H11Protocol):
-    """uvicorn's connection with a clock: of a request's head, of its pauses, and of answers that nobody takes."""
+    """uvicorn's connection with time limits: on a request's head, on its pauses, and on unread answers."""
 
     def __init__(self, connections: Connections, **given: Any) -> None:
         super().__init__(**given)
@@ -73,7 +73,7 @@ class Connection(H11Protocol):
 
     @property
     def silent(self) -> bool:
-        """Whether no request of it is being received or answered."""
+        """Whether none of its requests is being received or answered."""
         return self.cycle is None or self.cycle.response_complete
 
     def end(self) -> None:
@@ -114,7 +114,7 @@ class Connection(H11Protocol):
         super().connection_lost(exc)
 
     def _wait(self, unsent: int | None) -> None:
-        """unsent: bytes of an answer that the client has not taken yet."""
+        """Start the time limit. unsent: bytes of an answer that the client has not taken yet."""
         self._stop()
         self._timer = self.loop.call_later(self._all.seconds, self._look, unsent)
 
@@ -132,7 +132,7 @@ class Connection(H11Protocol):
 
 
 def _network(host: str) -> str:
-    """Whom an address belongs to."""
+    """Return the client of an address: an IPv4 address, or the /64 network of an IPv6 one."""
     try:
         address = ipaddress.ip_address(host.partition("%")[0])
     except ValueError:  # of a Unix socket
@@ -141,7 +141,7 @@ def _network(host: str) -> str:
 
 
 def _health_only(app: App) -> App:
-    """The application for a connection too many: it answers `/healthz` and refuses the rest, once."""
+    """Make the application for a connection beyond the limit: it answers `/healthz` and refuses the rest, once."""
     refusal = said(503, "too many connections are open: try again in a second.", retry=1)
 
     async def answer(scope: Scope, receive: Receive, send: Send) -> None:

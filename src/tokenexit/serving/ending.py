@@ -1,4 +1,4 @@
-"""How a server ends: no new work, what runs is finished or refused, and all of it within a stated time."""
+"""Shutdown of the server: no new work, and running requests are finished or refused within a time limit."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tokenexit.serving.connections import Connection, Connections
 from tokenexit.serving.guards import Ending
 
 FLUSH = 0.5
-"""Seconds that the last answers get to leave."""
+"""Seconds for sending the last answers."""
 
 
 class Server(uvicorn.Server):
-    """Drains before it stops listening, so that those who come meanwhile are told so.
+    """A server that drains before it stops listening, so that requests meanwhile get an answer.
 
     ending: what the application knows of it. seconds: for the requests that are under way; then they are refused.
     """
@@ -37,14 +37,14 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
     async def _idle(self, seconds: float) -> None:
-        """Until nothing is under way, or so many seconds are over, or somebody interrupts twice."""
+        """Wait until no request is running, the seconds are over, or somebody interrupts twice."""
         until = time.monotonic() + seconds
         while self._ending.under_way and time.monotonic() < until and not self.force_exit:
             await asyncio.sleep(0.02)
 
 
 def server(app: object, ending: Ending, connections: Connections, seconds: float, log_level: str = "warning") -> Server:
-    """What runs an application under these limits. seconds: of `Server`."""
+    """Make the server of an application with these limits. seconds: see `Server`."""
     config = uvicorn.Config(
         app,  # type: ignore[arg-type]
         http=partial(Connection, connections),  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What stands before the endpoints: who may ask, how much they may send, and how long they may take to send it."""
+"""Access control and limits before the endpoints: who may ask, how much they may send, and how long it may take."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Send: TypeAlias = Callable[[Message], Awaitable[None]]
 App: TypeAlias = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 OPEN = ("/", "/page.css", "/page.js", "/healthz", "/openapi.json", "/docs")
-"""Need no token, nor do the drawn samples: none says more of the model than its name, or anything of images."""
+"""Paths without a token, beside the drawn samples: they reveal only the model's name, and nothing of images."""
 FULL = "too many images are under way: try again in a second."
 POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; img-src 'self' data: blob:; "
@@ -36,7 +36,7 @@ HEADERS = (
 
 
 class Ending:
-    """Whether the server is ending. begun: takes no new work. over: refuses what is still under way."""
+    """The state of the shutdown. begun: no new work is taken. over: running requests are refused."""
 
     def __init__(self) -> None:
         self.begun = False
@@ -45,7 +45,7 @@ class Ending:
 
 
 class Guard:
-    """Wraps the application.
+    """Middleware that checks requests before the application.
 
     token: what clients must send as `Authorization: Bearer`; None asks for nothing. local_only: answer under local
     host names alone, and to no page from elsewhere, so that what a browser visits cannot use the server (DNS
@@ -115,7 +115,7 @@ class Guard:
             self._metrics.observe("tokenexit_request_seconds", time.perf_counter() - start, route=route)
 
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> App | None:
-        """What answers in place of the application."""
+        """Return the answer in place of the application, if the request is refused."""
         refusal: App | None = None
         path = scope["path"]
         host, origin = (headers.get(name, b"").decode("latin-1").lower() for name in (b"host", b"origin"))
@@ -146,7 +146,7 @@ class Guard:
         return scheme.lower() == b"bearer" and hmac.compare_digest(token.strip(b" "), self._token.encode())
 
     def take(self, count: int) -> None:
-        """Hold so many more bytes of uploads. Raises status 429 where they would be too many."""
+        """Count more bytes of uploads in memory. Raises status 429 where they would be too many."""
         self._held += count
         if self._held > self._held_bytes:
             raise HTTPException(429, FULL, {"Retry-After": "1"})
@@ -157,7 +157,7 @@ class Guard:
 
 
 class _Body:
-    """A request's body, which must be neither too large nor too slow. received: its bytes so far."""
+    """The body of a request, with limits on size and time. received: its bytes so far."""
 
     def __init__(self, guard: Guard, receive: Receive) -> None:
         self._guard, self._receive = guard, receive
@@ -166,7 +166,7 @@ class _Body:
         self.received = 0
 
     async def receive(self) -> Message:
-        """The next part for the application."""
+        """Receive the next part of the body for the application."""
         guard = self._guard
         if self._complete.is_set():  # what follows is only told when the client leaves, and to `left`
             await asyncio.Event().wait()
@@ -188,14 +188,14 @@ class _Body:
         return message
 
     async def left(self) -> None:
-        """Until the client is gone, if its request was read."""
+        """Wait until the client has left, if its request was read."""
         await self._complete.wait()
         while (await self._receive())["type"] != "http.disconnect":
             pass
 
 
 def is_local(host: str) -> bool:
-    """Whether a host is this machine: `localhost`, or an address of 127.0.0.0/8 or ::1, with or without brackets."""
+    """Return whether a host is this machine: `localhost`, or an address of 127.0.0.0/8 or ::1, also in brackets."""
     try:
         address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
     except ValueError:
@@ -205,6 +205,6 @@ def is_local(host: str) -> bool:
 
 
 def said(status: int, sentence: str, bearer: bool = False, retry: int | None = None) -> JSONResponse:
-    """An answer that says in one sentence what is wrong. retry: seconds after which to ask again."""
+    """Make an answer that says in one sentence what is wrong. retry: seconds after which to ask again."""
     headers = {"WWW-Authenticate": "Bearer"} if bearer else None if retry is None else {"Retry-After": str(retry)}
     return JSONResponse({"detail": sentence}, status, headers)

@@ -1,4 +1,4 @@
-"""Label maps as others read them: COCO's layout, one annotation per class in an image.
+"""Label maps in COCO's format, with one annotation per class in an image.
 
 Legend: H, W height and width in pixels.
 """
@@ -16,7 +16,7 @@ from tokenexit.prediction.coco import masks
 
 
 def coco(maps: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, Any]:
-    """Label maps `(H, W)` by file name in COCO's layout: images, categories, and one annotation per class in an image.
+    """Write label maps `(H, W)` by file name in COCO's format, with one annotation per class in an image.
 
     Numbers of images begin at 1; those of categories are the model's classes.
     """
@@ -43,7 +43,7 @@ def coco(maps: Mapping[str, npt.NDArray[Any]], labels: Labels) -> dict[str, Any]
 
 
 def _box(mask: npt.NDArray[np.bool_]) -> list[int]:
-    """Left, top, width and height of what is marked."""
+    """Return left, top, width and height of the mask."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     top, left = int(rows[0]), int(columns[0])
     return [left, top, int(columns[-1]) - left + 1, int(rows[-1]) - top + 1]

@@ -34,7 +34,7 @@ class _Histogram:
 
 
 class Metrics:
-    """Figures since the start. gauges: what is read when it is asked for, by name: help and a function."""
+    """Counters and histograms since the start. gauges: help and function of values read on request, by name."""
 
     def __init__(self, gauges: dict[str, tuple[str, Callable[[], float]]] | None = None) -> None:
         self.gauges = gauges or {}
@@ -77,7 +77,7 @@ def _head(name: str, help_: str, kind: str) -> list[str]:
 
 
 def _number(value: float) -> str:
-    """Without rounding: rates are differences of sums that grow for months."""
+    """Write a number without rounding: rates are differences of sums that grow for months."""
     return str(int(value)) if value == int(value) else repr(float(value))
 
 

@@ -1,4 +1,4 @@
-"""What a request will cost: multiply-adds of the dense model, in seconds of this machine.
+"""Estimates of the cost of a request: multiply-adds of the dense model, in seconds of this machine.
 
 A method with exits is reckoned as if nobody left: a threshold decides how many do, and an image too.
 """
@@ -16,7 +16,7 @@ SECONDS = 0.5
 
 
 class Pace:
-    """Seconds per multiply-add of a model on this machine: the best that was seen, at the start and since.
+    """The seconds per multiply-add of a model on this machine: the best measured at the start and since.
 
     A slow call, of a busy moment or of an image that is too small to fill the machine, therefore refuses nobody later.
     """
@@ -34,11 +34,11 @@ class Pace:
         return macs * self._seconds_per_mac
 
     def observe(self, macs: int, seconds: float) -> None:
-        """Learn from a call of the model that took so long for so many multiply-adds."""
+        """Update from the multiply-adds and seconds of a call of the model."""
         self._seconds_per_mac = min(self._seconds_per_mac, seconds / macs)
 
 
 def dense_macs(model: ExitSegmenter, size: Size) -> int:
-    """Multiply-adds of the dense model for an image whose resized height and width are `size`, in its windows."""
+    """Return the multiply-adds of the dense model for an image of the resized `size`, in its windows."""
     preprocessing = model.preprocessing
     return windows.dense_macs(model.backbone, model.decode_head, size, preprocessing.window, preprocessing.stride)

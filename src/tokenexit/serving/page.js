@@ -7,7 +7,7 @@ const form = $("controls");
 const TITLES = { dense: "Dense", dtop: "DToP", dovit: "DoViT" };
 
 let about;              // of the model: classes, colours, methods
-let picture = null;     // { blob, name, id, bitmap, number }
+let current = null;     // the image: { blob, name, id, bitmap, number }
 let views = {};         // by method: the last answer, with its decoded maps
 let point = null;       // what was clicked: [x, y] in [0, 1]
 let busy = false;       // one request is under way
@@ -47,22 +47,22 @@ function say(error) {
   $("message").textContent = error ? error.message : "";
 }
 
-async function send(chosen) {
+async function send(image) {
   const body = new FormData();
-  body.append("image", chosen.blob, chosen.name);
-  chosen.id = (await (await ask("images", { method: "POST", body })).json()).id;
+  body.append("image", image.blob, image.name);
+  image.id = (await (await ask("images", { method: "POST", body })).json()).id;
 }
 
-async function fetchView(chosen, method, compute) {
+async function fetchView(image, method, compute) {
   const fetched = async () => {
-    const body = JSON.stringify({ image: chosen.id, method, compute: method === "dense" ? null : compute });
+    const body = JSON.stringify({ image: image.id, method, compute: method === "dense" ? null : compute });
     return decoded(await (await ask("view", { method: "POST", body, headers: { "Content-Type": "application/json" } })).json());
   };
   try {
     return await fetched();
   } catch (error) {
     if (error.status !== 404) throw error;
-    await send(chosen);                 // the server made room for other images
+    await send(image);                  // the server made room for other images
     return fetched();
   }
 }
@@ -80,16 +80,16 @@ const chosenMethod = () => form.elements.method.value;
 const shownMethods = () =>
   chosenMethod() === "compare" ? about.methods.filter((m) => !m.refusal).map((m) => m.name) : [chosenMethod()];
 
-// The last wish wins: while an answer is under way others only mark it stale, so the server is never flooded.
+// The last request wins: while one is running, others only mark its answer stale, so the server is never flooded.
 async function refresh() {
   stale = true;
-  if (busy || !picture) return;
+  if (busy || !current) return;
   busy = true;
   $("panels").setAttribute("aria-busy", "true");
   try {
     while (stale) {
       stale = false;
-      const number = edge, compute = Number($("compute").value), asked = picture;
+      const number = edge, compute = Number($("compute").value), asked = current;
       if (!asked.id) await send(asked);
       const found = {};
       for (const method of shownMethods()) {
@@ -121,7 +121,7 @@ async function choose(blob, name, sample = null) {
     const factor = Math.sqrt(about.pixels / (bitmap.width * bitmap.height));
     if (factor < 1) ({ blob, bitmap } = await shrunk(bitmap, factor));
     if (number !== edge) return;
-    picture = { blob, bitmap, name, id: null };
+    current = { blob, bitmap, name, id: null };
     point = null;
     document.querySelectorAll(".sample").forEach((b) => b.setAttribute("aria-pressed", String(b.value === String(sample))));
     await refresh();
@@ -130,7 +130,7 @@ async function choose(blob, name, sample = null) {
   }
 }
 
-// Cameras take more pixels than the server: it gets what it takes.
+// Cameras have more pixels than the server accepts: larger images are shrunk to its limit.
 async function shrunk(bitmap, factor) {
   const canvas = document.createElement("canvas");
   canvas.width = Math.floor(bitmap.width * factor * 0.98);
@@ -160,10 +160,10 @@ function coloured(values, width, height, colours) {
 }
 
 const LOOKS = {
-  Image: (view) => painted(picture.bitmap.width, picture.bitmap.height, (context) => context.drawImage(picture.bitmap, 0, 0)),
+  Image: (view) => painted(current.bitmap.width, current.bitmap.height, (context) => context.drawImage(current.bitmap, 0, 0)),
   Prediction: (view) => coloured(view.labels, view.size[1], view.size[0], about.palette),
   Overlay: (view) => painted(view.size[1], view.size[0], (context, w, h) => {
-    context.drawImage(picture.bitmap, 0, 0, w, h);
+    context.drawImage(current.bitmap, 0, 0, w, h);
     context.globalAlpha = 0.5;
     context.drawImage(LOOKS.Prediction(view), 0, 0);
   }),
@@ -171,7 +171,7 @@ const LOOKS = {
     const tiles = coloured(view.exit_stage, view.grid[1], view.grid[0], about.colours);
     const zoom = Math.max(1, Math.ceil(900 / view.size[1]));    // so that edges of tokens stay where they are
     return painted(view.size[1] * zoom, view.size[0] * zoom, (context, w, h) => {
-      context.drawImage(picture.bitmap, 0, 0, w, h);
+      context.drawImage(current.bitmap, 0, 0, w, h);
       context.globalCompositeOperation = "saturation";
       context.fillStyle = "#808080";
       context.fillRect(0, 0, w, h);
@@ -247,7 +247,7 @@ const percent = (share) => `${Math.round(100 * share)} %`;
 const digits = (value) => (value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2));
 const milliseconds = (view) => (view.milliseconds >= 10 ? view.milliseconds.toFixed(0) : view.milliseconds.toFixed(1));
 
-const place = (n) => (n < about.exits.length ? `Exit ${n + 1}, after block ${about.exits[n]}` : "Stayed to the end");
+const exitName = (n) => (n < about.exits.length ? `Exit ${n + 1}, after block ${about.exits[n]}` : "Stayed to the end");
 
 function drawFigures(shown, compare) {
   const [view] = shown;
@@ -255,10 +255,10 @@ function drawFigures(shown, compare) {
   $("share").textContent = percent(view.share_of_dense);
   $("milliseconds").textContent = milliseconds(view);
   $("gmacs").textContent = `${digits(view.gmacs)} of ${digits(view.dense_gmacs)} GMACs, ${view.tokens} tokens`;
-  $("caption").textContent = compare ? "Where tokens left, and what they cost" : "Where tokens left";
-  const heads = compare ? shown.map((one) => TITLES[one.method]) : ["left", "still live"];
+  $("caption").textContent = compare ? "Tokens by exit, and cost" : "Where tokens left";
+  const heads = compare ? shown.map((one) => TITLES[one.method]) : ["left", "live after"];
   const left = (one) => [...one.exits.map((exit) => exit.left), one.stayed];
-  const exits = left(view).map((count, n) => [place(n), ...(compare ? shown.map((one) => left(one)[n]) : [count, view.exits[n]?.live ?? ""])]);
+  const exits = left(view).map((count, n) => [exitName(n), ...(compare ? shown.map((one) => left(one)[n]) : [count, view.exits[n]?.live ?? ""])]);
   const costs = [["Of dense", (one) => percent(one.share_of_dense)], ["GMACs", (one) => digits(one.gmacs)], ["Milliseconds", milliseconds]];
   const rows = compare ? [...exits, ...costs.map(([title, figure]) => [title, ...shown.map(figure)])] : exits;
   const filled = (row, values, tag) => {
@@ -270,7 +270,7 @@ function drawFigures(shown, compare) {
     }));
     return row;
   };
-  filled($("exits").tHead.rows[0], ["Place", ...heads], "th");
+  filled($("exits").tHead.rows[0], ["Exit", ...heads], "th");
   $("exits").tBodies[0].replaceChildren(...rows.map((values, n) => {
     const row = filled(document.createElement("tr"), values, "td");
     if (n < exits.length) row.firstChild.prepend(swatch(about.colours[n]));
@@ -355,7 +355,7 @@ function drawThreshold() {
   const view = views[chosenMethod()];
   const numbers = view?.threshold?.flat();
   const short = (value) => (value >= 1 ? "1" : value.toFixed(3));
-  const text = !numbers ? "" : Number($("compute").value) === 1 ? "nobody leaves"
+  const text = !numbers ? "" : Number($("compute").value) === 1 ? "no token leaves"
     : `threshold ${[...new Set(numbers.map(short))].slice(0, 4).join(" / ")}`;
   $("threshold").textContent = text || "\u00a0";
   $("compute").setAttribute("aria-valuetext", `${percent($("compute").value)}${text ? `, ${text}` : ""}`);
@@ -364,17 +364,17 @@ function drawThreshold() {
 // ---------------------------------------------------------------------------------------------------- downloads
 
 async function download(format, suffix) {
-  if (!picture) return say(new Error("Choose a picture first."));
+  if (!current) return say(new Error("Choose an image first."));
   const method = shownMethods().find((m) => m !== "dense") || "dense";
   const body = new FormData();
-  body.append("images", picture.blob, picture.name);
+  body.append("images", current.blob, current.name);
   body.append("method", method);
   body.append("format", format);
   if (method !== "dense") body.append("compute", $("compute").value);
   try {
     const link = document.createElement("a");
     link.href = URL.createObjectURL(await (await ask("predict", { method: "POST", body })).blob());
-    link.download = `${picture.name.replace(/\.[^.]*$/, "")}-${method}${suffix}`;
+    link.download = `${current.name.replace(/\.[^.]*$/, "")}-${method}${suffix}`;
     link.click();
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
     say(null);

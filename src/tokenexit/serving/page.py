@@ -1,4 +1,4 @@
-"""The page's files, what in them depends on the model, and the scenes it offers."""
+"""The page: its files, the parts that depend on the model, and its sample scenes."""
 
 from __future__ import annotations
 
@@ -29,21 +29,25 @@ def asset(name: str) -> str:
 
 
 def knows_scenes(model: ExitSegmenter) -> bool:
-    """Whether all classes of a model are drawn in the scenes; to models of other classes they say nothing."""
+    """Return whether all classes of a model are drawn in the scenes; other models get no samples."""
     labels = model.preprocessing.labels
     return labels is not None and set(labels.names) <= set(SCENE_LABELS.names)
 
 
-def page_html(name: str, offers: Sequence[Offer], samples_count: int) -> str:
-    """The page with what does not change: the model's name, its methods, the samples."""
+def page_html(name: str, offers: Sequence[Offer], usual: str, samples_count: int) -> str:
+    """Render the page with the model's name, its methods and the samples.
+
+    usual: the method that is chosen at the beginning.
+    """
     samples = "".join(
         f'<button name="sample" value="{n}" class="sample"><img src="samples/{n}.png" alt="Sample {n + 1}" '
         'width="96" height="64"></button>'
         for n in range(samples_count)
     )
-    first = next((offer.name for offer in offers if offer.name != "dense" and offer.refusal is None), "dense")
-    methods = "".join(_radio(offer.name, offer.title, offer.refusal, offer.name == first) for offer in offers)
-    return Template(asset("page.html")).substitute(name=escape(name), samples=samples, methods=methods)
+    methods = "".join(_radio(offer.name, offer.title, offer.refusal, offer.name == usual) for offer in offers)
+    calibrated = any(offer.calibrated for offer in offers)
+    note = "" if calibrated else '<p class="quiet">This model is not calibrated: dense unless you choose another.</p>'
+    return Template(asset("page.html")).substitute(name=escape(name), samples=samples, methods=methods, note=note)
 
 
 def _radio(name: str, title: str, refusal: str | None, checked: bool) -> str:
@@ -53,7 +57,7 @@ def _radio(name: str, title: str, refusal: str | None, checked: bool) -> str:
 
 
 def docs_html(document: Mapping[str, Any]) -> str:
-    """The OpenAPI document as a page that loads nothing: addresses, their fields, their answers."""
+    """Render the OpenAPI document as a page that loads nothing: addresses, their fields, their answers."""
     sections = []
     for path, methods in document["paths"].items():
         for method, about in methods.items():
@@ -68,7 +72,7 @@ def docs_html(document: Mapping[str, Any]) -> str:
 
 
 def _fields(about: Mapping[str, Any], document: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Names and schemas of what a request may hold."""
+    """Return names and schemas of the fields of a request."""
     content = about.get("requestBody", {}).get("content", {})
     found = [(field["name"], field["schema"]) for field in about.get("parameters", [])]
     for body in content.values():
@@ -84,14 +88,14 @@ def _kind(schema: Mapping[str, Any]) -> str:
 
 @cache
 def sample_png(number: int, size: Size) -> bytes:
-    """A drawn scene as PNG."""
+    """Encode a drawn scene as PNG."""
     buffer = io.BytesIO()
     Image.fromarray(render_scene(SAMPLES[number], size)[0]).save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def sample_size(model: ExitSegmenter) -> Size:
-    """About what the model was trained on: the height of its position table, at a ratio of 2 to 3."""
+    """Return a size near that of training: the height of the position table, at a ratio of 2 to 3."""
     backbone = model.config.backbone
     height = min(max(backbone.pos_embed_grid[0] * backbone.patch_size, 128), 512)
     return height, height * 3 // 2

@@ -1,4 +1,4 @@
-"""What the server does for a request: the endpoints of the page and of the API, and what they share.
+"""The service: the endpoints of the page and of the API, and what they share.
 
 A request reads its images, queues them for the batcher, waits, and encodes what it is sent: reading and encoding in
 threads of their own, the model in one. Nothing is kept of a request but, for the page, its last images in memory.
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import default_labels
-from tokenexit.methods import Method
+from tokenexit.methods import METHODS, Method
 from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
 from tokenexit.report.pictures import exit_colours
@@ -47,12 +47,12 @@ from tokenexit.version import __version__
 T = TypeVar("T")
 
 CLOSING = 5.0
-"""Seconds that the block under way gets when the server ends."""
+"""Seconds for the running block when the server ends."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the server takes.
+    """Limits of the server.
 
     upload_bytes: of a request. pixels: of an image, and of what the network sees of it, padding included. images: of
     a request. slots: images under way at once; more are refused with status 429. seconds: for an upload, and for its
@@ -65,7 +65,7 @@ class Limits:
 
     upload_bytes: int = 20_000_000
     pixels: int = 2048 * 1024
-    pictures: int = 16
+    images: int = 16
     slots: int = 64
     seconds: float = 30.0
     work: float = 15.0
@@ -81,15 +81,15 @@ class Limits:
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
             if not (0 < value < math.inf or (value == 0 and name == "wait")):
-                raise ConfigError(f"{name}={value:g} is no limit: give a number above 0.")
+                raise ConfigError(f"{name} must be above 0, got {value:g}: give another limit.")
 
 
-class TooDear(Exception):
-    """The model would take longer for a request than it may."""
+class TooExpensive(Exception):
+    """The expected time of a request is above the limit."""
 
 
 class Saturated(Exception):
-    """The requests that are queued take longer than an answer may. seconds: after which to ask again."""
+    """The queue is longer than the time limit of an answer. seconds: time after which to ask again."""
 
     def __init__(self, message: str, seconds: int) -> None:
         super().__init__(message)
@@ -98,7 +98,7 @@ class Saturated(Exception):
 
 @dataclass(frozen=True)
 class Health:
-    """What the server is about to do.
+    """The state of the server.
 
     status: "ok"; "saturated" where an image that comes now is refused; "ending" after SIGTERM, with status 503.
     busy: images under way, of `places`. wait_seconds: until a small image that comes now would have its turn.
@@ -116,7 +116,7 @@ class Health:
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the page needs to know of the model. colours: RGB of the exits in their order, the last for the end."""
+    """Facts of the model for the page. colours: RGB of the exits in their order, the last for the end."""
 
     name: str
     classes: list[str]
@@ -131,7 +131,7 @@ class ModelInfo:
 
 @dataclass(frozen=True)
 class Kept:
-    """An image that the page may ask for again."""
+    """An image that is kept for further views."""
 
     id: str
     height: int
@@ -140,8 +140,11 @@ class Kept:
 
 @dataclass(frozen=True)
 class ViewRequest:
-    """image: `id` of an image that was sent before. compute: 1 all of the network for every token, 0 as little as
-    can be; the method's own thresholds if it is not given."""
+    """A request for a view of an image.
+
+    image: `id` of an image that was sent before. compute: from 0, the least, to 1, the whole network for every token;
+    the method's own thresholds if it is not given.
+    """
 
     image: str
     method: str | None = None
@@ -171,13 +174,13 @@ class Service:
             for part in [*model.backbone.blocks, *heads]
         ]
         self.samples = SAMPLES if knows_scenes(self.model) else ()
-        self.page = page_html(name, self.choices.offers(), len(self.samples))
+        self.page = page_html(name, self.choices.offers(), self.choices.usual.name, len(self.samples))
         self._kept: OrderedDict[str, UploadedImage] = OrderedDict()
         # Few at once: full-size maps of many classes are large, and cores are few.
-        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "tokenexit-pictures")
+        self._threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "tokenexit-images")
 
     def close(self) -> None:
-        """Finish what is under way, and end."""
+        """Finish running requests and end."""
         self.batcher.close(CLOSING)
         self._threads.shutdown(cancel_futures=True)
         for hook in self._hooks:
@@ -217,7 +220,7 @@ class Service:
         )
 
     async def keep(self, image: Annotated[UploadFile, File()]) -> Kept:
-        """Send an image to view it several times. It is kept in memory until others need the room."""
+        """Upload an image to view it several times. It is kept in memory until others need the room."""
         with self.batcher.slots(1):
             data = await image.read()
             _, uploaded = await self._read(data, file_name(image.filename, 0))
@@ -229,7 +232,7 @@ class Service:
         return Kept(key, *uploaded.size)
 
     async def view(self, asked: ViewRequest, accept_encoding: Annotated[str, Header()] = "") -> Response:
-        """Maps and figures of an image that was sent before, for a method and a place on the dial."""
+        """Maps and figures of an image that was sent before, for a method and a position on the compute dial."""
         uploaded = self._kept.get(asked.image)
         if uploaded is None:
             raise HTTPException(404, "this image is no longer kept: send it again.")
@@ -263,7 +266,7 @@ class Service:
             data, name = await image.read(), file_name(image.filename, 0)
         else:
             raise DataError("no image was sent: choose a file or a sample.")
-        chosen = self.choices.choose(None if method == "compare" else method, compute=compute)
+        chosen = self.choices.choose(self.choices.usual.name if method == "compare" else method, compute=compute)
         with self.batcher.slots(1):
             shown, uploaded = await self._read(data, name)
             (answer,) = await self._segment([uploaded], chosen, [uploaded.size])
@@ -278,7 +281,7 @@ class Service:
     # ------------------------------------------------------------------------------------------------- the API
 
     async def healthz(self, response: Response) -> Health:
-        """Whether the server answers, and how soon."""
+        """State of the server, and its waiting time."""
         wait = self.batcher.wait()
         status: Literal["ok", "saturated", "ending"] = "ok"
         if self.ending.begun:
@@ -296,7 +299,7 @@ class Service:
         )
 
     def full(self) -> bool:
-        """Whether there is no room for another image."""
+        """Return whether there is no room for another image."""
         return self.batcher.taken >= self.limits.slots
 
     async def prometheus(self) -> Response:
@@ -307,17 +310,17 @@ class Service:
         self,
         images: Annotated[list[UploadFile], File(description="One image or several: JPEG, PNG, WebP, TIFF, ...")],
         method: Annotated[
-            str | None, Form(description="dense, dtop, dovit, ...; the calibrated one, else dtop")
+            str | None, Form(description=f"{', '.join(METHODS)}; if not given the calibrated one, else dense")
         ] = None,
-        threshold: Annotated[str | None, Form(description="of all exits, or one for each as 0.98/0.9/0.8")] = None,
-        compute: Annotated[float | None, Form(description="in [0, 1] instead: from as little as can be to all")] = None,
+        threshold: Annotated[str | None, Form(description="one for all exits, or one for each: 0.9/0.8")] = None,
+        compute: Annotated[float | None, Form(description="from 0 (least) to 1 (all), instead of threshold")] = None,
         format: Annotated[Literal["json", "png", "coco"], Form(description="figures, masks, or run lengths")] = "json",
     ) -> Any:
         """Segment images at their own sizes. json: figures and exit maps, a list. png: a palette PNG whose values are
         the classes; of several images a zip of them. coco: images, categories and compressed run lengths."""
-        most = min(self.limits.pictures, self.limits.slots)
+        most = min(self.limits.images, self.limits.slots)
         if len(images) > most:
-            raise HTTPException(422, f"{len(images)} images are more than {most}: send them in parts.")
+            raise HTTPException(422, f"there must be at most {most} images, got {len(images)}: send them in parts.")
         chosen = self.choices.choose(method, threshold, compute)
         names = distinct([file_name(image.filename, n) for n, image in enumerate(images)])
         with self.batcher.slots(len(images)):
@@ -369,17 +372,17 @@ class Service:
         return list(found)
 
     def _check_time(self, seconds: float, longest: float) -> None:
-        """Raise `TooDear` or `Saturated` where the images cannot be done in time."""
+        """Raise `TooExpensive` or `Saturated` where the images cannot be done in time."""
         limits = self.limits
         if seconds > limits.work:
-            raise TooDear(
-                f"this would take about {seconds:.2g} seconds of this machine, more than the {limits.work:g} that a "
-                "request may: send fewer or smaller images."
+            raise TooExpensive(
+                f"a request must take at most {limits.work:g} seconds of this machine, got about {seconds:.2g}: "
+                "send fewer or smaller images."
             )
         late = self.batcher.wait(longest) + seconds - limits.seconds
         if late > 0:
             raise Saturated(
-                f"others are before it, and the answer would come about {late:.2g} seconds after the time limit of "
+                f"the server is busy, and the answer would come about {late:.2g} seconds after the time limit of "
                 f"{limits.seconds:g}: try again later.",
                 math.ceil(late),
             )
@@ -390,9 +393,9 @@ class Service:
         add("tokenexit_macs_total", ledger.macs[0], method=method.name)
         add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)
         live = [ledger.tokens[0], *(ledger.live[0][n] for n in self.model.config.exits), 0]
-        places = [*map(str, range(1, len(live) - 1)), "end"]
-        for place, before, after in zip(places, live, live[1:]):
-            add("tokenexit_tokens_total", before - after, method=method.name, exit=place)
+        exits = [*map(str, range(1, len(live) - 1)), "end"]
+        for exit_name, before, after in zip(exits, live, live[1:]):
+            add("tokenexit_tokens_total", before - after, method=method.name, exit=exit_name)
 
     def _observe_batch(self, output: Segmentation, seconds: float) -> None:
         self.pace.observe(sum(output.ledger.macs), seconds)

@@ -1,4 +1,4 @@
-"""Files that were sent: what they may be, what they are called, and what the network takes of them."""
+"""Uploaded files: checks, names, and the tensors made of them."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from tokenexit.serving.pace import dense_macs
 
 @dataclass(frozen=True)
 class UploadedImage:
-    """An image as the network takes it.
+    """An uploaded image as input of the network.
 
-    size: its own height and width. tokens: what it weighs in a batch. macs: what the dense model takes for it.
+    size: its own height and width. tokens: their number in a batch. macs: multiply-adds of the dense model.
     """
 
     image: Tensor
@@ -34,7 +34,7 @@ class UploadedImage:
 
 
 def read_image(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, UploadedImage]:
-    """The image in a file, and as the network takes it. Raises `DataError` for what is none, or too large.
+    """Read the image in a file, and make the input of the network. Raises `DataError` for no image, or a large one.
 
     max_pixels: of the image, which is not decoded beyond that, and of what the network sees of it. A thin strip is
     small until its short side is resized or padded to a patch.
@@ -57,7 +57,7 @@ def keep_in_memory(size: int) -> None:
 
 
 class _Named(io.BytesIO):
-    """A file in memory that has the name it was sent under."""
+    """A file in memory with the name of the upload."""
 
     def __init__(self, data: bytes, name: str) -> None:
         super().__init__(data)
@@ -65,13 +65,13 @@ class _Named(io.BytesIO):
 
 
 def file_name(sent: str | None, number: int) -> str:
-    """The name that a file was sent under, without folders and signs that do not belong into names."""
+    """Return the name of an upload, without folders and signs that do not belong into names."""
     name = re.split(r"[\\/]", sent or "")[-1]
     return re.sub(r"[^\w .()+-]", "_", name)[-100:].lstrip(". ") or f"image-{number + 1}"
 
 
 def distinct(names: Sequence[str]) -> list[str]:
-    """Names without their suffixes stand once: a second `a.png` or `a.jpg` becomes `a-2.jpg`."""
+    """Make names unique without their suffixes: a second `a.png` or `a.jpg` becomes `a-2.jpg`."""
     taken: set[str] = set()
     out = []
     for name in names:

@@ -73,8 +73,8 @@ def save_checkpoint(folder: Path, progress: Progress, parts: CheckpointParts, co
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         shutil.rmtree(unfinished, ignore_errors=True)
         raise CheckpointError(
-            f"the checkpoint of step {step} cannot be written to {folder} ({_reason(error)}): free the place; the same "
-            "command then continues from the one before."
+            f"the checkpoint of step {step} cannot be written to {folder} ({_reason(error)}): free disk space; the "
+            "same command then continues from the one before."
         ) from None
     for other in (*folder.glob("step-*"), *folder.glob(".step-*")):
         if other != final:

@@ -86,7 +86,7 @@ class OptimConfig:
     """Optimiser and learning rate schedule."""
 
     name: Literal["adamw", "sgd"] = "adamw"
-    """Optimiser."""
+    """Name of the optimiser."""
     lr: float = 1e-4
     """Learning rate of the backbone."""
     head_lr_factor: float = 10.0
@@ -121,12 +121,12 @@ class OptimConfig:
             _at_least("optim", self, decay_end=self.decay_start + 1)
         _in_range("optim", self, 0.0, 1.0, "momentum", "warmup_start")
         if self.min_lr > self.lr:
-            raise ConfigError(f"optim.min_lr={self.min_lr} is above optim.lr={self.lr}: lower it.")
+            raise ConfigError(f"optim.min_lr must be at most optim.lr={self.lr}, got {self.min_lr}: lower it.")
         if self.clip_grad_norm is not None:
             _positive("optim", self, "clip_grad_norm")
         if not all(0.0 <= beta < 1.0 for beta in self.betas):
             raise ConfigError(
-                f"optim.betas={list(self.betas)} must lie in [0, 1): choose values such as 0.9 and 0.999."
+                f"optim.betas must lie in [0, 1), got {list(self.betas)}: choose values such as 0.9 and 0.999."
             )
 
 
@@ -224,22 +224,27 @@ class TrainConfig:
         if self.val_limit is not None:
             _at_least("", self, val_limit=1)
         if self.class_weights is not None and not all(weight >= 0 for weight in self.class_weights):
-            raise ConfigError(f"class_weights={self.class_weights} must not be negative: give one factor per class.")
+            raise ConfigError(
+                f"class_weights must not be negative, got {self.class_weights}: give one factor per class."
+            )
         if not self.methods:
-            raise ConfigError("methods is empty: name at least one, such as dense.")
+            raise ConfigError("methods must name at least one method, got none: name one, such as dense.")
         if self.ema_decay is not None and not 0.0 < self.ema_decay < 1.0:
-            raise ConfigError(f"ema_decay={self.ema_decay} must lie between 0 and 1: choose a value such as 0.999.")
+            raise ConfigError(
+                f"ema_decay must lie between 0 and 1, got {self.ema_decay}: choose a value such as 0.999."
+            )
         for name, kind in (("freeze", Freeze), ("ignored_pixels", IgnoredPixels)):
             if getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
-                raise ConfigError(f"{name}='{getattr(self, name)}' is unknown: choose one of {known}.")
+                raise ConfigError(f"{name} must be one of {known}, got '{getattr(self, name)}': choose one.")
 
 
 def check_class_weights(config: TrainConfig, num_classes: int) -> None:
     """Check that there is a weight for every class, or none at all."""
     if config.class_weights is not None and len(config.class_weights) != num_classes:
         raise ConfigError(
-            f"class_weights has {len(config.class_weights)} values for {num_classes} classes: give one for each."
+            f"class_weights must have {num_classes} values, one per class, got {len(config.class_weights)}: "
+            "correct them."
         )
 
 
@@ -272,8 +277,8 @@ def check_parts(config: TrainConfig, processes: int) -> None:
     """Check that a batch divides into equal parts for all processes."""
     if config.batch_size % (processes * config.accumulate):
         raise ConfigError(
-            f"batch_size={config.batch_size} is no multiple of {processes} processes x accumulate={config.accumulate}: "
-            "choose one that is."
+            f"batch_size must be a multiple of {processes} processes x accumulate={config.accumulate}, got "
+            f"{config.batch_size}: choose another."
         )
 
 
@@ -346,18 +351,18 @@ def _at_least(group: str, config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if not (value >= bound and math.isfinite(value)):
-            raise ConfigError(f"{_dotted(group, name)}={value} must be at least {bound}.")
+            raise ConfigError(f"{_dotted(group, name)} must be at least {bound}, got {value}: raise it.")
 
 
 def _positive(group: str, config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"{_dotted(group, name)}={value} must be positive.")
+            raise ConfigError(f"{_dotted(group, name)} must be positive, got {value}: give a number above 0.")
 
 
 def _in_range(group: str, config: object, low: float, high: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         if not low <= value <= high:
-            raise ConfigError(f"{_dotted(group, name)}={value} is outside [{low:g}, {high:g}].")
+            raise ConfigError(f"{_dotted(group, name)} must lie in [{low:g}, {high:g}], got {value}: choose another.")

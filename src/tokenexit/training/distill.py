@@ -25,7 +25,7 @@ from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DistillConfig
 
 SURE = -1e-6
-"""Largest log-score of an ATM head that a divergence is taken of, so that the opposite has a finite one."""
+"""Largest log-score of an ATM head in a divergence, so that the log of its complement is finite."""
 
 
 def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter | None:

@@ -18,7 +18,7 @@ from tokenexit.training.config import TrainConfig
 
 LOG_FILE, EVENTS = "log.csv", "events"
 LOG_ROWS = 1000
-"""Rows of a whole run, about; shorter runs have one for every step."""
+"""Approximate number of rows of a run; shorter runs have one for every step."""
 
 
 class Row(NamedTuple):
@@ -89,7 +89,7 @@ class CsvLog:
         except (OSError, csv.Error) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(
-                f"{self.path} cannot be written ({reason}): free the place; the same command then goes on from the "
+                f"{self.path} cannot be written ({reason}): free disk space; the same command then goes on from the "
                 "last checkpoint."
             ) from None
 

@@ -56,7 +56,7 @@ from tokenexit.training.optim import build_optimizer, learning_rate
 Say = Callable[[str], None]
 
 LOGGED_LINES, LONGEST_SILENCE = 20, 60.0
-"""Where the output is no terminal: lines of progress in a whole run at least, and most seconds from one to the next."""
+"""Progress without a terminal: smallest number of lines in a run, and most seconds between two."""
 
 
 def speak(line: str) -> None:

@@ -32,7 +32,9 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
     parser = ArgumentParser(
         prog="tokenexit train",
         usage=USAGE,
-        description="Train or fine-tune a model as a YAML says. Options are the keys of the YAML; those given win.",
+        description="Train or fine-tune a model as a YAML says. Options are the keys of the YAML, nested ones after a "
+        "dot, and win over it. Dots and underscores may be written as dashes, as in all other commands: --data.root or "
+        "--data-root, --batch_size or --batch-size.",
         exit_on_error=False,
     )
     help = "YAML of the run, or name of a shipped recipe, such as dtop/ade20k_base"
@@ -40,7 +42,7 @@ def parse_train(arguments: Sequence[str], add_options: Callable[[Any], None]) ->
     parser.add_class_arguments(TrainConfig, nested_key=None, instantiate=True)
     add_options(parser)
     keys = config_keys()
-    arguments = [_with_underscores(argument, keys) for argument in arguments]
+    arguments = [_as_key(argument, keys) for argument in arguments]
     arguments = _with_files(arguments)
     try:
         options = parser.parse_args(arguments)
@@ -135,11 +137,16 @@ def _expected(kind: Any, example: Any) -> str:
     return f"one of {', '.join(map(str, inner))}" if len(inner) > 1 else str(inner[0])
 
 
-def _with_underscores(argument: str, keys: dict[str, Any]) -> str:
-    """Rewrite `--batch-size` as `--batch_size`."""
+def _as_key(argument: str, keys: dict[str, Any]) -> str:
+    """Rewrite `--batch-size` as `--batch_size`, and `--data-root` as `--data.root`: all but letters may be a dash."""
     name, equals, value = argument.partition("=")
-    underscored = name[2:].replace("-", "_")
-    return f"--{underscored}{equals}{value}" if name.startswith("--") and underscored in keys else argument
+    written = {_dashed(key): key for key in keys}
+    key = written.get(_dashed(name.removeprefix("--"))) if name.startswith("--") else None
+    return argument if key is None else f"--{key}{equals}{value}"
+
+
+def _dashed(key: str) -> str:
+    return key.replace(".", "-").replace("_", "-")
 
 
 def _with_files(arguments: Sequence[str]) -> list[str]:

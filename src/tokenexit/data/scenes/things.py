@@ -1,4 +1,4 @@
-"""Everything that is drawn in a street scene: ground, buildings, trees, cars, people, poles and signs."""
+"""The objects of a street scene and how they are drawn: ground, buildings, trees, cars, people, poles and signs."""
 
 from __future__ import annotations
 
