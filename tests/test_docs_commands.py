@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import pytest
 
 from tests.cli.test_cli import fine
 from tokenexit.cli import COMMANDS, main
+from tokenexit.cli.method_options import method_options
 from tokenexit.cli.options import CommandParser
 from tokenexit.methods import DToP
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.training.config import TrainConfig
 from tokenexit.training.parsing import parse_train
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,6 +67,18 @@ def test_command__is_taken_by_its_parser(page: str, command: str, monkeypatch: p
 def test_pages__have_commands() -> None:
     assert {"README.md", "getting-started.md", "your-own-vit.md", "calibration.md"} <= {page for page, _ in ALL}
     assert len(ALL) > 30
+
+
+def test_pages__name_options_that_some_command_has() -> None:
+    """In running text, where no parser reads them. Evidence, which also names options of benchmarks, is left out."""
+    sources = "".join(path.read_text() for path in (ROOT / "src" / "tokenexit" / "cli").glob("*.py"))
+    known = set(re.findall(r'"--([a-z][a-z-]*)"', sources)) | {"config", "no-gate"}
+    known |= {"nnodes", "extra-index-url"}  # of torchrun and pip
+    known |= {name.replace("_", "-") for name in method_options()}
+    known |= {f.name.replace("_", "-") for f in fields(TrainConfig)}
+    for page in (page for page in PAGES if page.parent.name != "evidence"):
+        named = re.findall(r"`--([a-z][a-z_-]*)(?![\w.])", page.read_text())
+        assert {name.replace("_", "-") for name in named} <= known, page
 
 
 def test_getting_started__works_as_it_stands(

@@ -54,8 +54,8 @@ def test_predicting_page__its_commands_work(home: Path, capsys: pytest.CaptureFi
     ):
         assert Path(made).is_file(), made
     if len(called) == 10:
-        films = ("frames/street/000002.png", "film/street.overlay.mp4", "film-of-photos/photos.overlay.mp4")
-        assert all(Path(made).is_file() for made in films)
+        videos = ("frames/street/000002.png", "overlays/street.overlay.mp4", "photos-video/photos.overlay.mp4")
+        assert all(Path(made).is_file() for made in videos)
 
 
 def test_predicting_page__its_python_works(home: Path) -> None:
