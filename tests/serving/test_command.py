@@ -162,7 +162,7 @@ def test_serve__an_address_in_use_is_said(saved: Path, capsys: Captured) -> None
         (["--port", "70000"], "--port 70000 is no port: give one from 0 to 65535."),
         (["--queue", "0"], "--queue 0 must be above 0."),
         (["--max-pixels", "-1"], "--max-pixels -1 must be above 0."),
-        (["--timeout", "nan"], "--timeout nan must be above 0."),
+        (["--timeout", "nan"], "--timeout nan must be a number of at most 2147483647."),
         (["--max-upload-mb", "0"], "--max-upload-mb 0 must be above 0."),
         (["--max-seconds", "0"], "--max-seconds 0 must be above 0."),
         (["--drain", "0"], "--drain 0 must be above 0."),
