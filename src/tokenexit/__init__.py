@@ -35,6 +35,7 @@ _HOME = {
     "evaluate": "tokenexit.evaluation.evaluate",
     "Evaluation": "tokenexit.evaluation.results",
     "calibrate": "tokenexit.calibration.calibrate",
+    "Calibration": "tokenexit.checkpoints.calibration",
     "Budget": "tokenexit.calibration.targets",
     "Bound": "tokenexit.calibration.targets",
     "CalibrationSet": "tokenexit.calibration.calibration_set",
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from tokenexit.calibration.calibrate import calibrate
     from tokenexit.calibration.calibration_set import CalibrationSet
     from tokenexit.calibration.targets import Bound, Budget
+    from tokenexit.checkpoints.calibration import Calibration
     from tokenexit.conversion.convert import convert
     from tokenexit.engine.vit import ViTConfig
     from tokenexit.errors import CheckpointError, ConfigError, DataError, TokenExitError
@@ -72,6 +74,7 @@ __all__ = [
     "PAUMER",
     "Bound",
     "Budget",
+    "Calibration",
     "CalibrationSet",
     "CheckpointError",
     "ConfigError",

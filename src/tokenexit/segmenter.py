@@ -76,7 +76,7 @@ class ExitSegmenter(PretrainedMixin):
         exit_heads: the heads of the exits, in order.
         decode_head: the head at the end.
         load_report: which weights were loaded, missing, unexpected or resized; None without `weights`.
-        calibration: contents of `calibration.json`, None for a model that was not calibrated.
+        calibration: the `Calibration` of `calibration.json`, None for a model that was not calibrated.
         records: contents of `training.json` and `evaluation.json` that were found beside the model, by file name.
 
     Raises:

@@ -384,14 +384,14 @@ def test_defaults__are_the_published_ones():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"threshold": -0.5}, r"threshold=-0.5 is outside \[0, 1\]"),
-        ({"blend_trigger": 1.5}, r"blend_trigger=1.5 is outside \[0, 1\]"),
-        ({"blend_weight": -0.1}, r"blend_weight=-0.1 is outside \[0, 1\]"),
-        ({"threshold_warmup": 2.0}, r"threshold_warmup=2.0 is outside \[0, 1\]"),
-        ({"score": "logit"}, r"score='logit': choose probability, margin or entropy"),
-        ({"temperature": (1.0, 0.0)}, r"temperature=0.0 must be a number above 0"),
-        ({"batch_mode": "median"}, r"batch_mode='median': choose exact or mean"),
-        ({"scoring": "all"}, r"scoring='all': choose grid or live"),
+        ({"threshold": -0.5}, r"threshold must be in \[0, 1\], got -0.5"),
+        ({"blend_trigger": 1.5}, r"blend_trigger must be in \[0, 1\], got 1.5"),
+        ({"blend_weight": -0.1}, r"blend_weight must be in \[0, 1\], got -0.1"),
+        ({"threshold_warmup": 2.0}, r"threshold_warmup must be in \[0, 1\], got 2.0"),
+        ({"score": "logit"}, r"score must be probability, margin or entropy, got 'logit'"),
+        ({"temperature": (1.0, 0.0)}, r"temperature must be a number above 0, got 0.0"),
+        ({"batch_mode": "median"}, r"batch_mode must be exact or mean, got 'median'"),
+        ({"scoring": "all"}, r"scoring must be grid or live, got 'all'"),
         ({"scoring": "live", "batch_mode": "mean"}, r"batch_mode='mean' .*use scoring='grid'"),
     ],
 )

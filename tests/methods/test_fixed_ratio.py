@@ -51,12 +51,12 @@ def test_fixed_ratio__has_the_finish_of_dtop():
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"ratios": (0.5, 1.2)}, r"ratios=\(0.5, 1.2\) is no share in \[0, 1\]"),
-        ({"ratios": -0.5}, r"ratios=-0.5 is no share"),
-        ({"ratios": "half"}, r"ratios='half' is no share"),
-        ({"finish": "early"}, r"finish='early': choose"),
-        ({"score": "logit"}, r"score='logit': choose"),
-        ({"temperature": 0.0}, r"temperature=0.0 must be"),
+        ({"ratios": (0.5, 1.2)}, r"ratios must be a share in \[0, 1\] for each exit, got \(0.5, 1.2\)"),
+        ({"ratios": -0.5}, r"ratios must be a share .*got -0.5"),
+        ({"ratios": "half"}, r"ratios must be a share .*got 'half'"),
+        ({"finish": "early"}, r"finish must be .* got 'early': choose"),
+        ({"score": "logit"}, r"score must be .* got 'logit': choose"),
+        ({"temperature": 0.0}, r"temperature must be .* got 0.0"),
         ({"ratios": (0.5, 0.4, 0.3)}, r"ratios has 3 values for 2 exits"),
     ],
 )

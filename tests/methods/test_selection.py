@@ -122,7 +122,7 @@ def test_per_exit__refuses_another_number_of_values():
 
 @pytest.mark.parametrize("threshold", [-0.1, 1.5, float("nan"), [0.5, 2.0], [0.5, [0.5, 2.0]], [[0.5], ["0.5"]]])
 def test_check_thresholds__refuses_what_is_no_score(threshold):
-    with pytest.raises(ConfigError, match=r"threshold=.* is outside \[0, 1\].*use 1 for 'never'"):
+    with pytest.raises(ConfigError, match=r"threshold must be in \[0, 1\], got .*use 1 for 'never'"):
         check_thresholds(threshold)
 
 

@@ -18,7 +18,7 @@ def test_truncated__runs_the_blocks_and_the_head_of_a_shallower_network():
 
 @pytest.mark.parametrize("after", [0, -1, 3])
 def test_truncated__refuses_an_exit_that_is_not_there(after):
-    with pytest.raises(ConfigError, match=f"after={after}"):
+    with pytest.raises(ConfigError, match=rf"after must be at .*, got {after}:"):
         tiny_segmenter("fcn").eval()([random_image(4, 4)], build_method({"name": "truncated", "after": after}))
 
 

@@ -88,7 +88,7 @@ def test_choose__takes_one_threshold_or_one_for_each_exit(model: ExitSegmenter) 
     [
         ({"name": "resnet"}, "method 'resnet' is unknown: choose one of dense, dtop"),
         ({"name": "dtop", "threshold": "much"}, "threshold must be a number, got 'much'"),
-        ({"name": "dtop", "threshold": "1.5"}, "outside"),
+        ({"name": "dtop", "threshold": "1.5"}, "threshold must be in [0, 1], got 1.5"),
         ({"name": "dtop", "threshold": "0.9/0.8/0.7"}, "3 values for 2 exits"),
         ({"name": "dtop", "compute": 1.5}, "compute must lie in [0, 1], got 1.5"),
         ({"name": "dtop", "compute": float("nan")}, "compute must lie in [0, 1], got nan"),

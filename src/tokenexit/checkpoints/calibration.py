@@ -1,4 +1,4 @@
-"""`calibration.json`, the file beside the weights that says which thresholds they run with, as a value."""
+"""`Calibration` is the value in `calibration.json`: the thresholds that a model runs with, and what they reach."""
 
 from __future__ import annotations
 
@@ -43,11 +43,17 @@ class _Content(TypedDict, total=False):
 class Calibration:
     """Thresholds that were chosen for a target, with what they reach and what is guaranteed.
 
-    asked: the target and its options. guarantee: one or two sentences on what holds, and what does not. method: the
-    specification that `build_method` takes, empty in a file that lacks it. reached: figures on the calibration images.
-    images: which they were. model: fingerprint of the weights. made: when, UTC. made_with: versions and machine.
-    scores: `ReferenceStatistics.to_dict` of these images, for the drift monitor, None in a file that lacks them.
-    others: entries that this version does not know, kept as they are.
+    Attributes:
+        asked: the target and its options.
+        guarantee: one or two sentences on what holds, and what does not.
+        method: the specification that `build_method` takes, empty in a file that lacks it.
+        reached: figures on the calibration images.
+        images: which images these were.
+        made: time of the calibration, UTC.
+        made_with: versions and machine.
+        model: fingerprint of the weights.
+        scores: `ReferenceStatistics.to_dict` of these images, for the drift monitor, None in a file that lacks them.
+        others: entries that this version does not know, kept as they are.
     """
 
     asked: Mapping[str, Any] = field(default_factory=dict)
@@ -79,13 +85,13 @@ class Calibration:
         return None if shares is None else tuple(shares)
 
     def to_dict(self) -> dict[str, Any]:
-        """The content of `calibration.json`; what is empty is left out."""
+        """Return the content of `calibration.json`; empty entries are left out."""
         known = {key: getattr(self, name) for name, key in _KEYS.items()}
         return {"format": FORMAT, **{key: value for key, value in known.items() if value}, **self.others}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> Calibration:
-        """The inverse of `to_dict`. Raises `ConfigError` for values of other types and bounds."""
+        """Build a calibration from what `to_dict` returns. Raises `ConfigError` for wrong types and bounds."""
         if wrong := misfit("", content, _Content):
             raise ConfigError(f"{wrong}.")
         known = {name: content[key] for name, key in _KEYS.items() if key in content}
@@ -104,12 +110,14 @@ _KEYS = {
     "model": "model",
     "scores": "scores",
 }
-"""Fields of a `Calibration` and what they are called in the file, in its order."""
+"""Fields of a `Calibration` and their keys in the file, in its order."""
 
 
 def read_calibration(path: Path) -> Calibration | None:
-    """The calibration in a file, None where there is no file. Raises `CheckpointError` for a damaged one, and for one
-    of another format."""
+    """Read the calibration in a file, None where there is no file.
+
+    Raises `CheckpointError` for a damaged file, and for one of another format.
+    """
     try:
         content = read_json(path, CALIBRATE, nan_as_null=True)
     except FileNotFoundError:

@@ -292,19 +292,16 @@ def _joined(main: _Weights, body: _Weights) -> State:
     return {**{k: v for k, v in body.state.items() if not k.startswith(HEADS_IN_STATE)}, **main.state}
 
 
-# ---------------------------------------------------------------------------------------- what shapes do not say
-
-
 def _head_specs(
     heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], main: _Weights
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     """Return a specification for each head, the number of classes, and what was assumed."""
-    what, said = main.what, attention_heads_in(main.meta)
+    what, heads_by_part = main.what, attention_heads_in(main.meta)
     specs: list[dict[str, Any]] = []
     classes: dict[str, int] = {}
     assumed: dict[str, Any] = {}
     for name, head in heads.items():
-        known = ({"num_heads": said[name]} if name in said else {}) | given
+        known = ({"num_heads": heads_by_part[name]} if name in heads_by_part else {}) | given
         spec, classes[name], more = head_spec(head, embed_dim, known, f"the {name} of {what}")
         if spec["kind"] == "atm" and "num_heads" in more:
             published = main.source.atm_heads.get((spec["channels"], classes[name]), more["num_heads"])
@@ -364,9 +361,6 @@ def _labels(meta: Mapping[str, Any], num_classes: int) -> Labels:
     except (ConfigError, TypeError):
         return default_labels(num_classes)
     return labels if labels.num_classes == num_classes else default_labels(num_classes)
-
-
-# ----------------------------------------------------------------------------------------------- what comes out
 
 
 def _check_destination(target: Path, has_heads: bool, what: str, source: Path) -> None:

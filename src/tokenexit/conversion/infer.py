@@ -135,8 +135,8 @@ def head_spec(
     if width != embed_dim:
         raise CheckpointError(_other_width(spec["kind"], width, embed_dim, what))
     known = inspect.signature(HEADS[spec["kind"]]).parameters
-    own = {name: value for name, value in given.items() if name in known}
-    return {**spec, **assumed, **own}, classes, {k: v for k, v in assumed.items() if k not in own}
+    taken = {name: value for name, value in given.items() if name in known}
+    return {**spec, **assumed, **taken}, classes, {k: v for k, v in assumed.items() if k not in taken}
 
 
 Inferred = tuple[dict[str, Any], int, int, Assumed]

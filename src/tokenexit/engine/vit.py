@@ -86,18 +86,18 @@ class ViTConfig:
         object.__setattr__(self, "pos_embed_grid", tuple(self.pos_embed_grid))
         if self.embed_dim % self.num_heads:
             raise ConfigError(
-                f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}: change one of the two."
+                f"embed_dim must be a multiple of num_heads={self.num_heads}, got {self.embed_dim}: change either."
             )
         for name in ("mlp_ratio", "norm_eps"):
             if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
+                raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}: leave it at its default.")
         if self.mlp_hidden < 2:
             raise ConfigError(
                 f"mlp_ratio={self.mlp_ratio} leaves an MLP of {self.mlp_hidden} channels beside embed_dim="
                 f"{self.embed_dim}: raise it."
             )
         if self.drop_path == 1.0:
-            raise ConfigError(f"drop_path={self.drop_path} is outside [0, 1): choose a value such as 0.1.")
+            raise ConfigError(f"drop_path must be in [0, 1), got {self.drop_path}: choose a value such as 0.1.")
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -15,7 +15,7 @@ MARK = "<!-- Written by tokenexit. Without this line it is yours, and is not wri
 
 
 class Calibrated(Protocol):
-    """What a card says of a calibration."""
+    """The part of a calibration that a card shows."""
 
     @property
     def asked(self) -> Mapping[str, Any]: ...

@@ -54,7 +54,9 @@ class FixedRatio(Method[DToPState]):
     def __post_init__(self) -> None:
         values = (self.ratios,) if isinstance(self.ratios, int | float) else self.ratios
         if isinstance(values, str) or not all(isinstance(v, int | float) and 0.0 <= v <= 1.0 for v in values):
-            raise ConfigError(f"ratios={self.ratios!r} is no share in [0, 1] for each exit: give those that go on.")
+            raise ConfigError(
+                f"ratios must be a share in [0, 1] for each exit, got {self.ratios!r}: give those that go on."
+            )
         self._dtop(())
 
     def _dtop(self, cap: tuple[float, ...]) -> DToP:
@@ -107,7 +109,7 @@ class Truncated(Method[Result | None]):
 
     def __post_init__(self) -> None:
         if self.after < 1:
-            raise ConfigError(f"after={self.after} must be at least 1: it counts exits, 1 is the first.")
+            raise ConfigError(f"after must be at least 1, got {self.after}: it counts exits, 1 is the first.")
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
         """Return the method with every exit as the end, the last one first."""
@@ -115,7 +117,9 @@ class Truncated(Method[Result | None]):
 
     def check(self, model: ModelView) -> None:
         if self.after > model.num_exits:
-            raise ConfigError(f"after={self.after} names no exit: the model has {model.num_exits}.")
+            raise ConfigError(
+                f"after must be at most {model.num_exits}, the number of exits, got {self.after}: choose one of them."
+            )
         if model.with_records:
             raise ConfigError("Truncated leaves no map at later exits: train and record exits with dense instead.")
         head, decode_head = model.exit_heads[self.after - 1], model.decode_head

@@ -116,9 +116,9 @@ class DoViT(ThresholdMethod[DoViTState]):
         check_share("blend_trigger", self.blend_trigger)
         check_share("blend_weight", self.blend_weight)
         if self.batch_mode not in ("exact", "mean"):
-            raise ConfigError(f"batch_mode='{self.batch_mode}': choose exact or mean.")
+            raise ConfigError(f"batch_mode must be exact or mean, got '{self.batch_mode}': choose one.")
         if self.scoring not in ("grid", "live"):
-            raise ConfigError(f"scoring='{self.scoring}': choose grid or live.")
+            raise ConfigError(f"scoring must be grid or live, got '{self.scoring}': choose one.")
         if self.scoring == "live" and self.batch_mode == "mean":
             raise ConfigError(
                 "batch_mode='mean' drops tokens that must be scored again later: "

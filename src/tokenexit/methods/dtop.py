@@ -92,9 +92,9 @@ class DToP(ThresholdMethod[DToPState]):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.keep_per_class < 0:
-            raise ConfigError(f"keep_per_class={self.keep_per_class} is negative: use 0 to keep nobody.")
+            raise ConfigError(f"keep_per_class must be at least 0, got {self.keep_per_class}: use 0 to keep none.")
         if self.finish not in get_args(Finish):
-            raise ConfigError(f"finish='{self.finish}': choose auto, presence_last or frozen.")
+            raise ConfigError(f"finish must be auto, presence_last or frozen, got '{self.finish}': choose one.")
 
     @property
     def min_live(self) -> int:

@@ -226,13 +226,13 @@ def calibratable(method: Method[Any]) -> ThresholdMethod[Any]:
 def check_thresholds(threshold: Thresholds) -> None:
     """Reject thresholds that no score can meet."""
     if isinstance(threshold, str) or not isinstance(threshold, int | float | Sequence):
-        raise ConfigError(f"threshold={threshold!r} is no number: give one in [0, 1], or one for each exit.")
+        raise ConfigError(f"threshold must be a number, got {threshold!r}: give one in [0, 1], or one for each exit.")
     for exit in (threshold,) if isinstance(threshold, int | float) else threshold:
         for value in exit if isinstance(exit, list | tuple) else (exit,):
             if isinstance(value, Tensor):
                 continue
             if not isinstance(value, int | float) or not 0.0 <= value <= 1.0:
-                raise ConfigError(f"threshold={value} is outside [0, 1]: scores are; use 1 for 'never'.")
+                raise ConfigError(f"threshold must be in [0, 1], got {value}: scores are; use 1 for 'never'.")
 
 
 def check_threshold_sizes(threshold: Thresholds, num_exits: int, num_classes: int) -> None:
@@ -265,16 +265,16 @@ def warmed_up(threshold: Thresholds, progress: float, warmup: float) -> Threshol
 def check_score(score: str) -> None:
     """Reject unknown score names."""
     if score not in get_args(Score):
-        raise ConfigError(f"score='{score}': choose probability, margin or entropy.")
+        raise ConfigError(f"score must be probability, margin or entropy, got '{score}': choose one.")
 
 
 def check_temperature(temperature: PerExit) -> None:
     """Reject temperatures that are no positive numbers."""
     if isinstance(temperature, str) or not isinstance(temperature, int | float | Sequence):
-        raise ConfigError(f"temperature={temperature!r} is no number: give one above 0, or one for each exit.")
+        raise ConfigError(f"temperature must be a number, got {temperature!r}: give one above 0, or one for each exit.")
     for value in (temperature,) if isinstance(temperature, int | float) else temperature:
         if not isinstance(value, int | float) or not 0.0 < value < float("inf"):
-            raise ConfigError(f"temperature={value} must be a number above 0: 1 leaves scores as they are.")
+            raise ConfigError(f"temperature must be a number above 0, got {value}: 1 leaves scores as they are.")
 
 
 def check_cap(cap: Sequence[float] | None) -> None:
@@ -282,7 +282,9 @@ def check_cap(cap: Sequence[float] | None) -> None:
     if cap is None:
         return
     if isinstance(cap, str | int | float) or not all(0.0 <= share <= 1.0 for share in cap):
-        raise ConfigError(f"cap={cap!r} is no share in [0, 1] for each exit: give those of an image's tokens to go on.")
+        raise ConfigError(
+            f"cap must be a share in [0, 1] for each exit, got {cap!r}: give those of an image's tokens to go on."
+        )
 
 
 def check_cap_length(cap: Sequence[float] | None, num_exits: int) -> None:
@@ -299,4 +301,4 @@ def cap_limits(cap: Sequence[float], n: int, grids: Sequence[Grid], device: torc
 def check_share(name: str, value: float) -> None:
     """Reject shares outside [0, 1]."""
     if not 0.0 <= value <= 1.0:
-        raise ConfigError(f"{name}={value} is outside [0, 1]: it is a share.")
+        raise ConfigError(f"{name} must be in [0, 1], got {value}: it is a share.")

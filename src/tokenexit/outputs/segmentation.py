@@ -80,16 +80,16 @@ class SegmentationOutput:
 
     @property
     def windows(self) -> SegmentationOutput:
-        """What the network saw: the images themselves, each its own single window; see `WindowedOutput`."""
+        """The output itself: each image is its own single window; see `WindowedOutput`."""
         return self
 
     @property
     def window_counts(self) -> tuple[int, ...]:
-        """How many of `windows` each image was seen in."""
+        """Number of `windows` of each image."""
         return (1,) * len(self)
 
     def with_windows(self, windows: SegmentationOutput) -> SegmentationOutput:
-        """The output of the same images, were `windows` what the network gave for them."""
+        """Return the output of the same images with other results of their windows."""
         return windows
 
     @property

@@ -138,11 +138,11 @@ class WindowedOutput:
 
     @property
     def window_counts(self) -> tuple[int, ...]:
-        """How many of `windows` each image was seen in."""
+        """Number of `windows` of each image."""
         return tuple(map(len, self.boxes))
 
     def with_windows(self, windows: SegmentationOutput) -> WindowedOutput:
-        """The output of the same images, were `windows` what the network gave for them."""
+        """Return the output of the same images with other results of their windows."""
         return replace(self, windows=windows)
 
     @property

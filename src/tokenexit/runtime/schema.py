@@ -20,11 +20,11 @@ from typing import Annotated, Any, Literal, Union, cast, get_args, get_origin, g
 from tokenexit.errors import CheckpointError, ConfigError
 
 LARGEST_FILE = 16 * 2**20
-"""Bytes of a JSON file; the longest that are written, records of long trainings, have a tenth of it."""
+"""Largest JSON file in bytes; the longest that are written, records of long trainings, have a tenth of it."""
 LARGEST_YAML = 2 * 2**20
-"""Bytes of a YAML file, which takes seconds to parse; one that lists 65,535 classes has half of it."""
+"""Largest YAML file in bytes, which takes seconds to parse; one that lists 65,535 classes has half of it."""
 MOST_VALUES = 10**6
-"""Values of a YAML file once its aliases are written out."""
+"""Largest number of values of a YAML file once its aliases are written out."""
 DEEPEST = 64
 """Largest depth of nested lists and mappings."""
 LARGEST_INT = 2**31 - 1

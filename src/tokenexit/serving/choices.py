@@ -49,7 +49,7 @@ class Choices:
         return Dense() if self.calibrated is None else self.calibrated
 
     def offers(self) -> list[Offer]:
-        """What the page offers: the registered methods that want to be, and the one that runs if nothing is chosen."""
+        """Return the methods of the page: those with `offered`, and the default one."""
         usual = self.usual.name
         return [self._offer(name) for name, kind in METHODS.items() if kind.offered or name == usual]
 

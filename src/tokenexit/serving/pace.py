@@ -12,7 +12,7 @@ from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
 SECONDS = 0.5
-"""For so long the machine is timed: another program may have it at first."""
+"""Duration of the measurement: another program may be using the machine at first."""
 
 
 class Pace:
@@ -26,7 +26,7 @@ class Pace:
 
     @classmethod
     def measured(cls, model: ExitSegmenter, precision: Precision) -> Pace:
-        """Time one block of the backbone, for half a second."""
+        """Measure one block of the backbone, for half a second."""
         with inference(model.device, precision):
             return cls(seconds_per_mac(model, SECONDS))
 

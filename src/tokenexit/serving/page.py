@@ -37,7 +37,7 @@ def knows_scenes(model: ExitSegmenter) -> bool:
 def page_html(name: str, offers: Sequence[Offer], usual: str, samples_count: int) -> str:
     """Render the page with the model's name, its methods and the samples.
 
-    usual: the method that is chosen at the beginning.
+    usual: the method that is selected at first.
     """
     samples = "".join(
         f'<button name="sample" value="{n}" class="sample"><img src="samples/{n}.png" alt="Sample {n + 1}" '
