@@ -60,10 +60,8 @@ class DoViTShares(DoViT):
 
     leaving: Tensor | None = None
 
-    def _score_and_label(
-        self, n: int, patches: Tokens, live: Tokens, model: ModelView
-    ) -> tuple[Tensor, Tensor, ExitRecord]:
-        score, label, record = super()._score_and_label(n, patches, live, model)
+    def _graded(self, n: int, patches: Tokens, live: Tokens, model: ModelView) -> tuple[Tensor, Tensor, ExitRecord]:
+        score, label, record = super()._graded(n, patches, live, model)
         assert self.leaving is not None
         return self.leaving.to(score.dtype), label, record
 

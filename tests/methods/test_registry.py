@@ -42,7 +42,7 @@ def test_build_method__unknown_name_is_refused_with_the_choices():
 
 
 def test_build_method__unknown_option_is_refused_with_the_choices():
-    with pytest.raises(ConfigError, match=r"method 'dovit' has no option 'k': it takes threshold, min_improvement"):
+    with pytest.raises(ConfigError, match=r"method 'dovit' has no option 'k': it takes threshold, .*min_improvement"):
         build_method({"name": "dovit", "k": 3})
     with pytest.raises(ConfigError, match=r"method 'dense' has no option 'threshold': it takes none"):
         build_method({"name": "dense", "threshold": 3})

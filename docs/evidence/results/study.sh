@@ -4,7 +4,7 @@
 set -e
 seed=${1:?which seed?} part=${2:-all}
 runs=runs/seed$seed figures=docs/evidence/results/camvid
-data="--data camvid --data-root ../shared/data/camvid --split test"
+data="--data camvid --data-root data/camvid --split test"
 thresholds="0.98 0.9/0.7/0.5 0.95/0.8/0.65 0.98/0.8/0.65 0.98/0.9/0.8"
 
 train() {  # train CONFIG FOLDER [OPTION ...]

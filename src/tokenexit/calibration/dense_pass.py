@@ -69,7 +69,7 @@ class DensePass:
             own = tuple(output.grid(i) for i in range(len(output)))
             exits = output.exit_records[:-1:steps]
             left = (*output.exit_records[steps - 1 : -1 : steps], output.exit_records[-1])
-            scores = [rule.grade(n, record, _answer(record, own), own) for n, record in enumerate(exits)]
+            scores = [rule.grade(n, record, _answer(record, own), own)[0] for n, record in enumerate(exits)]
             uncertainties.append(1.0 - torch.stack(scores).cpu())
             labels.append(torch.stack([_label(record, own) for record in exits]).short().cpu())
             said.append(torch.stack([_samples(record, own) for record in left]).to(_small(classes)).cpu())

@@ -171,7 +171,7 @@ class DoViT(ThresholdMethod[DoViTState]):
         patches, live = full.patches(), tokens.patches()
 
         # Score, and decide; the decision carries no gradient.
-        score, label, record = self._score_and_label(n, patches, live, model)
+        score, label, record = self._graded(n, patches, live, model)
         with torch.no_grad():
             cells = cell_packing(tokens)
             was_live = scatter(torch.zeros_like(state.keep), live.position, torch.ones_like(live.position))
@@ -202,12 +202,14 @@ class DoViT(ThresholdMethod[DoViTState]):
             stop |= graded.score - graded.earlier < self.min_improvement
         return self.limit(n, graded, live & self.guard(graded, stop), live)
 
-    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
-        return pooled_score(out.logits, grids, head.scale, head.upscale, self.score, of_exit(self.temperature, n))
+    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
+        temperature = of_exit(self.temperature, n)
+        score = pooled_score(out.logits, grids, head.scale, head.upscale, self.score, temperature)
+        if self.boundary_guard or per_class(self.threshold):
+            return score, pooled_label(out.logits, grids, head.scale, head.upscale)
+        return score, torch.zeros_like(score, dtype=torch.int64)
 
-    def _score_and_label(
-        self, n: int, patches: Tokens, live: Tokens, model: ModelView
-    ) -> tuple[Tensor, Tensor, ExitRecord]:
+    def _graded(self, n: int, patches: Tokens, live: Tokens, model: ModelView) -> tuple[Tensor, Tensor, ExitRecord]:
         """Return score and class of every patch, `(cells,)` each, detached, and the record of the head's run.
 
         Patches that were not scored have a score of 0. Classes are computed where a rule needs them, else they are 0.
@@ -219,10 +221,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             seen = seen.with_x(seen.x.detach())
         out = head(seen)
         with torch.no_grad():
-            score = self.grade(n, head, out, seen.grids)
-            label = torch.zeros_like(score, dtype=torch.int64)
-            if self.boundary_guard or per_class(self.threshold):
-                label = pooled_label(out.logits, seen.grids, head.scale, head.upscale)
+            score, label = self.grade(n, head, out, seen.grids)
             if not on_grid:
                 score = scatter(score.new_zeros(patches.cells), live.position, score)
                 label = scatter(label.new_zeros(patches.cells), live.position, label)

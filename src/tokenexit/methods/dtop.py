@@ -150,7 +150,7 @@ class DToP(ThresholdMethod[DToPState]):
 
         # Rule: candidates are above p0; the k most confident of each class stay.
         with torch.no_grad():
-            score, label = self._score_and_label(n, head, out)
+            score, label = self.grade(n, head, out, patches.grids)
             state = replace(state, label=scatter(state.label, patches.position, label))
             graded = Graded(
                 score, label, patches.packing, patches.grids, model.num_classes, state.label, patches.position
@@ -168,11 +168,7 @@ class DToP(ThresholdMethod[DToPState]):
         stay = graded.most_confident(easy, self.keep_per_class)
         return self.limit(n, graded, easy & ~stay, live)
 
-    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
-        return self._score_and_label(n, head, out)[0]
-
-    def _score_and_label(self, n: int, head: Head | ExitRecord, out: HeadOutput) -> tuple[Tensor, Tensor]:
-        """Return score and predicted class of the tokens that the head saw, `(P,)` each."""
+    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
         logits = scale_logits(out.logits, of_exit(self.temperature, n))
         probabilities = class_scores(head.kind, logits, out.presence, out.packing.image_index())
         best, label = probabilities.max(dim=-1)

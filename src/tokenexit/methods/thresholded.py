@@ -185,10 +185,17 @@ class ThresholdMethod(Method[State]):
         return label_of_thresholds(self.threshold) if name == "threshold" else super().option_label(name)
 
     @abstractmethod
-    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> Tensor:
-        """Return the scores of the tokens that an exit head classified, `(P,)` fp32.
+    def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
+        """Return score and class of the tokens that an exit head saw: `(P,)` fp32, and `(P,)` int64.
 
-        head: the exit head, or the record of its run: how logits are to be read. out: its output.
+        Classes are zeros where none of the method's rules needs them. Called by `at_exit` and by the dense pass of
+        calibration.
+
+        Args:
+            n: the exit, from 0.
+            head: the exit head, or the record of its run: how logits are to be read.
+            out: the output of the head.
+            grids: (rows, columns) of patches of every image.
         """
 
     @abstractmethod
