@@ -203,7 +203,8 @@ def test_cap__holds_for_each_image_of_a_mixed_batch(method: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("cap", "words"), [((0.5,), "cap has 1 values for 2 exits"), ((0.5, 1.2), "no share"), (0.5, "no share")]
+    ("cap", "words"),
+    [((0.5,), "cap has 1 values for 2 exits"), ((0.5, 1.2), "must be a share"), (0.5, "must be a share")],
 )
 def test_cap__nonsense_is_refused(cap: Any, words: str) -> None:
     for method in (DToP, DoViT):

@@ -299,7 +299,7 @@ def test_vit_config__unknown_option_is_refused_by_name():
             r"pos_embed_grid must be a list of 2, each a whole .* from 1 to 1024, got \(0, 3\)",
         ),
         ({"norm_eps": -1.0}, r"norm_eps must be a number from 0 to 1, got -1.0"),
-        ({"mlp_ratio": 0.0}, r"mlp_ratio=0.0"),
+        ({"mlp_ratio": 0.0}, r"mlp_ratio must be above 0, got 0.0"),
         ({"mlp_ratio": 0.01}, r"mlp_ratio=0.01 leaves an MLP of 0 channels"),
         ({"layer_scale": "x"}, r"layer_scale must be a number or None, got 'x'"),
         ({"layer_scale": float("nan")}, r"layer_scale must be a number or None, got nan"),

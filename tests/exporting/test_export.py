@@ -62,7 +62,7 @@ def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method
         for thresholds in (own, torch.ones_like(own), torch.zeros_like(own)):
             with torch.no_grad():
                 labels, logits, stages = graph(image[None], thresholds)
-                expected = model([image], exporting._held_to(method, thresholds.numpy()))
+                expected = model([image], exporting._with_table(method, thresholds.numpy()))
             assert torch.equal(stages[0], expected.exit_index[0])
             assert_close(logits[0], expected.grid_logits[0])
             assert torch.equal(labels[0], expected.labels[0])
@@ -322,7 +322,7 @@ def test_consumer_example__segments_as_the_model_does(
 def test_consumer_example__needs_three_packages_and_is_short() -> None:
     text = EXAMPLE.read_text()
     imported = set(re.findall(r"^(?:import|from) (\w+)", text, re.MULTILINE))
-    assert imported == {"json", "sys", "numpy", "onnxruntime", "PIL"}
+    assert imported == {"json", "sys", "typing", "numpy", "onnxruntime", "PIL"}
     assert len(text.splitlines()) <= 130
 
 
