@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tokenexit.errors import ConfigError
+from tokenexit.report import chart
 from tokenexit.report.chart import Point, Series, collapse_floor, histogram_svg, line_chart_svg
 
 
@@ -67,3 +68,12 @@ def test_line_chart_svg__draws_whiskers_and_makes_room_for_them():
 )
 def test_collapse_floor__is_three_quarters_of_dense_where_something_lies_below(values, floor):
     assert collapse_floor(values, 40.0) == floor
+
+
+def test_line_chart_svg__keeps_the_ticks_clear_of_the_label_beside_them() -> None:
+    points = [Point(0.6, 39.54), Point(0.9, 39.73)]
+    svg = line_chart_svg([Series("a", points)], "GMACs", "mIoU, percent")
+    ticks = re.findall(r'<text x="([\d.]+)" y="[\d.]+" text-anchor="end"[^>]*>([^<]+)</text>', svg)
+    assert len(ticks) >= 2
+    for x, text in ticks:
+        assert float(x) - chart._width(text) > 20  # the label stands at 15, turned, half a line wide

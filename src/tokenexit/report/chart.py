@@ -68,12 +68,13 @@ def line_chart_svg(
     if not points or not all(math.isfinite(point.x) and math.isfinite(point.y) for point in points):
         raise ConfigError("the chart's series hold no point, or one that is not finite: give finite x and y values.")
     legend, legend_height = _legend([one.name for one in series], width)
-    left, top, right, bottom = 58.0, legend_height + 14.0, width - 16.0, height - 50.0
     above = [point for point in points if floor is None or point.y >= floor]
     if not above:
         raise ConfigError(f"floor={floor} is above every point of the chart: lower it.")
     heights = [y for p in above for y in (p.y, p.low, p.high) if y is not None and (floor is None or y >= floor)]
     x_ticks, y_ticks = (nice_ticks(min(v), max(v)) for v in ([p.x for p in points], heights))
+    left = max(58.0, 34.0 + max(_width(_number(tick, y_ticks)) for tick in y_ticks))  # clear of the turned label
+    top, right, bottom = legend_height + 14.0, width - 16.0, height - 50.0
 
     def position(point: Point) -> tuple[float, float]:
         across = (point.x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
