@@ -49,7 +49,7 @@ def test_heic__damaged_missing_large_and_foreign_files_end_in_one_sentence(photo
     with pytest.raises(DataError, match=rf"^image '{photo}' cannot be decoded \(.*\): check that it is an undamaged"):
         load_heic(photo)
     Image.new("RGB", (8, 8)).save(photo, format="PNG")  # whatever its name says
-    with pytest.raises(DataError, match=r"cannot be decoded \(no known image format\)"):
+    with pytest.raises(DataError, match=r"cannot be decoded \(no HEIF\)"):
         load_heic(photo)
     photo.unlink()
     with pytest.raises(DataError, match="does not exist: check the path"):

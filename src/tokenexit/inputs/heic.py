@@ -11,6 +11,7 @@ from tokenexit.errors import DataError
 from tokenexit.inputs.images import MAX_PIXELS, decoder_reason, load_image
 
 SUFFIXES = {".heic", ".heif", ".hif"}
+FORMATS = ("HEIF",)
 CURE = "HEIC needs the package pillow-heif: pip install 'tokenexit[heic]', or convert it to JPEG"
 
 
@@ -30,7 +31,7 @@ def load_heic(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except ImportError:
         raise DataError(f"{what} cannot be read: {CURE}.") from None
     try:
-        with Image.open(path, formats=["HEIF"]) as image:  # whatever the name says, no other decoder
+        with Image.open(path, formats=FORMATS) as image:  # whatever the name says, no other decoder
             return _named(what, image, max_pixels)
     except DataError:
         raise
@@ -40,7 +41,7 @@ def load_heic(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise DataError(f"{what} does not fit into memory: shrink it.") from None
     except Exception as error:  # decoders of damaged files raise nearly everything
         raise DataError(
-            f"{what} cannot be decoded ({decoder_reason(error)}): check that it is an undamaged image."
+            f"{what} cannot be decoded ({decoder_reason(error, FORMATS)}): check that it is an undamaged image."
         ) from None
 
 

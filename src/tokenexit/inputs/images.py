@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
 
@@ -102,11 +103,15 @@ def _undecodable(what: str, error: Exception) -> DataError:
     return DataError(f"{what} cannot be decoded ({decoder_reason(error)}): check that it is an undamaged image.")
 
 
-def decoder_reason(error: Exception) -> str:
-    """Return the reason that a decoder gave, on one line, for the brackets of an error message."""
+def decoder_reason(error: Exception, formats: Sequence[str] = FORMATS) -> str:
+    """Return the reason that a decoder gave, on one line, for the brackets of an error message.
+
+    formats: those that were tried.
+    """
     if isinstance(error, UnidentifiedImageError):
         # Pillow's own words repeat the path, or the address of a buffer.
-        return f"no {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        *others, last = formats
+        return f"no {', '.join(others)} or {last}" if others else f"no {last}"
     return " ".join(str(error).split()).rstrip(".") or type(error).__name__
 
 
