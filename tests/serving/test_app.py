@@ -369,6 +369,19 @@ def test_predict__what_takes_too_long_is_refused_before_it_starts(monkeypatch: p
         assert client.get("/healthz").json["busy"] == 0
 
 
+def test_predict__what_takes_too_long_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced(monkeypatch, 8.0)
+    model, started, _ = held_model()
+
+    def decode(*given: Any) -> Any:
+        raise AssertionError("an image that is refused for its work was decoded")
+
+    monkeypatch.setattr("tokenexit.serving.service.read_image", decode)
+    with running(model, limits=Limits(work=7.0)) as client:
+        reply = client.predict(("a.png", png()), method="dense")
+    assert (reply.status, started.is_set()) == (413, False)
+
+
 def test_predict__what_cannot_be_in_time_behind_others_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     paced(monkeypatch, 4.0)
     model, started, go = held_model()

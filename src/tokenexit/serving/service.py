@@ -41,7 +41,7 @@ from tokenexit.serving.masks import coco
 from tokenexit.serving.metrics import Metrics
 from tokenexit.serving.pace import Pace
 from tokenexit.serving.page import SAMPLES, asset, knows_scenes, page_html, sample_png, sample_size
-from tokenexit.serving.uploads import UploadedImage, distinct, file_name, read_image
+from tokenexit.serving.uploads import UploadedImage, distinct, file_name, macs_by_header, read_image
 from tokenexit.version import __version__
 
 T = TypeVar("T")
@@ -324,7 +324,7 @@ class Service:
         chosen = self.choices.choose(method, threshold, compute)
         names = distinct([file_name(image.filename, n) for n, image in enumerate(images)])
         with self.batcher.slots(len(images)):
-            read = [await self._read(await image.read(), name) for image, name in zip(images, names)]
+            read = [await self._read_to_segment(await image.read(), name) for image, name in zip(images, names)]
             uploads = [uploaded for _, uploaded in read]
             found = await self._segment(uploads, chosen, [uploaded.size for uploaded in uploads])
             return await self._in_thread(self._encoded, format, chosen, dict(zip(names, found)))
@@ -342,6 +342,12 @@ class Service:
         return Response(mask, media_type="image/png")
 
     # -------------------------------------------------------------------------------------------- on the way
+
+    async def _read_to_segment(self, data: bytes, name: str) -> tuple[Image.Image, UploadedImage]:
+        """Read an image that is to be segmented at once; one that is refused for its work is not even decoded."""
+        expected = self.pace.seconds(await self._in_thread(macs_by_header, self.model, data, self.limits.pixels))
+        self._check_time(expected, expected)
+        return await self._read(data, name)
 
     async def _read(self, data: bytes, name: str) -> tuple[Image.Image, UploadedImage]:
         return await self._in_thread(read_image, self.model, data, name, self.limits.pixels)

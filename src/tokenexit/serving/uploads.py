@@ -13,7 +13,7 @@ from starlette.formparsers import MultiPartParser
 from torch import Tensor
 
 from tokenexit.errors import DataError
-from tokenexit.inputs.images import load_image
+from tokenexit.inputs.images import load_image, open_image
 from tokenexit.inputs.preprocessing import resized_size
 from tokenexit.outputs.ledger import Size
 from tokenexit.segmenter import ExitSegmenter
@@ -49,6 +49,19 @@ def read_image(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) ->
             f"patches of {patch}x{patch} pixels: crop it."
         )
     return image, UploadedImage(model.preprocessing.to_tensor(image), size, tokens, dense_macs(model, (height, width)))
+
+
+def macs_by_header(model: ExitSegmenter, data: bytes, max_pixels: int) -> int:
+    """Return the multiply-adds of the dense model for the image in a file, from its header alone.
+
+    It is 0 for what `read_image` refuses anyway, and says why: no image, or one of more than `max_pixels`.
+    """
+    try:
+        with open_image(io.BytesIO(data)) as image:
+            size = image.height, image.width
+    except Exception:  # decoders of damaged files raise nearly everything
+        return 0
+    return dense_macs(model, resized_size(size, model.preprocessing.resize)) if size[0] * size[1] <= max_pixels else 0
 
 
 def keep_in_memory(size: int) -> None:
