@@ -41,27 +41,40 @@ def read_image(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) ->
     """
     image = load_image(_Named(data, name), max_pixels)
     size, patch = (image.height, image.width), model.config.backbone.patch_size
-    height, width = resized_size(size, model.preprocessing.resize)
-    tokens = -(-height // patch) * -(-width // patch)
-    if tokens * patch**2 > max(max_pixels, patch**2):
+    seen, tokens = _seen(model, size)
+    if _too_large(model, tokens, max_pixels):
         raise DataError(
             f"image '{name}' of {size[0]}x{size[1]} pixels is too large for the network, which would see {tokens} "
             f"patches of {patch}x{patch} pixels: crop it."
         )
-    return image, UploadedImage(model.preprocessing.to_tensor(image), size, tokens, dense_macs(model, (height, width)))
+    return image, UploadedImage(model.preprocessing.to_tensor(image), size, tokens, dense_macs(model, seen))
 
 
 def macs_by_header(model: ExitSegmenter, data: bytes, max_pixels: int) -> int:
     """Return the multiply-adds of the dense model for the image in a file, from its header alone.
 
-    It is 0 for what `read_image` refuses anyway, and says why: no image, or one of more than `max_pixels`.
+    It is 0 for what `read_image` refuses anyway, and says why: no image, or one that is too large.
     """
     try:
         with open_image(io.BytesIO(data)) as image:
             size = image.height, image.width
     except Exception:  # decoders of damaged files raise nearly everything
         return 0
-    return dense_macs(model, resized_size(size, model.preprocessing.resize)) if size[0] * size[1] <= max_pixels else 0
+    seen, tokens = _seen(model, size)
+    refused = size[0] * size[1] > max_pixels or _too_large(model, tokens, max_pixels)
+    return 0 if refused else dense_macs(model, seen)
+
+
+def _seen(model: ExitSegmenter, size: Size) -> tuple[Size, int]:
+    """Return height and width of an image of `size` as the network sees it, and its patches."""
+    height, width = resized_size(size, model.preprocessing.resize)
+    patch = model.config.backbone.patch_size
+    return (height, width), -(-height // patch) * -(-width // patch)
+
+
+def _too_large(model: ExitSegmenter, tokens: int, max_pixels: int) -> bool:
+    patch = model.config.backbone.patch_size
+    return tokens * patch**2 > max(max_pixels, patch**2)
 
 
 def keep_in_memory(size: int) -> None:
