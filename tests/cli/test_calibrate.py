@@ -276,7 +276,7 @@ def sweep(capsys: Captured, model: Path, pictures: Path, out: Path, *more: Any) 
 def test_sweep__writes_curves_and_goes_on_where_it_was(
     model: Path, pictures: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="drawing needs the plot extra")
     true, calls = sweeping.evaluate, []
 
     def dies_at_the_third(*args: Any, **options: Any) -> Any:
@@ -318,7 +318,7 @@ def test_sweep__writes_curves_and_goes_on_where_it_was(
 def test_sweep__spends_no_point_on_the_trivial_ends(
     model: Path, pictures: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="drawing needs the plot extra")
     sweep(capsys, model, pictures, tmp_path / "out")
     results = json.loads((tmp_path / "out" / "sweep.json").read_text())["results"]
     rows = [results[f"row {n}"] for n in range(1, len(results["points"]) + 1)]
@@ -354,7 +354,7 @@ def test_plan_method__ends_where_true_runs_stop_agreeing_with_dense_and_says_so(
 
 
 def test_figure_of_a_sweep__is_not_flattened_by_a_collapse() -> None:
-    plt = sweeping._pyplot() if pytest.importorskip("matplotlib") else None
+    plt = sweeping._pyplot() if pytest.importorskip("matplotlib", reason="drawing needs the plot extra") else None
     rows = [
         {"series": name, "gmacs_mean": cost, "mIoU": miou}
         for name, cost, miou in (("dense", 9.0, 40.0), ("dovit", 8.0, 39.5), ("dovit", 7.0, 38.0), ("dovit", 5.0, 10.3))
@@ -390,7 +390,7 @@ def test_sweep__refuses_what_is_no_sweep(model: Path, pictures: Path, tmp_path: 
 def test_guarantee_experiment__runs_the_network_once_per_position_and_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="drawing needs the plot extra")
     monkeypatch.setattr(experiment, "POSITIONS", 3)
     plot = tmp_path / "plot.png"
     arguments = ["--quick", "--out", str(tmp_path / "run"), "--plot", str(plot)]

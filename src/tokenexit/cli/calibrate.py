@@ -10,6 +10,7 @@ from tokenexit.cli.chosen_methods import methods_of
 from tokenexit.cli.method_options import add_method_options, threshold_method_names
 from tokenexit.cli.options import (
     add_data_options,
+    add_keep_option,
     add_model_argument,
     add_running_options,
     check_counts,
@@ -62,12 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     completes(method, known)
     add_method_options(parser, without=("cap",), only=known)
     parser.add_argument("--cap", type=share, help="largest share of dense multiply-adds that any image may cost")
-    parser.add_argument(
-        "--keep",
-        choices=("pixels", "classes"),
-        default="classes",
-        help="units over which agreement with dense is averaged",
-    )
+    add_keep_option(parser)
     parser.add_argument(
         "--fit-temperature", action="store_true", help="temperatures of the exit heads first; needs labels"
     )

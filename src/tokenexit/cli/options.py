@@ -114,6 +114,16 @@ def open_model(options: Any) -> ExitSegmenter:
     return model
 
 
+def add_keep_option(parser: argparse.ArgumentParser) -> None:
+    """Add what the thresholds that a command chooses shall keep."""
+    parser.add_argument(
+        "--keep",
+        choices=("pixels", "classes"),
+        default="classes",
+        help="units over which agreement with dense is averaged",
+    )
+
+
 def add_data_options(parser: argparse.ArgumentParser, split: str, images: str = "number of images, the first") -> None:
     """Add the options of `dataset_of`, and `--limit`.
 

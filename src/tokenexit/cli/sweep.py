@@ -10,6 +10,7 @@ from tokenexit.cli.chosen_methods import methods_of
 from tokenexit.cli.method_options import add_method_options, method_names, threshold_method_names
 from tokenexit.cli.options import (
     add_data_options,
+    add_keep_option,
     add_model_argument,
     add_running_options,
     check_counts,
@@ -85,12 +86,7 @@ def _add_curve_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-range", action="store_true", help="points where agreement with dense has fallen off, too"
     )
-    parser.add_argument(
-        "--keep",
-        choices=("pixels", "classes"),
-        default="classes",
-        help="units over which agreement with dense is averaged",
-    )
+    add_keep_option(parser)
     parser.add_argument(
         "--input-scale",
         type=float,
