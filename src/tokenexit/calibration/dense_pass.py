@@ -226,10 +226,8 @@ def compose(dense: DensePass, method: ThresholdMethod[Any], limits: tuple[float,
     last_label = dense.label[0].long()  # the class each token had when it was last computed
     earlier: Tensor | None = None
     for n in range(len(limits)):
-        score, label = (
-            1.0 - dense.uncertainty[n].double(),
-            dense.label[n].long(),
-        )  # exact: uncertainties are half precision
+        score = 1.0 - dense.uncertainty[n].double()  # exact, as uncertainties are half precision
+        label = dense.label[n].long()
         last_label = torch.where(live, label, last_label)
         graded = DensePassGrades(
             score, label, cells, dense.grids, dense.num_classes, last_label, earlier=earlier, order=dense.groups[n]

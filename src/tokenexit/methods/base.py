@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import pairwise
-from typing import Any, ClassVar, Generic, Literal, NoReturn, Self, TypeVar
+from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -189,11 +189,7 @@ class Method(ABC, Generic[State]):
         Raises:
             ConfigError: for a method without thresholds.
         """
-        self.refuse(f"method '{self.name}' has no thresholds: leave threshold and compute out.")
-
-    def refuse(self, sentence: str) -> NoReturn:
-        """Raise `ConfigError` with this sentence."""
-        raise ConfigError(sentence)
+        raise ConfigError(f"method '{self.name}' has no thresholds: leave threshold and compute out.")
 
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
         """Return the methods, from dear to cheap, of a curve of this one; none where thresholds decide the cost."""

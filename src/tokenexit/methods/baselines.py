@@ -72,7 +72,7 @@ class FixedRatio(Method[DToPState]):
         return [replace(self, ratios=each) for each in ratios]
 
     def for_export(self) -> Method[Any]:
-        self.refuse(
+        raise ConfigError(
             "a cap counts tokens on the host and cannot be exported: choose a method that has thresholds, such as dtop."
         )
 

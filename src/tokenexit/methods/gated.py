@@ -41,7 +41,7 @@ class _Wrapper(Method[Any]):
         return replace(self, method=self.method.with_thresholds(thresholds))
 
     def for_export(self) -> NoReturn:
-        self.refuse("closed exits follow from a machine and a size: export the method inside.")
+        raise ConfigError("closed exits follow from a machine and a size: export the method inside.")
 
     def at(self, progress: float) -> Self:
         return replace(self, method=self.method.at(progress))

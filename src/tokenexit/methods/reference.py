@@ -40,7 +40,7 @@ class PrescribedExits(DToP):
     exit_index: Tensor | None = None
 
     def for_export(self) -> Method[Any]:
-        self.refuse("exits imposed from outside are no method to export: choose another, such as dtop.")
+        raise ConfigError("exits imposed from outside are no method to export: choose another, such as dtop.")
 
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
         """Yield runs of images, each with its own cells of the canvas."""
