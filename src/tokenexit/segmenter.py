@@ -26,7 +26,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
 from tokenexit.hub.fetch import resolve_weights
 from tokenexit.inputs.images import ImageSource, load_image
-from tokenexit.inputs.labels import default_labels
+from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Dense, Method, MethodLike, ModelView, Result, as_method
 from tokenexit.outputs.huggingface import ImageSegmentation, label_maps
@@ -172,8 +172,7 @@ class ExitSegmenter(PretrainedMixin):
         output = outputs[0] if len(outputs) == 1 else concatenated(outputs)
         if labels is None:
             return output
-        classes = self.preprocessing.labels or default_labels(self.config.num_classes)
-        return replace(output, loss=segmentation_loss(output, labels, classes.ignore_index))
+        return replace(output, loss=segmentation_loss(output, labels, self.classes.ignore_index))
 
     def _run(
         self, images: Sequence[Tensor], method: Method[Any], model: ModelView, targets: tuple[Size, ...]
@@ -297,9 +296,14 @@ class ExitSegmenter(PretrainedMixin):
         return self.segment(tensors, method, targets=[(p.height, p.width) for p in loaded])
 
     @property
+    def classes(self) -> Labels:
+        """Names and colours of the classes, and the value of ignored pixels: those of `preprocessing`, or defaults."""
+        return self.preprocessing.labels or default_labels(self.config.num_classes)
+
+    @property
     def id2label(self) -> dict[int, str]:
         """Name of each class by its index."""
-        return dict(enumerate((self.preprocessing.labels or default_labels(self.config.num_classes)).names))
+        return dict(enumerate(self.classes.names))
 
     def post_process_semantic_segmentation(
         self, outputs: Segmentation, target_sizes: Sequence[Size] | None = None

@@ -128,15 +128,13 @@ def _calibration_set(options: argparse.Namespace) -> tuple[CalibrationSet, dict[
     """Model and images, and where the images are from."""
     from tokenexit.calibration.calibration_set import CalibrationSet, UnlabelledImages, drawn
     from tokenexit.evaluation.evaluate import check_classes
-    from tokenexit.inputs.labels import default_labels
 
     model = open_model(options)
     if options.images is None:
         name, data = dataset_of(options)
         about = {"data": name, "split": options.split}
     else:
-        labels = model.preprocessing.labels or default_labels(model.config.num_classes)
-        data = UnlabelledImages(options.images, labels)
+        data = UnlabelledImages(options.images, model.classes)
         about = {"data": ", ".join(map(str, options.images))}
     check_classes(model, data)
     indices = drawn(len(data), options.limit, options.seed)

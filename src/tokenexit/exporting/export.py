@@ -19,7 +19,6 @@ from torch import Tensor
 
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
-from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import Method, MethodLike, as_method, spec_of
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
@@ -129,7 +128,7 @@ def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedPro
 
 def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
     """Return what a program that runs the file must know to reproduce `ExitSegmenter.predict`."""
-    labels = model.preprocessing.labels or default_labels(model.config.num_classes)
+    labels = model.classes
     kinds = sorted({head.kind for head in (*model.view().exit_heads, model.decode_head)})
     return {
         "tokenexit": __version__,

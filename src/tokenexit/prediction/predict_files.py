@@ -21,7 +21,6 @@ from tokenexit.calibration.gating import gated_by_size
 from tokenexit.errors import ConfigError
 from tokenexit.inputs import heic
 from tokenexit.inputs.images import MAX_PIXELS
-from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.sources import (
     RECORD,
     SUFFIXES,
@@ -137,7 +136,7 @@ def predict_files(
             jobs = _open(results, listed, outputs, films, made_with, overwrite)
             skipped = sum(job.size for job in listed) - sum(job.size for job in jobs)
     jobs, method = from_first((jobs, method))
-    about = CallInfo(classes_of(model), f"tokenexit {model.fingerprint()}", image_url)
+    about = CallInfo(model.classes, f"tokenexit {model.fingerprint()}", image_url)
     engine = Engine(model, method, precision, "scores" in outputs, monitor)
     worker = Worker(engine, ResultWriter(results, outputs, about, films, fps), say)
     with all_or_none():
@@ -153,11 +152,6 @@ def predict_files(
         monitor.join(theirs for process, (_, _, theirs) in enumerate(told) if theirs and process != rank)
     failed = sorted((n, process, text) for process, (_, texts, _) in enumerate(told) for n, text in texts)
     return Predicted(sum(images for images, _, _ in told), skipped, tuple(text for _, _, text in failed))
-
-
-def classes_of(model: ExitSegmenter) -> Labels:
-    """Return the names and colours of the model's classes."""
-    return model.preprocessing.labels or default_labels(model.config.num_classes)
 
 
 def save_atomically(image: Image.Image, path: Path) -> None:
