@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from tokenexit.evaluation.results import Evaluation
 from tokenexit.methods import Dense, Truncated
 from tokenexit.report.tables import Column, Table
 from tokenexit.runtime.atomic import write_or_refuse
+from tokenexit.runtime.schema import as_json
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 
@@ -121,7 +121,7 @@ def write_json(path: Path, results: Sequence[Evaluation], names: Sequence[str], 
         "threads": torch.get_num_threads(),
     }
     content = {"about": {**about, **machine}, "results": [result.to_dict(names) for result in results]}
-    text = json.dumps(without_nan(content), indent=2, allow_nan=False) + "\n"
+    text = json.dumps(as_json(content), indent=2, allow_nan=False) + "\n"
     with write_or_refuse(path, "choose another file") as unfinished:
         unfinished.write_text(text)
 
@@ -134,12 +134,3 @@ def _ends(form: str) -> Callable[[tuple[float, float]], str]:
 def _percents(shares: Sequence[float]) -> str:
     """Write shares as `62/41/30`."""
     return "/".join(f"{100 * share:.0f}" for share in shares)
-
-
-def without_nan(value: Any) -> Any:
-    """Replace NaN, which JSON does not know, by None."""
-    if isinstance(value, Mapping):
-        return {key: without_nan(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [without_nan(inner) for inner in value]
-    return None if isinstance(value, float) and math.isnan(value) else value

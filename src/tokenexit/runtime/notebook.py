@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.runtime.atomic import write_or_refuse
-from tokenexit.runtime.schema import misfit, read_json, shown
+from tokenexit.runtime.schema import as_json, misfit, read_json, shown
 
 T = TypeVar("T")
 
@@ -33,7 +32,7 @@ class Notebook:
     def __init__(self, path: Path | None, settings: Mapping[str, Any], option: str = "--out") -> None:
         self.path = path
         self.cure = f"choose another {option}, or delete it"
-        self.settings: dict[str, Any] = _plain(settings)
+        self.settings: dict[str, Any] = as_json(settings)
         self.results: dict[str, Any] = {}
         if path is not None:
             self.results = self._read(path)
@@ -45,7 +44,7 @@ class Notebook:
         Raises `ConfigError` where the file cannot be written.
         """
         if key not in self.results:
-            self.results[key] = _plain(make())
+            self.results[key] = as_json(make())
             self._write()
         found: T = self.results[key]
         return found
@@ -71,14 +70,3 @@ class Notebook:
             return
         with write_or_refuse(self.path, self.cure) as unfinished:
             unfinished.write_text(json.dumps({"settings": self.settings, "results": self.results}, indent=1) + "\n")
-
-
-def _plain(value: Any) -> Any:
-    """A value as JSON has it: paths and the like as text, NaN and infinities, which JSON lacks, as None."""
-    if isinstance(value, Mapping):
-        return {str(key): _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if value is None or isinstance(value, bool | int | str) else str(value)

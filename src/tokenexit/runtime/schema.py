@@ -47,6 +47,17 @@ Share = Annotated[float, Between(0, 1)]
 # ------------------------------------------------------------------------------------------------------ reading JSON
 
 
+def as_json(value: Any) -> Any:
+    """Return a value as JSON has it: paths as text, NaN and infinities, which JSON lacks, as None."""
+    if isinstance(value, Mapping):
+        return {str(key): as_json(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_json(inner) for inner in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return str(value) if isinstance(value, Path) else value
+
+
 def read_json(path: Path, cure: str, nan_as_null: bool = False) -> Any:
     """Return the content of a JSON file; nan_as_null as in `parse_json`.
 
