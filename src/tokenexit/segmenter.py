@@ -29,6 +29,7 @@ from tokenexit.inputs.images import ImageSource, load_image
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import Dense, Method, MethodLike, ModelView, Result, as_method
+from tokenexit.methods.resized import resize
 from tokenexit.outputs.huggingface import ImageSegmentation, label_maps
 from tokenexit.outputs.ledger import Size, write_ledger
 from tokenexit.outputs.losses import segmentation_loss
@@ -42,12 +43,18 @@ def run_tokens(
 ) -> tuple[Result, list[tuple[int, ...]]]:
     """Run the loop of all methods: blocks, an exit, blocks on the tokens that are left, and at the end the map of all.
 
+    It ends at the method's `last_exit`, if there is one: nothing runs behind it, prefix tokens neither.
+
     exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and, for every block,
     the number of tokens of each image that ran through it.
     """
     state = method.start(tokens, model)
     lengths: list[tuple[int, ...]] = []
-    for n, (start, stop) in enumerate(pairwise((0, *exits, backbone.config.depth))):
+    depth, last = backbone.config.depth, method.last_exit
+    for n, (start, stop) in enumerate(pairwise((0, *exits, depth))):
+        if last is not None and n > last:
+            lengths += [(0,) * len(tokens.grids)] * (depth - start)
+            break
         tokens = backbone.run(tokens, start, stop)
         lengths += [tokens.packing.lengths] * (stop - start)
         if n < len(exits):
@@ -162,11 +169,12 @@ class ExitSegmenter(PretrainedMixin):
         method = Dense() if method is None else as_method(method)
         model = self.view(self.training or with_records or labels is not None)
         method.check(model)
-        sizes = tuple((image.shape[1], image.shape[2]) for image in images)
-        targets = sizes if targets is None else tuple(targets)
-        grids = [self.backbone.patch_embed.grid(*size) for size in sizes]
+        full = _sizes(images)
+        targets = full if targets is None else tuple(targets)
+        images = [resize(image, method.input_scale) for image in images]
+        grids = [self.backbone.patch_embed.grid(*size) for size in _sizes(images)]
         outputs = [
-            self._run([images[i] for i in run], each, model, targets[run.start : run.stop])
+            self._run([images[i] for i in run], each, model, full[run.start : run.stop], targets[run.start : run.stop])
             for run, each in method.runs(grids)
         ]
         output = outputs[0] if len(outputs) == 1 else concatenated(outputs)
@@ -175,14 +183,20 @@ class ExitSegmenter(PretrainedMixin):
         return replace(output, loss=segmentation_loss(output, labels, self.classes.ignore_index))
 
     def _run(
-        self, images: Sequence[Tensor], method: Method[Any], model: ModelView, targets: tuple[Size, ...]
+        self,
+        images: Sequence[Tensor],
+        method: Method[Any],
+        model: ModelView,
+        full: Sequence[Size],
+        targets: tuple[Size, ...],
     ) -> SegmentationOutput:
-        """Run images that share one method, and split the result into images."""
+        """Run images that share one method, and split the result into images. full: their sizes before resizing."""
         tokens = self.backbone.embed(images)
         result, lengths = run_tokens(self.backbone, self.config.exits, tokens, method, model)
 
-        sizes = tuple((image.shape[1], image.shape[2]) for image in images)
         scale, grids = self.decode_head.scale, tokens.grids
+        full_grids = [self.backbone.patch_embed.grid(*size) for size in full]
+        heads = model.exit_heads
         maps = torch.split(result.logits, [h * w * scale * scale for h, w in grids])
         exit_index = torch.split(result.exit_index, [h * w for h, w in grids])
         return SegmentationOutput(
@@ -190,8 +204,10 @@ class ExitSegmenter(PretrainedMixin):
             value=result.value,
             exit_index=tuple(s.view(grid) for s, grid in zip(exit_index, grids)),
             num_exits=model.num_exits,
-            ledger=write_ledger(self.backbone, model.exit_heads, self.decode_head, grids, lengths, result.exit_records),
-            sizes=sizes,
+            ledger=write_ledger(
+                self.backbone, heads, self.decode_head, grids, lengths, result.exit_records, full_grids
+            ),
+            sizes=_sizes(images),
             targets=targets,
             patch_size=self.config.backbone.patch_size,
             upscale=self.decode_head.upscale,
@@ -332,6 +348,11 @@ class ExitSegmenter(PretrainedMixin):
             A callable from an image, or a list of them, to its segments: dictionaries of `label`, `mask` and `score`.
         """
         return ImageSegmentation(lambda image: self.predict(image, method), self.id2label)
+
+
+def _sizes(images: Sequence[Tensor]) -> tuple[Size, ...]:
+    """Return heights and widths in pixels."""
+    return tuple((image.shape[1], image.shape[2]) for image in images)
 
 
 def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:

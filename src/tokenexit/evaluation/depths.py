@@ -40,7 +40,7 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
             for m in range(len(dense.exit_records))
         ]
         blocks = exits[n] if n < len(exits) else depth
-        lengths = [[count + prefix for count in tokens]] * blocks + [[prefix] * len(tokens)] * (depth - blocks)
+        lengths = [[count + prefix for count in tokens]] * blocks + [[0] * len(tokens)] * (depth - blocks)
         heads = model.view().exit_heads
         out = replace(
             dense,

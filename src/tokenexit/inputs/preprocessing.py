@@ -77,8 +77,7 @@ class Preprocessing:
             DataError: for an image that cannot be read.
         """
         image = load_image(image)
-        size = resized_size((image.height, image.width), self.resize)
-        height, width = (max(1, int(side * scale + 0.5)) for side in size)
+        height, width = scaled_size(resized_size((image.height, image.width), self.resize), scale)
         if (height, width) != (image.height, image.width):
             image = image.resize((width, height), Image.Resampling.BILINEAR)
         return self.normalise(image)
@@ -180,6 +179,11 @@ def resized_size(size: tuple[int, int], resize: Resize) -> tuple[int, int]:
     height, width = size
     factor = resize / min(height, width)
     return max(1, int(height * factor + 0.5)), max(1, int(width * factor + 0.5))
+
+
+def scaled_size(size: tuple[int, int], scale: float) -> tuple[int, int]:
+    """Return (height, width) of an image of `size` with both sides multiplied, rounded, and at least one pixel."""
+    return max(1, int(size[0] * scale + 0.5)), max(1, int(size[1] * scale + 0.5))
 
 
 def _is_side(value: Any) -> bool:

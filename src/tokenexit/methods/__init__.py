@@ -14,13 +14,15 @@ from tokenexit.methods.dtop import DToP
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.reference import PrescribedExits
+from tokenexit.methods.resized import Resized
 from tokenexit.methods.thresholded import ThresholdMethod
+from tokenexit.methods.wrapper import Wrapper
 from tokenexit.runtime.schema import check, hints
 
 METHODS: dict[str, type[Method[Any]]] = {
     method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
 }
-GATED: dict[str, type[Method[Any]]] = {method.name: method for method in (Gated, GatedBySize)}
+WRAPPERS: dict[str, type[Wrapper]] = {method.name: method for method in (Gated, GatedBySize, Resized)}
 
 
 def register(kind: type[Method[Any]]) -> type[Method[Any]]:
@@ -34,7 +36,7 @@ def register(kind: type[Method[Any]]) -> type[Method[Any]]:
         raise ConfigError(f"{kind!r} is no method: register a subclass of Method with a name and a title.")
     if inspect.isabstract(kind) or not is_dataclass(kind):
         raise ConfigError(f"method '{name}' is no whole dataclass: supply what Method leaves open, and @dataclass.")
-    if (METHODS | GATED).get(name, kind) is not kind:
+    if (METHODS | WRAPPERS).get(name, kind) is not kind:
         raise ConfigError(f"method '{name}' is registered already: choose another name.")
     METHODS[name] = kind
     return kind
@@ -64,8 +66,8 @@ def build_method(spec: MethodSpec) -> Method[Any]:
     options: dict[str, Any] = {"name": spec} if isinstance(spec, str) else dict(spec)
     name = options.pop("name", None)
     check("name of a method", name, str | None)
-    kind = (METHODS | GATED).get(name or "")
-    if kind is None or (name in GATED and options.keys() != {"method", "closed"}):
+    kind = (METHODS | WRAPPERS).get(name or "")
+    if kind is None or (issubclass(kind, Wrapper) and options.keys() != {f.name for f in fields(kind)}):
         raise ConfigError(f"method '{name}' is unknown: choose one of {', '.join(METHODS)}.")
     known = [f.name for f in fields(kind)]
     for option, value in options.items():
@@ -91,8 +93,9 @@ def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
     """
     if isinstance(method, PrescribedExits):
         return {"name": method.name}
-    if isinstance(method, Gated | GatedBySize):
-        return {"name": method.name, "method": spec_of(method.method, whole), "closed": method.closed}
+    if isinstance(method, Wrapper):
+        own = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "method"}
+        return {"name": method.name, "method": spec_of(method.method, whole), **own}
     default = type(method)()
     options = {f.name: getattr(method, f.name) for f in fields(method)}
     listed = {name: value for name, value in options.items() if whole or value != getattr(default, name)}
@@ -118,6 +121,7 @@ __all__ = [
     "MethodLike",
     "MethodSpec",
     "ModelView",
+    "Resized",
     "Result",
     "ThresholdMethod",
     "Truncated",

@@ -176,6 +176,24 @@ class Method(ABC, Generic[State]):
         return 0
 
     @property
+    def last_exit(self) -> int | None:
+        """The exit, 0 the first, at which all tokens that are left leave; None where tokens may go on to the end.
+
+        The network ends there: `at_exit` of later exits is not called, and `result` follows that of the last one.
+        """
+        return None
+
+    @property
+    def input_scale(self) -> float:
+        """The factor on both sides of an image by which it is resized before it is embedded."""
+        return 1.0
+
+    @property
+    def same_exits(self) -> bool:
+        """Whether all images meet the same exits, whatever their sizes."""
+        return True
+
+    @property
     def thresholds(self) -> Thresholds | None:
         """The thresholds of the exits, None for a method without any."""
         return None

@@ -3,8 +3,7 @@
 FixedRatio is the baseline without a threshold: easy and hard images cost alike, and the number of tokens in every block
 follows from the image's size alone. All else is DToP's: what the exit heads score, the canvas, the finish.
 
-Truncated needs no rule: a shallower network with a trained head, which every model with exits contains. Prefix tokens,
-which never leave, run on alone; they are counted as they cost.
+Truncated needs no rule: a shallower network with a trained head, which every model with exits contains.
 """
 
 from __future__ import annotations
@@ -111,6 +110,10 @@ class Truncated(Method[Result | None]):
         if self.after < 1:
             raise ConfigError(f"after must be at least 1, got {self.after}: it counts exits, 1 is the first.")
 
+    @property
+    def last_exit(self) -> int | None:
+        return self.after - 1
+
     def curve(self, points: int, num_exits: int) -> Sequence[Method[Any]]:
         """Return the method with every exit as the end, the last one first."""
         return [replace(self, after=n) for n in range(num_exits, 0, -1)]
@@ -141,8 +144,7 @@ class Truncated(Method[Result | None]):
         records = [ExitRecord()] * (model.num_exits + 1)
         records[n] = record_of(head, patches, out, None)
         exit_index = torch.full((tokens.cells,), n, dtype=torch.int64, device=patches.x.device)
-        result = Result(scores, "logits" if softmax else "scores", tuple(records), exit_index)
-        return tokens.keep(torch.zeros_like(patches.position, dtype=torch.bool)), result
+        return tokens, Result(scores, "logits" if softmax else "scores", tuple(records), exit_index)
 
     def result(self, tokens: Tokens, state: Result | None, model: ModelView) -> Result:
         assert state is not None, "check() has seen that the exit exists"

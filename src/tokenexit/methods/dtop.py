@@ -73,6 +73,8 @@ class DToP(ThresholdMethod[DToPState]):
         score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.
         temperature: of the exit heads' softmax, one for all exits or one for each.
         boundary_guard: no exits where predicted classes meet.
+        stop: the exit, 1 the first, at which all tokens that are left leave, whatever k, guard and cap say; the network
+            ends there. None lets them go on to the end.
 
     Raises:
         ConfigError: for a value out of range.
@@ -88,6 +90,9 @@ class DToP(ThresholdMethod[DToPState]):
         "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
     )
     detach_canvas: bool = option(False, "no gradient of later losses into tokens that exited earlier")
+    stop: int | None = option(
+        None, "number of the exit at which all tokens that are left leave, 1 the first", kw_only=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,6 +100,12 @@ class DToP(ThresholdMethod[DToPState]):
             raise ConfigError(f"keep_per_class must be at least 0, got {self.keep_per_class}: use 0 to keep none.")
         if self.finish not in get_args(Finish):
             raise ConfigError(f"finish must be auto, presence_last or frozen, got '{self.finish}': choose one.")
+        if self.stop is not None and self.stop < 1:
+            raise ConfigError(f"stop must be at least 1, got {self.stop}: it counts exits, 1 is the first.")
+
+    @property
+    def last_exit(self) -> int | None:
+        return None if self.stop is None else self.stop - 1
 
     @property
     def min_live(self) -> int:
@@ -109,6 +120,12 @@ class DToP(ThresholdMethod[DToPState]):
 
     def check(self, model: ModelView) -> None:
         super().check(model)
+        if self.stop is not None and self.stop > model.num_exits:
+            raise ConfigError(
+                f"stop must be at most {model.num_exits}, the number of exits, got {self.stop}: choose one of them."
+            )
+        if self.stop is not None and model.with_records:
+            raise ConfigError("a stop leaves no map at later exits: train and record exits without it.")
         heads = (*model.exit_heads, model.decode_head)
         temperatures = per_exit(self.temperature, model.num_exits, "temperature")
         if any(head.kind == "atm" and (self.score == "entropy" or t != 1.0) for head, t in zip(heads, temperatures)):
@@ -159,11 +176,16 @@ class DToP(ThresholdMethod[DToPState]):
             left_at = torch.where(leaves, n, model.num_exits)
             exit_index = state.exit_index.index_copy(0, patches.position, left_at)
 
-        # Carrier: the retained tokens alone; tokens that leave take no part in later blocks.
-        return tokens.keep(~leaves), replace(state, exit_index=exit_index)
+        # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
+        return tokens if n == self.last_exit else tokens.keep(~leaves), replace(state, exit_index=exit_index)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
-        """Let easy tokens leave, but for the k most confident of each predicted class (`PruneHead` of the release)."""
+        """Let easy tokens leave, but for the k most confident of each predicted class (`PruneHead` of the release).
+
+        At a stop all leave.
+        """
+        if n == self.last_exit:
+            return live
         easy = self.guard(graded, live & self.confident(n, graded))
         stay = graded.most_confident(easy, self.keep_per_class)
         return self.limit(n, graded, easy & ~stay, live)
@@ -175,10 +197,14 @@ class DToP(ThresholdMethod[DToPState]):
         return best if self.score == "probability" else confidence(probabilities, self.score), label
 
     def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
-        patches = tokens.patches()
-        patches = patches.with_x(model.norm(patches.x))
-        out = model.decode_head(patches)
-        state = self._write(model.decode_head, patches, out, state, model)
+        if self.last_exit is None:
+            patches = tokens.patches()
+            patches = patches.with_x(model.norm(patches.x))
+            out = model.decode_head(patches)
+            state = self._write(model.decode_head, patches, out, state, model)
+        else:  # nobody is left for later heads
+            did_not_run = (ExitRecord(),) * (model.num_exits - self.last_exit)
+            state = replace(state, exit_records=(*state.exit_records, *did_not_run))
         value = _canvas_value(model, self.finish)
         if value == "logits" and model.decode_head.kind == "atm":  # presence_last
             image = cell_packing(tokens).image_index()

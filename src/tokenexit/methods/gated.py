@@ -8,47 +8,28 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, ClassVar, NoReturn, Self
+from typing import Any, ClassVar, NoReturn
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, Thresholds
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result
+from tokenexit.methods.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
-class _Wrapper(Method[Any]):
-    """Base of the wrappers: facts that are those of the wrapped method."""
-
-    method: Method[Any]
-
-    @property
-    def inner(self) -> Method[Any]:
-        return self.method.inner
+class _Closing(Wrapper):
+    """The base of the two: what closed exits have in common."""
 
     @property
     def label(self) -> str:
         return f"{self.method.label} gated"
 
-    @property
-    def batch_independent(self) -> bool:
-        return self.method.batch_independent
-
-    @property
-    def thresholds(self) -> Thresholds | None:
-        return self.method.thresholds
-
-    def with_thresholds(self, thresholds: Thresholds) -> Self:
-        return replace(self, method=self.method.with_thresholds(thresholds))
-
     def for_export(self) -> NoReturn:
         raise ConfigError("closed exits follow from a machine and a size: export the method inside.")
 
-    def at(self, progress: float) -> Self:
-        return replace(self, method=self.method.at(progress))
-
 
 @dataclass(frozen=True)
-class Gated(_Wrapper):
+class Gated(_Closing):
     """A method without some of its exits; the others keep their thresholds.
 
     It serves inference alone: training needs the maps of all exits.
@@ -68,22 +49,18 @@ class Gated(_Wrapper):
             raise ConfigError(f"closed={self.closed} names exits that are not there: this model has {model.num_exits}.")
         if self.closed and model.with_records:
             raise ConfigError("closed exits leave no map for losses and studies: run the method itself instead.")
-        self.method.check(model)
-
-    def start(self, tokens: Tokens, model: ModelView) -> Any:
-        return self.method.start(tokens, model)
+        if self.last_exit in self.closed:
+            raise ConfigError(f"closed={self.closed} closes the exit where {self.inner.name} stops: leave it open.")
+        super().check(model)
 
     def at_exit(self, n: int, tokens: Tokens, state: Any, model: ModelView) -> tuple[Tokens, Any]:
         if n in self.closed:
             return tokens, replace(state, exit_records=(*state.exit_records, ExitRecord()))
-        return self.method.at_exit(n, tokens, state, model)
-
-    def result(self, tokens: Tokens, state: Any, model: ModelView) -> Result:
-        return self.method.result(tokens, state, model)
+        return super().at_exit(n, tokens, state, model)
 
 
 @dataclass(frozen=True)
-class GatedBySize(_Wrapper):
+class GatedBySize(_Closing):
     """A method without the exits that are closed at an image's size, whatever is in it and beside it in the batch.
 
     Attributes:
@@ -96,6 +73,10 @@ class GatedBySize(_Wrapper):
     title: ClassVar[str] = "Gated by size"
 
     closed: tuple[tuple[int, tuple[int, ...]], ...] = ()
+
+    @property
+    def same_exits(self) -> bool:
+        return False
 
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
         """Yield consecutive images for which the same exits are closed, and the method for them."""
@@ -117,7 +98,7 @@ class GatedBySize(_Wrapper):
     def check(self, model: ModelView) -> None:
         for _, closed in self.closed:
             Gated(self.method, closed).check(model)
-        self.method.check(model)
+        super().check(model)
 
     def start(self, tokens: Tokens, model: ModelView) -> Any:
         return self._for_all(tokens).start(tokens, model)

@@ -50,6 +50,8 @@ class PrescribedExits(DToP):
             yield run, self if self.exit_index is None else replace(self, exit_index=self.exit_index[cells])
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
+        if n == self.last_exit:
+            return live
         assert self.exit_index is not None, "PrescribedExits is made with the exits it prescribes"
         assert graded.position is not None, "exits run on live tokens alone"
         return self.exit_index.to(graded.position.device).index_select(0, graded.position) == n
@@ -60,7 +62,7 @@ def random_counterpart(method: Method[Any]) -> PrescribedExits | None:
 
     Other methods have none (None): their carriers and results differ.
     """
-    return PrescribedExits(finish=method.finish) if type(method) is DToP else None
+    return PrescribedExits(finish=method.finish, stop=method.stop) if type(method) is DToP else None
 
 
 def random_exits(exit_index: Tensor, generator: torch.Generator) -> Tensor:

@@ -46,9 +46,10 @@ class Ledger:
 
     Attributes:
         live: `[image][block]` patch tokens computed; prefix tokens are not counted here but are in the multiply-adds.
-        tokens: number of patches of each image.
+        tokens: number of patches of each image as the network saw it.
         parts: multiply-adds of each image by part of the network.
-        dense_macs: multiply-adds of the same image without exits (backbone and decode head).
+        dense_macs: multiply-adds of the same image without exits (backbone and decode head), at its full size where a
+            method resizes it.
     """
 
     live: tuple[tuple[int, ...], ...]
@@ -83,15 +84,17 @@ def write_ledger(
     grids: Sequence[Grid],
     lengths: Sequence[Sequence[int]],
     records: Sequence[ExitRecord],
+    full_grids: Sequence[Grid] | None = None,
 ) -> Ledger:
     """Add up the cost of one call.
 
-    lengths: `[block][image]` tokens in every block, prefix included. records: one for each exit, then the decode
-        head's.
+    lengths: `[block][image]` tokens in every block, prefix included; 0 in blocks that did not run. records: one for
+        each exit, then the decode head's. full_grids: of the images before a method resized them, for `dense_macs`;
+        `grids` if not given.
     """
     prefix = backbone.config.num_prefix_tokens
     live, parts, dense = [], [], []
-    for i, grid in enumerate(grids):
+    for i, (grid, full) in enumerate(zip(grids, grids if full_grids is None else full_grids)):
         blocks = sum((backbone.block_ops(block[i]) for block in lengths), Ops())
         heads = Ops()
         for head, record in zip(exit_heads, records):
@@ -99,9 +102,9 @@ def write_ledger(
                 heads += head.ops(record.head_tokens[i], grid)
         final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
         embed = backbone.embed_ops(grid)
-        live.append(tuple(block[i] - prefix for block in lengths))
+        live.append(tuple(max(0, block[i] - prefix) for block in lengths))
         parts.append(MacsByPart(embed.macs, blocks.macs, heads.macs, final.macs))
-        dense.append(dense_ops(backbone, decode_head, grid).macs)
+        dense.append(dense_ops(backbone, decode_head, full).macs)
     return Ledger(tuple(live), tuple(h * w for h, w in grids), tuple(parts), tuple(dense))
 
 

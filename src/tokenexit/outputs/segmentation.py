@@ -98,7 +98,7 @@ class SegmentationOutput:
 
         This is the largest tensor of all; use `labels` if the classes are all you need.
         """
-        return stack_equal([self._resize(i, self.grid_logits[i]) for i in range(len(self))])
+        return stack_equal([self.at_target(i, self.grid_logits[i]) for i in range(len(self))])
 
     @property
     def labels(self) -> Tensor | list[Tensor]:
@@ -116,7 +116,7 @@ class SegmentationOutput:
         """
         return stack_equal([self._scores(i) for i in range(len(self))])
 
-    def _resize(self, image: int, maps: Tensor) -> Tensor:
+    def at_target(self, image: int, maps: Tensor) -> Tensor:
         """Resize grid maps `(k, h s, w s)` of one image to its target size; classes do not mix."""
         size = self.sizes[image]
         resized = resize_maps(maps[None].float(), self.grid(image), self.patch_size, self.upscale, size)
@@ -131,7 +131,7 @@ class SegmentationOutput:
 
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
         """Return a function that makes the `(k, H, W)` maps of some classes at the target's size."""
-        return lambda classes: self._resize(image, self.grid_logits[image][classes])
+        return lambda classes: self.at_target(image, self.grid_logits[image][classes])
 
     def _labels(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tokenexit.engine.vit import ViT
 from tokenexit.heads import Head
+from tokenexit.inputs.preprocessing import scaled_size
 from tokenexit.methods import Method
 from tokenexit.methods.base import Value
 from tokenexit.outputs.ledger import Ledger, MacsByPart, Size, dense_ops
@@ -32,7 +33,6 @@ from tokenexit.outputs.segmentation import (
     argmax_by_tiles,
     check_finite,
     concatenated,
-    resize_maps,
     scores_by_tiles,
     stack_equal,
 )
@@ -81,7 +81,7 @@ def segment_windows(
     targets: Sequence[Size] | None = None,
     max_tokens: int = PACK_TOKENS,
 ) -> WindowedOutput:
-    """Segment images in windows.
+    """Segment images in windows, which are cut from the images as they are; a method may resize each of them.
 
     forward: runs the model with a method on a list of images `(3, h, w)`. targets: as for a call of the model.
     max_tokens: the budget of patch tokens in one call of `forward`, which bounds memory.
@@ -93,7 +93,8 @@ def segment_windows(
         for image, windows in zip(images, boxes)
         for top, left, bottom, right in windows
     ]
-    grids = [(-(-crop.shape[1] // patch_size), -(-crop.shape[2] // patch_size)) for crop in crops]
+    seen = [scaled_size((crop.shape[1], crop.shape[2]), method.input_scale) for crop in crops]
+    grids = [(-(-height // patch_size), -(-width // patch_size)) for height, width in seen]
     outputs = [forward(crops[run.start : run.stop], each) for run, each in method.runs(grids, max_tokens)]
     return WindowedOutput(concatenated(outputs), boxes, sizes, sizes if targets is None else tuple(targets))
 
@@ -203,14 +204,13 @@ class WindowedOutput:
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
         """Return a function that makes the `(k, H, W)` maps of some classes at the target's size."""
         part, out, seen = self._windows_of(image), self.windows, self._seen(image)
-        grids = [out.grid(n) for n in range(part.start, part.stop)]
+        numbers = range(part.start, part.stop)
 
         def maps(classes: slice) -> Tensor:
-            chosen = [grid_logits[classes] for grid_logits in out.grid_logits[part]]
+            chosen = [out.grid_logits[n][classes] for n in numbers]
             canvas = torch.zeros(len(chosen[0]), *seen.shape, device=seen.device)
-            for box, grid, values in zip(self.boxes[image], grids, chosen):
-                window = resize_maps(values[None].float(), grid, out.patch_size, out.upscale, _size(box))[0]
-                _inside(canvas, box).add_(window)
+            for box, n, values in zip(self.boxes[image], numbers, chosen):
+                _inside(canvas, box).add_(out.at_target(n, values))
             canvas /= seen
             if self.targets[image] == self.sizes[image]:
                 return canvas
@@ -227,12 +227,15 @@ class WindowedOutput:
         return seen
 
     def _exit_index(self, image: int) -> Tensor:
-        seen, patch = self._seen(image), self.windows.patch_size
+        seen, patch, part = self._seen(image), self.windows.patch_size, self._windows_of(image)
         total = torch.zeros_like(seen)
-        for box, exit_index in zip(self.boxes[image], self.windows.exit_index[self._windows_of(image)]):
-            height, width = _size(box)
-            pixels = exit_index.repeat_interleave(patch, 0).repeat_interleave(patch, 1)
-            _inside(total, box).add_(pixels[:height, :width])
+        for box, size, exit_index in zip(
+            self.boxes[image], self.windows.sizes[part], self.windows.exit_index[part]
+        ):
+            pixels = exit_index.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[: size[0], : size[1]]
+            if size != _size(box):  # a method resized it
+                pixels = F.interpolate(pixels[None, None].float(), _size(box), mode="nearest-exact")[0, 0].long()
+            _inside(total, box).add_(pixels)
         return (2 * total + seen) // (2 * seen)
 
 
