@@ -9,6 +9,7 @@ threads at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -213,6 +214,42 @@ class ExitSegmenter(PretrainedMixin):
             upscale=self.decode_head.upscale,
             exit_records=result.exit_records,
         )
+
+    def with_exits(self, blocks: Sequence[int]) -> ExitSegmenter:
+        """Return this model with some of its exits alone; weights are shared.
+
+        Args:
+            blocks: number of blocks before each exit, increasing; some of `config.exits`, or none.
+
+        Raises:
+            ConfigError: for a place where the model has no exit.
+        """
+        missing = sorted(set(blocks) - set(self.config.exits))
+        if missing:
+            raise ConfigError(f"exits must be some of {self.config.exits}, got {missing[0]}: it has no exit there.")
+        numbers = [self.config.exits.index(block) for block in blocks]
+        specs = [self.config.exit_heads[n] for n in numbers]
+        return self.with_exit_heads(blocks, specs, [self.exit_heads[n] for n in numbers])
+
+    def with_exit_heads(
+        self, blocks: Sequence[int], specs: Sequence[HeadSpec], heads: Sequence[nn.Module]
+    ) -> ExitSegmenter:
+        """Return this model with other exits, neither calibrated nor with records; weights are shared.
+
+        Args:
+            blocks: number of blocks before each exit, increasing.
+            specs: specification of each exit's head.
+            heads: the heads themselves.
+
+        Raises:
+            ConfigError: for places that the backbone does not have.
+        """
+        model = copy(self)
+        model._modules = {**self._modules, "exit_heads": nn.ModuleList(heads)}
+        normal = tuple(normalize_head(spec) for spec in specs)
+        model.config = replace(self.config, exits=tuple(blocks), exit_heads=normal)
+        model.calibration, model.records = None, {}
+        return model
 
     def check(self, method: MethodLike) -> None:
         """Check that a method can run on this model.

@@ -15,6 +15,7 @@ a thousandth of itself near a score of 1, where thresholds live.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_gr
 from tokenexit.heads import Head, HeadOutput, class_scores
 from tokenexit.methods import Dense, ExitRecord, Method, ModelView, ThresholdMethod
 from tokenexit.methods.base import record_of
+from tokenexit.methods.resized import Resized
 from tokenexit.methods.thresholded import Graded, calibratable
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.segmenter import ExitSegmenter
@@ -42,8 +44,10 @@ class DensePass:
     uncertainty: `(E, N)` fp16, 1 - score of every token at every exit. label: `(E, N)` int16, the class its exit head
         names.
     said: `(E + 1, N, S)` uint8 (int16 from 256 classes on), classes at S places of every token if it left at an exit,
-    the dense answer last. image: `(N,)` int64. grids: patches of each image. Where images are taken in windows, an
-    image is a window here.
+        the last block's answer last.
+    wanted: `(N, S)` int16, classes that they are compared with: those of the dense model at full size, or the truth;
+        -1 where neither counts.
+    image: `(N,)` int64. grids: patches of each image. Where images are taken in windows, an image is a window here.
     groups: for each exit an order of all tokens by image, class and uncertainty, and where each token's group begins in
         it.
     """
@@ -51,20 +55,32 @@ class DensePass:
     uncertainty: Tensor
     label: Tensor
     said: Tensor
+    wanted: Tensor
     image: Tensor
     grids: tuple[Grid, ...]
     num_classes: int
     groups: tuple[tuple[Tensor, Tensor], ...]
 
     @classmethod
-    def of(cls, calibration_set: CalibrationSet, method: Method[Any]) -> DensePass:
-        """Run the dense model once on every image. Raises `ConfigError` for methods without thresholds."""
+    def of(
+        cls,
+        calibration_set: CalibrationSet,
+        method: Method[Any],
+        scale: float = 1.0,
+        wanted: Sequence[Tensor] | None = None,
+    ) -> DensePass:
+        """Run the dense model once on every image. Raises `ConfigError` for methods without thresholds.
+
+        scale: factor on the images' sides. wanted: a map `(H, W)` of each image, or window, to compare answers with;
+            those of this pass if not given.
+        """
         rule = calibratable(method)
         recorder = _Recorder(decoded=rule.decodes_grid)
         classes, steps = calibration_set.model.config.num_classes, 2 if recorder.decoded else 1
-        uncertainties, labels, said = [], [], []
+        uncertainties, labels, said, places = [], [], [], []
         grids: list[Grid] = []
-        for _, _, images in calibration_set.forward(recorder, "dense pass"):
+        run: Method[Any] = recorder if scale == 1.0 else Resized(recorder, scale)
+        for _, _, images in calibration_set.forward(run, "dense pass" if scale == 1.0 else f"dense pass at {scale:g}"):
             output = images.windows
             own = tuple(output.grid(i) for i in range(len(output)))
             exits = output.exit_records[:-1:steps]
@@ -73,16 +89,29 @@ class DensePass:
             uncertainties.append(1.0 - torch.stack(scores).cpu())
             labels.append(torch.stack([_label(record, own) for record in exits]).short().cpu())
             said.append(torch.stack([_samples(record, own) for record in left]).to(_small(classes)).cpu())
+            if wanted is not None:
+                maps = wanted[len(grids) : len(grids) + len(own)]
+                patch = calibration_set.model.config.backbone.patch_size
+                places += [sampled(one, grid, size, patch) for one, grid, size in zip(maps, own, output.sizes)]
             grids += own
-        return cls.made(torch.cat(uncertainties, 1).half(), torch.cat(labels, 1), torch.cat(said, 1), grids, classes)
+        answers = torch.cat(said, 1)
+        wish = torch.cat(places) if wanted is not None else answers[-1].short()
+        return cls.made(torch.cat(uncertainties, 1).half(), torch.cat(labels, 1), answers, grids, classes, wish)
 
     @classmethod
     def made(
-        cls, uncertainty: Tensor, label: Tensor, said: Tensor, grids: Sequence[Grid], num_classes: int
+        cls,
+        uncertainty: Tensor,
+        label: Tensor,
+        said: Tensor,
+        grids: Sequence[Grid],
+        num_classes: int,
+        wanted: Tensor | None = None,
     ) -> DensePass:
         image = Packing.of([h * w for h, w in grids], torch.device("cpu")).image_index()
         groups = tuple(_grouped(image * num_classes + own.long(), d) for own, d in zip(label, uncertainty))
-        return cls(uncertainty, label, said, image, tuple(grids), num_classes, groups)
+        wanted = said[-1].short() if wanted is None else wanted
+        return cls(uncertainty, label, said, wanted, image, tuple(grids), num_classes, groups)
 
     def __len__(self) -> int:
         return len(self.grids)
@@ -91,24 +120,41 @@ class DensePass:
         """The first so many images."""
         n = sum(h * w for h, w in self.grids[:images])
         return DensePass.made(
-            self.uncertainty[:, :n], self.label[:, :n], self.said[:, :n], self.grids[:images], self.num_classes
+            self.uncertainty[:, :n],
+            self.label[:, :n],
+            self.said[:, :n],
+            self.grids[:images],
+            self.num_classes,
+            self.wanted[:n],
+        )
+
+    def at_exits(self, numbers: Sequence[int]) -> DensePass:
+        """The same with some of the exits, in order, 0 for the first."""
+        kept = list(numbers)
+        return replace(
+            self,
+            uncertainty=self.uncertainty[kept],
+            label=self.label[kept],
+            said=self.said[[*kept, len(self.said) - 1]],
+            groups=tuple(self.groups[n] for n in kept),
         )
 
     def losses(self, average: str) -> Tensor:
         """Loss of a token that leaves at an exit or at none: `(E + 1, N)` fp32, to be summed over tokens.
 
-        average: "pixels" is the share of all samples whose class differs from the dense one. "classes" weighs a
-        sample that turns from class a to b by (1 / samples of a + 1 / samples of b) / (2 K), both as the dense model
-        has them: to first order the loss of mIoU against the dense labels, in which a class of few tokens, lost or
-        invented, weighs as much as a large one.
+        average: "pixels" is the share of all samples whose class differs from the wanted one. "classes" weighs a
+        sample of class a that is called b by (1 / samples of a + 1 / samples of b) / (2 K), both as they are wanted:
+        to first order the loss of mIoU, in which a class of few tokens, lost or invented, weighs as much as a large
+        one.
         """
-        dense = self.said[-1].long()
-        wrong = self.said != self.said[-1]
+        counted = self.wanted >= 0
+        wanted = self.wanted.long().clamp(min=0)
+        wrong = (self.said != wanted) & counted
         if average == "pixels":
-            return wrong.float().mean(dim=2) / dense.shape[0]
-        counts = torch.bincount(dense.flatten(), minlength=self.num_classes).float()
+            return wrong.float().sum(dim=2) / counted.sum().clamp(min=1)
+        counts = torch.bincount(wanted[counted], minlength=self.num_classes).float()
         weight = 1.0 / (2.0 * (counts > 0).sum() * counts.clamp(min=SAMPLES**2))
-        return torch.stack([((weight[dense] + weight[own.long()]) * bad).sum(1) for own, bad in zip(self.said, wrong)])
+        return torch.stack([((weight[wanted] + weight[own.long()]) * bad).sum(1) for own, bad in zip(self.said, wrong)])
 
 
 @dataclass(frozen=True)
@@ -151,13 +197,13 @@ def _answer(record: ExitRecord, grids: tuple[Grid, ...]) -> HeadOutput:
 
 def _label(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """Class of every token, `(cells,)`; of a finer grid the class of the mean score over the token."""
-    return _class_scores(record, grids).argmax(dim=-1)
+    return token_scores(record, grids).argmax(dim=-1)
 
 
 def _samples(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """Classes at S places of every token, `(cells, S)`: the map interpolated as for the full size, sampled."""
     assert record.logits is not None, "the recorder keeps every map"
-    maps = record.logits.float() if record.kind == "softmax" else _class_scores(replace(record, scale=1), grids)
+    maps = record.logits.float() if record.kind == "softmax" else token_scores(replace(record, scale=1), grids)
     batches = []
     for members, grid_maps in unpack_grids(maps, grids, record.scale):
         side = [cells * SAMPLES // record.scale for cells in grid_maps.shape[2:]]
@@ -171,7 +217,20 @@ def _small(classes: int) -> torch.dtype:
     return torch.uint8 if classes <= 256 else torch.int16
 
 
-def _class_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
+def sampled(labels: Tensor, grid: Grid, size: tuple[int, int], patch_size: int) -> Tensor:
+    """Classes of a map `(H, W)` at S places of every token, `(cells, S)` int16.
+
+    grid, size: patches and pixels of the image as the network sees it, which may be padded behind its last pixel.
+    """
+    rows, columns = (
+        (((torch.arange(cells * SAMPLES) + 0.5) * patch_size / SAMPLES / seen) * side).long().clamp(max=side - 1)
+        for cells, seen, side in zip(grid, size, labels.shape)
+    )
+    fine = labels[rows][:, columns].short()
+    return fine.unflatten(1, (-1, SAMPLES)).unflatten(0, (-1, SAMPLES)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
+def token_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """`(cells, K)`, averaged over each token where the head speaks of a finer grid."""
     answer = _answer(record, grids)
     scores = class_scores(record.kind, answer.logits, answer.presence, answer.packing.image_index())
@@ -250,18 +309,27 @@ def live_counts(dense: DensePass, exit_index: Tensor) -> Tensor:
 
 
 class MacTable:
-    """Multiply-adds of images from their live counts: the ledger's formulas, tabled over counts once per grid."""
+    """Multiply-adds of images from their live counts: the ledger's formulas, tabled over counts once per grid.
 
-    def __init__(self, model: ExitSegmenter, method: ThresholdMethod[Any], grids: tuple[Grid, ...]) -> None:
-        self.exits = model.config.exits
+    grids: patches of each image. full_grids: those at the size whose dense cost is the denominator, if it is another.
+    """
+
+    def __init__(
+        self,
+        model: ExitSegmenter,
+        method: ThresholdMethod[Any],
+        grids: tuple[Grid, ...],
+        full_grids: tuple[Grid, ...] | None = None,
+    ) -> None:
+        self.exits, self.last_exit = model.config.exits, method.last_exit
         self.depth = model.config.backbone.depth
         self.on_grid, self.scored_on_grid = method.decodes_grid, method.scores_grid
         distinct = list(dict.fromkeys(grids))
         self.kind = torch.tensor([distinct.index(grid) for grid in grids])
         self.tables = [self._table(model, grid) for grid in distinct]
-        self.dense = torch.tensor([dense_ops(model.backbone, model.decode_head, grid).macs for grid in distinct])[
-            self.kind
-        ]
+        full = grids if full_grids is None else full_grids
+        dense = {grid: dense_ops(model.backbone, model.decode_head, grid).macs for grid in dict.fromkeys(full)}
+        self.dense = torch.tensor([dense[grid] for grid in full])
 
     def _table(self, model: ExitSegmenter, grid: Grid) -> Tensor:
         """`(E + 3, cells + 1)` int64 by live tokens: each exit head, the decode head, a block, the embedding."""
@@ -273,20 +341,36 @@ class MacTable:
         rows.append([model.backbone.embed_ops(grid).macs] * len(counts))
         return torch.tensor(rows)
 
+    def at_exits(self, numbers: Sequence[int], last_exit: int | None) -> MacTable:
+        """The same with some of the exits, in order; `last_exit` is the one of these at which the network ends."""
+        some = copy(self)
+        some.exits, some.last_exit = tuple(self.exits[n] for n in numbers), last_exit
+        rest = range(len(self.exits), len(self.exits) + 3)
+        some.tables = [table[[*numbers, *rest]] for table in self.tables]
+        return some
+
+    def first(self, images: int) -> MacTable:
+        """The same for the first so many images."""
+        some = copy(self)
+        some.kind, some.dense = self.kind[:images], self.dense[:images]
+        return some
+
     def macs(self, live: Tensor) -> Tensor:
         """`(n, E + 1)` live counts to `(n,)` int64 multiply-adds, exit heads included."""
         exits = len(self.exits)
+        ran = exits if self.last_exit is None else self.last_exit + 1
         bounds = (0, *self.exits, self.depth)
         total = torch.zeros(len(live), dtype=torch.int64)
         for kind, table in enumerate(self.tables):
             rows = self.kind == kind
             own, cells = live[rows], live.new_full((int(rows.sum()),), table.shape[1] - 1)
             macs = table[exits + 2][own[:, 0]]
-            for n in range(exits):
-                macs = macs + table[n][cells if self.scored_on_grid else own[:, n]]
-            macs = macs + table[exits][cells if self.on_grid else own[:, exits]]
-            for n in range(exits + 1):
+            for n in range(ran):
                 macs = macs + (bounds[n + 1] - bounds[n]) * table[exits + 1][own[:, n]]
+                macs = macs + table[n][cells if self.scored_on_grid else own[:, n]]
+            if self.last_exit is None:
+                macs = macs + (bounds[exits + 1] - bounds[exits]) * table[exits + 1][own[:, exits]]
+                macs = macs + table[exits][cells if self.on_grid else own[:, exits]]
             total[rows] = macs
         return total
 

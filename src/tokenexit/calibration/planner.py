@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +14,8 @@ from tokenexit.calibration.search import cap_shares, meet_budget
 from tokenexit.calibration.targets import Average
 from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even_path
 from tokenexit.engine.ops import GIGA
-from tokenexit.methods import Method, ThresholdMethod
+from tokenexit.engine.tokens import Grid
+from tokenexit.methods import Method, Resized, ThresholdMethod
 
 PRICES = (0.0, 0.01, 0.03, 0.1)
 """Multiples of `context_price` that paths are built with."""
@@ -37,21 +39,36 @@ class Outcome:
 
 class Planner:
     """Paths of a method on some images, one of them in use, and costs at its positions as the dense pass predicts
-    them."""
+    them.
 
-    def __init__(self, calibration_set: CalibrationSet, method: ThresholdMethod[Any], average: Average) -> None:
-        self.model, self.method = calibration_set.model, method
+    scale: factor on the images' sides. dense: the dense pass at that size, if there is one. full_grids: patches of the
+        images, or windows, at their full size, where `scale` is not 1. prices: see `PRICES`.
+    """
+
+    def __init__(
+        self,
+        calibration_set: CalibrationSet,
+        method: ThresholdMethod[Any],
+        average: Average,
+        *,
+        scale: float = 1.0,
+        dense: DensePass | None = None,
+        full_grids: tuple[Grid, ...] | None = None,
+        prices: Sequence[float] = PRICES,
+    ) -> None:
+        self.model, self.method, self.scale = calibration_set.model, method, scale
         exits, depth = calibration_set.model.config.exits, calibration_set.model.config.backbone.depth
-        never = with_thresholds(method, (0.0,) * len(exits))
+        never = self._sized(with_thresholds(method, (0.0,) * len(exits)))
         next(calibration_set.part([0]).forward(never, "first image"))  # a method that cannot run says so here
-        self.dense = DensePass.of(calibration_set, method)
-        self.costs = MacTable(self.model, method, self.dense.grids)
-        prices = [price * context_price(exits, depth) for price in PRICES]
+        self.dense = DensePass.of(calibration_set, method) if dense is None else dense
+        self.costs = MacTable(self.model, method, self.dense.grids, full_grids)
 
         def costs_of(dense: DensePass) -> MacTable:
-            return MacTable(self.model, method, dense.grids)
+            return self.costs.first(len(dense))
 
-        greedy = [build_path(self.dense, method, costs_of, average, price) for price in prices]
+        greedy = [
+            build_path(self.dense, method, costs_of, average, price * context_price(exits, depth)) for price in prices
+        ]
         self.paths = [*greedy, even_path(len(exits))]
         self.path: ThresholdPath = greedy[0]
 
@@ -61,8 +78,11 @@ class Planner:
     def mac_ratio(self, position: float) -> float:
         return self.costs.mac_ratio(self.live(position))
 
-    def method_at(self, position: float) -> ThresholdMethod[Any]:
-        return with_thresholds(self.method, self.path.limits_at(position))
+    def method_at(self, position: float) -> Method[Any]:
+        return self._sized(with_thresholds(self.method, self.path.limits_at(position)))
+
+    def _sized(self, method: ThresholdMethod[Any]) -> Method[Any]:
+        return method if self.scale == 1.0 else Resized(method, self.scale)
 
     def disagreement(self, position: float) -> float:
         """Share of samples that differ from dense, as the dense pass predicts it."""

@@ -1,0 +1,1 @@
+"""Exits for a trained dense model, from unlabelled photos: `tokenexit.adapt` and what it is made of."""

@@ -1,0 +1,129 @@
+"""What can be said of an adapted model, measured on photos that nothing was chosen on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import torch
+
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
+from tokenexit.calibration.risk_control import smallest_bound
+from tokenexit.evaluation.evaluate import timed_forward
+from tokenexit.evaluation.intervals import CONFIDENCE, DRAWS
+from tokenexit.methods import Dense, Method
+from tokenexit.outputs.ledger import dense_ops
+
+TIMED_PHOTOS = 24
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Figures on test photos.
+
+    Attributes:
+        photos: number of photos.
+        mac_ratio: multiply-adds over dense ones, both summed over photos.
+        disagreement: share of pixels unlike the dense model's, the mean over photos.
+        disagreement_interval: 95 % interval of it over photos of the kind (bootstrap).
+        bound: the smallest bound on the expected share that these photos support.
+        confidence: the confidence of that bound.
+        speedup: dense milliseconds over those of the plan, the median over photos, one at a time and in turn.
+        dense_ms: median milliseconds of dense.
+        ms: median milliseconds of the plan.
+        agreement_by_class: share of a class's pixels, as the dense model sees it, that stay; None for one not there.
+        tokens: mean number of patches of a photo at full size.
+        head_share: share of dense multiply-adds that the decode head takes.
+    """
+
+    photos: int
+    mac_ratio: float
+    disagreement: float
+    disagreement_interval: tuple[float, float]
+    bound: float
+    confidence: float
+    speedup: float
+    dense_ms: float
+    ms: float
+    agreement_by_class: tuple[float | None, ...]
+    tokens: float
+    head_share: float
+
+    def sentence(self) -> str:
+        """Say in one sentence what was measured."""
+        low, high = (100 * (1 - end) for end in self.disagreement_interval[::-1])
+        return (
+            f"{self.mac_ratio:.0%} of dense multiply-adds, {1 - self.disagreement:.1%} of pixels as before "
+            f"[{low:.1f}, {high:.1f}], {self.speedup:.1f}x as fast here; at most {100 * self.bound:.2g} % unlike dense "
+            f"with confidence {self.confidence:g}"
+        )
+
+    def weakest_class(self, names: Sequence[str]) -> tuple[str, float]:
+        """Return the class of which the least stays, and how much."""
+        shares = [(share, name) for share, name in zip(self.agreement_by_class, names) if share is not None]
+        share, name = min(shares)
+        return name, share
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return lists, strings and numbers only, as JSON holds them."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
+
+
+def measure(tested_on: CalibrationSet, method: Method[Any], confidence: float) -> Measured:
+    """Run dense and a method on every photo, and time both on some."""
+    model = tested_on.model
+    run = true_run(tested_on, method, dense_reference(tested_on), "testing")
+    losses = error(run.confusion, "pixels")
+    draws = torch.randint(len(losses), (DRAWS, len(losses)), generator=torch.Generator().manual_seed(0))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = torch.quantile(losses[draws].mean(1), torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    mean = losses.mean().item()
+    counts = run.confusion.long().sum(0)
+    of_class = counts.sum(1)
+    dense_ms, ms = _times(tested_on, method)
+    tokens, head_share = _sizes(tested_on)
+    return Measured(
+        photos=len(tested_on),
+        mac_ratio=run.mac_ratio,
+        disagreement=mean,
+        disagreement_interval=(low, high),
+        bound=smallest_bound(mean, len(losses), confidence),
+        confidence=confidence,
+        speedup=median(a / b for a, b in zip(dense_ms, ms)),
+        dense_ms=median(dense_ms),
+        ms=median(ms),
+        agreement_by_class=tuple(
+            None if total == 0 else right / total for right, total in zip(counts.diagonal().tolist(), of_class.tolist())
+        ),
+        tokens=tokens,
+        head_share=head_share,
+    )
+
+
+def _times(tested_on: CalibrationSet, method: Method[Any]) -> tuple[list[float], list[float]]:
+    """Milliseconds of dense and of the method on some photos, in turn; the first photo runs once before."""
+    model = tested_on.model
+    times: tuple[list[float], list[float]] = [], []
+    for n, position in enumerate(tested_on.progress("timing")(tested_on.spread(TIMED_PHOTOS))):
+        image = model.preprocessing.to_tensor(tested_on.data[tested_on.indices[position]].image)
+        size = (image.shape[1], image.shape[2])
+        for rounds in range(2 if n == 0 else 1):
+            found = [timed_forward(model, image, one, size, tested_on.precision)[1] for one in (Dense(), method)]
+        for own, ms in zip(times, found):
+            own.append(ms)
+    return times
+
+
+def _sizes(tested_on: CalibrationSet) -> tuple[float, float]:
+    """Mean number of tokens of a photo, and the decode head's share of dense multiply-adds."""
+    model = tested_on.model
+    grids = [
+        model.backbone.patch_embed.grid(image.shape[1], image.shape[2])
+        for _, images, _ in tested_on.part(tested_on.spread(TIMED_PHOTOS)).batches()
+        for image in images
+    ]
+    heads = sum(model.decode_head.ops(h * w, (h, w)).macs for h, w in grids)
+    whole = sum(dense_ops(model.backbone, model.decode_head, grid).macs for grid in grids)
+    return sum(h * w for h, w in grids) / len(grids), heads / whole

@@ -1,0 +1,100 @@
+"""Unlabelled photos: which of them can be used, and how they are shared out.
+
+Exit heads are fitted on one part, a plan is chosen on the second, and what is said of it is measured on the third.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenexit.calibration.targets import Bound, CalibrationTarget
+from tokenexit.errors import ConfigError, DataError
+from tokenexit.inputs.images import load_image
+
+FEWEST, FEW = 60, 200
+"""Numbers of photos below which adapting is refused, and below which it is warned of."""
+FIT, CHOOSE, TEST = 0.6, 0.2, 0.2
+"""Shares of the photos for each part; a bound takes more for its test, and heads are fitted on the rest."""
+LEAST_FIT = 0.3
+"""Share of the photos that heads are fitted on at least."""
+ROOM = 2.0
+"""Photos to test a bound on, as a multiple of those without which nothing could pass."""
+
+
+@dataclass(frozen=True)
+class PhotoSplit:
+    """Indices of photos, in three parts that share none.
+
+    Attributes:
+        fit: photos that exit heads are fitted on.
+        choose: photos that the plan is chosen on.
+        test: photos that nothing was chosen on.
+    """
+
+    fit: tuple[int, ...]
+    choose: tuple[int, ...]
+    test: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{len(self.fit)} to fit exit heads, {len(self.choose)} to choose, {len(self.test)} to test"
+
+
+def split_photos(count: int, target: CalibrationTarget, seed: int, fewest: int = FEWEST) -> PhotoSplit:
+    """Draw the three parts at random.
+
+    Args:
+        count: number of photos.
+        target: a budget, or a bound, whose test needs the more photos the tighter it is.
+        seed: seed of the draw.
+        fewest: number of photos below which there is no point in trying.
+
+    Raises:
+        ConfigError: for too few photos, with the number that is needed.
+    """
+    test = TEST * count
+    needed, why = fewest, ""
+    if isinstance(target, Bound):
+        least = target.needed_images()
+        needed = max(fewest, _round_up(least / (1 - LEAST_FIT - CHOOSE)))
+        why = f": {target.what}={target.value:g} at confidence {target.confidence:g} takes {least} to test on alone"
+        test = min(max(test, ROOM * least), (1 - LEAST_FIT - CHOOSE) * count)
+    if count < needed:
+        raise ConfigError(f"adapting needs at least {needed} photos, got {count}{why}: give more of them.")
+    tested, chosen = round(test), round(CHOOSE * count)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    parts = order[:tested], order[tested : tested + chosen], order[tested + chosen :]
+    tests, choose, fit = (tuple(sorted(part)) for part in parts)
+    return PhotoSplit(fit, choose, tests)
+
+
+def _round_up(value: float) -> int:
+    return int(-(-value // 1))
+
+
+def usable_photos(
+    paths: Sequence[Path],
+    patch_size: int,
+    say: Callable[[str], None],
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+) -> list[Path]:
+    """Return the photos that can be read and are no smaller than a patch, and say which others are left out.
+
+    Every photo is decoded once, since a file that breaks off later would end an hour's work.
+    """
+    found: list[Path] = []
+    for path in progress(paths):
+        try:
+            image = load_image(path)
+        except DataError as error:
+            say(f"left out: {error}")
+            continue
+        if min(image.size) < patch_size:
+            say(f"left out: {path} has {image.width}x{image.height} pixels, fewer than a patch of {patch_size}")
+            continue
+        found.append(path)
+    return found

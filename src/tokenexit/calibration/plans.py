@@ -1,0 +1,478 @@
+"""Plans join three savings: a smaller image, a stop for all tokens after some block, and exits for each token.
+
+Each alone is a rival of the other two, and which mix is best depends on the model and on what is in the images. All are
+predicted from one dense pass at each of a few sizes, with heads after many blocks; the best of each kind is then run.
+Static plans (a size, a stop, both) are judged as fairly as those with exits, and win where they are better.
+
+Without labels a plan is judged by how well it agrees with the dense model at full size; such a judge cannot see where
+late blocks do harm. With labels it is judged by what is true.
+
+Legend: E places where the model has exits, n images, N tokens of a dense pass, S samples of each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, error, true_run
+from tokenexit.calibration.dense_pass import (
+    DensePass,
+    MacTable,
+    compose,
+    context_price,
+    live_counts,
+)
+from tokenexit.calibration.planner import Planner
+from tokenexit.calibration.search import meet_budget
+from tokenexit.calibration.targets import Average
+from tokenexit.calibration.threshold_path import even_path
+from tokenexit.engine.tokens import Grid
+from tokenexit.errors import ConfigError
+from tokenexit.evaluation.metrics import scores
+from tokenexit.inputs.preprocessing import resized_size, scaled_size
+from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
+from tokenexit.outputs.windows import window_boxes
+
+SIZES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35)
+"""Factors on the side at which dense passes are made; static plans are predicted between them, too."""
+SIZE_STEP = 0.05
+MOST_EXITS = 4
+SEARCH_TOKENS = 20_000
+"""Tokens on which places are searched; paths of thresholds are built on more."""
+PRICE = 0.03
+"""Multiple of `context_price` in the search, the middle of those that paths are built with."""
+PRICES = (0.0, 0.03)
+WORTH = 0.01
+"""Share by which another exit must lower the loss to be added."""
+FINALISTS = 2
+"""Plans with exits that are run, beside the best of each static kind and of exits alone."""
+COMPARED_IMAGES = 32
+AS_GOOD = 0.02
+"""Share of the loss by which a simpler plan may be worse and still be chosen: less than other images would change."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where a model saves, before thresholds.
+
+    Attributes:
+        scale: factor on both sides of an image.
+        stop: number of blocks after which all tokens leave; None if those that are left run to the end.
+        exits: number of blocks before each exit where a token may leave by its score, all of them before the stop.
+        mac_ratio: predicted multiply-adds over dense ones at full size.
+        loss: predicted loss, as the search judges it.
+    """
+
+    scale: float = 1.0
+    stop: int | None = None
+    exits: tuple[int, ...] = ()
+    mac_ratio: float = 1.0
+    loss: float = 0.0
+
+    @property
+    def places(self) -> tuple[int, ...]:
+        """Number of blocks before each exit head that runs."""
+        return self.exits if self.stop is None else (*self.exits, self.stop)
+
+    @property
+    def parts(self) -> int:
+        """Number of things that a reader of the plan must know: the fewer, the simpler."""
+        return (self.scale != 1.0) + (self.stop is not None) + len(self.exits)
+
+    def __str__(self) -> str:
+        parts = [] if self.scale == 1.0 else [f"image at {self.scale:g}"]
+        if self.exits:
+            parts.append(f"exits after {_listed(self.exits)}")
+        if self.stop is not None:
+            parts.append(f"everybody stopped after {self.stop}")
+        return ", ".join(parts) or "dense"
+
+
+@dataclass(frozen=True)
+class TriedPlan:
+    """A plan with thresholds and its true run.
+
+    Attributes:
+        plan: the plan.
+        kind: "plan" for the best of all, or the rival that it is: "exits alone", "size alone", "stop alone", "static".
+        method: the method, on the model with the plan's places alone (`plan.places`).
+        run: its true run on the images that it was chosen on.
+        loss: what it loses there, by the judge of this search.
+    """
+
+    plan: Plan
+    kind: str
+    method: Method[Any]
+    run: TrueRun
+    loss: float
+
+    @property
+    def agreement(self) -> float:
+        """Share of pixels that are as they should be, the mean over images."""
+        return 1.0 - error(self.run.confusion, "pixels").mean().item()
+
+
+class Survey:
+    """Dense passes of a model at several sizes, and what can be predicted from them.
+
+    Args:
+        calibration_set: a model that has exits at all places to choose from, and images.
+        method: a method with thresholds: what exits do.
+        average: the unit in which a loss is judged, "pixels" or "classes".
+        scales: factors on the images' sides.
+        labels: judge by the masks of the images, and not by the dense model.
+    """
+
+    def __init__(
+        self,
+        calibration_set: CalibrationSet,
+        method: ThresholdMethod[Any],
+        average: Average,
+        scales: Sequence[float] = SIZES,
+        labels: bool = False,
+    ) -> None:
+        self.images, self.method, self.average = calibration_set, method, average
+        self.model, self.labels = calibration_set.model, labels
+        maps, answers = _wanted(calibration_set, labels)
+        self.reference = Reference(answers, calibration_set.data.labels.ignore_index if labels else None)
+        self.passes = {scale: DensePass.of(calibration_set, method, scale, maps) for scale in scales}
+        self.full_grids = self.passes[1.0].grids if 1.0 in self.passes else _grids(calibration_set)
+        self.costs = {
+            scale: MacTable(self.model, method, one.grids, self.full_grids) for scale, one in self.passes.items()
+        }
+
+    @property
+    def scales(self) -> tuple[float, ...]:
+        return tuple(self.passes)
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """Number of blocks before each place, and the network's depth."""
+        return (*self.model.config.exits, self.model.config.backbone.depth)
+
+    @cached_property
+    def static_losses(self) -> dict[float, list[float]]:
+        """Loss of all tokens stopping at each place, and at the end, by size."""
+        return {scale: one.losses(self.average).sum(1).tolist() for scale, one in self.passes.items()}
+
+    @cached_property
+    def static_costs(self) -> dict[float, list[float]]:
+        """Multiply-adds of all tokens stopping at each place, and at the end, over dense ones at full size, by size."""
+        numbers = range(len(self.blocks) - 1)
+        return {scale: [self._static_cost(scale, n) for n in (*numbers, None)] for scale in self.passes}
+
+    def _static_cost(self, scale: float, number: int | None) -> float:
+        """Cost of a stop at one place, or of none."""
+        costs = self.costs[scale].at_exits([] if number is None else [number], None if number is None else 0)
+        cells = torch.tensor([h * w for h, w in self.passes[scale].grids])
+        rest = [] if number is None else [torch.zeros_like(cells)]
+        return costs.mac_ratio(torch.stack([cells, *rest], dim=1))
+
+    def loss_of(self, run: TrueRun) -> float:
+        """Loss of a true run: the share of pixels that are not as they should be, or one less mIoU."""
+        if self.average == "pixels":
+            return error(run.confusion, "pixels").mean().item()
+        return 1.0 - scores(run.confusion.long().sum(0)).miou / 100.0
+
+
+def _wanted(calibration_set: CalibrationSet, labels: bool) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the maps that windows are compared with, as the network sees them at full size, and those of images."""
+    preprocessing, ignore = calibration_set.model.preprocessing, calibration_set.data.labels.ignore_index
+    of_windows: list[Tensor] = []
+    of_images: list[Tensor] = []
+    for _, masks, output in calibration_set.forward(Dense(), "dense"):
+        answers = masks if labels else [one.cpu() for one in output.labels]
+        of_images += answers
+        if not labels:
+            windows = output.windows
+            of_windows += [one.cpu().short() for one in windows.labels]
+            continue
+        for mask in masks:
+            size = resized_size((mask.shape[0], mask.shape[1]), preprocessing.resize)
+            truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].short()
+            truth = torch.where(truth == ignore, -1, truth).short()
+            boxes = window_boxes(size, preprocessing.window, preprocessing.stride)
+            of_windows += [truth[top:bottom, left:right] for top, left, bottom, right in boxes]
+    return of_windows, of_images
+
+
+def _grids(calibration_set: CalibrationSet) -> tuple[Grid, ...]:
+    """Patches of every window at full size."""
+    model = calibration_set.model
+    found: list[Grid] = []
+    for _, images, _ in calibration_set.batches():
+        for image in images:
+            size = (image.shape[1], image.shape[2])
+            boxes = window_boxes(size, model.preprocessing.window, model.preprocessing.stride)
+            found += [model.backbone.patch_embed.grid(b - t, r - left) for t, left, b, r in boxes]
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a user holds fixed of a plan; None leaves it to the search.
+
+    Attributes:
+        scale: factor on the sides.
+        depth: number of blocks after which everybody stops, the network's depth for no stop.
+        exits: number of blocks before each exit.
+    """
+
+    scale: float | None = None
+    depth: int | None = None
+    exits: tuple[int, ...] | None = None
+
+
+def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Plan]:
+    """Return the best static plan for each place to stop at, and for none: the largest image that the budget allows.
+
+    Losses between two sizes are interpolated.
+    """
+    depth = survey.blocks[-1]
+    plans = []
+    for n, block in enumerate(survey.blocks):
+        if held.depth is not None and block != held.depth:
+            continue
+        fitting = [
+            (scale, cost, loss) for scale, cost, loss in _along_scales(survey, n, held.scale) if cost <= budget + 1e-9
+        ]
+        if fitting:
+            scale, cost, loss = max(fitting)
+            plans.append(Plan(scale, None if block == depth else block, (), cost, loss))
+    return plans
+
+
+def _along_scales(survey: Survey, n: int, held: float | None) -> Iterator[tuple[float, float, float]]:
+    """Yield scale, cost and predicted loss of a stop at place `n`, from small images to full ones."""
+    scales = sorted(survey.scales)
+    if len(scales) == 1 or held is not None:
+        scale = scales[0] if held is None else held
+        yield scale, survey.static_costs[scale][n], survey.static_losses[scale][n]
+        return
+    steps = round((scales[-1] - scales[0]) / SIZE_STEP)
+    for i in range(steps + 1):
+        scale = round(scales[0] + i * SIZE_STEP, 4)
+        high = next(s for s in scales if s >= scale - 1e-9)
+        low = max((s for s in scales if s <= scale + 1e-9), default=high)
+        part = 0.0 if high == low else (scale - low) / (high - low)
+        loss = (1 - part) * survey.static_losses[low][n] + part * survey.static_losses[high][n]
+        yield scale, _cost_at(survey, scale, n), loss
+
+
+def _cost_at(survey: Survey, scale: float, n: int) -> float:
+    """Cost of a stop at place `n` on images of any size, as a share of dense at full size."""
+    if scale in survey.static_costs:
+        return survey.static_costs[scale][n]
+    model, last = survey.model, len(survey.blocks) - 1
+    patch, prefix = model.config.backbone.patch_size, model.config.backbone.num_prefix_tokens
+    head = model.decode_head if n == last else model.view().exit_heads[n]
+    total = 0
+    for rows, columns in survey.full_grids:
+        grid = model.backbone.patch_embed.grid(*scaled_size((rows * patch, columns * patch), scale))
+        cells = grid[0] * grid[1]
+        blocks = model.backbone.block_ops(cells + prefix).macs * survey.blocks[n]
+        total += model.backbone.embed_ops(grid).macs + blocks + head.ops(cells, grid).macs
+    return float(total / survey.costs[survey.scales[0]].dense.sum().item())
+
+
+def search_plans(
+    survey: Survey, budget: float, held: Held = Held(), progress: Callable[[Sequence[Any]], Sequence[Any]] = lambda x: x
+) -> list[Plan]:
+    """Return plans within the budget, the best one by prediction first: the best of each size and each stop.
+
+    Exits are added one at a time, each where the loss falls most, with one threshold for all of them that meets the
+    budget. A size and stop which alone lose more than the best plan found so far are passed over.
+    """
+    depth = survey.blocks[-1]
+    found = static_plans(survey, budget, held)
+    places = [
+        (loss, scale, n)
+        for scale in survey.scales
+        for n, loss in enumerate(survey.static_losses[scale])
+        if survey.static_costs[scale][n] > budget
+        and held.scale in (None, scale)
+        and held.depth in (None, survey.blocks[n])
+        and (n == len(survey.blocks) - 1 or not survey.method.decodes_grid)  # a grid head decodes whole networks
+    ]
+    for loss, scale, n in sorted(places):
+        if held.exits is None and found and loss > min(plan.loss for plan in found):
+            continue
+        stop = None if survey.blocks[n] == depth else n
+        found += _with_exits(survey, budget, scale, stop, held.exits)
+    return sorted(found, key=lambda plan: plan.loss)
+
+
+def _with_exits(
+    survey: Survey, budget: float, scale: float, stop: int | None, exits: tuple[int, ...] | None
+) -> list[Plan]:
+    """Return the best plan at a size and a stop, by adding exits one at a time; none if the budget is out of reach."""
+    places = survey.model.config.exits
+    before = range(len(places) if stop is None else stop)
+    images = max(1, round(len(survey.full_grids) * min(1.0, SEARCH_TOKENS / len(survey.passes[scale].image))))
+    dense, costs = survey.passes[scale].first(images), survey.costs[scale].first(images)
+
+    def judged(numbers: tuple[int, ...]) -> tuple[float, float]:
+        return _at_budget(survey, dense, costs, numbers, stop, budget)
+
+    if exits is not None:
+        numbers = tuple(places.index(block) for block in exits if stop is None or places.index(block) < stop)
+        loss, ratio = judged(numbers)
+        chosen: tuple[int, ...] = numbers
+    else:
+        chosen, loss, ratio = (), float("inf"), float("inf")
+        while len(chosen) < MOST_EXITS:
+            tried = [(*judged(tuple(sorted((*chosen, n)))), n) for n in before if n not in chosen]
+            if not tried or not min(tried)[0] < loss * (1 - WORTH):
+                break
+            loss, ratio, n = min(tried)
+            chosen = tuple(sorted((*chosen, n)))
+    if loss == float("inf"):
+        return []
+    return [Plan(scale, None if stop is None else places[stop], tuple(places[n] for n in chosen), ratio, loss)]
+
+
+LIMITS = even_path(1).limits.flatten().tolist()
+
+
+def _at_budget(
+    survey: Survey, dense: DensePass, costs: MacTable, numbers: tuple[int, ...], stop: int | None, budget: float
+) -> tuple[float, float]:
+    """Return loss and cost at one threshold for all exits that meets the budget, both between two thresholds; infinity
+    if none does."""
+    used = numbers if stop is None else (*numbers, stop)
+    some, table = dense.at_exits(used), costs.at_exits(used, None if stop is None else len(numbers))
+    method = _stopping(survey.method, None if stop is None else len(used))
+    losses = some.losses(survey.average)
+    depth = survey.blocks[-1]
+    losses = losses + PRICE * context_price([survey.blocks[n] for n in used], depth)[:, None] / len(some.image)
+
+    def at(limit: float) -> tuple[float, float]:
+        exit_index = compose(some, method, (limit,) * len(used))
+        return table.mac_ratio(live_counts(some, exit_index)), losses.gather(0, exit_index[None]).sum().item()
+
+    low, high = 0, len(LIMITS) - 1
+    cheap = at(LIMITS[high])
+    if cheap[0] > budget:
+        return float("inf"), float("inf")
+    dear = at(LIMITS[low])
+    if dear[0] <= budget:
+        return dear[1], dear[0]
+    while high - low > 1:
+        middle = (low + high) // 2
+        one = at(LIMITS[middle])
+        low, high, dear, cheap = (middle, high, one, cheap) if one[0] > budget else (low, middle, dear, one)
+    part = (dear[0] - budget) / max(dear[0] - cheap[0], 1e-12)
+    return (1 - part) * dear[1] + part * cheap[1], budget
+
+
+def _stopping(method: ThresholdMethod[Any], stop: int | None) -> ThresholdMethod[Any]:
+    return method if stop is None else replace(method, stop=stop)  # type: ignore[call-arg]
+
+
+def finalists(plans: Sequence[Plan]) -> list[tuple[str, Plan]]:
+    """Return the plans to run: the best ones with exits, and the best of each simpler kind, with the kind's name."""
+    kinds: list[tuple[str, Callable[[Plan], bool], int]] = [
+        ("plan", lambda plan: bool(plan.exits), FINALISTS),
+        ("exits alone", lambda plan: bool(plan.exits) and plan.scale == 1.0 and plan.stop is None, 1),
+        ("stop alone", lambda plan: not plan.exits and plan.scale == 1.0, 1),
+        ("size alone", lambda plan: not plan.exits and plan.stop is None, 1),
+        ("size and stop", lambda plan: not plan.exits and plan.stop is not None and plan.scale != 1.0, 1),
+    ]
+    found: dict[Plan, str] = {}
+    for kind, belongs, count in kinds:
+        for plan in [plan for plan in sorted(plans, key=lambda plan: plan.loss) if belongs(plan)][:count]:
+            found[plan] = kind  # the simpler name stays
+    return [(kind, plan) for plan, kind in found.items()]
+
+
+def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> TriedPlan | None:
+    """Choose thresholds for a plan by true runs and run it on all images; None if it cannot meet the budget."""
+    model = survey.model
+    some = replace(survey.images, model=model.with_exits(plan.places))
+    if not plan.exits:
+        inner: Method[Any] = Dense() if plan.stop is None else Truncated(1)
+        method = inner if plan.scale == 1.0 else Resized(inner, plan.scale)
+        run = true_run(some, method, survey.reference, f"true run: {plan}")
+        return TriedPlan(replace(plan, mac_ratio=run.mac_ratio), kind, method, run, survey.loss_of(run))
+    numbers = [model.config.exits.index(block) for block in plan.places]
+    planner = Planner(
+        some,
+        _stopping(survey.method, None if plan.stop is None else len(plan.places)),
+        survey.average,
+        scale=plan.scale,
+        dense=survey.passes[plan.scale].at_exits(numbers),
+        full_grids=survey.full_grids,
+        prices=PRICES,
+    )
+    _choose_path(survey, planner, some, budget)
+    fit = meet_budget(
+        budget,
+        planner.path.end,
+        planner.mac_ratio,
+        lambda position: _measured(planner, some, survey.reference, position, f"true run: {plan}"),
+    )
+    if fit is None:
+        return None
+    method = planner.method_at(fit.position)
+    return TriedPlan(replace(plan, mac_ratio=fit.run.mac_ratio), kind, method, fit.run, survey.loss_of(fit.run))
+
+
+def _measured(
+    planner: Planner, images: CalibrationSet, reference: Reference, position: float, title: str
+) -> tuple[float, TrueRun]:
+    run = true_run(images, planner.method_at(position), reference, title)
+    return run.mac_ratio, run
+
+
+def _choose_path(survey: Survey, planner: Planner, images: CalibrationSet, budget: float) -> None:
+    """Use the path that loses least at the budget, by true runs on a few images."""
+    positions = images.spread(COMPARED_IMAGES)
+    few, wanted = images.part(positions), survey.reference.part(positions)
+    losses = []
+    for path in planner.paths:
+        planner.path = path
+        fit = meet_budget(
+            budget,
+            path.end,
+            planner.mac_ratio,
+            lambda position: _measured(planner, few, wanted, position, "comparing paths"),
+            tolerance=0.02,
+            runs=3,
+        )
+        losses.append(2.0 if fit is None else survey.loss_of(fit.run))
+    planner.path = planner.paths[losses.index(min(losses))]
+
+
+def choose_plan(
+    survey: Survey, budget: float, held: Held = Held(), plans: Sequence[Plan] | None = None
+) -> list[TriedPlan]:
+    """Return the plans that were run within the budget, the best one first; of plans as good, the simplest is best.
+
+    plans: those to choose from; those of `search_plans` if not given.
+
+    Raises `ConfigError` where no plan meets the budget.
+    """
+    plans = search_plans(survey, budget, held) if plans is None else plans
+    tried = [try_plan(survey, plan, budget, kind) for kind, plan in finalists(plans)]
+    found = sorted((one for one in tried if one is not None), key=lambda one: one.loss)
+    if not found:
+        least = min(cost for costs in survey.static_costs.values() for cost in costs)
+        raise ConfigError(
+            f"budget={budget:g} is out of reach: the cheapest plan takes {least:.2f} of dense multiply-adds; ask for "
+            "more, or hold less of the plan."
+        )
+    as_good = [one for one in found if one.loss <= found[0].loss * (1 + AS_GOOD)]
+    best = min(as_good, key=lambda one: one.plan.parts)
+    return [best, *(one for one in found if one is not best)]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} and {last}" if first else last
