@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any, ClassVar
 
 import torch
@@ -256,6 +257,7 @@ class MacTable:
         self.exits = model.config.exits
         self.depth = model.config.backbone.depth
         self.on_grid, self.scored_on_grid = method.decodes_grid, method.scores_grid
+        self.last = method.last_exit
         distinct = list(dict.fromkeys(grids))
         self.kind = torch.tensor([distinct.index(grid) for grid in grids])
         self.tables = [self._table(model, grid) for grid in distinct]
@@ -274,19 +276,21 @@ class MacTable:
         return torch.tensor(rows)
 
     def macs(self, live: Tensor) -> Tensor:
-        """`(n, E + 1)` live counts to `(n,)` int64 multiply-adds, exit heads included."""
+        """`(n, E + 1)` live counts to `(n,)` int64 multiply-adds, exit heads included; none behind a stop."""
         exits = len(self.exits)
-        bounds = (0, *self.exits, self.depth)
+        open_exits = exits if self.last is None else self.last + 1
+        bounds = (0, *self.exits, self.depth)[: open_exits + 1 + (self.last is None)]
         total = torch.zeros(len(live), dtype=torch.int64)
         for kind, table in enumerate(self.tables):
             rows = self.kind == kind
             own, cells = live[rows], live.new_full((int(rows.sum()),), table.shape[1] - 1)
             macs = table[exits + 2][own[:, 0]]
-            for n in range(exits):
+            for n in range(open_exits):
                 macs = macs + table[n][cells if self.scored_on_grid else own[:, n]]
-            macs = macs + table[exits][cells if self.on_grid else own[:, exits]]
-            for n in range(exits + 1):
-                macs = macs + (bounds[n + 1] - bounds[n]) * table[exits + 1][own[:, n]]
+            if self.last is None:
+                macs = macs + table[exits][cells if self.on_grid else own[:, exits]]
+            for n, (start, stop) in enumerate(pairwise(bounds)):
+                macs = macs + (stop - start) * table[exits + 1][own[:, n]]
             total[rows] = macs
         return total
 

@@ -112,7 +112,7 @@ def predict_files(
         DataError: for a folder or list without images.
     """
     model.check(method)
-    if monitor is not None and (gate or method.inner is not method):
+    if monitor is not None and (gate or not method.same_exits):
         raise ConfigError("a monitor must see every exit, and gate closes some: give one of the two.")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}: raise it.")
