@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -14,10 +15,11 @@ from PIL import Image
 from tests.helpers import SOFTMAX_TOKEN_HEADS, tiny_segmenter
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
 from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts, with_thresholds
+from tokenexit.calibration.threshold_path import build_path
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
 from tokenexit.inputs.labels import Labels, default_labels
-from tokenexit.methods import Dense, DoViT, DToP
+from tokenexit.methods import Dense, DoViT, DToP, Resized
 from tokenexit.methods.paumer import PAUMER
 from tokenexit.methods.reference import PrescribedExits
 
@@ -108,6 +110,53 @@ def test_compose__equals_the_oracle_for_dovit(
 ) -> None:
     dense, method = random_pass(seed), DoViT(min_improvement=delta, cap=cap, boundary_guard=guard)
     assert compose(dense, method, limits).tolist() == oracle(dense, method, limits)
+
+
+@given(st.integers(0, 10**6), limits_of_three, st.integers(0, 3), caps, st.booleans(), st.integers(1, 3))
+def test_compose__lets_all_leave_at_a_stop(seed: int, limits: Any, k: int, cap: Any, guard: bool, stop: int) -> None:
+    dense, free = random_pass(seed), DToP(keep_per_class=k, cap=cap, boundary_guard=guard)
+    expected = [min(exit, stop - 1) for exit in oracle(dense, free, limits)]
+    assert compose(dense, replace(free, stop=stop), limits).tolist() == expected
+
+
+@pytest.mark.parametrize("head", ["fcn", "atm"])
+@pytest.mark.parametrize("stop", [1, 2])
+def test_mac_table__of_a_method_that_stops_is_the_ledger_of_its_run(head: str, stop: int) -> None:
+    images = calibration_set(exit_head=head, num_registers=1)
+    method = DToP(0.3, keep_per_class=1, stop=stop)
+    run = true_run(images, method, dense_reference(images))
+    grids = tuple(images.model.backbone.patch_embed.grid(*size) for size in ((16, 20), (12, 24)) * 3)
+    costs = MacTable(images.model, method, grids)
+    live = torch.cat([run.tokens[:, None], run.live], dim=1)
+    assert torch.equal(costs.macs(live), run.macs)
+    assert torch.equal(costs.dense, run.dense_macs)
+    assert (run.live[:, stop - 1 :] == 0).all()
+    behind = live.clone()
+    behind[:, stop:] = 7  # what a table is told of tokens behind the stop costs nothing
+    assert torch.equal(costs.macs(behind), run.macs)
+
+
+def test_build_path__moves_no_limit_at_a_stop_or_behind_it() -> None:
+    images = calibration_set(4, exits=(1, 2, 3))
+    method = DToP(keep_per_class=1, stop=2)
+    dense = DensePass.of(images, method)
+    path = build_path(dense, method, lambda own: MacTable(images.model, method, own.grids), "pixels", torch.zeros(4))
+    assert len(path) > 10
+    assert (path.limits[-1] == torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64)).all()
+    only = replace(method, stop=1)
+    path = build_path(dense, only, lambda own: MacTable(images.model, only, own.grids), "pixels", torch.zeros(4))
+    assert (path.end, path.limits_at(0.0)) == (0.0, (0.0, 0.0, 0.0))
+
+
+@pytest.mark.parametrize("method", [Dense(), DToP(0.3, keep_per_class=1, stop=2)], ids=repr)
+def test_true_run__of_a_resized_method_costs_over_dense_at_full_size(method: Any) -> None:
+    images = calibration_set()
+    reference = dense_reference(images)
+    run, whole = true_run(images, Resized(method, 0.6), reference), true_run(images, Dense(), reference)
+    assert torch.equal(run.dense_macs, whole.macs)
+    assert run.tokens.tolist() == [9, 8] * 3  # 10 x 12 and 7 x 14 pixels
+    assert 0 < run.mac_ratio < whole.mac_ratio
+    assert run.confusion.sum(dim=(1, 2)).tolist() == [16 * 20, 12 * 24] * 3
 
 
 METHODS = [

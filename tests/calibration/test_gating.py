@@ -66,6 +66,40 @@ def test_choose_exits__takes_the_fastest_of_all_sets(
     assert (chosen.dense_ms, chosen.open_ms) == (pytest.approx(oracle(set())), pytest.approx(oracle({0, 1, 2})))
 
 
+@given(
+    curves,
+    st.tuples(curves, curves, curves),
+    st.integers(1, 2000),
+    st.lists(st.floats(0, 1), min_size=3, max_size=3),
+    st.integers(0, 2),
+)
+def test_choose_exits__leaves_the_exit_open_where_the_network_ends_and_counts_nothing_behind_it(
+    block: Curve, exits: tuple[Curve, ...], tokens: int, live: list[float], last: int
+) -> None:
+    costs, live, after = Latency(block, exits), sorted(live, reverse=True), [3, 6, 9]
+    chosen = choose_exits(costs, after, 12, tokens, live, last)
+
+    def oracle(opened: set[int]) -> float:
+        whole = block_by_block(costs, opened, after[: last + 1], after[last], tokens, live)
+        share = live[max(opened)] if opened else 1.0
+        return whole + exits[last](share * tokens)
+
+    times = [oracle({n for n in range(last) if keep[n]}) for keep in product([False, True], repeat=last)]
+    assert chosen.expected_ms == pytest.approx(min(times))
+    assert set(chosen.closed) <= set(range(last))
+    assert oracle(set(range(last)) - set(chosen.closed)) == pytest.approx(min(times))
+    assert chosen.dense_ms == pytest.approx(12 * block(tokens))
+    assert chosen.reasons[-1].endswith(f"on {tokens} tokens: open, as the method stops there")
+
+
+def test_latency__of_a_method_that_stops_is_that_of_the_network_up_to_it() -> None:
+    costs = Latency(Curve(1, 1, 0), (Curve(10, 0, 0), Curve(100, 0, 0)), Curve(1000, 0, 0))
+    live = torch.tensor([[4, 2, 0]])
+    assert costs.ms(live, (1, 3), 4).tolist() == [1000 + 5 + 10 + 2 * 3 + 100 + 1]
+    assert costs.ms(live, (1, 3), 4, last=1).tolist() == [1000 + 5 + 10 + 2 * 3 + 100]
+    assert costs.ms(live, (1, 3), 4, last=0).tolist() == [1000 + 5 + 10]
+
+
 def test_choose_exits__keeps_cheap_exits_and_closes_dear_ones() -> None:
     block, cheap, dear = Curve(0, 0.01, 0), Curve(0.1, 0, 0), Curve(50.0, 0, 0)
     chosen = choose_exits(Latency(block, (cheap, dear)), [3, 6], 12, 1000, [0.5, 0.2])

@@ -52,6 +52,7 @@ def test_add_method_options__takes_what_the_fields_take_and_refuses_other_words(
     add_method_options(parser, several=True, without=("cap",))
     options = parser.parse_args(["--threshold", "0.9", "0.98/0.9", "--keep-per-class", "3", "--score", "margin"])
     assert (options.threshold, options.keep_per_class, options.score) == (["0.9", "0.98/0.9"], 3, "margin")
+    assert (options.stop, parser.parse_args(["--stop", "2"]).stop) == (None, 2)
     assert options.boundary_guard is None
     assert not hasattr(options, "cap")
     with pytest.raises(argparse.ArgumentError, match="probability"):

@@ -19,7 +19,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.results import Evaluation, Scaled
 from tokenexit.inputs.labels import Labels, default_labels
-from tokenexit.methods import Dense, DoViT, DToP, Gated, Method
+from tokenexit.methods import Dense, DoViT, DToP, Gated, Method, Resized, build_method
 from tokenexit.methods.reference import PrescribedExits
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
@@ -64,6 +64,25 @@ def by_hand(model: ExitSegmenter, data: Images, method: Method[Any]) -> npt.NDAr
             if truth != VOID:
                 confusion[truth, answer] += 1
     return confusion
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_a_resized_method_is_counted_at_full_size_and_over_dense_there(windowed: bool) -> None:
+    model = tiny_segmenter("fcn", num_classes=CLASSES)
+    if windowed:
+        model.preprocessing = replace(model.preprocessing, window=(8, 8), stride=(6, 6))
+    plan = Resized(Gated(DToP((0.9, 0.5), 1, stop=2), (0,)), 0.7)
+    dense, row = evaluate(model, Images(), [Dense(), plan])
+    assert row.label == "dtop 0.9/0.5 keep_per_class=1 stop=2 gated @0.7"
+    assert row.confusion.tolist() == by_hand(model, Images(), plan).tolist()
+    assert row.dense_gmacs == dense.gmacs
+    ledgers = [model.predict(Images()[i].image, plan).ledger for i in range(3)]
+    assert row.gmacs == tuple(ledger.gmacs[0] for ledger in ledgers)
+    assert row.share_of_dense == pytest.approx(
+        sum(ledger.macs[0] for ledger in ledgers) / sum(ledger.dense_macs[0] for ledger in ledgers)
+    )
+    assert all(live == (1.0, 0.0) for live in row.live)
+    assert build_method(row.to_dict(Images().labels.names)["method"]) == plan
 
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)

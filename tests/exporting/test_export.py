@@ -25,7 +25,7 @@ from tokenexit.exporting.graph import threshold_table
 from tokenexit.exporting.pictures import compared_images
 from tokenexit.inputs.images import load_image
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, GatedBySize, Method, Truncated
+from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, GatedBySize, Method, Resized, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -47,6 +47,8 @@ CASES: list[tuple[str, Method[Any]]] = [
     ("setr_pup", DoViT(0.26)),
     ("linear", PAUMER(0.1)),
     ("fcn", Truncated(1)),
+    ("fcn", DToP(0.26, 1, stop=2)),
+    ("atm", DToP(0.3, 2, stop=2)),
 ]
 
 
@@ -70,7 +72,11 @@ def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method
     assert len(left) > hasattr(method, "threshold"), "some leave and some stay"
 
 
-@pytest.mark.parametrize(("head", "method"), [("atm", DToP(0.3, 2)), ("fcn", DoViT(0.26))], ids=["dtop", "dovit"])
+@pytest.mark.parametrize(
+    ("head", "method"),
+    [("atm", DToP(0.3, 2)), ("fcn", DoViT(0.26)), ("atm", DToP(0.3, 2, stop=2)), ("fcn", DToP(0.3, 2, stop=1))],
+    ids=["dtop", "dovit", "dtop that stops", "dtop that stops at once"],
+)
 def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, method: Any, tmp_path: Path) -> None:
     onnxruntime = needs_onnx()
     model = tiny_segmenter(head)
@@ -166,6 +172,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
         (DoViT(batch_mode="mean"), "batch_mode"),
         (Gated(DToP(cap=(0.5, 0.5)), (0,)), "export the method inside"),
         (GatedBySize(DToP(), ((1, (0,)),)), "export the method inside"),
+        (Resized(DToP(), 0.7), "export the method inside, and give it images resized by 0.7"),
     ],
 )
 def test_export_model__refuses_what_a_graph_cannot_hold(method: Any, words: str, tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.images import load_image
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.sources import WorkItem, list_images
-from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method
+from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, Resized, build_method
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.outputs.windows import Segmentation, WindowedOutput
 from tokenexit.prediction import video
@@ -761,7 +761,12 @@ def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_
 
 
 @pytest.mark.parametrize(
-    ("method", "gate"), [(DToP(), True), (Gated(DToP(), (0,)), False), (GatedBySize(DToP(), ((1, (0,)),)), False)]
+    ("method", "gate"),
+    [
+        (DToP(), True),
+        (GatedBySize(DToP(), ((1, (0,)),)), False),
+        (Resized(GatedBySize(DToP(), ((1, (0,)),)), 0.5), False),
+    ],
 )
 def test_a_monitor_and_closed_exits_do_not_go_together(
     model: ExitSegmenter, tmp_path: Path, method: Method[Any], gate: bool
@@ -769,6 +774,57 @@ def test_a_monitor_and_closed_exits_do_not_go_together(
     monitor = Monitor(ReferenceStatistics.of(Histograms(torch.zeros(1, 2, len(EDGES) + 1, dtype=torch.int64))))
     with pytest.raises(ConfigError, match="a monitor must see every exit"):
         predict_files(model, [tmp_path], tmp_path / "out", method, gate=gate, monitor=monitor)
+
+
+@pytest.mark.parametrize(
+    "method", [Gated(METHOD, (0,)), Resized(Gated(METHOD, (0,)), 0.7), Resized(Dense(), 0.5)], ids=repr
+)
+def test_a_monitor_sees_the_exits_that_are_open_for_every_image(
+    model: ExitSegmenter, tmp_path: Path, method: Method[Any]
+) -> None:
+    folder = folder_of(tmp_path, (20, 30), (9, 9), (12, 12))
+    with hook_scores(model) as seen:
+        for n in range(3):
+            model.predict(folder / f"{n}.png", method)
+    alone = seen.histograms([1, 1, 1])
+    monitor = Monitor(ReferenceStatistics.of(alone))
+    assert predict_files(model, [folder], tmp_path / "out", method, monitor=monitor).failed == ()
+    assert monitor.images == 3
+    torch.testing.assert_close(monitor.shares, alone.shares().sum(dim=0))
+    assert monitor.shares[0].sum() == 0
+
+
+def test_a_resized_methods_predictions_are_those_of_the_model_at_the_images_size(
+    model: ExitSegmenter, tmp_path: Path
+) -> None:
+    folder = folder_of(tmp_path, (20, 30), (9, 9))
+    method = Resized(METHOD, 0.6)
+    assert predict_files(model, [folder], tmp_path / "out", method).failed == ()
+    for n, size in enumerate([(20, 30), (9, 9)]):
+        with Image.open(tmp_path / "out" / f"{n}.png") as mask:
+            found = np.asarray(mask)
+        assert found.shape == size
+        assert np.array_equal(found, model.predict(folder / f"{n}.png", method).labels[0].numpy())
+
+
+def test_the_largest_number_of_tokens_is_of_the_resized_image(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, (32, 32))
+    half = predict_files(model, [folder], tmp_path / "half", Resized(METHOD, 0.5), max_tokens=16)
+    assert half.failed == ()
+    twice = predict_files(model, [folder], tmp_path / "twice", Resized(METHOD, 2.0), max_tokens=64)
+    assert ["would run as 256 tokens at once, more than 64" in str(failed) for failed in twice.failed] == [True]
+
+
+def test_a_record_of_a_time_before_an_option_is_that_of_its_default(model: ExitSegmenter, tmp_path: Path) -> None:
+    folder, out = folder_of(tmp_path, (9, 9), (12, 12)), tmp_path / "out"
+    predict_files(model, [folder / "0.png"], out, METHOD)
+    record = json.loads((out / RECORD).read_text())
+    del record["method"]["stop"]
+    (out / RECORD).write_text(json.dumps(record))
+    assert predict_files(model, [folder], out, METHOD).failed == ()
+    assert json.loads((out / RECORD).read_text())["method"]["stop"] is None
+    with pytest.raises(ConfigError, match="made with other method"):
+        predict_files(model, [folder], out, replace(METHOD, stop=1))
 
 
 def test_a_method_without_some_exits_is_recorded(model: ExitSegmenter, tmp_path: Path) -> None:

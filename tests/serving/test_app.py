@@ -30,7 +30,7 @@ from tests.serving.live import LABELS, Client, drawing, encoded, multipart, png,
 from tests.serving.test_metrics import values
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.methods import Dense, DoViT, DToP
+from tokenexit.methods import Dense, DoViT, DToP, Gated, Resized, spec_of
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits, create_app
 from tokenexit.serving.pace import Pace, dense_macs
@@ -74,6 +74,22 @@ def test_predict__png_is_the_models_own_answer(
     assert image.mode == "P"
     assert tuple(image.getpalette() or [])[:15] == tuple(c for colour in LABELS.palette for c in colour)
     np.testing.assert_array_equal(np.asarray(image), model.predict(drawing(), method).labels[0].numpy())
+
+
+def test_predict__runs_the_plan_of_a_calibration() -> None:
+    plan = Resized(Gated(DToP((0.6, 0.9), 1, stop=2), (0,)), 0.7)
+    model = small_model()
+    model.calibration = Calibration(model=model.fingerprint(), method=json.loads(json.dumps(spec_of(plan))))
+    with running(model) as client:
+        mask = labels_of(client.predict(("a.png", png()), format="png").body)
+        (found,) = client.predict(("a.png", png())).json
+        assert client.get("/healthz").json["busy"] == 0
+    wanted = model.predict(drawing(), plan)
+    np.testing.assert_array_equal(mask, wanted.labels[0].numpy())
+    assert (found["method"], found["height"], found["width"]) == ("resized", 24, 33)
+    assert found["tokens"] == wanted.ledger.tokens[0] == 5 * 6
+    assert found["share_of_dense"] == pytest.approx(wanted.ledger.share_of_dense[0])
+    assert found["dense_gmacs"] == pytest.approx(model.predict(drawing(), Dense()).ledger.gmacs[0])
 
 
 def test_predict__json_has_the_ledgers_figures(client: Client, model: ExitSegmenter) -> None:
@@ -367,6 +383,17 @@ def test_predict__what_takes_too_long_is_refused_before_it_starts(monkeypatch: p
         assert client.post("/view", {"image": key, "method": "dtop"}).status == 413
         assert not started.is_set()
         assert client.get("/healthz").json["busy"] == 0
+
+
+def test_predict__what_takes_too_long_goes_by_the_size_that_the_method_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    paced(monkeypatch, 8.0)
+    model = small_model()
+    model.calibration = Calibration(
+        model=model.fingerprint(), method={"name": "resized", "method": {"name": "dense"}, "scale": 0.5}
+    )
+    with running(model, limits=Limits(work=7.0)) as client:
+        assert client.predict(("a.png", png()), method="dense").status == 413
+        assert client.predict(("a.png", png())).status == 200
 
 
 def test_predict__what_takes_too_long_is_not_even_decoded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.serving.live import small_model
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method
+from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method, Resized
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.choices import Choices, dial_position, dialled
 
@@ -133,6 +133,26 @@ def test_offers__hold_the_calibrated_method_whichever_it_is() -> None:
     assert [offer.name for offer in Choices(small_model()).offers()] == ["dense", "dtop", "dovit"]
     choices = Choices(calibrated(small_model(), {"name": "paumer", "threshold": [0.9, 0.6]}))
     assert [offer.name for offer in choices.offers() if offer.calibrated] == ["paumer"]
+
+
+def test_offers__hold_a_plan_around_a_method_and_its_dial_moves_the_method_inside() -> None:
+    inside = {"name": "gated", "method": {"name": "dtop", "threshold": [0.9, 0.6], "stop": 2}, "closed": [0]}
+    choices = Choices(calibrated(small_model(), {"name": "resized", "method": inside, "scale": 0.7}))
+    *others, offer = choices.offers()
+    assert [other.name for other in others] == ["dense", "dtop", "dovit"]
+    assert (offer.name, offer.title, offer.calibrated, offer.refusal) == ("resized", "Resized", True, None)
+    assert offer.compute is not None
+    moved = choices.choose("resized", compute=offer.compute / 2)
+    assert (moved.input_scale, moved.last_exit) == (0.7, 1)
+    assert moved.thresholds != (0.9, 0.6)
+    assert choices.choose("resized", compute=offer.compute).thresholds == pytest.approx((0.9, 0.6), abs=1e-6)
+
+
+def test_offers__of_a_resized_dense_model_have_no_dial() -> None:
+    choices = Choices(calibrated(small_model(), {"name": "resized", "method": {"name": "dense"}, "scale": 0.7}))
+    (offer,) = (offer for offer in choices.offers() if offer.calibrated)
+    assert offer.compute is None
+    assert choices.choose("resized", compute=0.3) == Resized(Dense(), 0.7)
 
 
 def test_calibration__of_other_weights_is_refused_at_the_start() -> None:

@@ -10,7 +10,7 @@ import torch
 pytest.importorskip("fastapi", reason="needs fastapi: pip install 'tokenexit[serve]'")
 
 from tests.serving.live import small_model
-from tokenexit.methods import Dense
+from tokenexit.methods import Dense, Resized
 from tokenexit.serving.pace import Pace, dense_macs
 
 
@@ -22,6 +22,17 @@ def test_dense_macs__are_those_of_the_run(window: tuple[int, int] | None, size: 
     model.preprocessing = replace(model.preprocessing, window=window, stride=stride)
     ran = model.segment([torch.zeros(3, *size)], Dense())
     assert dense_macs(model, size) == ran.ledger.macs[0]
+
+
+@pytest.mark.parametrize("window", [None, (16, 16)])
+@pytest.mark.parametrize("scale", [0.5, 0.7, 1.6])
+def test_dense_macs__of_a_method_that_resizes_are_those_of_its_run(
+    window: tuple[int, int] | None, scale: float
+) -> None:
+    model = small_model()
+    model.preprocessing = replace(model.preprocessing, window=window, stride=window)
+    ran = model.segment([torch.zeros(3, 24, 33)], Resized(Dense(), scale))
+    assert dense_macs(model, (24, 33), scale) == ran.ledger.macs[0]
 
 
 def test_pace__keeps_the_best_that_was_seen() -> None:

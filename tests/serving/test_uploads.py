@@ -12,7 +12,7 @@ from PIL import Image
 from tests.serving.live import drawing, encoded, small_model
 from tokenexit.errors import DataError
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.serving.uploads import distinct, file_name, read_image
+from tokenexit.serving.uploads import distinct, file_name, macs_by_header, read_image
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +60,15 @@ def test_read_image__weighs_what_the_network_sees(model: ExitSegmenter) -> None:
     assert (image.size, taken.size) == ((13, 10), (10, 13))
     assert taken.image.shape == (3, 10, 13)
     assert taken.tokens == 3 * 4  # patches of 4 pixels
+
+
+def test_resized__weighs_what_the_network_sees_of_a_resized_image(model: ExitSegmenter) -> None:
+    _, taken = read_image(model, encoded(drawing(10, 13)), "a.png", 1000)
+    half = taken.resized(model, 0.5)
+    assert half.tokens == 2 * 2  # 5 x 7 pixels
+    assert 0 < half.macs < taken.macs
+    assert half.macs == macs_by_header(model, encoded(drawing(10, 13)), 1000, 0.5)
+    assert taken.resized(model, 1.0) == taken
 
 
 def test_read_image__one_patch_is_never_too_large(model: ExitSegmenter) -> None:

@@ -356,7 +356,7 @@ class MacTable:
         return some
 
     def macs(self, live: Tensor) -> Tensor:
-        """`(n, E + 1)` live counts to `(n,)` int64 multiply-adds, exit heads included."""
+        """`(n, E + 1)` live counts to `(n,)` int64 multiply-adds, exit heads included; none behind a stop."""
         exits = len(self.exits)
         ran = exits if self.last_exit is None else self.last_exit + 1
         bounds = (0, *self.exits, self.depth)

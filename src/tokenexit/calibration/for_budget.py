@@ -94,7 +94,7 @@ def _in_ms(planner: Planner, calibration_set: CalibrationSet) -> CostModel:
     latency = latency_on_this_machine(model, planner.method, calibration_set.precision)
 
     def modelled(position: float) -> float:
-        return latency.ms(planner.live(position), exits, depth).mean().item()
+        return latency.ms(planner.live(position), exits, depth, planner.method.last_exit).mean().item()
 
     def measured(position: float) -> tuple[float, TrueRun | None]:
         times = timed_runs(calibration_set, planner.method_at(position))

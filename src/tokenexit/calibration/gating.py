@@ -47,30 +47,39 @@ class Gating:
         return Gated(method, self.closed) if self.closed else method
 
 
-def choose_exits(costs: Latency, exits: Sequence[int], depth: int, tokens: int, live_after: Sequence[float]) -> Gating:
+def choose_exits(
+    costs: Latency,
+    exits: Sequence[int],
+    depth: int,
+    tokens: int,
+    live_after: Sequence[float],
+    last: int | None = None,
+) -> Gating:
     """The set of open exits with the least expected time, of all sets; of equals the one with more exits.
 
     exits: after how many blocks each stands. tokens: patches of the image. live_after: share of them that is live after
-        each exit if all are open; who would have left at a closed exit leaves at the next open one.
+        each exit if all are open; who would have left at a closed exit leaves at the next open one. last: the exit at
+        which the network ends, if there is one: it stays open, and nothing runs behind it.
     """
+    end = depth if last is None else exits[last]
 
     def expected(opened: Sequence[int]) -> float:
         ms, live, block = 0.0, 1.0, 0
         for n in opened:
             ms += (exits[n] - block) * costs.block(live * tokens) + costs.exits[n](live * tokens)
             live, block = live_after[n], exits[n]
-        return ms + (depth - block) * costs.block(live * tokens)
+        return ms + (end - block) * costs.block(live * tokens)
 
     def cheapest(live: float, block: int, later: Mapping[int, Way]) -> Way:
         """From behind `block` to the end, through the exits in `later` or past them."""
         ms = costs.block(live * tokens)
-        ways: list[Way] = [((depth - block) * ms, 0, ())]
+        ways: list[Way] = [] if last in later else [((end - block) * ms, 0, ())]
         for n, (rest, fewer, opened) in later.items():
             until = (exits[n] - block) * ms + costs.exits[n](live * tokens)
             ways.append((until + rest, fewer - 1, (n, *opened)))
         return min(ways)
 
-    numbers = range(len(exits))
+    numbers = range(len(exits) if last is None else last + 1)
     behind: dict[int, Way] = {}
     for n in reversed(numbers):  # what an open exit leaves behind it does not depend on those before
         behind[n] = cheapest(live_after[n], exits[n], behind)
@@ -80,12 +89,14 @@ def choose_exits(costs: Latency, exits: Sequence[int], depth: int, tokens: int, 
     for n in numbers:
         other = expected([m for m in numbers if (m in best) != (m == n)])
         takes = f"exit {n + 1} after block {exits[n]} takes {costs.exits[n](tokens):.2f} ms on {tokens} tokens"
-        if n in best:
+        if n == last:
+            reasons.append(f"{takes}: open, as the method stops there")
+        elif n in best:
             reasons.append(f"{takes}: open, as without it an image is expected to take {other - least:.2f} ms longer")
         else:
             reasons.append(f"{takes}: closed, as with it an image is expected to take {other - least:.2f} ms longer")
     closed = tuple(n for n in numbers if n not in best)
-    return Gating(tokens, closed, tuple(reasons), least, expected(numbers), expected(()))
+    return Gating(tokens, closed, tuple(reasons), least, expected(numbers), depth * costs.block(1.0 * tokens))
 
 
 def gate(model: ExitSegmenter, method: MethodLike, grid: Grid, precision: Precision = "fp32") -> Gating:
@@ -132,4 +143,5 @@ def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) ->
     assumed = [(1 - ASSUMED_LEAVING) ** (n + 1) for n in range(number)]
     live_after = assumed if reached is None or len(reached) < number else reached[-number:]
     costs = latency_on_this_machine(model, method, precision)
-    return lambda tokens: choose_exits(costs, config.exits, config.backbone.depth, tokens, live_after)
+    depth, last = config.backbone.depth, method.last_exit
+    return lambda tokens: choose_exits(costs, config.exits, depth, tokens, live_after, last)

@@ -105,11 +105,16 @@ class Latency:
     exits: tuple[Curve, ...]
     rest: Curve = Curve(0.0, 0.0, 0.0)
 
-    def ms(self, live: Tensor, exits: Sequence[int], depth: int) -> Tensor:
-        """`(n, E + 1)` tokens of each image before the first exit and after each, to `(n,)` milliseconds."""
+    def ms(self, live: Tensor, exits: Sequence[int], depth: int, last: int | None = None) -> Tensor:
+        """`(n, E + 1)` tokens of each image before the first exit and after each, to `(n,)` milliseconds.
+
+        last: the exit at which the network ends, if there is one.
+        """
         counts = live.double()
         total = self.rest(counts[:, 0])
         for n, (start, stop) in enumerate(pairwise((0, *exits, depth))):
+            if last is not None and n > last:
+                break
             total = total + (stop - start) * self.block(counts[:, n])
             if n < len(exits):
                 total = total + self.exits[n](counts[:, n])
@@ -173,7 +178,8 @@ def seconds_per_mac(model: ExitSegmenter, seconds: float = 0.0) -> float:
 
 def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
     """`measure_latency`, from the cache if it was measured before."""
-    path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision)
+    stop = () if method.last_exit is None else (method.last_exit,)
+    path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision, *stop)
     kept = read_cached(path, _Kept)
     if kept is not None and len(kept["exits"]) == len(model.config.exits):
         return Latency(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]), Curve(*kept["rest"]))

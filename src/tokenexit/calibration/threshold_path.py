@@ -71,10 +71,10 @@ def build_path(
     dense = dense.first(images) if images < len(dense) else dense
     costs, losses = costs_of(dense), dense.losses(average) + price[:, None] / len(dense.image)
     levels = [_levels(uncertainty) for uncertainty in dense.uncertainty]
-    exits = range(len(levels))
+    exits = range(len(levels) if method.last_exit is None else method.last_exit)  # at a stop limits mean nothing
 
     def limits(at: tuple[int, ...]) -> tuple[float, ...]:
-        return tuple(levels[n][at[n]] for n in exits)
+        return tuple(level[step] for level, step in zip(levels, at))
 
     def judge(at: tuple[int, ...]) -> tuple[float, float]:
         exit_index = compose(dense, method, limits(at))

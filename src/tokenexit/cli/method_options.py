@@ -17,7 +17,7 @@ from typing import Any
 CALIBRATED = "calibrated"
 """The name of the method that a model was calibrated for, at the calibration's thresholds."""
 FOLDER = Path(__file__).parents[1] / "methods"
-TYPES: dict[str, type] = {"int": int, "float": float, "float | None": float}
+TYPES: dict[str, type] = {"int": int, "int | None": int, "float": float, "float | None": float}
 """Annotations that are one number on the command line; others are text such as `0.98/0.9/0.8`."""
 
 

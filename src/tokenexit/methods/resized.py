@@ -68,7 +68,8 @@ class Resized(Wrapper):
 
     def for_export(self) -> NoReturn:
         raise ConfigError(
-            f"a graph takes images at the size they run at: export the method inside, and resize images by {self.scale:g}."
+            "a graph takes images at the size they run at: export the method inside, and give it images resized by "
+            f"{self.scale:g}."
         )
 
 

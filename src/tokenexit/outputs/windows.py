@@ -57,10 +57,16 @@ def window_boxes(size: Size, window: Size | None, stride: Size | None) -> tuple[
     return tuple((top, left, bottom, right) for (top, bottom), (left, right) in product(rows, columns))
 
 
-def dense_macs(backbone: ViT, decode_head: Head, size: Size, window: Size | None, stride: Size | None) -> int:
-    """Multiply-adds of the dense model on an image of `size`, in its windows, which all have one size."""
+def dense_macs(
+    backbone: ViT, decode_head: Head, size: Size, window: Size | None, stride: Size | None, scale: float = 1.0
+) -> int:
+    """Multiply-adds of the dense model on an image of `size`, in its windows, which all have one size.
+
+    scale: factor on the sides of every window, as of a method that resizes them.
+    """
     boxes = window_boxes(size, window, stride)
-    return len(boxes) * dense_ops(backbone, decode_head, backbone.patch_embed.grid(*_size(boxes[0]))).macs
+    grid = backbone.patch_embed.grid(*scaled_size(_size(boxes[0]), scale))
+    return len(boxes) * dense_ops(backbone, decode_head, grid).macs
 
 
 def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
@@ -229,9 +235,7 @@ class WindowedOutput:
     def _exit_index(self, image: int) -> Tensor:
         seen, patch, part = self._seen(image), self.windows.patch_size, self._windows_of(image)
         total = torch.zeros_like(seen)
-        for box, size, exit_index in zip(
-            self.boxes[image], self.windows.sizes[part], self.windows.exit_index[part]
-        ):
+        for box, size, exit_index in zip(self.boxes[image], self.windows.sizes[part], self.windows.exit_index[part]):
             pixels = exit_index.repeat_interleave(patch, 0).repeat_interleave(patch, 1)[: size[0], : size[1]]
             if size != _size(box):  # a method resized it
                 pixels = F.interpolate(pixels[None, None].float(), _size(box), mode="nearest-exact")[0, 0].long()

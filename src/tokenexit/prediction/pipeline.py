@@ -28,7 +28,7 @@ from tokenexit.calibration.latency import seconds_per_mac
 from tokenexit.errors import DataError
 from tokenexit.inputs import heic
 from tokenexit.inputs.images import MAX_PIXELS, load_image
-from tokenexit.inputs.preprocessing import Preprocessing, resized_size
+from tokenexit.inputs.preprocessing import Preprocessing, resized_size, scaled_size
 from tokenexit.inputs.sources import Say, WorkItem, frame_name, quiet
 from tokenexit.methods import Method
 from tokenexit.outputs.ledger import Size
@@ -100,10 +100,11 @@ def frames_of(
     patch_size: int,
     wanted: Callable[[str], bool],
     limits: Limits,
+    scale: float = 1.0,
 ) -> Iterator[Item]:
     """Yield images and failures of all work items in order, and an `End` behind each item.
 
-    wanted: whether the results of this name are to be made.
+    wanted: whether the results of this name are to be made. scale: by which the method resizes images.
     """
     for job in jobs:
         count = 0
@@ -111,7 +112,7 @@ def frames_of(
             for name, file, words, load in _images(job, limits.pixels):
                 count += 1
                 if wanted(name):
-                    yield _frame(name, file, words, load, preprocessing, patch_size, limits.tokens)
+                    yield _frame(name, file, words, load, preprocessing, patch_size, limits.tokens, scale)
         except DataError as error:  # the video's own
             yield Failure(str(error))
         yield End(job, count)
@@ -150,10 +151,11 @@ def _frame(
     preprocessing: Preprocessing,
     patch_size: int,
     max_tokens: int,
+    scale: float,
 ) -> Frame | Failure:
     try:
         image = load()
-        _check_tokens(words, (image.height, image.width), preprocessing, patch_size, max_tokens)
+        _check_tokens(words, (image.height, image.width), preprocessing, patch_size, max_tokens, scale)
         return Frame(name, file, words, image, preprocessing.to_tensor(image))
     except DataError as error:
         return Failure(str(error))
@@ -161,18 +163,26 @@ def _frame(
         return Failure(f"{words} does not fit into memory: shrink it.")
 
 
-def _check_tokens(words: str, size: Size, preprocessing: Preprocessing, patch_size: int, max_tokens: int) -> None:
+def _check_tokens(
+    words: str, size: Size, preprocessing: Preprocessing, patch_size: int, max_tokens: int, scale: float
+) -> None:
     """Reject an image of which more than `max_tokens` would run at once, before it is resized."""
     height, width = resized_size(size, preprocessing.resize)
     window = preprocessing.window
     if window is not None:
         height, width = min(height, window[0]), min(width, window[1])
-    tokens = -(-height // patch_size) * -(-width // patch_size)
+    tokens = _tokens((height, width), patch_size, scale)
     if tokens > max_tokens:
         raise DataError(
             f"{words} of {size[0]}x{size[1]} pixels would run as {tokens} tokens at once, more than {max_tokens}: take "
             "it in windows (--window 1024), shrink it, or allow more (--max-tokens)."
         )
+
+
+def _tokens(size: Size, patch_size: int, scale: float) -> int:
+    """Return the patch tokens of an image of `size` that a method resizes by `scale`."""
+    height, width = scaled_size(size, scale)
+    return -(-height // patch_size) * -(-width // patch_size)
 
 
 def prefetch(items: Iterable[T]) -> Iterator[T]:
@@ -185,14 +195,16 @@ def prefetch(items: Iterable[T]) -> Iterator[T]:
             yield item
 
 
-def packed(items: Iterable[Item], patch_size: int, max_tokens: int) -> Iterator[list[Item]]:
-    """Yield consecutive items, with as many images as have `max_tokens` together, and at least one."""
+def packed(items: Iterable[Item], patch_size: int, max_tokens: int, scale: float = 1.0) -> Iterator[list[Item]]:
+    """Yield consecutive items, with as many images as have `max_tokens` together, and at least one.
+
+    scale: by which the method resizes images.
+    """
     pack: list[Item] = []
     held = 0
     for item in items:
         if isinstance(item, Frame):
-            height, width = item.tensor.shape[1:]
-            tokens = -(-height // patch_size) * -(-width // patch_size)
+            tokens = _tokens((item.tensor.shape[1], item.tensor.shape[2]), patch_size, scale)
             if held and held + tokens > max_tokens:
                 yield pack
                 pack, held = [], 0
@@ -234,13 +246,14 @@ class Engine:
 
     def tokens_and_seconds(self, frame: Frame) -> tuple[int, float]:
         """Return the patch tokens of all windows of an image, and the seconds that they take if none exits."""
-        model = self.model
+        model, scale = self.model, self.method.input_scale
         window, stride = model.preprocessing.window, model.preprocessing.stride
         size = (frame.tensor.shape[1], frame.tensor.shape[2])
-        boxes = window_boxes(size, window, stride)
-        grids = [model.backbone.patch_embed.grid(bottom - top, right - left) for top, left, bottom, right in boxes]
-        macs = dense_macs(model.backbone, model.decode_head, size, window, stride)
-        return sum(h * w for h, w in grids), macs * self.seconds_per_mac
+        sides = [(bottom - top, right - left) for top, left, bottom, right in window_boxes(size, window, stride)]
+        macs = dense_macs(model.backbone, model.decode_head, size, window, stride, scale)
+        return sum(
+            _tokens(side, model.config.backbone.patch_size, scale) for side in sides
+        ), macs * self.seconds_per_mac
 
     def predict(self, pack: Sequence[Frame]) -> Sequence[Prediction | Failure]:
         """Predict a pack, in a block of `inference`. Images that do not fit into memory together run one by one."""
@@ -278,7 +291,7 @@ class Engine:
             out.exit_index[0].cpu().numpy(),
             out.num_exits,
             extent=(height / patch, width / patch),  # without the padding to whole patches
-            exits=self.method.has_exits,
+            exits=self.method.inner.has_exits,
         )
 
 
@@ -339,10 +352,10 @@ class Worker:
         progress: Callable[[Iterable[Path]], Iterable[Path]],
     ) -> None:
         """Predict the jobs. Raises `ConfigError` where nothing can be written."""
-        model = self.engine.model
+        model, scale = self.engine.model, self.engine.method.input_scale
         patch_size = model.config.backbone.patch_size
-        items = frames_of(jobs, model.preprocessing, patch_size, wanted, limits)
-        packs = prefetch(packed(items, patch_size, self.engine.max_tokens))
+        items = frames_of(jobs, model.preprocessing, patch_size, wanted, limits, scale)
+        packs = prefetch(packed(items, patch_size, self.engine.max_tokens, scale))
         try:
             with inference(model.device, self.engine.precision), ThreadPoolExecutor(WRITERS) as writers:
                 outcomes = self._outcomes(packs, writers)
@@ -362,7 +375,7 @@ class Worker:
     def _announce(self, frames: Sequence[Frame]) -> None:
         """Announce how long a large image will take, if that is long, and twice as long as was announced before."""
         for frame in frames:
-            if frame.tensor[0].numel() <= self._unmeasured_pixels:
+            if frame.tensor[0].numel() * self.engine.method.input_scale**2 <= self._unmeasured_pixels:
                 continue
             tokens, seconds = self.engine.tokens_and_seconds(frame)
             if seconds >= 2 * self.announced:

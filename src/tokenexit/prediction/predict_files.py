@@ -112,7 +112,7 @@ def predict_files(
         DataError: for a folder or list without images.
     """
     model.check(method)
-    if monitor is not None and (gate or method.inner is not method):
+    if monitor is not None and (gate or not method.same_exits):
         raise ConfigError("a monitor must see every exit, and gate closes some: give one of the two.")
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}: raise it.")
@@ -242,7 +242,7 @@ def _open(
     overwrite: bool,
 ) -> list[WorkItem]:
     """Return the jobs that are left to do, and make `out` ready for them."""
-    there, record = results.files(), results.read(RECORD)
+    there, record = results.files(), _in_todays_words(results.read(RECORD))
     known = isinstance(record, dict)
     others = " and ".join(key for key, value in made_with.items() if known and record.get(key) != value)
     if others and not overwrite:
@@ -312,6 +312,15 @@ def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) 
     }
     plain: dict[str, Any] = json.loads(json.dumps(record, default=repr))
     return plain
+
+
+def _in_todays_words(record: Any) -> Any:
+    """Return the record of an earlier call with the options that its method has by now, at their defaults."""
+    try:
+        method = spec_of(build_method(record["method"]), whole=True)
+    except (ConfigError, KeyError, TypeError, ValueError):  # no record, or of a method that is not known any more
+        return record
+    return {**record, "method": json.loads(json.dumps(method))}
 
 
 def _close(results: OutputFolder, outputs: Mapping[str, Output], about: CallInfo) -> None:

@@ -51,7 +51,8 @@ class Choices:
     def offers(self) -> list[Offer]:
         """Return the methods of the page: those with `offered`, and the default one."""
         usual = self.usual.name
-        return [self._offer(name) for name, kind in METHODS.items() if kind.offered or name == usual]
+        offered = [name for name, kind in METHODS.items() if kind.offered or name == usual]
+        return [self._offer(name) for name in dict.fromkeys([*offered, usual])]
 
     def choose(self, name: str | None, threshold: str | None = None, compute: float | None = None) -> Method[Any]:
         """Return the method that a request names.
@@ -68,7 +69,7 @@ class Choices:
             raise ConfigError("threshold and compute need a method, as this model is not calibrated: name one.")
         if values is not None:
             method = method.with_thresholds(values)
-        elif compute is not None and method.has_exits:
+        elif compute is not None and method.inner.has_exits:
             method = dialled(method, compute, self._num_exits)
         self._model.check(method)
         return method
@@ -88,7 +89,7 @@ class Choices:
 
     def _offer(self, name: str) -> Offer:
         method = self._named(name)
-        compute = dial_position(method, self._num_exits) if method.has_exits else None
+        compute = dial_position(method, self._num_exits) if method.inner.has_exits else None
         return Offer(name, method.title, compute, method is self.calibrated, self._refusal(method))
 
     def _refusal(self, method: Method[Any]) -> str | None:

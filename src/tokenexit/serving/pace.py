@@ -38,7 +38,10 @@ class Pace:
         self._seconds_per_mac = min(self._seconds_per_mac, seconds / macs)
 
 
-def dense_macs(model: ExitSegmenter, size: Size) -> int:
-    """Return the multiply-adds of the dense model for an image of the resized `size`, in its windows."""
-    preprocessing = model.preprocessing
-    return windows.dense_macs(model.backbone, model.decode_head, size, preprocessing.window, preprocessing.stride)
+def dense_macs(model: ExitSegmenter, size: Size, scale: float = 1.0) -> int:
+    """Return the multiply-adds of the dense model for an image of the resized `size`, in its windows.
+
+    scale: by which a method resizes each of them.
+    """
+    window, stride = model.preprocessing.window, model.preprocessing.stride
+    return windows.dense_macs(model.backbone, model.decode_head, size, window, stride, scale)

@@ -324,7 +324,7 @@ class Service:
         chosen = self.choices.choose(method, threshold, compute)
         names = distinct([file_name(image.filename, n) for n, image in enumerate(images)])
         with self.batcher.slots(len(images)):
-            read = [await self._read_to_segment(await image.read(), name) for image, name in zip(images, names)]
+            read = [await self._read_to_segment(await image.read(), name, chosen) for image, name in zip(images, names)]
             uploads = [uploaded for _, uploaded in read]
             found = await self._segment(uploads, chosen, [uploaded.size for uploaded in uploads])
             return await self._in_thread(self._encoded, format, chosen, dict(zip(names, found)))
@@ -343,9 +343,10 @@ class Service:
 
     # -------------------------------------------------------------------------------------------- on the way
 
-    async def _read_to_segment(self, data: bytes, name: str) -> tuple[Image.Image, UploadedImage]:
+    async def _read_to_segment(self, data: bytes, name: str, method: Method[Any]) -> tuple[Image.Image, UploadedImage]:
         """Read an image that is to be segmented at once; one that is refused for its work is not even decoded."""
-        expected = self.pace.seconds(await self._in_thread(macs_by_header, self.model, data, self.limits.pixels))
+        pixels, scale = self.limits.pixels, method.input_scale
+        expected = self.pace.seconds(await self._in_thread(macs_by_header, self.model, data, pixels, scale))
         self._check_time(expected, expected)
         return await self._read(data, name)
 
@@ -358,6 +359,8 @@ class Service:
     async def _segment(
         self, uploads: Sequence[UploadedImage], method: Method[Any], targets: Sequence[Size]
     ) -> list[Answer]:
+        if method.input_scale != 1.0:
+            uploads = [uploaded.resized(self.model, method.input_scale) for uploaded in uploads]
         costs = [self.pace.seconds(uploaded.macs) for uploaded in uploads]
         self._check_time(sum(costs), max(costs))
         deadline = time.monotonic() + self.limits.seconds

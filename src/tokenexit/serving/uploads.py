@@ -6,7 +6,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 from starlette.formparsers import MultiPartParser
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenexit.errors import DataError
 from tokenexit.inputs.images import load_image, open_image
-from tokenexit.inputs.preprocessing import resized_size
+from tokenexit.inputs.preprocessing import resized_size, scaled_size
 from tokenexit.outputs.ledger import Size
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.pace import dense_macs
@@ -31,6 +31,11 @@ class UploadedImage:
     size: Size
     tokens: int
     macs: int
+
+    def resized(self, model: ExitSegmenter, scale: float) -> UploadedImage:
+        """Return the same upload with tokens and multiply-adds under a method that resizes images by `scale`."""
+        seen = (self.image.shape[1], self.image.shape[2])
+        return replace(self, tokens=_tokens(model, scaled_size(seen, scale)), macs=dense_macs(model, seen, scale))
 
 
 def read_image(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) -> tuple[Image.Image, UploadedImage]:
@@ -50,10 +55,11 @@ def read_image(model: ExitSegmenter, data: bytes, name: str, max_pixels: int) ->
     return image, UploadedImage(model.preprocessing.to_tensor(image), size, tokens, dense_macs(model, seen))
 
 
-def macs_by_header(model: ExitSegmenter, data: bytes, max_pixels: int) -> int:
+def macs_by_header(model: ExitSegmenter, data: bytes, max_pixels: int, scale: float = 1.0) -> int:
     """Return the multiply-adds of the dense model for the image in a file, from its header alone.
 
-    It is 0 for what `read_image` refuses anyway, and says why: no image, or one that is too large.
+    scale: by which the method resizes images. It is 0 for what `read_image` refuses anyway, and says why: no image, or
+    one that is too large.
     """
     try:
         with open_image(io.BytesIO(data)) as image:
@@ -62,14 +68,18 @@ def macs_by_header(model: ExitSegmenter, data: bytes, max_pixels: int) -> int:
         return 0
     seen, tokens = _seen(model, size)
     refused = size[0] * size[1] > max_pixels or _too_large(model, tokens, max_pixels)
-    return 0 if refused else dense_macs(model, seen)
+    return 0 if refused else dense_macs(model, seen, scale)
 
 
 def _seen(model: ExitSegmenter, size: Size) -> tuple[Size, int]:
     """Return height and width of an image of `size` as the network sees it, and its patches."""
-    height, width = resized_size(size, model.preprocessing.resize)
-    patch = model.config.backbone.patch_size
-    return (height, width), -(-height // patch) * -(-width // patch)
+    seen = resized_size(size, model.preprocessing.resize)
+    return seen, _tokens(model, seen)
+
+
+def _tokens(model: ExitSegmenter, size: Size) -> int:
+    rows, columns = model.backbone.patch_embed.grid(*size)
+    return rows * columns
 
 
 def _too_large(model: ExitSegmenter, tokens: int, max_pixels: int) -> bool:
