@@ -1,0 +1,1 @@
+"""Adapt a trained dense model to leave early, from images without labels."""
