@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tokenexit.adaptation.finetune import finetune, finetune_config, training_me
 from tokenexit.data.scenes import Scenes
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, FixedRatio, Gated, GatedBySize, Method, Truncated
+from tokenexit.methods.base import option
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DistillConfig
 from tokenexit.training.distill import distillation_loss, load_teacher
@@ -55,8 +56,8 @@ def tuned(source: Path, photos: Path, out: Path, method: Method[Any] = PLAN, **o
 
 
 def config_of(source: Path, photos: Path, **options: Any) -> Any:
-    method = options.pop("method", DToP())
-    return finetune_config(source, source, [photos], method, **({"steps": 800, "out": Path("out")} | options))
+    given: dict[str, Any] = {"steps": 800, "out": Path("out"), "method": DToP()} | options
+    return finetune_config(source, source, [photos], **given)
 
 
 # ----------------------------------------------------------------------------------------------------------- end to end
@@ -73,7 +74,7 @@ def test_finetune__brings_a_model_with_exits_nearer_to_its_dense_twin(
 ) -> None:
     before, after = ExitSegmenter.from_pretrained(source), tuned(source, photos, tmp_path, steps=60, batch_size=4)
     assert (tmp_path / "model.safetensors").is_file()
-    images = torch.stack([before.preprocessing.to_tensor(photos / f"{i}.png") for i in range(6)])
+    images = torch.stack([before.preprocessing.to_tensor(Image.open(photos / f"{i}.png")) for i in range(6)])
     config = DistillConfig(str(source), features=0.5, logits=1.0, exits=0.5)
     teacher = load_teacher(config, before)
     assert teacher is not None
@@ -90,7 +91,7 @@ def test_finetune__changes_the_dense_prediction_and_drops_the_calibration(
     source: Path, photos: Path, tmp_path: Path
 ) -> None:
     model = tuned(source, photos, tmp_path)
-    image = ExitSegmenter.from_pretrained(source).preprocessing.to_tensor(photos / "0.png")[None]
+    image = ExitSegmenter.from_pretrained(source).preprocessing.to_tensor(Image.open(photos / "0.png"))[None]
     assert not torch.equal(model(image).logits, ExitSegmenter.from_pretrained(source)(image).logits)
     assert model.calibration is None
     assert model.config == ExitSegmenter.from_pretrained(source).config
@@ -107,7 +108,7 @@ def test_finetune__killed_and_called_again_ends_with_the_weights_of_one_that_was
 ) -> None:
     """A process that is killed by the system wherever it is, and this one that goes on."""
     monkeypatch.setattr(module, "CHECKPOINT_EVERY", 2)
-    options = {"steps": 12, "class_balance": 0.5}
+    options: dict[str, Any] = {"steps": 12, "class_balance": 0.5}
     never = weights(tuned(source, photos, tmp_path / "never", **options))
     code = (
         "import sys, torch; from pathlib import Path; import tokenexit.adaptation.finetune as module\n"
@@ -213,6 +214,30 @@ def test_training_method__is_the_inner_one_in_which_closed_exits_never_fire(
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals
+
+
+@dataclass(frozen=True)
+class Stopping(DToP):
+    """A method after whose stop, an exit's number, nobody is left."""
+
+    stop: int | None = option(None, "number of the exit", kw_only=True)
+
+
+class Smaller(Gated):
+    """A wrapper that shrinks images."""
+
+    @property
+    def input_scale(self) -> float:
+        return 0.6
+
+
+def test_training_method__goes_on_behind_a_stop_where_no_exit_fires() -> None:
+    assert training_method(Stopping(0.9, stop=1), 3) == Stopping((0.9, 1.0, 1.0))
+    assert training_method(Gated(Stopping(0.9, stop=2), (0,)), 3) == Stopping((1.0, 0.9, 1.0))
+
+
+def test_config__crops_reach_down_to_the_size_at_which_the_method_runs(source: Path, photos: Path) -> None:
+    assert config_of(source, photos, method=Smaller(DToP(0.9))).data.ratio == (0.6, 2.0)
 
 
 def test_finetune__refuses_what_cannot_learn(source: Path, photos: Path, tmp_path: Path) -> None:

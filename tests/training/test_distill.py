@@ -113,8 +113,8 @@ def test_class_balance_lifts_the_cells_of_rare_classes_of_the_teacher(kind: str,
     expected = 0.0
     for i, weight in enumerate(raw):
         cell = torch.tensor([i])
-        single = [replace(s, logits=cast(Tensor, s.logits)[cell]) for s in (student, teacher)]
-        expected += weight / (sum(raw) / 7) * divergence(*single, image[cell], 1.5).item() / 7
+        ours, theirs = (replace(s, logits=cast(Tensor, s.logits)[cell]) for s in (student, teacher))
+        expected += weight / (sum(raw) / 7) * divergence(ours, theirs, image[cell], 1.5).item() / 7
     assert len(set(shares)) > 1
     assert divergence(student, teacher, image, 1.5, balance).item() == pytest.approx(expected, rel=1e-4)
 
