@@ -34,6 +34,8 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TRAINING_FILE, EVALUATION_FILE = "training.json", "evaluation.json"
 """Records that are saved with a model: its training, and the figures of `tokenexit evaluate --json`."""
+MODEL_FILES = (WEIGHTS_FILE, "*.json")
+"""What is fetched of a model on the hub."""
 FORMAT = 1
 WEIGHTS_VERSION = "v2:"
 """Prefix of fingerprints of all weights; older ones, of the heads alone, are bare digits."""
@@ -240,8 +242,8 @@ class PretrainedMixin(nn.Module):
         Raises:
             CheckpointError: for a folder without a model, for damaged files, and for weights that do not fit.
         """
-        folder = resolve_folder(path, (WEIGHTS_FILE, "*.json"))
-        config, preprocessing = _read_config(folder)
+        folder = resolve_folder(path, MODEL_FILES)
+        config, preprocessing = read_config(folder)
         weights = current(folder, WEIGHTS_FILE)
         try:
             with torch.device("meta"):  # shapes alone: memory is allocated once the weights fit
@@ -318,7 +320,11 @@ def _read_records(folder: Path) -> dict[str, Any]:
     return {name: record for name, record in found.items() if record is not None}
 
 
-def _read_config(folder: Path) -> tuple[SegmenterConfig, Preprocessing]:
+def read_config(folder: Path) -> tuple[SegmenterConfig, Preprocessing]:
+    """Read the configuration and the preprocessing of a saved model, without its weights.
+
+    Raises `CheckpointError` for a folder without a model, and for a damaged file.
+    """
     path = current(folder, CONFIG_FILE)
     if not path.exists():
         raise CheckpointError(f"{folder} holds no {CONFIG_FILE}: give the folder of a model saved by tokenexit.")

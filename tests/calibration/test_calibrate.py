@@ -19,7 +19,6 @@ from tokenexit.calibration import for_bound, planner, risk_control
 from tokenexit.calibration.calibrate import calibrate
 from tokenexit.calibration.calibration_set import (
     CalibrationSet,
-    UnlabelledImages,
     dense_reference,
     drawn,
     error,
@@ -42,6 +41,7 @@ from tokenexit.calibration.store import reference_statistics_of, write_calibrati
 from tokenexit.calibration.targets import Bound, Budget, target_of
 from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even_path, position_where
 from tokenexit.checkpoints.calibration import Calibration
+from tokenexit.data.photos import UnlabelledImages
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import Dense, DoViT, DToP, build_method
 from tokenexit.segmenter import ExitSegmenter

@@ -54,7 +54,7 @@ def open_drawn(split: str, count: int = 1):
 
 def test_open_dataset__every_name_in_the_list_opens_by_root_and_split_or_draws():
     for name in DATASETS:
-        assert ("unpaired" in dataset_options(name)) != (name == "scenes")
+        assert ("unpaired" in dataset_options(name)) != (name in ("photos", "scenes"))
         assert name == "scenes" or "'nowhere' does not exist" in refusal(
             lambda name=name: open_dataset(name, "nowhere", "train")
         )
@@ -69,8 +69,8 @@ def test_check_dataset__needs_no_data():
 
 
 def test_dataset_labels__are_known_without_data_except_of_folders(root):
-    assert dataset_labels("folder") is None
-    for name in DATASETS.keys() - {"folder"}:
+    assert dataset_labels("folder") is dataset_labels("photos") is None
+    for name in DATASETS.keys() - {"folder", "photos"}:
         labels = dataset_labels(name)
         assert labels.num_classes == len(labels.names) > 1
     assert dataset_labels("camvid") == open_dataset("camvid", root, "train").labels

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ from tokenexit.methods import Dense, DoViT, DToP, ExitRecord, build_method
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import DistillConfig, TrainConfig
-from tokenexit.training.distill import distillation_loss, divergence, feature_loss, load_teacher
+from tokenexit.training.distill import cell_weights, distillation_loss, divergence, feature_loss, load_teacher
 from tokenexit.training.loop import train
 
 
@@ -95,6 +95,37 @@ def test_divergence_of_atm_heads_that_are_sure_is_finite_with_a_finite_gradient(
     assert logits.grad is not None
     assert presence.grad is not None
     assert all(bool(value.isfinite().all()) for value in (loss, logits.grad, presence.grad))
+
+
+@pytest.mark.parametrize("kind", ["softmax", "atm"])
+@pytest.mark.parametrize("balance", [0.5, 1.0])
+def test_class_balance_lifts_the_cells_of_rare_classes_of_the_teacher(kind: str, balance: float) -> None:
+    image = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+    if kind == "softmax":
+        student, teacher = (ExitRecord(logits=2 * torch.randn(7, 4, dtype=torch.float64)) for _ in range(2))
+        label = cast(Tensor, teacher.logits).argmax(1)
+    else:
+        student, teacher = atm_stage(7, 2, 4), atm_stage(7, 2, 4)
+        assert teacher.presence is not None
+        label = (teacher.presence.softmax(2)[..., 0][image] * cast(Tensor, teacher.logits).sigmoid()).argmax(1)
+    shares = [label.tolist().count(k) / 7 for k in label.tolist()]
+    raw = [share**-balance for share in shares]
+    expected = 0.0
+    for i, weight in enumerate(raw):
+        cell = torch.tensor([i])
+        ours, theirs = (replace(s, logits=cast(Tensor, s.logits)[cell]) for s in (student, teacher))
+        expected += weight / (sum(raw) / 7) * divergence(ours, theirs, image[cell], 1.5).item() / 7
+    assert len(set(shares)) > 1
+    assert divergence(student, teacher, image, 1.5, balance).item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_cell_weights_have_a_mean_of_one_and_with_power_one_make_classes_equal() -> None:
+    label = torch.tensor([0, 0, 0, 0, 0, 2, 2, 3])
+    weights = cell_weights(label, 5, 1.0)
+    assert weights.mean().item() == pytest.approx(1.0)
+    totals = [weights[label == k].sum().item() for k in (0, 2, 3)]
+    assert totals == pytest.approx([8 / 3] * 3)
+    assert torch.equal(cell_weights(torch.zeros(3, dtype=torch.int64), 5, 0.5), torch.ones(3))
 
 
 def tokens(x: Tensor, position: Sequence[int], cells: int) -> Tokens:
@@ -177,6 +208,24 @@ def test_logits_may_be_compared_after_the_upsampling_of_the_heads_as_released(
     loss = distillation_loss(output, target, config)
     assert loss.item() == pytest.approx(softmax_divergence(maps[0], maps[1], 1.0), rel=1e-4)
     assert loss < 0.9 * distillation_loss(output, target, replace(config, upsampled=False))
+
+
+def test_coarse_exits_are_compared_at_the_cells_of_a_finer_decode_head() -> None:
+    """A light exit head has one cell for each patch, this decode head 2 x 2."""
+    images = torch.stack([random_image(12, 16, seed) for seed in range(2)])
+    model = tiny_segmenter("fcn", "setr_pup").train()
+    with torch.no_grad():
+        output = model(images, DoViT(threshold=0.5))
+        target = tiny_segmenter("linear", "setr_pup", seed=2, exits=())(images, with_records=True)
+    teacher, image = target.exit_records[-1], torch.arange(2).repeat_interleave(48)
+    expected = 0.0
+    for record in output.exit_records[:-1]:
+        assert record.logits is not None
+        finer = torch.cat([upsampled_by_loops(part, (3, 4), 2) for part in record.logits.chunk(2)])
+        # rows of the teacher's map are in the raster order of its own cells
+        expected += divergence(replace(record, logits=finer), teacher, image, 1.0).item()
+    config = DistillConfig("folder", features=0.0, logits=0.0, exits=1.0)
+    assert distillation_loss(output, target, config).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_exits_are_compared_after_upsampling_too_and_heads_without_one_as_before() -> None:
@@ -294,6 +343,7 @@ def test_a_teacher_of_other_things_is_refused_in_one_sentence(
         (lambda: tiny_segmenter("fcn", embed_dim=16), {"features": 0.0}),
         (lambda: tiny_segmenter("atm"), {"logits": 0.0}),
         (lambda: tiny_segmenter("linear", "setr_naive", depth=6), {"exits": 1.0}),
+        (lambda: tiny_segmenter("linear", "setr_pup"), {"logits": 0.0, "exits": 1.0}),
     ],
 )
 def test_a_teacher_may_differ_in_what_is_not_compared(teacher: Any, changes: dict[str, Any], tmp_path: Path) -> None:

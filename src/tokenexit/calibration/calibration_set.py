@@ -8,7 +8,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.drift import Histograms, hook_scores
-from tokenexit.data.base import Sample, SegmentationDataset
+from tokenexit.data.base import SegmentationDataset
 from tokenexit.errors import DataError
-from tokenexit.inputs.images import load_image
-from tokenexit.inputs.labels import Labels
-from tokenexit.inputs.sources import list_images
 from tokenexit.methods import Dense, Method
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.outputs.windows import Segmentation, window_boxes
@@ -40,22 +36,6 @@ def drawn(count: int, limit: int | None, seed: int) -> tuple[int, ...]:
         return tuple(range(count))
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
     return tuple(sorted(order[:limit].tolist()))
-
-
-class UnlabelledImages:
-    """Images from disk as a dataset whose masks say nothing."""
-
-    def __init__(self, sources: Sequence[Path], labels: Labels) -> None:
-        self.paths = list(list_images(sources))
-        self.labels = labels
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, index: int, /) -> Sample:
-        image = load_image(self.paths[index])
-        mask = np.full((image.height, image.width), self.labels.ignore_index)
-        return Sample(image, mask, str(self.paths[index]))
 
 
 @dataclass(frozen=True)

@@ -126,7 +126,8 @@ def _check(options: argparse.Namespace) -> None:
 
 def _calibration_set(options: argparse.Namespace) -> tuple[CalibrationSet, dict[str, Any]]:
     """Model and images, and where the images are from."""
-    from tokenexit.calibration.calibration_set import CalibrationSet, UnlabelledImages, drawn
+    from tokenexit.calibration.calibration_set import CalibrationSet, drawn
+    from tokenexit.data.photos import UnlabelledImages
     from tokenexit.evaluation.evaluate import check_classes
 
     model = open_model(options)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from tokenexit.data.registry import DATASETS
+from tokenexit.data.registry import DATASETS, UNLABELLED
 from tokenexit.errors import ConfigError, TokenExitError
 
 if TYPE_CHECKING:
@@ -180,6 +180,11 @@ def dataset_of(options: Any) -> tuple[str, SegmentationDataset]:
     from tokenexit.data.registry import open_dataset
     from tokenexit.pretrained import TRAINING_FILE, read_record
 
+    if options.data in UNLABELLED:
+        raise ConfigError(
+            f"--data {options.data} has no labels: name a dataset that has masks; calibrate takes images without as "
+            "--images."
+        )
     if options.data is not None:
         return options.data, open_dataset(options.data, options.data_root, options.split)
     record = read_record(options.model, TRAINING_FILE) or {}
@@ -187,6 +192,8 @@ def dataset_of(options: Any) -> tuple[str, SegmentationDataset]:
     if not {"name", "root", "options"} <= data.keys():
         raise ConfigError(f"{options.model} does not say what it was trained on: name it with --data.")
     name, root, extra = data["name"], data["root"], dict(data["options"])
+    if name in UNLABELLED:
+        raise ConfigError(f"{options.model} was trained on images without labels: name a dataset with --data.")
     extra.pop("length", None)  # how many scenes were drawn for training says nothing of the other splits
     return name, open_dataset(name, options.data_root or root, options.split, **extra)
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from tokenexit.data.base import Mask, SegmentationDataset
 from tokenexit.data.files import FileDataset, check_sizes
+from tokenexit.data.loader import is_unlabelled
 from tokenexit.data.masks import number
 from tokenexit.data.registry import dataset_options, dataset_splits, open_dataset
 from tokenexit.errors import ConfigError, DataError, TokenExitError
@@ -78,7 +79,8 @@ class Sizes:
 class SplitReport:
     """The report of one split. sound: pairs without an error; sizes: of readable images.
 
-    class_pixels, class_images: per class, over readable masks: its pixels, and the masks that hold it.
+    class_pixels, class_images: per class, over readable masks: its pixels, and the masks that hold it; empty where
+        there are no masks.
     void_pixels: pixels that are to be ignored. unknown_pixels: pixels of values that stand for nothing.
     note: what was decided without being asked, such as how images were split.
     """
@@ -115,7 +117,7 @@ class SplitReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """The report of all splits of a dataset. labels: None where no split could be opened."""
+    """The report of all splits of a dataset. labels: None where no split could be opened, or there are no masks."""
 
     name: str
     root: str | None
@@ -246,10 +248,10 @@ def check_dataset(
         except DataError as error:
             reports.append(SplitReport(split, problems=(Problem("open", split, str(error)),)))
             continue
-        labels = dataset.labels
+        labels = None if is_unlabelled(dataset) else dataset.labels
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # decoders warn of oddities in files that they can read
-            reports.append(_check_split(dataset, split, threads, progress or iter))
+            reports.append(_check_split(dataset, labels, split, threads, progress or iter))
     return CheckReport(name, None if root is None else str(root), labels, tuple(reports))
 
 
@@ -274,13 +276,16 @@ class _Finding:
         self.void = mask.size - judged.size - unknown
 
 
-def _check_split(dataset: SegmentationDataset, split: str, threads: int, progress: Progress) -> SplitReport:
+def _check_split(
+    dataset: SegmentationDataset, labels: Labels | None, split: str, threads: int, progress: Progress
+) -> SplitReport:
+    """Check a split. labels: None for images without masks, of which the sizes are all there is to count."""
     problems = _lonely(dataset)
-    pixels = np.zeros(dataset.labels.num_classes, np.int64)
+    pixels = np.zeros(0 if labels is None else labels.num_classes, np.int64)
     images = np.zeros_like(pixels)
     void = unknown = sound = 0
     sizes: list[Size] = []
-    findings = _inspect_all(dataset, threads)
+    findings = _inspect_all(dataset, labels, threads)
     for _ in progress(range(len(dataset))):
         finding = next(findings)
         problems += finding.problems
@@ -291,15 +296,16 @@ def _check_split(dataset: SegmentationDataset, split: str, threads: int, progres
             pixels += finding.pixels
             images += finding.pixels > 0
         void, unknown = void + finding.void, unknown + finding.unknown
-    for name, count in zip(dataset.labels.names, pixels):
+    for name, count in zip(() if labels is None else labels.names, pixels):
         if not count:
             problems.append(Problem("class", name, f"class {name!r} has no pixel in split {split!r}."))
     paired = dataset if isinstance(dataset, FileDataset) else None
+    masks = 0 if labels is None else len(dataset)
     return SplitReport(
         split,
         images=len(dataset) if paired is None else paired.pairing.num_images,
-        masks=len(dataset) if paired is None else paired.pairing.num_masks,
-        pairs=len(dataset),
+        masks=masks if paired is None else paired.pairing.num_masks,
+        pairs=masks,
         sound=sound,
         sizes=_sizes(sizes),
         class_pixels=tuple(pixels.tolist()),
@@ -321,13 +327,13 @@ def _lonely(dataset: SegmentationDataset) -> list[Problem]:
     ]
 
 
-def _inspect_all(dataset: SegmentationDataset, threads: int) -> Iterator[_Finding]:
+def _inspect_all(dataset: SegmentationDataset, labels: Labels | None, threads: int) -> Iterator[_Finding]:
     """Yield findings in order; only a few samples are read at a time, so that an interruption ends at once."""
     pool = ThreadPoolExecutor(threads)  # threads, since decoders run outside Python's lock
     waiting: deque[Future[_Finding]] = deque()
     try:
         for index in range(len(dataset)):
-            waiting.append(pool.submit(_inspect, dataset, index))
+            waiting.append(pool.submit(_inspect, dataset, labels, index))
             if len(waiting) > 4 * threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -336,7 +342,7 @@ def _inspect_all(dataset: SegmentationDataset, threads: int) -> Iterator[_Findin
         pool.shutdown(cancel_futures=True)
 
 
-def _inspect(dataset: SegmentationDataset, index: int) -> _Finding:
+def _inspect(dataset: SegmentationDataset, labels: Labels | None, index: int) -> _Finding:
     finding = _Finding()
     if isinstance(dataset, FileDataset):
         _inspect_files(dataset, index, finding)
@@ -344,7 +350,8 @@ def _inspect(dataset: SegmentationDataset, index: int) -> _Finding:
         try:
             sample = dataset[index]
             finding.size = sample.size
-            finding.count(sample.mask, dataset.labels)
+            if labels is not None:
+                finding.count(sample.mask, labels)
         except Exception as error:
             finding.problems.append(Problem("sample", str(index), _sentence(error, f"sample {index}")))
     if finding.pixels is not None and not finding.pixels.any() and not finding.unknown:

@@ -22,6 +22,7 @@ from torch.utils.data import Dataset, Sampler
 
 from tokenexit.data.base import Mask, Sample, SegmentationDataset
 from tokenexit.data.files import FileDataset
+from tokenexit.data.photos import UnlabelledImages
 from tokenexit.data.transforms import Transform
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import Labels
@@ -280,6 +281,13 @@ def note_of(dataset: SegmentationDataset) -> str:
     if isinstance(dataset, Cached | Spread):
         return note_of(dataset.dataset)
     return dataset.note if isinstance(dataset, FileDataset) else ""
+
+
+def is_unlabelled(dataset: object) -> bool:
+    """Return whether a dataset has images and no labels."""
+    if isinstance(dataset, Cached | Spread):
+        return is_unlabelled(dataset.dataset)
+    return isinstance(dataset, UnlabelledImages)
 
 
 def mask_tensor(mask: Mask) -> torch.Tensor:

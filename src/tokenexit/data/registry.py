@@ -26,9 +26,12 @@ DATASETS = {
     "folder": "tokenexit.data.folder:FolderDataset",
     "pascal_context59": "tokenexit.data.pascal_context:PASCAL_CONTEXT_59",
     "pascal_context60": "tokenexit.data.pascal_context:PASCAL_CONTEXT_60",
+    "photos": "tokenexit.data.photos:Photos",
     "scenes": "tokenexit.data.scenes:scene_split",
     "voc2012": "tokenexit.data.voc:VOC_2012",
 }
+UNLABELLED = frozenset({"photos"})
+"""Datasets without masks, whose classes are those of a model."""
 
 
 def open_dataset(name: str, root: str | Path | None, split: str, **options: Any) -> SegmentationDataset:
@@ -62,7 +65,7 @@ def dataset_options(name: str) -> tuple[str, ...]:
 
 
 def dataset_labels(name: str) -> Labels | None:
-    """Return the labels of a published dataset; None for one that brings its own.
+    """Return the labels of a published dataset; None for one that brings its own, and for one without masks.
 
     Raises `DataError` for an unknown name.
     """

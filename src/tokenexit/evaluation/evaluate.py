@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from tokenexit.data.base import SegmentationDataset
-from tokenexit.data.loader import mask_tensor
+from tokenexit.data.loader import is_unlabelled, mask_tensor
 from tokenexit.engine.ops import GIGA
-from tokenexit.errors import ConfigError
+from tokenexit.errors import ConfigError, DataError
 from tokenexit.evaluation.depths import stopped
 from tokenexit.evaluation.intervals import class_counts
 from tokenexit.evaluation.metrics import boundary_counts, boundary_iou, confusion_matrix, scores
@@ -131,7 +131,10 @@ def evaluate(
 
     Raises:
         ConfigError: if the classes differ, a method cannot run on the model, or there is no image or method.
+        DataError: for images without labels.
     """
+    if is_unlabelled(data):
+        raise DataError("these images have no labels to measure mIoU with: name a dataset that has masks.")
     check_classes(model, data)
     if isinstance(methods, Method | Scaled | str | Mapping):
         methods = [methods]

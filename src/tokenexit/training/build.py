@@ -11,15 +11,37 @@ from tokenexit.data.registry import open_dataset
 from tokenexit.data.transforms import Compose, training_transform
 from tokenexit.engine.vit import vit_config
 from tokenexit.errors import ConfigError, DataError
-from tokenexit.inputs.labels import Labels
+from tokenexit.hub.fetch import resolve_folder
+from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
+from tokenexit.pretrained import MODEL_FILES, read_config
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.config import AUTO_VAL_IMAGES, DataConfig, ModelConfig, TrainConfig, check_start
+from tokenexit.training.config import (
+    AUTO_VAL_IMAGES,
+    DataConfig,
+    ModelConfig,
+    TrainConfig,
+    check_start,
+    is_unlabelled,
+)
 
 
-def build_dataset(config: DataConfig, split: str) -> SegmentationDataset:
-    dataset = open_dataset(config.name, config.root, split, **config.options)
+def build_dataset(config: DataConfig, split: str, labels: Labels | None = None) -> SegmentationDataset:
+    """Open a split of the dataset. labels: classes of images that have none of their own, see `taught_labels`."""
+    options = config.options if labels is None else {"labels": labels, **config.options}
+    dataset = open_dataset(config.name, config.root, split, **options)
     return Cached(dataset) if config.cache else dataset
+
+
+def taught_labels(config: TrainConfig) -> Labels | None:
+    """Return the classes of images without labels: those of the teacher; None for a dataset that has its own.
+
+    Raises `CheckpointError` for a folder that holds no model.
+    """
+    if not is_unlabelled(config) or config.distill.teacher is None:
+        return None
+    saved, preprocessing = read_config(resolve_folder(config.distill.teacher, MODEL_FILES))
+    return preprocessing.labels or default_labels(saved.num_classes)
 
 
 def open_validation(config: TrainConfig) -> SegmentationDataset:

@@ -26,6 +26,8 @@ from tokenexit.training.config import TrainConfig, as_begun, differing_key, flat
 
 CHECKPOINTS, LATEST = "checkpoints", "latest"
 STATE, RUN = "state.pt", "run.json"
+LONGEST_VALUE = 200
+"""Most characters of a value in a message."""
 
 CheckpointParts = Mapping[str, nn.Module | torch.optim.Optimizer]
 """Modules and optimiser of a run, by name."""
@@ -136,8 +138,8 @@ def check_same_run(folder: Path, begun: dict[str, Any], config: TrainConfig) -> 
     key = differing_key(saved, config)
     if key is not None:
         raise ConfigError(
-            f"{folder.parent} holds a run with {key}={saved.get(key)}, not {flat(config)[key]}: choose another out, or "
-            "overwrite that run with resume=false."
+            f"{folder.parent} holds a run with {key}={_brief(saved.get(key))}, not {_brief(flat(config)[key])}: choose "
+            "another out, or overwrite that run with resume=false."
         )
 
 
@@ -163,6 +165,12 @@ def _damaged(path: Path, error: Exception) -> CheckpointError:
         f"checkpoint {path} is damaged or foreign ({_reason(error)}): choose another out, or start anew with "
         "resume=false."
     )
+
+
+def _brief(value: object) -> str:
+    """Write the beginning of what may be a list of thousands of files."""
+    text = str(value)
+    return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
 def _reason(error: Exception) -> str:

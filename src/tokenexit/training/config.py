@@ -7,11 +7,12 @@ This module imports no torch, so that the command line can build its parser quic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from typing import Any, Literal, get_args
 
+from tokenexit.data.registry import UNLABELLED
 from tokenexit.errors import ConfigError
 from tokenexit.inputs.labels import IgnoredPixels
 
@@ -43,7 +44,8 @@ class DataConfig:
     """Dataset and augmentation, and the preprocessing of the trained model."""
 
     name: str = "scenes"
-    """A registered dataset, such as scenes (drawn by a program), camvid, ade20k, cityscapes or folder."""
+    """A registered dataset, such as scenes (drawn by a program), camvid, ade20k, cityscapes, folder, or photos (without
+    masks, for a run with a teacher)."""
     root: str | None = None
     """Folder of the dataset; null for scenes."""
     train_split: str = "train"
@@ -132,7 +134,7 @@ class OptimConfig:
 
 @dataclass
 class DistillConfig:
-    """Distillation from a dense model, beside the labels."""
+    """Distillation from a dense model, beside the labels or instead of them."""
 
     teacher: str | None = None
     """Folder of the saved model to learn from, run without exits; null for no distillation."""
@@ -144,12 +146,16 @@ class DistillConfig:
     """Weight of the divergence of every exit's logits from the teacher's decode head."""
     temperature: float = 1.0
     """Temperature by which logits are divided; divergences are multiplied by its square."""
+    class_balance: float = 0.0
+    """Power by which rare classes count more in divergences: a cell's weight is the share that the teacher's class has
+    in the batch to the minus this, with a mean of 1; 0 for equal weights, 1 for equal classes."""
     upsampled: bool = False
     """Comparison of logits after the bilinear upsampling of a SETR head, as in DoViT's release, instead of before
     it."""
 
     def __post_init__(self) -> None:
         _at_least("distill", self, features=0, logits=0, exits=0)
+        _in_range("distill", self, 0.0, 1.0, "class_balance")
         _positive("distill", self, "temperature")
         if self.teacher is not None and not (self.features or self.logits or self.exits):
             raise ConfigError("distill.teacher has nothing to teach: make one of features, logits and exits positive.")
@@ -188,7 +194,7 @@ class TrainConfig:
     """Decay of an exponential moving average of the weights, which is validated and saved; no average if not
     given."""
     aux_weight: float = 0.4
-    """Weight of every exit's loss; 0.4 is usual for softmax heads, 1 for ATM heads."""
+    """Weight of every exit's loss on labels; 0.4 is usual for softmax heads, 1 for ATM heads."""
     loss_stride: int = 1
     """Stride in pixels, on both axes, at which losses are taken; 1 as published, 2 is much faster on a CPU."""
     class_weights: list[float] | None = None
@@ -203,7 +209,7 @@ class TrainConfig:
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Precision; auto: bf16 where the processor multiplies it fast, else fp32. A run keeps the one it began with."""
     validate_every: Literal["auto"] | int = "auto"
-    """Steps between validations, with one at the end; auto: four in a run; 0 for none."""
+    """Steps between validations, with one at the end; auto: four in a run, none without labels; 0 for none."""
     val_limit: int | None = None
     """Largest number of validation images; all if not given, with validate_every=auto at most 100, evenly spread."""
     checkpoint_every: int = 200
@@ -253,6 +259,8 @@ def check_run(config: TrainConfig, processes: int) -> None:
     check_parts(config, processes)
     check_start(config.model)
     check_freeze(config.freeze, config.model)
+    if is_unlabelled(config):
+        check_unlabelled(config)
     if config.log == "tensorboard" and find_spec("tensorboard") is None:
         raise ConfigError("log=tensorboard needs the package tensorboard: pip install tensorboard.")
 
@@ -271,6 +279,33 @@ def check_freeze(freeze: Freeze, model: ModelConfig) -> None:
         raise ConfigError("freeze=backbone would keep random weights: give model.weights or model.init_from.")
     if freeze == "all_but_exit_heads" and model.init_from is None:
         raise ConfigError("freeze=all_but_exit_heads would keep a random decode head: give model.init_from.")
+
+
+def is_unlabelled(config: TrainConfig) -> bool:
+    """Return whether a run has images and no labels, so that its teacher is all there is to learn from."""
+    return config.data.name in UNLABELLED
+
+
+def check_unlabelled(config: TrainConfig) -> None:
+    """Reject, for images without labels, what needs some, and a run without a teacher."""
+    name = config.data.name
+    if config.distill.teacher is None:
+        raise ConfigError(f"{name} have no labels to learn from: give distill.teacher, the folder of a dense model.")
+    if config.validate_every not in ("auto", 0):
+        raise ConfigError(f"{name} have no labels to validate on: leave validate_every={config.validate_every} out.")
+    if config.class_weights is not None:
+        raise ConfigError(
+            f"{name} have no labels that class_weights could weigh: leave them out; distill.class_balance lifts rare "
+            "classes."
+        )
+
+
+def check_taught_exits(config: TrainConfig, exits: Sequence[int]) -> None:
+    """Check that the exits of a model have something to learn from where there are no labels."""
+    if is_unlabelled(config) and exits and not config.distill.exits:
+        raise ConfigError(
+            f"{config.data.name} have no labels to train exits with: make distill.exits positive, such as 0.5."
+        )
 
 
 def check_parts(config: TrainConfig, processes: int) -> None:
@@ -314,7 +349,9 @@ AUTO_VALIDATIONS, AUTO_VAL_IMAGES = 4, 100
 
 
 def validation_steps(config: TrainConfig) -> int:
-    """Return the steps from one validation to the next, 0 for none at all."""
+    """Return the steps from one validation to the next, 0 for none at all, as always without labels."""
+    if is_unlabelled(config):
+        return 0
     every = config.validate_every
     return math.ceil(config.steps / AUTO_VALIDATIONS) if every == "auto" else every
 

@@ -1,8 +1,9 @@
-"""Distillation: beside the labels, a student learns from a dense model (DoViT's release, `mmseg/distillation`).
+"""Distillation: a student learns from a dense model, beside the labels or instead of them.
 
-Methods know nothing of it. It reads what every pass in training mode records: the tokens that the decode head was run
-on, and the full map of every exit on the patch grid. If asked, it applies the bilinear step of a SETR head before it
-compares, as the release does, whose heads upsample before they classify.
+Beside them it is that of DoViT's release (`mmseg/distillation`). Methods know nothing of it: it reads what every pass
+in training mode records, the tokens that the decode head was run on and the full map of every exit on the patch grid.
+If asked, it applies the bilinear step of a SETR head before it compares, as the release does, whose heads upsample
+before they classify.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, C channels, K classes.
 """
@@ -55,7 +56,7 @@ def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, co
     for weight, record in ((config.logits, final), *((config.exits, record) for record in exits)):
         if weight:
             ours, theirs, image = _compared(record, teacher, target, config.upsampled)
-            loss = loss + weight * divergence(ours, theirs, image, config.temperature)
+            loss = loss + weight * divergence(ours, theirs, image, config.temperature, config.class_balance)
     return loss
 
 
@@ -74,17 +75,37 @@ def _features(record: ExitRecord) -> Tokens:
     return record.seen
 
 
-def divergence(student: ExitRecord, teacher: ExitRecord, image: Tensor, temperature: float) -> Tensor:
+def divergence(
+    student: ExitRecord, teacher: ExitRecord, image: Tensor, temperature: float, class_balance: float = 0.0
+) -> Tensor:
     """Return the Kullback-Leibler divergence of the student's map from the teacher's, a mean over cells.
 
     It is multiplied by temperature^2.
 
     Softmax heads: between the distributions over classes. ATM heads say of every class by itself whether it is there,
     with presence times sigmoid: the sum over classes of the divergences of these answers.
-    image: `(cells,)` image of each row of the maps.
+    image: `(cells,)` image of each row of the maps. class_balance: the power of `cell_weights`.
     """
     said, wanted = (_log_probability(record, image, temperature) for record in (student, teacher))
-    return F.kl_div(said, wanted, reduction="sum", log_target=True) / said.shape[0] * temperature**2
+    if not class_balance:
+        return F.kl_div(said, wanted, reduction="sum", log_target=True) / said.shape[0] * temperature**2
+    assert teacher.logits is not None
+    classes = teacher.logits.shape[1]
+    label = _log_probability(teacher, image, 1.0)[:, :classes].argmax(dim=1)  # a temperature moves that of ATM heads
+    weights = cell_weights(label, classes, class_balance)
+    cells = F.kl_div(said, wanted, reduction="none", log_target=True).sum(dim=1)
+    return (cells * weights).mean() * temperature**2
+
+
+def cell_weights(label: Tensor, num_classes: int, class_balance: float) -> Tensor:
+    """Return the weight of each cell: the share of its class among all cells to the minus `class_balance`, mean 1.
+
+    label: `(cells,)` int64 classes of the teacher. With 0 all cells weigh alike, with 1 all classes that occur do. It
+    is a function of the batch alone, so that a run that goes on needs no memory of it.
+    """
+    share = torch.bincount(label, minlength=num_classes).float() / len(label)
+    weights = share.index_select(0, label) ** -class_balance
+    return weights / weights.mean()
 
 
 def _log_probability(record: ExitRecord, image: Tensor, temperature: float) -> Tensor:
@@ -102,15 +123,16 @@ def _log_probability(record: ExitRecord, image: Tensor, temperature: float) -> T
 def _compared(
     student: ExitRecord, teacher: ExitRecord, output: SegmentationOutput, upsampled: bool
 ) -> tuple[ExitRecord, ExitRecord, Tensor]:
-    """Return the two stages with maps of one resolution, and the image of each of their rows.
+    """Return the two stages with maps of one resolution, that of the finer, and the image of each of their rows.
 
-    upsampled: at that of the finer of the two heads after its bilinear step; on the grid before it otherwise.
+    upsampled: as each head gives it after its bilinear step; before it otherwise.
     """
-    factor = max(student.upscale, teacher.upscale) if upsampled else 1
+    scale = max(stage.scale * (stage.upscale if upsampled else 1) for stage in (student, teacher))
     grids = [output.grid(i) for i in range(len(output))]
-    cells = [h * w * (teacher.scale * factor) ** 2 for h, w in grids]
+    cells = [h * w * scale**2 for h, w in grids]
     image = Packing.of(cells, output.exit_index[0].device).image_index()
-    return _upsampled(student, grids, factor), _upsampled(teacher, grids, factor), image
+    ours, theirs = (_upsampled(stage, grids, scale // stage.scale) for stage in (student, teacher))
+    return ours, theirs, image
 
 
 def _upsampled(record: ExitRecord, grids: Sequence[Grid], factor: int) -> ExitRecord:
@@ -144,8 +166,11 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
             f"distill.teacher={config.teacher} has features of {width} channels, not {wanted}: set distill.features=0, "
             "or choose a teacher of this width."
         )
-    for key, heads in (("logits", [student.decode_head]), ("exits", list(student.exit_heads))):
-        wrong = [head for head in heads if isinstance(head, Head) and _map(head) != _map(teacher.decode_head)]
+    for key, heads, alike in (
+        ("logits", [student.decode_head], lambda ours, theirs: _map(ours) == _map(theirs)),
+        ("exits", list(student.exit_heads), _fits),
+    ):
+        wrong = [head for head in heads if isinstance(head, Head) and not alike(head, teacher.decode_head)]
         if getattr(config, key) and wrong:
             raise ConfigError(
                 f"distill.{key} compares heads alike, and the decode head of {config.teacher} is "
@@ -155,6 +180,12 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
 
 def _map(head: Head) -> tuple[str, int]:
     return head.kind, head.scale
+
+
+def _fits(student: Head, teacher: Head) -> bool:
+    """Return whether an exit's map can be brought to the cells of the teacher's: that of the coarser is upsampled."""
+    coarse, fine = sorted((student.scale, teacher.scale))
+    return student.kind == teacher.kind and fine % coarse == 0
 
 
 def _short(value: object) -> str:

@@ -36,7 +36,7 @@ from tokenexit.runtime.folder import current
 from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.batch_norm import synchronise_batch_norms
-from tokenexit.training.build import build_dataset, build_model, build_transform, open_validation
+from tokenexit.training.build import build_dataset, build_model, build_transform, open_validation, taught_labels
 from tokenexit.training.checkpoint import (
     CHECKPOINTS,
     Best,
@@ -47,7 +47,14 @@ from tokenexit.training.checkpoint import (
     save_checkpoint,
     settled,
 )
-from tokenexit.training.config import TrainConfig, check_class_weights, check_run, validation_steps
+from tokenexit.training.config import (
+    TrainConfig,
+    check_class_weights,
+    check_run,
+    check_taught_exits,
+    is_unlabelled,
+    validation_steps,
+)
 from tokenexit.training.distill import distillation_loss, load_teacher
 from tokenexit.training.freeze import training_mode
 from tokenexit.training.log import Row, is_row, open_log
@@ -94,8 +101,8 @@ def train(config: TrainConfig, say: Say = speak, progress: bool = True) -> ExitS
         resumed = load_checkpoint(run.checkpoints, run.parts, config) if config.resume else None
     _check_same_step(run, resumed)
     if resumed is None:
-        note = note_of(run.data)
-        run.say("\n".join([*([report.summary()] if report else []), run.headline(), *([note] if note else [])]))
+        notes = [report.summary() if report else "", run.headline(), note_of(run.data), _note_on_labels(config)]
+        run.say("\n".join(filter(None, notes)))
     else:
         run.step, run.saved, run.history, run.best = resumed.step, resumed.step, resumed.history, resumed.best
         if resumed.step == config.steps:
@@ -139,13 +146,14 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Tr
     check_run(config, accelerator.num_processes)
     methods = [build_method(spec) for spec in config.methods]
     torch.manual_seed(config.seed)
-    data = build_dataset(config.data, config.data.train_split)
+    data = build_dataset(config.data, config.data.train_split, taught_labels(config))
     check_class_weights(config, data.labels.num_classes)
     model, report = build_model(config.model, config.data, data.labels)
     model.to(accelerator.device).backbone.grad_checkpointing = config.checkpoint_blocks
     if _syncs(config, accelerator):
         synchronise_batch_norms(model)
     training_mode(model, config.freeze)
+    check_taught_exits(config, model.config.exits)
     run = TrainingRun(
         config=config,
         out=_checked_out(config),
@@ -316,11 +324,23 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
         if run.teacher is not None:
             with torch.no_grad():
                 target = run.teacher(images, with_records=True)
+    if is_unlabelled(config):
+        assert target is not None, "check_run has seen that there is a teacher"
+        return distillation_loss(output, target, config.distill)
     void = run.data.labels.ignore_index
     loss = segmentation_loss(
         *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels)
     )
     return loss if target is None else loss + distillation_loss(output, target, config.distill)
+
+
+def _note_on_labels(config: TrainConfig) -> str:
+    if not is_unlabelled(config):
+        return ""
+    return (
+        f"{config.data.name} have no labels: the teacher is all there is to learn from, nothing is validated, and the "
+        "last weights are the model"
+    )
 
 
 def average_of(model: ExitSegmenter, decay: float) -> AveragedModel:

@@ -27,6 +27,7 @@ from tokenexit.training.build import (
     build_preprocessing,
     build_transform,
     open_validation,
+    taught_labels,
 )
 from tokenexit.training.checkpoint import (
     CHECKPOINTS,
@@ -42,6 +43,8 @@ from tokenexit.training.config import (
     TrainConfig,
     check_class_weights,
     check_run,
+    check_taught_exits,
+    is_unlabelled,
     validation_steps,
 )
 from tokenexit.training.distill import load_teacher
@@ -65,7 +68,8 @@ def plan(config: TrainConfig) -> str:
     validates = bool(validation_steps(config))
     for split in (data.train_split, data.val_split) if validates else (data.train_split,):
         check_dataset_options(data.name, data.root, split, **data.options)
-    opened = build_dataset(data, data.train_split) if _is_there(data) else None
+    known = not is_unlabelled(config) or _saved(config.distill.teacher)
+    opened = build_dataset(data, data.train_split, taught_labels(config)) if known and _is_there(data) else None
     validation = open_validation(config) if opened is not None and validates else None
     build_transform(data)
     methods = [build_method(spec) for spec in config.methods]
@@ -75,6 +79,7 @@ def plan(config: TrainConfig) -> str:
         check_class_weights(config, labels.num_classes)
         model = skeleton(config, labels)
     if model is not None:
+        check_taught_exits(config, model.config.exits)
         for method in methods:
             model.check(method)
         if _saved(config.distill.teacher):
