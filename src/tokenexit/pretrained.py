@@ -20,7 +20,8 @@ from tokenexit.checkpoints.calibration import CALIBRATE, CALIBRATION_FILE, Calib
 from tokenexit.checkpoints.files import read_tensors, tensor_shapes
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.heads import normalize_head
+from tokenexit.heads import HeadModule, HeadSpec, ModuleHead, head_from, normalize_head
+from tokenexit.heads.module import MODULE, import_path
 from tokenexit.hub.card import CARD_FILE, may_write, model_card
 from tokenexit.hub.fetch import resolve_folder
 from tokenexit.hub.push import push_folder
@@ -195,7 +196,7 @@ class PretrainedMixin(nn.Module):
         files = {CONFIG_FILE: _json(config)} | {name: _json(record) for name, record in self.records.items()}
         if self.calibration is not None:
             files[CALIBRATION_FILE] = _json(self.calibration.to_dict())
-        state = {name: value.detach().contiguous() for name, value in self.state_dict().items()}
+        state = _apart(self.state_dict())
         with replaced_together(folder) as new:
             if card and may_write(folder / CARD_FILE):
                 files[CARD_FILE] = self._card(folder.resolve().name, config, license)
@@ -229,22 +230,29 @@ class PretrainedMixin(nn.Module):
             return push_folder(path, repo_id, **options)
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, path: str | Path, device: str | torch.device = "cpu", head: HeadModule | None = None
+    ) -> Self:
         """Load a saved model, in evaluation mode.
 
         Args:
             path: a folder, or `hf-hub:OWNER/NAME[@REVISION]`, which is fetched once.
             device: device of the weights.
+            head: the decode head of a model that was saved with a module of its own: its class, which is called with
+                the saved options, a function that returns it, or a module, of which a copy is taken. Code is never
+                found by the path that the model holds.
 
         Returns:
             The model, with its preprocessing, calibration and records.
 
         Raises:
             CheckpointError: for a folder without a model, for damaged files, and for weights that do not fit.
+            ConfigError: for a module as decode head that is not given, or given and not wanted.
         """
         folder = resolve_folder(path, MODEL_FILES)
         config, preprocessing = read_config(folder)
         weights = current(folder, WEIGHTS_FILE)
+        decode_head = _decode_head(config, head, folder)
         try:
             with torch.device("meta"):  # shapes alone: memory is allocated once the weights fit
                 model = cls(
@@ -252,7 +260,7 @@ class PretrainedMixin(nn.Module):
                     num_classes=config.num_classes,
                     exits=config.exits,
                     exit_head=config.exit_heads,
-                    decode_head=config.decode_head,
+                    decode_head=decode_head,
                     preprocessing=preprocessing,
                 )
         except ConfigError as error:
@@ -260,15 +268,34 @@ class PretrainedMixin(nn.Module):
         found = tensor_shapes(weights)
         expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
         different = [name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)]
+        if different and isinstance(decode_head, ModuleHead) and min(different).startswith("decode_head."):
+            raise CheckpointError(
+                f"{weights} holds other weights than head {import_path(decode_head.module)} has ({len(different)} "
+                f"entries differ, first '{min(different)}'): give the class that the model was saved with, "
+                f"{config.decode_head['import']}."
+            )
         if different:
             raise CheckpointError(
                 f"{weights} does not fit {folder / CONFIG_FILE} ({len(different)} entries differ, first "
                 f"'{min(different)}'): save the model again."
             )
-        model.to_empty(device="cpu").load_state_dict(read_tensors(weights))
+        for part in model.children():
+            if part is not decode_head:  # the user's own module may hold what is in no file
+                part.to_empty(device="cpu")
+        model.load_state_dict(read_tensors(weights))
         model.calibration = read_calibration(current(folder, CALIBRATION_FILE))
         model.records = _read_records(folder)
         return model.to(device).eval()
+
+
+def _decode_head(config: SegmenterConfig, given: HeadModule | None, folder: Path) -> HeadSpec | ModuleHead:
+    """Return the decode head to build, or the one made of the module that the user names."""
+    spec = config.decode_head
+    if spec["kind"] == MODULE:
+        return head_from(given, spec, config.backbone.embed_dim, config.num_classes)
+    if given is not None:
+        raise ConfigError(f"head is given, and the decode head of {folder} is {spec['kind']}: leave it out.")
+    return spec
 
 
 _DIGESTS: WeakKeyDictionary[nn.Module, tuple[tuple[tuple[int, int], ...], str]] = WeakKeyDictionary()
@@ -299,6 +326,18 @@ def _digest_of_heads(model: nn.Module) -> str:
 
 def _bytes(value: Tensor) -> memoryview:
     return value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().data
+
+
+def _apart(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return entries that share no memory, which a file cannot hold: the second of two tied ones is a copy."""
+    apart: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        value = value.detach().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        apart[name] = value.clone() if memory in seen else value
+        seen.add(memory)
+    return apart
 
 
 def _json(values: Mapping[str, Any]) -> str:

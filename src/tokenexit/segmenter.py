@@ -24,7 +24,7 @@ from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.engine.tokens import Tokens
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadSpec, build_head, normalize_head
+from tokenexit.heads import Head, HeadSpec, ModuleHead, build_head, normalize_head
 from tokenexit.hub.fetch import resolve_weights
 from tokenexit.inputs.images import ImageSource, load_image
 from tokenexit.inputs.labels import Labels, default_labels
@@ -72,7 +72,7 @@ class ExitSegmenter(PretrainedMixin):
         exits: number of blocks before each exit, increasing.
         exit_head: a head for all exits, or a list with one for each; a name of `tokenexit.heads.HEADS`, or a mapping
             with `kind` and options.
-        decode_head: the head at the end.
+        decode_head: the head at the end, likewise; or a `ModuleHead`, which `tokenexit.wrap` makes of your own module.
         preprocessing: how images become inputs; saved with the model.
         weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`.
         **backbone_options: fields of `ViTConfig` to change, for example `class_token=False`.
@@ -98,7 +98,7 @@ class ExitSegmenter(PretrainedMixin):
         num_classes: int = 11,
         exits: Sequence[int] = (3, 6, 9),
         exit_head: HeadSpec | Sequence[HeadSpec] = "fcn",
-        decode_head: HeadSpec = "fcn",
+        decode_head: HeadSpec | ModuleHead = "fcn",
         preprocessing: Preprocessing | None = None,
         weights: str | Path | None = None,
         **backbone_options: Any,

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from tests.cli.test_cli import fine, wrong
+from tests.heads.test_module import own_segmenter
 from tokenexit.cli.options import machine_of
 from tokenexit.runtime import precision as inference
 
@@ -39,3 +44,49 @@ def test_machine_of__resolves_auto_and_warns_of_a_slow_precision(
     assert warning.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
     assert asked("bf16") == ("bf16", "")  # of several processes, the first speaks
+
+
+READERS = ["calibrate", "evaluate", "export", "gate", "predict", "report", "serve", "sweep"]
+
+
+@pytest.mark.parametrize("command", READERS)
+def test_head_module__is_an_option_of_every_command_that_opens_a_model(command: str, capsys: Captured) -> None:
+    from tokenexit.cli import main
+
+    assert main([command, "--help"]) == 0
+    assert "--head-module MODULE:NAME" in capsys.readouterr().out
+
+
+def test_head_module__opens_a_model_with_a_head_of_the_users_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    own_segmenter("Plain").save_pretrained(tmp_path / "model")
+    Image.new("RGB", (20, 16), (90, 120, 30)).save(tmp_path / "photo.png")
+    (tmp_path / "my_heads_here.py").write_text("from tests.heads.own_heads import Plain as Mine\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    predict = ("predict", "model", "photo.png", "--out", "masks", "--method", "dense")
+    fine(capsys, *predict, "--head-module", "my_heads_here:Mine")
+    assert (tmp_path / "masks" / "photo.png").exists()
+    said = wrong(capsys, *predict)
+    assert said.startswith("the decode head is a module of its own, 'tests.heads.own_heads:Plain', and nothing is")
+    assert "--head-module package.module:Name" in said
+    gate = ("gate", "model", "--method", "dovit", "--image-size", "16")
+    assert "exit" in fine(capsys, *gate, "--head-module", "my_heads_here:Mine")
+
+
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("my_head.py", "--head-module my_head.py is no import path: write package.module:Name."),
+        ("tests.heads.own_heads", "--head-module tests.heads.own_heads is no import path"),
+        ("no_such_module:Head", "cannot be imported (No module named 'no_such_module'): check the name"),
+        ("tests.heads.own_heads:Missing", "cannot be imported (module 'tests.heads.own_heads' has no attribute"),
+        ("tests.heads.own_heads:Up", "holds other weights than head tests.heads.own_heads:Up has"),
+    ],
+)
+def test_head_module__what_cannot_be_taken_is_one_sentence(
+    path: str, message: str, tmp_path: Path, capsys: Captured
+) -> None:
+    own_segmenter("Plain").save_pretrained(tmp_path)
+    assert message in wrong(capsys, "gate", tmp_path, "--method", "dovit", "--head-module", path)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.cli.test_cli import fine, wrong
+from tests.heads.test_module import own_segmenter
 from tests.helpers import assert_close, random_image, tiny_segmenter
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting import export as exporting
@@ -339,3 +340,22 @@ def test_export__refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
     assert "is a file" in wrong(capsys, "export", tmp_path / "model", "--out", tmp_path / "file")
     nobody = ("--method", "dtop", "--keep-per-class", 0)
     assert "export with 1 or more" in wrong(capsys, "export", tmp_path / "model", "--out", tmp_path / "o", *nobody)
+
+
+@pytest.mark.parametrize("format", ["torch", "onnx"])
+def test_export_model__takes_a_decode_head_of_the_users_own(format: Any, tmp_path: Path) -> None:
+    if format == "onnx":
+        needs_onnx()
+    images = [random_image(21, 30), random_image(8, 13)]
+    made = export_model(own_segmenter("Up"), DoViT(0.26), images, tmp_path, format)
+    assert made.runs == 6
+    assert made.error < 1e-4
+
+
+def test_export_model__a_head_that_cannot_be_traced_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"decode head Remembering cannot be exported .*: write it without branches"
+    ) as e:
+        export_model(own_segmenter("Remembering"), Dense(), [random_image(21, 30)], tmp_path, "torch")
+    assert "\n" not in str(e.value)
+    assert list(tmp_path.iterdir()) == []

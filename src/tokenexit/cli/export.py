@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, say_if_uncalibrated
 from tokenexit.cli.method_options import add_method_choice
-from tokenexit.cli.options import add_model_argument, command_parser
+from tokenexit.cli.options import add_model_argument, command_parser, load_model
 from tokenexit.errors import ConfigError
 
 
@@ -18,9 +18,8 @@ def export(arguments: list[str]) -> int:
     asked = asked_methods(options.method, options)
     from tokenexit.exporting.export import export_model
     from tokenexit.exporting.pictures import compared_images
-    from tokenexit.segmenter import ExitSegmenter
 
-    model = ExitSegmenter.from_pretrained(options.model)
+    model = load_model(options)
     (method,) = chosen_methods(model, asked)
     made = export_model(model, method, compared_images(model, options.images), options.out, options.format)
     say_if_uncalibrated(model, asked)

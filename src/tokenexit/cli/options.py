@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -77,7 +79,38 @@ def completes(action: argparse.Action, words: Iterable[str]) -> None:
 
 
 def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `load_model`."""
     parser.add_argument("model", type=Path, help="folder of a saved model")
+    parser.add_argument(
+        "--head-module",
+        metavar="MODULE:NAME",
+        help="class or function that makes the decode head, for a model with one of your own: package.module:Name",
+    )
+
+
+def load_model(options: Any, device: str | torch.device = "cpu") -> ExitSegmenter:
+    """The model of `add_model_argument`."""
+    from tokenexit.segmenter import ExitSegmenter
+
+    return ExitSegmenter.from_pretrained(options.model, device, head=head_module(options.head_module))
+
+
+def head_module(path: str | None) -> Any:
+    """What `package.module:Name` names, None for None; the folder in which the command runs is searched last."""
+    if path is None:
+        return None
+    module, _, name = path.partition(":")
+    if not all(part.isidentifier() for part in (*module.split("."), *name.split("."))):
+        raise ConfigError(f"--head-module {path} is no import path: write package.module:Name.")
+    if (here := os.getcwd()) not in sys.path:
+        sys.path.append(here)
+    try:
+        return attrgetter(name)(import_module(module))
+    except Exception as error:  # the user's own code may raise anything
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise ConfigError(
+            f"--head-module {path} cannot be imported ({reason}): check the name, and that it can be found from here."
+        ) from None
 
 
 def add_machine_options(parser: argparse.ArgumentParser) -> None:
@@ -106,9 +139,7 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
 
 def open_model(options: Any) -> ExitSegmenter:
     """The model of `add_model_argument` on the machine, and in the windows, that were asked for."""
-    from tokenexit.segmenter import ExitSegmenter
-
-    model = ExitSegmenter.from_pretrained(options.model, machine_of(options))
+    model = load_model(options, machine_of(options))
     if "window" in options:
         set_windows(model, options)
     return model

@@ -16,7 +16,7 @@ from torch import nn
 
 from tokenexit.checkpoints.files import read_checkpoint
 from tokenexit.checkpoints.load import load_backbone
-from tokenexit.conversion.families import SOURCES, Source, detect, source_named
+from tokenexit.conversion.families import SOURCES, Source, detect, not_plain, source_named
 from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, under
@@ -171,6 +171,78 @@ def convert(
             lack; nothing is written.
         ConfigError: for options that cannot work; nothing is written.
     """
+    parts = _parts(source, kind, backbone, backbone_only, exits, options)
+    target = Path(destination)
+    _check_destination(target, bool(parts.heads), parts.main.what, Path(source))
+    if parts.heads:
+        model, report = _segmenter(parts, exits, head_options, preprocessing)
+        with _writable(target):
+            model.save_pretrained(target)
+        return replace(report, destination=target)
+    if head_options:
+        raise ConfigError(f"head_options are given and {parts.main.what} give no head: leave them out.")
+    loaded, unused = _write_backbone(parts.state, parts.config, parts.body.what, target)
+    return _report(parts, loaded, unused, destination=target)
+
+
+def converted(
+    source: str | Path,
+    *,
+    kind: str = "auto",
+    backbone: str | Path | None = None,
+    exits: Sequence[int] | None = None,
+    options: Mapping[str, Any] | None = None,
+    head_options: Mapping[str, Any] | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> tuple[ExitSegmenter, ConversionReport]:
+    """Convert a segmenter of another library to a model in memory, in evaluation mode; nothing is written.
+
+    Args:
+        source: a weight file, a folder with one, or `hf-hub:OWNER/NAME`.
+        kind: as in `convert`.
+        backbone: as in `convert`.
+        exits: as in `convert`.
+        options: as in `convert`.
+        head_options: as in `convert`.
+        preprocessing: as in `convert`.
+
+    Returns:
+        The model, and the report, whose destination is empty.
+
+    Raises:
+        CheckpointError: as `convert`, and for weights of a backbone alone.
+        ConfigError: as `convert`.
+    """
+    parts = _parts(source, kind, backbone, False, exits, options)
+    if not parts.heads:
+        raise CheckpointError(f"{parts.main.what} hold a backbone alone: give a segmenter with its decode head.")
+    model, report = _segmenter(parts, exits, head_options, preprocessing)
+    return model.eval(), report
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """What a conversion builds a model of."""
+
+    main: _Weights
+    body: _Weights
+    state: State
+    config: ViTConfig
+    assumed: dict[str, Any]
+    heads: Mapping[str, State]
+    num_exits: int
+    left_out: list[str]
+
+
+def _parts(
+    source: str | Path,
+    kind: str,
+    backbone: str | Path | None,
+    backbone_only: bool,
+    exits: Sequence[int] | None,
+    options: Mapping[str, Any] | None,
+) -> _Parts:
+    """Read the weights, and infer the backbone and which heads there are."""
     main = _read(source, kind)
     body = main if backbone is None else _read(backbone, "auto")
     state = main.state if body is main else _joined(main, body)
@@ -188,44 +260,48 @@ def convert(
     with _readable(body.what):
         config, assumed = backbone_config(under(state, "backbone."), known, body.what)
     heads, num_exits = heads_of(state, main.what)
-    target = Path(destination)
-    _check_destination(target, bool(heads), main.what, Path(source))
-    if not heads:
-        if head_options:
-            raise ConfigError(f"head_options are given and {main.what} give no head: leave them out.")
-        loaded, unused = _write_backbone(state, config, body.what, target)
-        return ConversionReport(
-            main.kind,
-            target,
-            config,
-            loaded,
-            preset=preset_of(config),
-            beside=body.beside.files,
-            assumed=assumed,
-            unused=_with_reasons(unused) + _all_left_out(left_out),
-        )
+    return _Parts(main, body, state, config, assumed, heads, num_exits, left_out)
+
+
+def _segmenter(
+    parts: _Parts,
+    exits: Sequence[int] | None,
+    head_options: Mapping[str, Any] | None,
+    preprocessing: Preprocessing | None,
+) -> tuple[ExitSegmenter, ConversionReport]:
+    """Build the model with its weights, and the report without a destination."""
+    main, config, num_exits = parts.main, parts.config, parts.num_exits
     with _readable(main.what):
-        specs, num_classes, more = _head_specs(heads, config.embed_dim, dict(head_options or {}), main)
+        specs, num_classes, more = _head_specs(parts.heads, config.embed_dim, dict(head_options or {}), main)
     positions, assumed_exits = _exit_positions(main, config.depth, num_exits, exits)
-    preprocessing, normalisation = _preprocessing(main, body, state, num_classes, preprocessing)
+    preprocessing, normalisation = _preprocessing(main, parts.body, parts.state, num_classes, preprocessing)
     model = ExitSegmenter(config, num_classes, positions, specs[:num_exits], specs[-1], preprocessing)
-    loaded, unused = _load(model, state, body.what)
-    with _writable(target):
-        model.save_pretrained(target)
-    return ConversionReport(
-        main.kind,
-        target,
-        config,
+    loaded, unused = _load(model, parts.state, parts.body.what)
+    report = _report(
+        parts,
         loaded,
-        preset=preset_of(config),
+        unused,
         exits=positions,
         exit_heads=tuple(specs[:num_exits]),
         decode_head=specs[-1],
         num_classes=num_classes,
-        beside=body.beside.files,
-        assumed=assumed | more | assumed_exits | normalisation,
-        unused=_with_reasons(unused) + _all_left_out(left_out),
+        assumed=parts.assumed | more | assumed_exits | normalisation,
     )
+    return model, report
+
+
+def _report(parts: _Parts, loaded: int, unused: Sequence[str], **known: Any) -> ConversionReport:
+    common: dict[str, Any] = {
+        "kind": parts.main.kind,
+        "destination": Path(),
+        "backbone": parts.config,
+        "loaded": loaded,
+        "preset": preset_of(parts.config),
+        "beside": parts.body.beside.files,
+        "assumed": parts.assumed,
+        "unused": _with_reasons(unused) + _all_left_out(parts.left_out),
+    }
+    return ConversionReport(**(common | known))
 
 
 def _read(source: str | Path, kind: str) -> _Weights:
@@ -233,6 +309,11 @@ def _read(source: str | Path, kind: str) -> _Weights:
     what = f"weights '{path}'"
     state, meta = read_checkpoint(path)
     found = detect(state) if kind == "auto" else kind
+    if kind == "auto" and (other := not_plain(state)):
+        raise CheckpointError(
+            f"{what} are those of {other}: tokens can leave plain ViTs alone, which have one grid from the first block "
+            "to the last."
+        )
     if found is None:
         raise CheckpointError(
             f"{what} have names of no source that is known (theirs begin with {_some(list(state)[:2])}): "

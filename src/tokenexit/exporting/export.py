@@ -17,8 +17,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, threshold_table
+from tokenexit.heads import ModuleHead
+from tokenexit.heads.module import in_short, named
 from tokenexit.methods import Method, MethodLike, as_method, spec_of
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
@@ -95,7 +97,8 @@ def export_model(
         The file, and how it compares with the model.
 
     Raises:
-        ConfigError: for a method that cannot be exported, for missing packages, and without images.
+        ConfigError: for a method or a decode head of your own that cannot be exported, for missing packages, and
+            without images.
         CheckpointError: if the file's results differ from the model's; nothing is written.
     """
     if not images:
@@ -105,9 +108,10 @@ def export_model(
     check_exportable(model, method)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILES[format]
-    program = trace(model, method)
+    with _explained(model):
+        program = trace(model, method)
     about = metadata(model, method)
-    with atomic_write(path) as unfinished:
+    with _explained(model), atomic_write(path) as unfinished:
         write, open_file = (_write_onnx, _open_onnx) if format == "onnx" else (_write_torch, _open_torch)
         write(program, about, unfinished)
         runs = _compare(model, method, images, open_file(unfinished))
@@ -260,6 +264,22 @@ def _with_table(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Met
         tuple(tuple(map(float, row)) for row in thresholds) if thresholds.ndim == 2 else tuple(map(float, thresholds))
     )
     return method.with_thresholds(values)
+
+
+@contextmanager
+def _explained(model: ExitSegmenter) -> Iterator[None]:
+    """Turn what the exporters raise about a decode head of the user's own into one sentence."""
+    try:
+        yield
+    except TokenExitError:
+        raise
+    except Exception as error:  # of several libraries, each with its own types
+        if not isinstance(model.decode_head, ModuleHead):
+            raise
+        raise ConfigError(
+            f"{named(model.decode_head.module)} cannot be exported ({in_short(error)}): write it without branches on "
+            "values and sizes, with its tensors as buffers."
+        ) from None
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.heads.atm import ATMHead
 from tokenexit.heads.base import Head, HeadOutput, ScoreKind, class_scores, presence_probability
 from tokenexit.heads.mask_transformer import MaskTransformerHead
+from tokenexit.heads.module import MODULE, HeadModule, ModuleHead, head_from, module_spec
 from tokenexit.heads.pointwise import DINOv2LinearHead, FCNHead, LinearHead, SETRNaiveHead
 from tokenexit.heads.setr import SETRUpHead
 from tokenexit.runtime.schema import check
@@ -28,11 +29,15 @@ HeadSpec = str | Mapping[str, Any]
 """A head's name, or a mapping with `kind` and the options of its class: `{"kind": "atm", "layers": 3}`."""
 
 
-def normalize_head(spec: HeadSpec) -> dict[str, Any]:
+def normalize_head(spec: HeadSpec | ModuleHead) -> dict[str, Any]:
     """Return the plain form of a head specification, a mapping with `kind`. Raises `ConfigError` as `build_head`."""
+    if isinstance(spec, ModuleHead):
+        return spec.spec
     check("a head", spec, HeadSpec)
     options = {"kind": spec} if isinstance(spec, str) else dict(spec)
     kind = options.get("kind")
+    if kind == MODULE:
+        return module_spec(options)
     if not isinstance(kind, str) or kind not in HEADS:
         raise ConfigError(f"head '{kind}' is unknown: choose one of {', '.join(HEADS)}.")
     parameters = inspect.signature(HEADS[kind], eval_str=True).parameters
@@ -45,11 +50,12 @@ def normalize_head(spec: HeadSpec) -> dict[str, Any]:
     return options
 
 
-def build_head(spec: HeadSpec, embed_dim: int, num_classes: int) -> Head:
+def build_head(spec: HeadSpec | ModuleHead, embed_dim: int, num_classes: int) -> Head:
     """Build a head with fresh weights.
 
     Args:
-        spec: a name of `HEADS`, or a mapping with `kind` and the options of its class.
+        spec: a name of `HEADS`, or a mapping with `kind` and the options of its class; a `ModuleHead` is returned as it
+            is.
         embed_dim: width C of the tokens.
         num_classes: number K of classes.
 
@@ -59,7 +65,11 @@ def build_head(spec: HeadSpec, embed_dim: int, num_classes: int) -> Head:
     Raises:
         ConfigError: for an unknown head or option, and for a value that it cannot have.
     """
+    if isinstance(spec, ModuleHead):
+        return spec
     options = normalize_head(spec)
+    if options["kind"] == MODULE:
+        return head_from(None, options, embed_dim, num_classes)
     return HEADS[options.pop("kind")](embed_dim, num_classes, **options)
 
 
@@ -69,15 +79,18 @@ __all__ = [
     "DINOv2LinearHead",
     "FCNHead",
     "Head",
+    "HeadModule",
     "HeadOutput",
     "HeadSpec",
     "LinearHead",
     "MaskTransformerHead",
+    "ModuleHead",
     "SETRNaiveHead",
     "SETRUpHead",
     "ScoreKind",
     "build_head",
     "class_scores",
+    "head_from",
     "normalize_head",
     "presence_probability",
 ]

@@ -16,6 +16,7 @@ from torch import Tensor
 from tokenexit.conversion.families.dinov2 import from_dinov2
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
+from tokenexit.conversion.families.not_plain import not_plain
 from tokenexit.conversion.families.segmenter import from_segmenter
 from tokenexit.conversion.families.timm import from_timm
 from tokenexit.conversion.rename import State
@@ -198,4 +199,4 @@ def source_named(kind: str) -> Source:
     return SOURCES[kind]
 
 
-__all__ = ["HALF", "IMAGENET", "SOURCES", "Normalisation", "Source", "detect", "source_named"]
+__all__ = ["HALF", "IMAGENET", "SOURCES", "Normalisation", "Source", "detect", "not_plain", "source_named"]
