@@ -39,6 +39,7 @@ _HOME = {
     "Budget": "tokenexit.calibration.targets",
     "Bound": "tokenexit.calibration.targets",
     "CalibrationSet": "tokenexit.calibration.calibration_set",
+    "adapt": "tokenexit.adaptation.adapt",
     "predict_files": "tokenexit.prediction.predict_files",
     "convert": "tokenexit.conversion.convert",
     "export_model": "tokenexit.exporting.export",
@@ -49,6 +50,7 @@ _HOME = {
 }
 
 if TYPE_CHECKING:
+    from tokenexit.adaptation.adapt import adapt
     from tokenexit.calibration.calibrate import calibrate
     from tokenexit.calibration.calibration_set import CalibrationSet
     from tokenexit.calibration.targets import Bound, Budget
@@ -95,6 +97,7 @@ __all__ = [
     "Truncated",
     "ViTConfig",
     "__version__",
+    "adapt",
     "calibrate",
     "convert",
     "evaluate",

@@ -12,32 +12,37 @@ bit.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 
 from tokenexit.adaptation.features import Features, record_features
+from tokenexit.adaptation.finetune import finetune
 from tokenexit.adaptation.fit import FittedHead, fit_head
 from tokenexit.adaptation.measure import Measured, measure
 from tokenexit.adaptation.photos import FEW, PhotoSplit, split_photos, usable_photos
 from tokenexit.calibration.agreement import FALL_OFF
-from tokenexit.calibration.calibration_set import CalibrationSet, UnlabelledImages, drawn, true_run
+from tokenexit.calibration.calibration_set import CalibrationSet, drawn, true_run
 from tokenexit.calibration.for_bound import SequentialTest
 from tokenexit.calibration.planner import costs_of
 from tokenexit.calibration.plans import SIZES, Held, Plan, Survey, TriedPlan, choose_plan, search_plans, try_plan
 from tokenexit.calibration.store import calibration_of
-from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget
+from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget, target_of
 from tokenexit.checkpoints.calibration import Calibration
+from tokenexit.conversion.opening import open_source
 from tokenexit.data.base import SegmentationDataset
+from tokenexit.data.photos import UnlabelledImages
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.heads import Head, build_head
 from tokenexit.inputs.sources import list_images
-from tokenexit.methods import DoViT, DToP, ThresholdMethod
+from tokenexit.methods import DoViT, DToP, Method, ThresholdMethod
+from tokenexit.pretrained import CONFIG_FILE
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.runtime.notebook import Notebook
 from tokenexit.runtime.precision import Precision, inference
@@ -68,14 +73,16 @@ class Options:
         limit: number of photos, drawn at random.
         seed: seed of the split, of fitting and of the draw.
         precision: precision of the forward pass.
+        finetune: number of steps by which the whole model continues with its exits on; 0 for none.
     """
 
-    held: Held = Held()
+    held: Held = field(default_factory=Held)
     exit_head: str = "fcn"
     average: Average = "classes"
     limit: int = MOST_PHOTOS
     seed: int = 0
     precision: Precision = "fp32"
+    finetune: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,8 @@ class Adaptation:
 
     Attributes:
         model: the model, calibrated.
+        dense: the model that was adapted, without exits.
+        method: the plan with its thresholds, as the model runs it.
         split: how the photos were shared out.
         photos: paths of the photos, which the split counts.
         heads: for each block how well a token can be answered there.
@@ -96,6 +105,8 @@ class Adaptation:
     """
 
     model: ExitSegmenter
+    dense: ExitSegmenter
+    method: Method[Any]
     split: PhotoSplit
     photos: tuple[Path, ...]
     heads: Mapping[int, FittedHead]
@@ -107,12 +118,89 @@ class Adaptation:
     shortfall: str
 
 
+def adapt(
+    source: ExitSegmenter | str | Path,
+    images: str | Path | Sequence[str | Path],
+    budget: float | None = None,
+    *,
+    max_disagreement: float | None = None,
+    confidence: float = 0.9,
+    out: str | Path | None = None,
+    exits: Sequence[int] | None = None,
+    size: float | None = None,
+    depth: int | None = None,
+    exit_head: str = "fcn",
+    keep: Average = "classes",
+    data: SegmentationDataset | None = None,
+    finetune: int = 0,
+    limit: int = MOST_PHOTOS,
+    seed: int = 0,
+    precision: Precision = "fp32",
+    say: Callable[[str], None] = print,
+) -> ExitSegmenter:
+    """Make a trained dense segmenter cheaper, from photos without labels.
+
+    Exit heads are fitted to the model's own answers; then the size of the image, the depth of the network and the exits
+    are planned together. Backbone and decode head stay as they are, but for `finetune`.
+
+    Args:
+        source: a model (see `tokenexit.wrap` for modules of other libraries), a model folder, or weights that
+            `tokenexit.convert` reads.
+        images: photos, folders of them, or lists; at least 60.
+        budget: largest mean multiply-adds, as a share of the dense model's.
+        max_disagreement: in place of a budget, the largest share of pixels unlike the dense model's.
+        confidence: probability with which that bound holds.
+        out: folder for the model; with it, an interrupted call goes on. Without it nothing is saved.
+        exits: number of blocks before each exit; chosen if not given, and an empty list for none.
+        size: factor on the image's sides, at most 1; chosen if not given.
+        depth: number of blocks after which everybody stops, the network's depth for no stop; chosen if not given.
+        exit_head: kind of the exit heads, "fcn" or "linear".
+        keep: unit in which agreement counts, "pixels", or "classes" so that rare ones count as much.
+        data: images with labels by which the plan is chosen, in place of agreement with the dense model.
+        finetune: number of steps by which the whole model continues with its exits on; 0 for none.
+        limit: largest number of photos, drawn at random.
+        seed: seed of all that is drawn.
+        precision: precision of the forward pass.
+        say: shows a line.
+
+    Returns:
+        The model, calibrated: `model.predict(image)` runs the plan. `model.calibration.guarantee` says what was
+        measured on photos held back.
+
+    Raises:
+        ConfigError: for too few photos, with how many are needed; for a target out of reach; and for options that do
+            not go together.
+        CheckpointError: for a source that cannot be opened.
+        DataError: if there are no photos.
+    """
+    target = target_of({"budget": budget, "max_disagreement": max_disagreement} | _own_confidence(budget, confidence))
+    held = Held(size, depth, None if exits is None else tuple(exits))
+    options = Options(held, exit_head, keep, limit, seed, precision, finetune)
+    names = [images] if isinstance(images, str | Path) else list(images)
+    found = adapt_model(
+        open_source(source),
+        [Path(name) for name in names],
+        target,
+        None if out is None else Path(out),
+        options,
+        labelled=data,
+        say=say,
+    )
+    say(found.measured.sentence())
+    return found.model
+
+
+def _own_confidence(budget: float | None, confidence: float) -> dict[str, float]:
+    """A confidence belongs to a bound alone."""
+    return {} if budget is not None else {"confidence": confidence}
+
+
 def adapt_model(
     dense: ExitSegmenter,
     images: Sequence[Path],
     target: CalibrationTarget,
     out: Path | None = None,
-    options: Options = Options(),
+    options: Options | None = None,
     *,
     labelled: SegmentationDataset | None = None,
     about: Mapping[str, Any] | None = None,
@@ -125,6 +213,7 @@ def adapt_model(
     labelled: images with labels to choose the plan on, in place of photos. fewest: photos without which there is no
         point in trying, if it is to be another number. Interrupted, a call with the same arguments goes on.
     """
+    options = options or Options()
     dense = dense.with_exits(()).eval()
     if dense.config.backbone.depth < 2:
         raise ConfigError("the backbone must have at least 2 blocks, got 1: there is no place for an exit.")
@@ -139,40 +228,52 @@ def adapt_model(
         dense, UnlabelledImages(paths, dense.classes), range(len(paths)), options.precision, progress
     )
     with _work_folder(out) as work:
-        notebook = Notebook(work / "progress.json", _settings(dense, paths, target, options), "--out")
+        notebook = Notebook(work / "progress.json", _settings(dense, paths, target, options))
         heads = _fitted(photos.part(split.fit), work, notebook, options, say, progress)
-    everywhere = dense.with_exit_heads(
-        tuple(heads), [options.exit_head] * len(heads), [one.head for one in heads.values()]
-    ).eval()
-    with inference(dense.device, options.precision):
+        specs = [options.exit_head] * len(heads)
+        everywhere = dense.with_exit_heads(tuple(heads), specs, [one.head for one in heads.values()]).eval()
         chosen_on = replace(photos.part(split.choose), model=everywhere)
         if labelled is not None:
             chosen_on = replace(chosen_on, data=labelled, indices=range(len(labelled)))
-        sizes = SIZES if options.held.scale is None else tuple(dict.fromkeys((1.0, options.held.scale)))
-        survey = Survey(chosen_on, method, options.average, sizes, labels=labelled is not None)
         tested_on = replace(photos.part(split.test), model=everywhere)
-        if isinstance(target, Budget):
-            tried, shortfall = choose_plan(survey, target.value, options.held), ""
-        else:
-            tried, shortfall = _within_bound(survey, tested_on, target, options, say)
-        say(_comparison(tried))
-        curve = tuple(_curve(survey, options.held))
-        best = tried[0]
-        model = everywhere.with_exits(best.plan.places)
-        measured = measure(replace(tested_on, model=model), best.method, confidence=_confidence(target))
-    model.calibration = _calibration(model, best, target, options, measured, split, about or {})
-    return Adaptation(
-        model,
-        split,
-        tuple(paths),
-        heads,
-        tuple(tried),
-        curve,
-        survey.static_losses,
-        survey.static_costs,
-        measured,
-        shortfall or _why_not(target, measured, model),
-    )
+        sizes = SIZES if options.held.scale is None else tuple(dict.fromkeys((1.0, options.held.scale)))
+        with inference(dense.device, options.precision):
+            survey = Survey(chosen_on, method, options.average, sizes, labels=labelled is not None)
+            tried, shortfall = _chosen(survey, tested_on, target, options, say)
+            curve = tuple(_curve(survey, options.held))
+        best, model = tried[0], everywhere.with_exits(tried[0].plan.places)
+        if options.finetune:
+            fit_on = [paths[n] for n in split.fit]
+            best, model = _finetuned(survey, dense, best, model, fit_on, work / "finetune", options, say)
+        with inference(dense.device, options.precision):
+            measured = measure(replace(tested_on, model=model), best.method, dense, _confidence(target))
+        model.calibration = _calibration(model, best, target, options, measured, split, about or {})
+        found = Adaptation(
+            model,
+            dense,
+            best.method,
+            split,
+            tuple(paths),
+            heads,
+            (best, *tried[1:]),
+            curve,
+            survey.static_losses,
+            survey.static_costs,
+            measured,
+            shortfall or _why_not(target, measured, model),
+        )
+        if out is not None:
+            _save(found, out)
+    return found
+
+
+def _save(found: Adaptation, out: Path) -> None:
+    """Write model and card, and remove what was kept on the way."""
+    try:
+        found.model.save_pretrained(out, card=True)
+        shutil.rmtree(out / WORK)
+    except OSError as error:
+        raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
 
 
 def _listed(images: Sequence[Path]) -> list[Path]:
@@ -288,6 +389,20 @@ def _fitted_head(
 # ---------------------------------------------------------------------------------------------------------- choose
 
 
+def _chosen(
+    survey: Survey, tested_on: CalibrationSet, target: CalibrationTarget, options: Options, say: Callable[[str], None]
+) -> tuple[list[TriedPlan], str]:
+    """Return the plans that were run, the chosen one first, and why the wish was not met."""
+    if isinstance(target, Budget):
+        tried, shortfall = choose_plan(survey, target.value, options.held), ""
+    else:
+        tried, shortfall = _within_bound(survey, tested_on, target, options, say)
+    said = (f"{one.plan}: {one.agreement:.1%} at {one.run.mac_ratio:.0%}" for one in tried)
+    unit = "pixels that are right" if survey.labels else "pixels as dense has them"
+    say(f"{unit}, and multiply-adds: {'; '.join(said)}")
+    return tried, shortfall
+
+
 def _within_bound(
     survey: Survey, tested_on: CalibrationSet, target: Bound, options: Options, say: Callable[[str], None]
 ) -> tuple[list[TriedPlan], str]:
@@ -328,9 +443,44 @@ def _curve(survey: Survey, held: Held) -> Iterator[tuple[float, Plan]]:
             yield budget, plans[0]
 
 
-def _comparison(tried: Sequence[TriedPlan]) -> str:
-    """Name the winner and what the others gave: *exits after 3 and 6: 98.6 %; everybody stopped after 6: 97.9 %*."""
-    return "; ".join(f"{one.plan}: {one.agreement:.1%} as dense at {one.run.mac_ratio:.0%}" for one in tried)
+# ------------------------------------------------------------------------------------------------------- fine-tune
+
+
+def _finetuned(
+    survey: Survey,
+    dense: ExitSegmenter,
+    best: TriedPlan,
+    model: ExitSegmenter,
+    photos: Sequence[Path],
+    work: Path,
+    options: Options,
+    say: Callable[[str], None],
+) -> tuple[TriedPlan, ExitSegmenter]:
+    """Continue the whole model with its exits on, choose thresholds anew, and return what is better of both."""
+    if not model.config.exits:
+        say(f"not fine-tuned: the plan ({best.plan}) has no exits")
+        return best, model
+    for name, one in (("dense", dense), ("model", model)):
+        if not (work / name / CONFIG_FILE).exists():
+            one.save_pretrained(work / name)
+    finetune(
+        *(work / "model", work / "dense", photos, best.method),
+        steps=options.finetune,
+        out=work / "tuned",
+        seed=options.seed,
+        say=say,
+    )
+    tuned = ExitSegmenter.from_pretrained(work / "tuned", dense.device)
+    with inference(dense.device, options.precision):
+        images = replace(survey.images, model=tuned)
+        scales = tuple(dict.fromkeys((1.0, best.plan.scale)))
+        again = Survey(images, survey.method, survey.average, scales, survey.labels, dense)
+        found = try_plan(again, best.plan, best.run.mac_ratio, best.kind)
+    if found is None or found.loss >= best.loss:
+        say("fine-tuning did not help on the photos to choose on: the model stays as it was fitted")
+        return best, model
+    say(f"fine-tuned: {found.agreement:.1%} of pixels as dense had them, {best.agreement:.1%} before")
+    return found, tuned
 
 
 # ------------------------------------------------------------------------------------------------------------ tell

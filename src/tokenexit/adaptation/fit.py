@@ -102,7 +102,7 @@ def fit_head(
             order = torch.randperm(len(x), generator=generator)
             for some in order.split(STEP):
                 optimizer.zero_grad()
-                soft_cross_entropy(_logits(head, x[some]), said[some], weight).backward()  # type: ignore[no-untyped-call]
+                soft_cross_entropy(_logits(head, x[some]), said[some], weight).backward()
                 optimizer.step()
         passes += 1
         loss = held_out_loss()
@@ -117,12 +117,13 @@ def fit_head(
                 group["lr"] *= COOLING
     head.load_state_dict(best)
     head.eval()
-    said, wanted = [], []
+    answered: list[Tensor] = []
+    wanted: list[Tensor] = []
     with torch.no_grad():
         for x, target in map(read, _shifted(slices(features.held_out, SLICE), fitted_on)):
-            said.append(_logits(head, x).argmax(1))
+            answered.append(_logits(head, x).argmax(1))
             wanted.append(target.argmax(1))
-    right, mean_right = agreement(torch.cat(said), torch.cat(wanted), features.classes)
+    right, mean_right = agreement(torch.cat(answered), torch.cat(wanted), features.classes)
     return FittedHead(head, right, mean_right, best_loss, passes)
 
 
@@ -148,7 +149,7 @@ def soft_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor) -> Tensor
 
 
 def agreement(said: Tensor, wanted: Tensor, classes: int) -> tuple[float, float]:
-    """Return the share of tokens whose classes `(N,)` are equal, over all tokens and as a mean over `wanted` classes."""
+    """Return the share of tokens whose classes `(N,)` are equal, and its mean over the classes of `wanted`."""
     right = (said == wanted).double()
     total = torch.bincount(wanted, minlength=classes)
     by_class = torch.zeros(classes, dtype=torch.float64).index_add_(0, wanted, right)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 from typing import Any
 
@@ -15,6 +15,7 @@ from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.evaluation.intervals import CONFIDENCE, DRAWS
 from tokenexit.methods import Dense, Method
 from tokenexit.outputs.ledger import dense_ops
+from tokenexit.segmenter import ExitSegmenter
 
 TIMED_PHOTOS = 24
 
@@ -71,10 +72,10 @@ class Measured:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
-def measure(tested_on: CalibrationSet, method: Method[Any], confidence: float) -> Measured:
-    """Run dense and a method on every photo, and time both on some."""
-    model = tested_on.model
-    run = true_run(tested_on, method, dense_reference(tested_on), "testing")
+def measure(tested_on: CalibrationSet, method: Method[Any], dense: ExitSegmenter, confidence: float) -> Measured:
+    """Run a method on every photo, compare it with the dense answers of `dense`, and time both on some."""
+    reference = dense_reference(replace(tested_on, model=dense))
+    run = true_run(tested_on, method, reference, "testing")
     losses = error(run.confusion, "pixels")
     draws = torch.randint(len(losses), (DRAWS, len(losses)), generator=torch.Generator().manual_seed(0))
     tail = (1 - CONFIDENCE) / 2
@@ -109,7 +110,7 @@ def _times(tested_on: CalibrationSet, method: Method[Any]) -> tuple[list[float],
     for n, position in enumerate(tested_on.progress("timing")(tested_on.spread(TIMED_PHOTOS))):
         image = model.preprocessing.to_tensor(tested_on.data[tested_on.indices[position]].image)
         size = (image.shape[1], image.shape[2])
-        for rounds in range(2 if n == 0 else 1):
+        for _ in range(2 if n == 0 else 1):
             found = [timed_forward(model, image, one, size, tested_on.precision)[1] for one in (Dense(), method)]
         for own, ms in zip(times, found):
             own.append(ms)

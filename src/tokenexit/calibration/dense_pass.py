@@ -226,7 +226,7 @@ def sampled(labels: Tensor, grid: Grid, size: tuple[int, int], patch_size: int) 
         (((torch.arange(cells * SAMPLES) + 0.5) * patch_size / SAMPLES / seen) * side).long().clamp(max=side - 1)
         for cells, seen, side in zip(grid, size, labels.shape)
     )
-    fine = labels[rows][:, columns].short()
+    fine: Tensor = labels[rows][:, columns].short()
     return fine.unflatten(1, (-1, SAMPLES)).unflatten(0, (-1, SAMPLES)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
 
 

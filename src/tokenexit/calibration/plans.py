@@ -39,6 +39,7 @@ from tokenexit.evaluation.metrics import scores
 from tokenexit.inputs.preprocessing import resized_size, scaled_size
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
 from tokenexit.outputs.windows import window_boxes
+from tokenexit.segmenter import ExitSegmenter
 
 SIZES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35)
 """Factors on the side at which dense passes are made; static plans are predicted between them, too."""
@@ -128,6 +129,7 @@ class Survey:
         average: the unit in which a loss is judged, "pixels" or "classes".
         scales: factors on the images' sides.
         labels: judge by the masks of the images, and not by the dense model.
+        dense: the model whose dense answers are wanted, if it is another than the one that has exits.
     """
 
     def __init__(
@@ -137,10 +139,11 @@ class Survey:
         average: Average,
         scales: Sequence[float] = SIZES,
         labels: bool = False,
+        dense: ExitSegmenter | None = None,
     ) -> None:
         self.images, self.method, self.average = calibration_set, method, average
         self.model, self.labels = calibration_set.model, labels
-        maps, answers = _wanted(calibration_set, labels)
+        maps, answers = _wanted(calibration_set if dense is None else replace(calibration_set, model=dense), labels)
         self.reference = Reference(answers, calibration_set.data.labels.ignore_index if labels else None)
         self.passes = {scale: DensePass.of(calibration_set, method, scale, maps) for scale in scales}
         self.full_grids = self.passes[1.0].grids if 1.0 in self.passes else _grids(calibration_set)

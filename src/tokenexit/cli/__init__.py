@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 from tokenexit.cli import (
+    adapt,
     calibrate,
     completion,
     convert,
@@ -36,6 +37,7 @@ HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision T
 
 usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command's options
 
+  adapt        a cheaper model from a trained dense one and a folder of photos, without labels
   quickstart   a small training on drawn street scenes, Dense, DToP and DoViT compared; a few minutes on a CPU
   train        training or fine-tuning of a model as a YAML says
   evaluate     accuracy and compute of a model on a dataset, several methods in one table
@@ -97,6 +99,7 @@ def _status(command: Callable[[list[str]], int], arguments: list[str]) -> int:
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "adapt": adapt.adapt,
     "quickstart": quickstart.quickstart,
     "train": train.train,
     "evaluate": evaluate.evaluate,

@@ -160,16 +160,22 @@ def add_data_options(parser: argparse.ArgumentParser, split: str, images: str = 
 
     split: the default. images: which ones `--limit` leaves, for the help.
     """
-    group = parser.add_argument_group("data")
+    group = add_dataset_options(parser, split, "data", "; that of the training if not given")
+    group.add_argument("--limit", type=int, help=f"{images}; all if not given")
+
+
+def add_dataset_options(parser: argparse.ArgumentParser, split: str, title: str, otherwise: str = "") -> Any:
+    """Add the options of `dataset_of` in a group of this title, which is returned.
+
+    otherwise: what is taken without `--data`, for the help.
+    """
+    group = parser.add_argument_group(title)
     group.add_argument(
-        "--data",
-        choices=tuple(DATASETS),
-        metavar="NAME",
-        help=f"dataset: {', '.join(DATASETS)}; that of the training if not given",
+        "--data", choices=tuple(DATASETS), metavar="NAME", help=f"dataset: {', '.join(DATASETS)}{otherwise}"
     )
     group.add_argument("--data-root", type=Path, help="folder of the dataset")
     completes(group.add_argument("--split", default=split, help="part of the dataset"), ("train", "val", "test"))
-    group.add_argument("--limit", type=int, help=f"{images}; all if not given")
+    return group
 
 
 def set_windows(model: ExitSegmenter, options: Any) -> None:
