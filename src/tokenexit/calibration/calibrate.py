@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from tokenexit.calibration.calibration_set import CalibrationSet, labelled
 from tokenexit.calibration.for_bound import for_bound, split
 from tokenexit.calibration.for_budget import for_budget
+from tokenexit.calibration.for_plan import for_plan
 from tokenexit.calibration.store import calibration_of
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget
 from tokenexit.calibration.temperature import fit_temperature
@@ -33,6 +34,7 @@ def calibrate(
     cap: float | None = None,
     seed: int = 0,
     temperatures: bool = False,
+    plan: Literal["dense", "labels"] | None = None,
     about: dict[str, Any] | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Calibration:
@@ -47,6 +49,8 @@ def calibrate(
             guarded.
         cap: no image may cost more than this share of its dense multiply-adds.
         seed: seed of the split of the images into parts.
+        plan: choose the images' size, a stop for all tokens and which exits are open, too, as agrees best with the
+            "dense" model at full size, or with "labels"; thresholds alone if not given. For budgets.
         temperatures: fit the temperatures of the exit heads first, to the labels of the images that fix the path.
         about: where the images are from, as the record keeps it.
         say: shows what was chosen on the way, a line at a time.
@@ -66,7 +70,7 @@ def calibrate(
         raise ConfigError(f"cap={cap:g} must be a number above 0: it is a share of dense multiply-adds.")
     if len(calibration_set) == 0:
         raise ConfigError("there are no images to calibrate on: give some.")
-    if isinstance(target, Bound) and target.needs_labels:
+    if plan == "labels" or (isinstance(target, Bound) and target.needs_labels):
         calibration_set = labelled(calibration_set)
     if temperatures:
         part = (
@@ -77,7 +81,11 @@ def calibrate(
         fit = fit_temperature(part)
         rule = replace(rule, temperature=fit)
         say(f"temperatures: {'/'.join(map(str, fit))}")
-    if isinstance(target, Budget):
+    if plan is not None:
+        if not isinstance(target, Budget) or cap is not None:
+            raise ConfigError("a plan is made for a budget, without a cap: leave one of the two out.")
+        chosen = for_plan(calibration_set, rule, target, average, plan == "labels", say)
+    elif isinstance(target, Budget):
         chosen = for_budget(calibration_set, rule, target, average, cap)
     else:
         chosen = for_bound(calibration_set, rule, target, average, cap, seed, say)

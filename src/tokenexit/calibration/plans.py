@@ -351,7 +351,7 @@ def _at_budget(
     if none does."""
     used = numbers if stop is None else (*numbers, stop)
     some, table = dense.at_exits(used), costs.at_exits(used, None if stop is None else len(numbers))
-    method = _stopping(survey.method, None if stop is None else len(used))
+    method = stopping(survey.method, None if stop is None else len(used))
     losses = some.losses(survey.average)
     depth = survey.blocks[-1]
     losses = losses + PRICE * context_price([survey.blocks[n] for n in used], depth)[:, None] / len(some.image)
@@ -375,7 +375,8 @@ def _at_budget(
     return (1 - part) * dear[1] + part * cheap[1], budget
 
 
-def _stopping(method: ThresholdMethod[Any], stop: int | None) -> ThresholdMethod[Any]:
+def stopping(method: ThresholdMethod[Any], stop: int | None) -> ThresholdMethod[Any]:
+    """Return the method with a stop at this exit, 1 the first; as it is for none."""
     return method if stop is None else replace(method, stop=stop)  # type: ignore[call-arg]
 
 
@@ -407,7 +408,7 @@ def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> T
     numbers = [model.config.exits.index(block) for block in plan.places]
     planner = Planner(
         some,
-        _stopping(survey.method, None if plan.stop is None else len(plan.places)),
+        stopping(survey.method, None if plan.stop is None else len(plan.places)),
         survey.average,
         scale=plan.scale,
         dense=survey.passes[plan.scale].at_exits(numbers),

@@ -65,6 +65,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cap", type=share, help="largest share of dense multiply-adds that any image may cost")
     add_keep_option(parser)
     parser.add_argument(
+        "--plan",
+        choices=("dense", "labels"),
+        help="size, stop and open exits chosen with the thresholds, by agreement with dense or by labels; for budgets",
+    )
+    parser.add_argument(
         "--fit-temperature", action="store_true", help="temperatures of the exit heads first; needs labels"
     )
     add_running_options(parser)
@@ -120,6 +125,8 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--threshold is what calibrate chooses: leave it out, or give it to predict and evaluate.")
     if options.images is not None and (options.data is not None or options.data_root is not None):
         raise ConfigError("--images are files and --data is a dataset: give one of the two.")
+    if options.plan is not None and (options.cap is not None or (options.budget or options.budget_gmacs) is None):
+        raise ConfigError("--plan goes with --budget or --budget-gmacs, without --cap: leave one of the two out.")
     if options.fit_temperature and options.temperature is not None:
         raise ConfigError("--temperature is given and --fit-temperature finds one: give one of the two.")
 
@@ -164,6 +171,7 @@ def _calibration(
         cap=options.cap,
         seed=options.seed,
         temperatures=options.fit_temperature,
+        plan=options.plan,
         about=about,
         say=print,
     )
