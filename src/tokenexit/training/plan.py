@@ -76,7 +76,7 @@ def plan(config: TrainConfig) -> str:
         model = skeleton(config, labels)
     if model is not None:
         for method in methods:
-            model.check(method)
+            method.check(model.view(with_records=True))  # as training runs it
         if _saved(config.distill.teacher):
             load_teacher(config.distill, model)
     preprocessing = build_preprocessing(data, None) if model is None else model.preprocessing
