@@ -147,6 +147,22 @@ def test_calibrate__meets_a_budget_by_a_true_run(method: Any, budget: float) -> 
     assert result.asked["budget"] == budget
 
 
+@pytest.mark.parametrize("stop", [1, 2])
+def test_calibrate__meets_a_budget_with_a_stop(stop: int) -> None:
+    images = calibration_set(6, exits=(1, 2, 3))
+    method = DToP(keep_per_class=1, stop=stop)
+    found = calibrate(images, method, Budget("budget", 0.4))
+    chosen = build_method(json.loads(json.dumps(found.method)))
+    run = true_run(images, chosen, dense_reference(images))
+    assert chosen.last_exit == stop - 1
+    assert run.mac_ratio == found.mac_ratio
+    assert run.mac_ratio <= 0.4
+    assert run.mac_ratio >= 0.39 or stop == 1  # a stop at the first exit has one cost alone
+    assert (run.live[:, stop - 1 :] == 0).all()
+    capped = calibrate(images, method, Budget("budget", 0.45), cap=0.35)
+    assert capped.reached["share_of_dense_largest"] <= 0.35
+
+
 def test_calibrate__meets_a_budget_in_gmacs() -> None:
     images = calibration_set(8)
     dense = true_run(images, Dense(), dense_reference(images)).macs.double().mean().item() / 1e9

@@ -19,6 +19,7 @@ pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'tokenexit[ser
 
 from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live import LABELS, Client, drawing, png, running, small_model
+from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.inputs.labels import default_labels
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits
@@ -128,6 +129,22 @@ def test_page__begins_with_dense_on_an_uncalibrated_model_and_says_so(browser: B
     assert page.run("document.querySelector('[name=method]:checked').value") == "dense"
     assert page.run("document.querySelector('.dial').disabled")
     assert "This model is not calibrated: dense unless you choose another." in text(page, "#controls")
+
+
+def test_page__begins_with_the_plan_of_a_calibration_and_names_it(browser: Browser, photo: Path) -> None:
+    model = small_model()
+    inside = {"name": "dtop", "threshold": [0.6, 0.9], "stop": 2}
+    plan = {"name": "resized", "method": inside, "scale": 0.7}
+    model.calibration = Calibration(model=model.fingerprint(), method=plan)
+    with running(model) as client:
+        page = upload(opened(browser, client), photo)
+        assert page.run("document.querySelector('[name=method]:checked').value") == "resized"
+        wanted = predicted(client, photo)
+        assert wanted["method"] == "resized"
+        assert page.run("views.resized.exit_stage.length") == wanted["tokens"] == 9 * 12
+        method(page, "compare")
+        heads = page.run("[...document.querySelectorAll('#exits thead th')].map((th) => th.innerText)")
+        assert heads == ["Exit", "Dense", "DToP", "DoViT", "Resized"]
 
 
 def test_upload__shows_what_the_api_says_of_the_image(page: Browser, client: Client, photo: Path) -> None:

@@ -97,7 +97,7 @@ def predict_files(
         image_url: what comes before an image's name in Label Studio's tasks.
         gate: pass over exits that do not pay at an image's size (`tokenexit.calibration.gating`); `out` keeps to the
             choice it began with.
-        monitor: learns how sure the exits were of each image; not together with closed exits, which see none.
+        monitor: learns how sure the exits were of each image; not together with exits that are closed by size.
         progress: wraps the list of paths that this call works on, in order.
         say: is told failures as they come, files that are passed over, and images that will take long.
 
@@ -113,7 +113,9 @@ def predict_files(
     """
     model.check(method)
     if monitor is not None and (gate or not method.same_exits):
-        raise ConfigError("a monitor must see every exit, and gate closes some: give one of the two.")
+        raise ConfigError(
+            "a monitor must see the same exits of all images, and gate closes some by size: give one of the two."
+        )
     if max_tokens < 1:
         raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}: raise it.")
     films = VIDEO in save

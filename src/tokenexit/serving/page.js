@@ -4,7 +4,7 @@ document.documentElement.classList.add("js");
 
 const $ = (id) => document.getElementById(id);
 const form = $("controls");
-const TITLES = { dense: "Dense", dtop: "DToP", dovit: "DoViT" };
+const titleOf = (name) => about.methods.find((m) => m.name === name).title;
 
 let about;              // of the model: classes, colours, methods
 let current = null;     // the image: { blob, name, id, bitmap, number }
@@ -224,7 +224,7 @@ function panel() {
 function fill(figure, method, look, compare) {
   const view = views[method], box = figure.lastChild, ratio = `${view.width} / ${view.height}`;
   const [title, note] = figure.firstChild.children;
-  title.textContent = compare ? `${TITLES[method]}${look === "Overlay" ? "" : ", exit map"}` : look;
+  title.textContent = compare ? `${titleOf(method)}${look === "Overlay" ? "" : ", exit map"}` : look;
   note.textContent = compare && look === "Overlay" ? `${percent(view.share_of_dense)}, ${milliseconds(view)} ms` : "";
   box.style.setProperty("--ratio", ratio);
   box.setAttribute("aria-label", described(view, method, look));
@@ -237,8 +237,8 @@ function fill(figure, method, look, compare) {
 function described(view, method, look) {
   const largest = view.classes.slice(0, 3).map((c) => `${c.name} ${percent(c.share)}`).join(", ");
   if (look === "Image") return `Image, ${view.width} by ${view.height} pixels`;
-  if (look === "Exit map") return `Exit map of ${TITLES[method]}: ${percent(view.stayed / view.tokens)} of tokens stayed to the end`;
-  return `${look} of ${TITLES[method]}: ${largest}`;
+  if (look === "Exit map") return `Exit map of ${titleOf(method)}: ${percent(view.stayed / view.tokens)} of tokens stayed to the end`;
+  return `${look} of ${titleOf(method)}: ${largest}`;
 }
 
 // ---------------------------------------------------------------------------------------------------- figures
@@ -256,7 +256,7 @@ function drawFigures(shown, compare) {
   $("milliseconds").textContent = milliseconds(view);
   $("gmacs").textContent = `${digits(view.gmacs)} of ${digits(view.dense_gmacs)} GMACs, ${view.tokens} tokens`;
   $("caption").textContent = compare ? "Tokens by exit, and cost" : "Where tokens left";
-  const heads = compare ? shown.map((one) => TITLES[one.method]) : ["left", "live after"];
+  const heads = compare ? shown.map((one) => titleOf(one.method)) : ["left", "live after"];
   const left = (one) => [...one.exits.map((exit) => exit.left), one.stayed];
   const exits = left(view).map((count, n) => [exitName(n), ...(compare ? shown.map((one) => left(one)[n]) : [count, view.exits[n]?.live ?? ""])]);
   const costs = [["Of dense", (one) => percent(one.share_of_dense)], ["GMACs", (one) => digits(one.gmacs)], ["Milliseconds", milliseconds]];
@@ -330,7 +330,7 @@ function drawPoint() {
     const where = end ? `stayed through all ${about.blocks} blocks` : `left at exit ${exit + 1}, after block ${about.exits[exit]}`;
     const line = document.createElement("div");
     line.innerHTML = "<span></span><b></b><span></span>";
-    line.children[0].textContent = chosenMethod() === "compare" ? `${TITLES[method]}: ` : "";
+    line.children[0].textContent = chosenMethod() === "compare" ? `${titleOf(method)}: ` : "";
     line.children[1].textContent = about.classes[view.labels[at]];
     line.children[2].textContent = `, ${score}; its token ${where}.`;
     return line;

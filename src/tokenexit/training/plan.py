@@ -81,7 +81,7 @@ def plan(config: TrainConfig) -> str:
     if model is not None:
         check_taught_exits(config, model.config.exits)
         for method in methods:
-            model.check(method)
+            method.check(model.view(with_records=True))  # as training runs it
         if _saved(config.distill.teacher):
             load_teacher(config.distill, model)
     preprocessing = build_preprocessing(data, None) if model is None else model.preprocessing
