@@ -42,6 +42,7 @@ _HOME = {
     "adapt": "tokenexit.adaptation.adapt",
     "predict_files": "tokenexit.prediction.predict_files",
     "convert": "tokenexit.conversion.convert",
+    "wrap": "tokenexit.conversion.wrap",
     "export_model": "tokenexit.exporting.export",
     "TokenExitError": "tokenexit.errors",
     "ConfigError": "tokenexit.errors",
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from tokenexit.calibration.targets import Bound, Budget
     from tokenexit.checkpoints.calibration import Calibration
     from tokenexit.conversion.convert import convert
+    from tokenexit.conversion.wrap import wrap
     from tokenexit.engine.vit import ViTConfig
     from tokenexit.errors import CheckpointError, ConfigError, DataError, TokenExitError
     from tokenexit.evaluation.evaluate import evaluate
@@ -106,6 +108,7 @@ __all__ = [
     "predict_files",
     "segmentation_loss",
     "train",
+    "wrap",
 ]
 
 

@@ -92,7 +92,7 @@ class Stretched(Plain):
 class Several(Plain):
     """Reads two maps, as an FPN's head does."""
 
-    def forward(self, maps: list[Tensor]) -> Tensor:
+    def forward(self, maps: list[Tensor]) -> Tensor:  # type: ignore[override]
         last, before = maps
         return super().forward(last + before)
 

@@ -62,7 +62,12 @@ def open_source(
         )
     if not isinstance(source, ExitSegmenter | str | Path):
         raise ConfigError(f"a {type(source).__name__} is no source: give a model, a path or hf-hub:OWNER/NAME.")
-    foreign = {"kind": kind != "auto", "backbone": backbone, "options": options, "head_options": head_options}
+    foreign: dict[str, Any] = {
+        "kind": kind != "auto",
+        "backbone": backbone,
+        "options": options,
+        "head_options": head_options,
+    }
     if isinstance(source, ExitSegmenter) or is_own(source):
         foreign["exits"] = exits
         given = [name for name, value in foreign.items() if value]

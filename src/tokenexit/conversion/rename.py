@@ -85,3 +85,20 @@ def distillation_as_register(state: Mapping[str, Tensor]) -> State:
     moved["backbone.reg_token"] = moved.pop("backbone.dist_token") + table[:, :1]
     moved["backbone.pos_embed"] = table[:, 1:]
     return moved
+
+
+def register_positions(state: Mapping[str, Tensor], cells: int) -> State:
+    """Add to the class token and the registers the rows that stand for them in front of `pos_embed`, if there are any.
+
+    Names are without prefix. cells: number of patches of the table.
+    """
+    table, registers = state["pos_embed"], state["reg_token"].shape[1]
+    first = int("cls_token" in state)
+    if table.shape[1] != first + registers + cells:
+        return dict(state)
+    moved = dict(state)
+    if first:
+        moved["cls_token"] = state["cls_token"] + table[:, :1]
+    moved["reg_token"] = state["reg_token"] + table[:, first : first + registers]
+    moved["pos_embed"] = table[:, first + registers :]
+    return moved

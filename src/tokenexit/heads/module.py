@@ -217,8 +217,10 @@ def _refuse_several_maps(module: nn.Module) -> None:
 class _Counter(TorchDispatchMode):
     """Counts the operators that run in its scope, in this thread alone, where torch's own counter hooks all modules."""
 
+    flops: int
+
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -253,7 +255,8 @@ def _macs(head: ModuleHead, grid: Grid) -> int:
 
 
 def _flops(module: nn.Module, features: Tensor) -> int:
-    with _Counter() as counter:
+    counter = _Counter()
+    with counter:
         module(features)
     return counter.flops
 
