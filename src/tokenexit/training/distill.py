@@ -10,6 +10,7 @@ Legend: P live patch tokens of the batch, cells = all patches of all images, C c
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -123,11 +124,11 @@ def _log_probability(record: ExitRecord, image: Tensor, temperature: float) -> T
 def _compared(
     student: ExitRecord, teacher: ExitRecord, output: SegmentationOutput, upsampled: bool
 ) -> tuple[ExitRecord, ExitRecord, Tensor]:
-    """Return the two stages with maps of one resolution, that of the finer, and the image of each of their rows.
+    """Return the two stages with maps of one resolution, usually the finer's, and the image of each of their rows.
 
     upsampled: as each head gives it after its bilinear step; before it otherwise.
     """
-    scale = max(stage.scale * (stage.upscale if upsampled else 1) for stage in (student, teacher))
+    scale = math.lcm(*(stage.scale * (stage.upscale if upsampled else 1) for stage in (student, teacher)))
     grids = [output.grid(i) for i in range(len(output))]
     cells = [h * w * scale**2 for h, w in grids]
     image = Packing.of(cells, output.exit_index[0].device).image_index()
@@ -166,11 +167,8 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
             f"distill.teacher={config.teacher} has features of {width} channels, not {wanted}: set distill.features=0, "
             "or choose a teacher of this width."
         )
-    for key, heads, alike in (
-        ("logits", [student.decode_head], lambda ours, theirs: _map(ours) == _map(theirs)),
-        ("exits", list(student.exit_heads), _fits),
-    ):
-        wrong = [head for head in heads if isinstance(head, Head) and not alike(head, teacher.decode_head)]
+    for key, heads, shape in (("logits", [student.decode_head], _map), ("exits", list(student.exit_heads), _kind)):
+        wrong = [head for head in heads if isinstance(head, Head) and shape(head) != shape(teacher.decode_head)]
         if getattr(config, key) and wrong:
             raise ConfigError(
                 f"distill.{key} compares heads alike, and the decode head of {config.teacher} is "
@@ -182,10 +180,9 @@ def _map(head: Head) -> tuple[str, int]:
     return head.kind, head.scale
 
 
-def _fits(student: Head, teacher: Head) -> bool:
-    """Return whether an exit's map can be brought to the cells of the teacher's: that of the coarser is upsampled."""
-    coarse, fine = sorted((student.scale, teacher.scale))
-    return student.kind == teacher.kind and fine % coarse == 0
+def _kind(head: Head) -> tuple[str, int]:
+    """Return what exits share with the decode head; their maps may be coarser, and are then upsampled."""
+    return head.kind, 1
 
 
 def _short(value: object) -> str:
