@@ -102,6 +102,8 @@ class Adaptation:
         static_costs: the same for multiply-adds over dense ones.
         measured: figures on the photos that nothing was chosen on.
         shortfall: why the wish was not met; empty if it was.
+        options: what was asked for beside the target.
+        labelled: number of labelled images that plans were judged on; 0 where agreement with the dense model judged.
     """
 
     model: ExitSegmenter
@@ -116,6 +118,8 @@ class Adaptation:
     static_costs: Mapping[float, Sequence[float]]
     measured: Measured
     shortfall: str
+    options: Options
+    labelled: int
 
 
 def adapt(
@@ -261,6 +265,8 @@ def adapt_model(
             survey.static_costs,
             measured,
             shortfall or _why_not(target, measured, model),
+            options,
+            0 if labelled is None else len(labelled),
         )
         if out is not None:
             _save(found, out)

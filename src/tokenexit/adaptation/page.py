@@ -1,0 +1,422 @@
+"""The page of an adapted model: what it costs and keeps, what else was tried, other points, masks beside each other.
+
+Legend: K classes; figures of plans are 1 less their loss, in percent, as the plan was judged (`Judge`).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from torch import Tensor
+
+from tokenexit.adaptation.adapt import Adaptation
+from tokenexit.calibration.plans import AS_GOOD, Plan, TriedPlan
+from tokenexit.calibration.targets import Average
+from tokenexit.inputs.images import load_image
+from tokenexit.methods import Dense
+from tokenexit.outputs.windows import Segmentation
+from tokenexit.report.chart import Point, Series, collapse_floor, line_chart_svg
+from tokenexit.report.html import Block, Chart, Code, Facts, Figure, FigureRow, Legend, Section, write_report
+from tokenexit.report.pictures import colorize, exit_legend, exit_map
+from tokenexit.report.tables import Column, Swatch, Table
+from tokenexit.runtime.precision import inference
+
+TITLE = "A cheaper model"
+DEARER = 0.05
+"""Share of dense by which another budget is above what the plan takes, to be named as an example."""
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How plans were judged: the unit of agreement, and whether labels said what is right.
+
+    Attributes:
+        average: "pixels", or "classes" so that rare ones count as much.
+        labelled: number of labelled images; 0 where plans were compared with the dense model's answers.
+    """
+
+    average: Average
+    labelled: int
+
+    @property
+    def figure(self) -> str:
+        """Name of the figure that is 1 less the loss."""
+        if self.average == "pixels":
+            return self.pixels
+        return "mIoU by the labels" if self.labelled else "mIoU against dense"
+
+    @property
+    def pixels(self) -> str:
+        """Name of the share of pixels that are as they should be."""
+        return "pixels right" if self.labelled else "pixels as before"
+
+    @property
+    def images(self) -> str:
+        """The images that plans were run on."""
+        return "the labelled images" if self.labelled else "the photos to choose on"
+
+    @property
+    def words(self) -> str:
+        """Say who judged."""
+        who = f"the labels of {self.labelled} images" if self.labelled else "the dense model's own answers at full size"
+        unit = "every pixel counts the same" if self.average == "pixels" else "every class counts the same"
+        return f"Plans are judged by {who}; {unit}."
+
+
+def write_page(found: Adaptation, path: Path, command: str = "", shown: int = 4) -> Path:
+    """Write the page as one HTML file, and return its path.
+
+    Args:
+        found: what `adapt_model` returned; its photos are read again.
+        path: the file, which appears whole or not at all.
+        command: the command that made the model, if one did.
+        shown: number of test photos to show.
+
+    Raises:
+        ConfigError: if the file cannot be written.
+        DataError: for a photo that can no longer be read.
+    """
+    judge = Judge(found.options.average, found.labelled)
+    with inference(found.dense.device, found.options.precision):
+        photos = list(_photos(found, shown))
+    sections = [
+        Section("Result", [_facts(found)]),
+        Section("Plan", [*_plan(found, judge)]),
+        Section("Other budgets", [*_budgets(found, judge, path.parent)]),
+        Section("Blocks and sizes", [*_blocks(found, judge)]),
+        Section("Test photos", photos),
+        Section("Classes", [*_classes(found)]),
+        Section("How it was made", [_how(found), _covers(found), *([Code(command)] if command else [])]),
+    ]
+    shortfall = f" This is the best that can be had: {found.shortfall}." if found.shortfall else ""
+    summary = f"{found.measured.sentence()}.{shortfall}"
+    return write_report(path, TITLE, sections, summary=summary, footer="Made by tokenexit adapt.")
+
+
+def _facts(found: Adaptation) -> Facts:
+    measured = found.measured
+    low, high = (100 * (1 - end) for end in measured.disagreement_interval[::-1])
+    return Facts(
+        [
+            (f"{measured.mac_ratio:.0%}", "of dense multiply-adds"),
+            (f"{1 - measured.disagreement:.1%}", f"of pixels as before; {low:.1f} to {high:.1f} (95 % over photos)"),
+            (
+                f"{measured.speedup:.1f}x",
+                f"as fast here: {measured.ms:.3g} ms a photo in place of {measured.dense_ms:.3g}",
+            ),
+            (f"{measured.bound:.1%}", f"of pixels unlike dense at most, with confidence {measured.confidence:g}"),
+        ]
+    )
+
+
+# ------------------------------------------------------------------------------------------------------------ plans
+
+
+def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
+    """Yield the plan in words, why it was taken, and the plans that were run."""
+    plan = found.tried[0].plan
+    yield f"{_capital(_in_words(plan))}. {_why(found, judge)}"
+    columns = [
+        Column("plan", help="What the plan saves by; a simple plan is a rival of those that mix all three."),
+        Column("in words"),
+        Column("of dense", "{:.1%}", "right", f"Multiply-adds over dense ones on {judge.images}."),
+        Column(judge.pixels, "{:.1%}", "right", f"Mean over {judge.images}."),
+    ]
+    rows: list[list[Any]] = [
+        ["chosen" if n == 0 else _kind(one), str(one.plan), one.run.mac_ratio, one.agreement]
+        for n, one in enumerate(found.tried)
+    ]
+    if judge.average != "pixels":
+        columns.append(
+            Column(judge.figure, "{:.1f}", "right", "What plans are compared by: small classes count as much.")
+        )
+        rows = [[*row, _percent(one.loss)] for row, one in zip(rows, found.tried)]
+    yield Table(columns, rows, caption=f"Plans that were run on {judge.images}")
+
+
+def _in_words(plan: Plan) -> str:
+    """Say what the plan does."""
+    parts = []
+    if plan.scale != 1.0:
+        parts.append(f"the image runs at {plan.scale:g} of its sides")
+    if plan.exits:
+        parts.append(f"tokens may leave after {_blocks_named(plan.exits)} where their exit head is sure")
+    if plan.stop is not None:
+        parts.append(f"{'all that are left stop' if plan.exits else 'everybody stops'} after block {plan.stop}")
+    return "; ".join(parts) or "the dense model as it is"
+
+
+def _why(found: Adaptation, judge: Judge) -> str:
+    """Say in one sentence why this plan was taken."""
+    best, *rivals = found.tried
+    if not _within_budget(found):
+        if found.shortfall.startswith("no plan passes"):
+            return "It is the most careful of the plans, none of which passed the test."
+        return "Plans were tested from safe to daring, and this is the last, the cheapest, that passed."
+    rule = f"of plans as good (within {AS_GOOD:.0%} of the least loss) the simplest is taken"
+    if not rivals:
+        return f"No other plan met the budget; {rule}."
+    least = min(rivals, key=lambda one: one.loss)
+    if least.loss < best.loss:
+        return f"{_capital(rule)}: {least.plan} is better by {_percent(least.loss) - _percent(best.loss):.2f} points."
+    return f"No plan that was run keeps more by {judge.figure}; {rule}."
+
+
+def _within_budget(found: Adaptation) -> bool:
+    """Return whether a budget was asked for, and not a bound."""
+    return found.model.calibration is not None and "budget" in found.model.calibration.asked
+
+
+def _kind(one: TriedPlan) -> str:
+    return "best mix" if one.kind == "plan" else one.kind
+
+
+def _budgets(found: Adaptation, judge: Judge, out: Path) -> Iterator[Block]:
+    """Yield the curve of other budgets with the plans that were run, and how to take another point."""
+    predicted = "images at full size" if judge.labelled else "the dense answers"
+    yield (
+        f"{judge.words} The curve is the best plan at each budget as predicted from dense passes over {judge.images} "
+        f"and {predicted}; marks beside it are plans that were run there."
+    )
+    yield _chart(found, judge)
+    columns = [
+        Column("budget", "{:.0%}", help="Largest mean multiply-adds, as a share of dense."),
+        Column("best plan"),
+        Column("of dense", "{:.0%}", "right", "Predicted multiply-adds over dense ones."),
+        Column(judge.figure, "{:.1f}", "right", "Predicted, in percent; no run has confirmed it."),
+    ]
+    rows = [[budget, str(plan), plan.mac_ratio, _percent(plan.loss)] for budget, plan in found.curve]
+    yield Table(columns, rows, caption="Best plan at each budget, predicted")
+    budget = _another(found)
+    photos = _photo_words(found)
+    if found.tried[0].plan.exits:
+        yield (
+            "For another point with the exits that are there, choose their thresholds anew; images then run at full "
+            "size. With `--out` a copy is calibrated, and this model stays as it is:"
+        )
+        dovit = [] if not found.dense.decode_head.needs_grid else ["--method", "dovit"]
+        yield Code(
+            shlex.join(["tokenexit", "calibrate", str(out)])
+            + f" --images {photos} --budget {budget:g}{''.join(f' {word}' for word in dovit)}"
+        )
+        yield "For a plan of another size, depth or other exits, adapt the source again with another budget:"
+    else:
+        yield (
+            "This plan has no exits, and so no thresholds to choose anew: for another point adapt the source again "
+            "with another budget:"
+        )
+    yield Code(f"tokenexit adapt SOURCE --images {photos} --budget {budget:g} --out OTHER")
+
+
+def _another(found: Adaptation) -> float:
+    """Return a budget that is not the plan's own."""
+    budgets = sorted(budget for budget, _ in found.curve)
+    return next((one for one in budgets if one > found.measured.mac_ratio + DEARER), 0.7)
+
+
+def _photo_words(found: Adaptation) -> str:
+    """Return the folder that holds all photos, as a shell takes it, if they are in one."""
+    folders = {photo.parent for photo in found.photos}
+    return shlex.quote(str(folders.pop())) if len(folders) == 1 else "PHOTOS"
+
+
+def _chart(found: Adaptation, judge: Judge) -> Chart:
+    """Draw the figure of plans against their cost: the predicted curve, and every kind of plan that was run."""
+    curve = {(plan.mac_ratio, plan.loss): Point(100 * plan.mac_ratio, _percent(plan.loss)) for _, plan in found.curve}
+    series = [Series("best plan, predicted", sorted(curve.values()))] if curve else []
+    best, *rivals = found.tried
+    series.append(Series("chosen, run", [_measured(best)]))
+    for kind, members in groupby(sorted(rivals, key=_kind), key=_kind):
+        series.append(Series(f"{kind}, run", sorted(map(_measured, members))))
+    figures = [point.y for one in series for point in one.points]
+    floor = collapse_floor(figures, max(figures))
+    svg = line_chart_svg(
+        series, "share of dense multiply-adds, percent", f"{judge.figure}, percent", height=380, floor=floor
+    )
+    below = " Arrows stand for points below the chart." if floor is not None else ""
+    return Chart(
+        svg,
+        f"Predicted figures and those of runs are both of {judge.images}, on which plans and thresholds were chosen."
+        f"{below}",
+    )
+
+
+def _measured(one: TriedPlan) -> Point:
+    return Point(100 * one.run.mac_ratio, _percent(one.loss))
+
+
+# ------------------------------------------------------------------------------------------------- blocks and sizes
+
+
+def _blocks(found: Adaptation, judge: Judge) -> Iterator[Block]:
+    """Yield how well tokens are answered after each block, at each size of the image, and what that costs."""
+    blocks = [*found.heads, found.dense.config.backbone.depth]
+    yield (
+        "After every block an exit head was fitted to the dense model's answers. A token may leave early where such a "
+        "head already says what the dense model will say; where a small image or few blocks say it for all tokens, "
+        "exits have nothing to add."
+    )
+    yield _by_size(
+        blocks,
+        {scale: [_percent(loss) for loss in losses] for scale, losses in found.static_losses.items()},
+        "{:.1f}",
+        f"{_capital(judge.figure)}, percent, if all tokens stop after a block, by size of the image; predicted",
+    )
+    yield _by_size(
+        blocks, found.static_costs, "{:.0%}", "Multiply-adds over dense ones if all tokens stop there, by size"
+    )
+    columns = [
+        Column("block", "{}"),
+        Column("tokens", "{:.1%}", "right", "Share of held-out tokens to which the head gives the dense class."),
+        Column("mean over classes", "{:.1%}", "right", "The mean of that share over classes."),
+        Column("passes", "{}", "right", "Passes over the tokens until the head no longer improved."),
+    ]
+    rows = [[block, one.agreement, one.mean_agreement, one.passes] for block, one in found.heads.items()]
+    yield Table(columns, rows, caption="Tokens at full size answered as the dense model does, held out from fitting")
+
+
+def _by_size(blocks: Sequence[int], values: Mapping[float, Sequence[float]], form: str, caption: str) -> Table:
+    """Make a table of one row for each block, and one column for each size."""
+    scales = sorted(values, reverse=True)
+    columns = [Column("block"), *(Column(f"{scale:g}", form, "right") for scale in scales)]
+    names = [*map(str, blocks[:-1]), f"{blocks[-1]}, the end"]
+    return Table(columns, [[name, *(values[s][n] for s in scales)] for n, name in enumerate(names)], caption=caption)
+
+
+# ----------------------------------------------------------------------------------------------------------- photos
+
+
+def _photos(found: Adaptation, shown: int) -> Iterator[Block]:
+    """Yield some test photos with the masks of both models, evenly over the test part."""
+    labels, plan = found.dense.classes, found.tried[0].plan
+    yield "None of these photos was used to fit heads or to choose plan and thresholds. They are drawn evenly."
+    yield Legend("Classes", [Swatch(name, colour) for name, colour in zip(labels.names, labels.palette)])
+    if plan.exits:
+        yield Legend("Exits", _exit_legend(plan))
+    for number in _evenly(len(found.split.test), shown):
+        photo = found.photos[found.split.test[number]]
+        image = load_image(photo)
+        dense, own = found.dense.predict(image, Dense()), found.model.predict(image, found.method)
+        yield FigureRow(_figures(found, image, dense, own), title=photo.name)
+
+
+def _figures(found: Adaptation, image: Image.Image, dense: Segmentation, own: Segmentation) -> list[Figure]:
+    """Make figures of a photo, its dense mask, its adapted mask and, if tokens may leave by exits, the exit map."""
+    palette = found.dense.classes.palette
+    before, after = dense.labels[0].cpu(), own.labels[0].cpu()
+    agreement = (before == after).double().mean().item()
+    share = own.ledger.share_of_dense[0]
+    figures = [
+        Figure(image, "photo"),
+        Figure(colorize(before.numpy(), palette), "dense mask", note=f"{dense.ledger.gmacs[0]:.3g} GMACs"),
+        Figure(colorize(after.numpy(), palette), "cheaper mask", note=f"{agreement:.1%} of pixels as before"),
+    ]
+    if found.tried[0].plan.exits:
+        height, width = own.sizes[0]
+        drawn = exit_map(
+            own.exit_index[0].cpu().numpy(),
+            own.num_exits,
+            (image.height, image.width),
+            image=image,
+            extent=(height / own.patch_size, width / own.patch_size),
+        )
+        figures.append(Figure(drawn, "exits", note=f"{share:.0%} of dense"))
+    else:
+        figures.append(Figure(_unlike(image, before != after), "pixels unlike", note=f"{share:.0%} of dense"))
+    return figures
+
+
+def _unlike(image: Image.Image, unlike: Tensor) -> Image.Image:
+    """Draw the pixels that are no longer as they were, dark on a pale photo."""
+    return exit_map(unlike.numpy().astype("int64"), 1, (image.height, image.width), image=image)
+
+
+def _exit_legend(plan: Plan) -> list[Swatch]:
+    """Return the legend of exit maps; where everybody stops, nobody stays to the end."""
+    if plan.stop is None:
+        return exit_legend(len(plan.exits), plan.exits)
+    *some, last = exit_legend(len(plan.places), plan.places)[:-1]
+    return [*some, last._replace(label=f"All that were left (after block {plan.stop})")]
+
+
+def _evenly(count: int, shown: int) -> list[int]:
+    """Return `shown` of `count` positions, evenly and in order; all if there are fewer."""
+    shown = min(count, shown)
+    return [(2 * n + 1) * count // (2 * shown) for n in range(shown)]
+
+
+# ---------------------------------------------------------------------------------------------------------- classes
+
+
+def _classes(found: Adaptation) -> Iterator[Block]:
+    """Yield how much of each class stays, the weakest first and those that are not there last."""
+    labels, shares = found.dense.classes, found.measured.agreement_by_class
+    missing = sum(share is None for share in shares)
+    yield (
+        "Share of a class's pixels, where the dense model sees it, that have the same class in the cheaper model; on "
+        f"the {found.measured.photos} test photos, the weakest first."
+        + (f" {missing} of {len(shares)} classes are not there." if missing else "")
+    )
+    rows = sorted(zip(labels.names, labels.palette, shares), key=lambda row: 2.0 if row[2] is None else row[2])
+    columns = [Column("class"), Column("pixels as before", "{:.1%}", "right")]
+    yield Table(columns, [[Swatch(name, colour), share] for name, colour, share in rows])
+
+
+# --------------------------------------------------------------------------------------------------------- the rest
+
+
+def _how(found: Adaptation) -> str:
+    """Say what went in."""
+    backbone, split, options = found.dense.config.backbone, found.split, found.options
+    labels = (
+        f"The plan was chosen on {found.labelled} images with labels; exit heads were fitted without any."
+        if found.labelled
+        else "No labels were used: the dense model's own answers are what heads were fitted to and plans compared with."
+    )
+    whole = (
+        f"The whole model was given {options.finetune} steps more with its exits on, against its own dense twin."
+        if options.finetune
+        else "Backbone and decode head are those of the source, and so is the dense answer at full size."
+    )
+    return (
+        f"A ViT of {backbone.depth} blocks and width {backbone.embed_dim}, {len(found.photos)} photos: {split}. "
+        f"{labels} {whole} The split and all that was drawn come from seed {options.seed}; the network ran in "
+        f"{options.precision} on {found.dense.device}."
+    )
+
+
+def _covers(found: Adaptation) -> str:
+    """Say what the figures hold for."""
+    measured = found.measured
+    chosen = (
+        "that nothing was chosen on"
+        if _within_budget(found)
+        else "that the bound was tested on, from safe plans to daring ones, and that nothing else was chosen on"
+    )
+    return (
+        f"The figures under the title are of {measured.photos} photos {chosen}. They hold for photos of the same kind: "
+        "the bound is about others drawn as these were. Photos from elsewhere, of another camera, place or season, "
+        "may keep less; to know, adapt with some of them or measure on them. Agreement with the dense model says "
+        "nothing of how right that model is. Multiply-adds include exit heads and decode head, from true counts of "
+        "tokens; milliseconds are those of this machine, one photo at a time, dense and the plan in turn."
+    )
+
+
+def _percent(loss: float) -> float:
+    """Return 1 less a loss in percent; predicted losses of classes may pass 1."""
+    return 100.0 * max(0.0, 1.0 - loss)
+
+
+def _blocks_named(blocks: Sequence[int]) -> str:
+    *first, last = map(str, blocks)
+    return f"blocks {', '.join(first)} and {last}" if first else f"block {last}"
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
