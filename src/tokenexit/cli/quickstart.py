@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 
 BUDGET = 0.7
 """Share of dense multiply-adds that thresholds are calibrated for."""
+PHOTOS, ADAPT_BUDGET = 80, 0.5
+"""Scenes that the same model, without its exits, is adapted on, and for which share of dense multiply-adds."""
 TUNE_IMAGES, TEST_IMAGES, SHOWN_IMAGES = 24, 80, 6
 MEASURED_STEPS = 6
 
@@ -68,6 +70,8 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
 
     console.print(main_table(results, spread=True).to_rich())
     paths = write_results(out, model, test, methods, results, steps)
+    console.print(f"now as if the model had no exits: adapted on {PHOTOS} scenes without labels")
+    paths |= adapt_scenes(model, out, console.print)
     for name, path in paths.items():
         console.print(f"{name}: {path}", soft_wrap=True)
     return results
@@ -124,6 +128,27 @@ def write_results(
     )
     paths = {"model": out / "model", "scenes": scenes, "pictures": images}
     return {**paths, "figures": out / "results.json", "report": report}
+
+
+def adapt_scenes(model: ExitSegmenter, out: Path, say: Callable[[str], None]) -> dict[str, Path]:
+    """Adapt the model without its exits, as a user's own would be; returns the paths of what was written."""
+    from tokenexit.adaptation.adapt import adapt_model
+    from tokenexit.adaptation.page import write_page
+    from tokenexit.calibration.targets import Budget
+    from tokenexit.cli.progress import progress_bars
+    from tokenexit.data.registry import open_dataset
+    from tokenexit.prediction.predict_files import save_atomically
+    from tokenexit.training.recipes import SIZE
+
+    photos, cheaper = out / "photos", out / "cheaper"
+    scenes = open_dataset("scenes", None, "train", length=PHOTOS, size=SIZE)
+    photos.mkdir(parents=True, exist_ok=True)
+    for i in range(PHOTOS):
+        save_atomically(scenes[i].image, photos / f"scene-{i:03}.png")
+    found = adapt_model(model, [photos], Budget("budget", ADAPT_BUDGET), cheaper, say=say, progress=progress_bars())
+    page = write_page(found, cheaper / "report.html", command=f"tokenexit adapt {out / 'model'} --images {photos} ...")
+    say(found.measured.sentence())
+    return {"photos": photos, "cheaper model": cheaper, "its report": page}
 
 
 def summary(results: Sequence[Evaluation]) -> str:
