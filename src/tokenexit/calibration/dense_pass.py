@@ -226,8 +226,9 @@ def sampled(labels: Tensor, grid: Grid, size: tuple[int, int], patch_size: int) 
         (((torch.arange(cells * SAMPLES) + 0.5) * patch_size / SAMPLES / seen) * side).long().clamp(max=side - 1)
         for cells, seen, side in zip(grid, size, labels.shape)
     )
-    fine: Tensor = labels[rows][:, columns].short()
-    return fine.unflatten(1, (-1, SAMPLES)).unflatten(0, (-1, SAMPLES)).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+    fine = labels.index_select(0, rows).index_select(1, columns).short()
+    places: Tensor = fine.unflatten(1, (-1, SAMPLES)).unflatten(0, (-1, SAMPLES)).permute(0, 2, 1, 3)
+    return places.flatten(2).flatten(0, 1)
 
 
 def token_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "--exit-head", choices=("fcn", "linear", "dinov2_linear"), default="fcn", help="kind of exit heads"
     )
-    add_keep_option(plan)
+    add_keep_option(parser)
     parser.add_argument("--finetune", type=int, default=0, metavar="STEPS", help="steps of the whole model, exits on")
     parser.add_argument("--limit", type=int, default=400, help="largest number of photos, drawn at random")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
