@@ -1,6 +1,7 @@
 """The page of an adapted model: what it costs and keeps, what else was tried, other points, masks beside each other.
 
-Legend: K classes; figures of plans are 1 less their loss, in percent, as the plan was judged (`Judge`).
+A plan is predicted from dense passes and then run. So that both stand in one chart, the runs are given in the figure
+that predictions have (`Judge.figure`): 1 less the loss, in percent.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from tokenexit.adaptation.adapt import Adaptation
+from tokenexit.calibration.calibration_set import TrueRun, error
 from tokenexit.calibration.plans import AS_GOOD, Plan, TriedPlan
 from tokenexit.calibration.targets import Average
 from tokenexit.inputs.images import load_image
@@ -46,15 +48,38 @@ class Judge:
 
     @property
     def figure(self) -> str:
-        """Name of the figure that is 1 less the loss."""
+        """Name of the figure that predictions have, 1 less the predicted loss."""
+        return self.pixels if self.average == "pixels" else "class agreement"
+
+    @property
+    def help(self) -> str:
+        """One sentence on that figure."""
         if self.average == "pixels":
-            return self.pixels
-        return "mIoU by the labels" if self.labelled else "mIoU against dense"
+            return "Share of pixels, in percent."
+        return (
+            "The mean over classes of what is left, in percent, once half of what a class lost and half of what it was "
+            "given wrongly is taken off."
+        )
+
+    def of(self, run: TrueRun, patch_size: int) -> float:
+        """Return that figure of a run; classes of less than a patch count as one (as in `DensePass.losses`)."""
+        if self.average == "pixels":
+            return 100.0 * (1.0 - error(run.confusion, "pixels").mean().item())
+        counts = run.confusion.double().sum(0)
+        sizes = counts.sum(1)
+        weight = 1.0 / (2.0 * (sizes > 0).sum() * sizes.clamp(min=patch_size**2))
+        wrong = counts - counts.diag().diag()
+        return _percent((wrong * (weight[:, None] + weight)).sum().item())
 
     @property
     def pixels(self) -> str:
         """Name of the share of pixels that are as they should be."""
         return "pixels right" if self.labelled else "pixels as before"
+
+    @property
+    def truth(self) -> str:
+        """What plans are compared with."""
+        return "the labels" if self.labelled else "the dense answers"
 
     @property
     def images(self) -> str:
@@ -65,8 +90,8 @@ class Judge:
     def words(self) -> str:
         """Say who judged."""
         who = f"the labels of {self.labelled} images" if self.labelled else "the dense model's own answers at full size"
-        unit = "every pixel counts the same" if self.average == "pixels" else "every class counts the same"
-        return f"Plans are judged by {who}; {unit}."
+        unit = "every pixel" if self.average == "pixels" else "every class"
+        return f"Plans are judged by {who}; {unit} counts the same."
 
 
 def write_page(found: Adaptation, path: Path, command: str = "", shown: int = 4) -> Path:
@@ -110,9 +135,17 @@ def _facts(found: Adaptation) -> Facts:
                 f"{measured.speedup:.1f}x",
                 f"as fast here: {measured.ms:.3g} ms a photo in place of {measured.dense_ms:.3g}",
             ),
-            (f"{measured.bound:.1%}", f"of pixels unlike dense at most, with confidence {measured.confidence:g}"),
+            (
+                f"{measured.bound:.{_decimals(measured.bound)}%}",
+                f"of pixels unlike dense at most, with confidence {measured.confidence:g}",
+            ),
         ]
     )
+
+
+def _decimals(share: float) -> int:
+    """Return the decimals of a share in percent that leave two digits, as the sentence has them."""
+    return 0 if share >= 0.1 else 1 if share >= 0.01 else 2
 
 
 # ------------------------------------------------------------------------------------------------------------ plans
@@ -132,9 +165,12 @@ def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
         ["chosen" if n == 0 else _kind(one), str(one.plan), one.run.mac_ratio, one.agreement]
         for n, one in enumerate(found.tried)
     ]
-    if judge.average != "pixels":
+    if judge.average == "classes":
+        patch_size = found.dense.config.backbone.patch_size
+        columns.append(Column(judge.figure, "{:.1f}", "right", judge.help))
+        rows = [[*row, judge.of(one.run, patch_size)] for row, one in zip(rows, found.tried)]
         columns.append(
-            Column(judge.figure, "{:.1f}", "right", "What plans are compared by: small classes count as much.")
+            Column("mIoU", "{:.1f}", "right", f"Against {judge.truth}, in percent: what plans are compared by.")
         )
         rows = [[*row, _percent(one.loss)] for row, one in zip(rows, found.tried)]
     yield Table(columns, rows, caption=f"Plans that were run on {judge.images}")
@@ -160,12 +196,14 @@ def _why(found: Adaptation, judge: Judge) -> str:
             return "It is the most careful of the plans, none of which passed the test."
         return "Plans were tested from safe to daring, and this is the last, the cheapest, that passed."
     rule = f"of plans as good (within {AS_GOOD:.0%} of the least loss) the simplest is taken"
+    unit = judge.pixels if judge.average == "pixels" else f"mIoU against {judge.truth}"
     if not rivals:
         return f"No other plan met the budget; {rule}."
     least = min(rivals, key=lambda one: one.loss)
     if least.loss < best.loss:
-        return f"{_capital(rule)}: {least.plan} is better by {_percent(least.loss) - _percent(best.loss):.2f} points."
-    return f"No plan that was run keeps more by {judge.figure}; {rule}."
+        better = _percent(least.loss) - _percent(best.loss)
+        return f"{_capital(rule)}: {least.plan} is better by {better:.2f} points only."
+    return f"No plan that was run keeps more {unit}; {rule}."
 
 
 def _within_budget(found: Adaptation) -> bool:
@@ -179,39 +217,34 @@ def _kind(one: TriedPlan) -> str:
 
 def _budgets(found: Adaptation, judge: Judge, out: Path) -> Iterator[Block]:
     """Yield the curve of other budgets with the plans that were run, and how to take another point."""
-    predicted = "images at full size" if judge.labelled else "the dense answers"
     yield (
-        f"{judge.words} The curve is the best plan at each budget as predicted from dense passes over {judge.images} "
-        f"and {predicted}; marks beside it are plans that were run there."
+        f"{judge.words} The curve is the best plan at each budget as predicted from dense passes over {judge.images}; "
+        "marks beside it are plans that were run on them. A prediction does not see all that tokens lose when others "
+        "leave, so that runs with exits come out below it."
     )
     yield _chart(found, judge)
     columns = [
         Column("budget", "{:.0%}", help="Largest mean multiply-adds, as a share of dense."),
         Column("best plan"),
         Column("of dense", "{:.0%}", "right", "Predicted multiply-adds over dense ones."),
-        Column(judge.figure, "{:.1f}", "right", "Predicted, in percent; no run has confirmed it."),
+        Column(judge.figure, "{:.1f}", "right", f"Predicted, not run. {judge.help}"),
     ]
     rows = [[budget, str(plan), plan.mac_ratio, _percent(plan.loss)] for budget, plan in found.curve]
     yield Table(columns, rows, caption="Best plan at each budget, predicted")
     budget = _another(found)
     photos = _photo_words(found)
-    if found.tried[0].plan.exits:
+    words = f"--images {photos} --budget {budget:g}"
+    if found.model.config.exits:
         yield (
-            "For another point with the exits that are there, choose their thresholds anew; images then run at full "
-            "size. With `--out` a copy is calibrated, and this model stays as it is:"
+            "For another point with the exits that are there, choose size, stop and thresholds anew. With `--out` a "
+            "copy is calibrated, and this model stays as it is:"
         )
-        dovit = [] if not found.dense.decode_head.needs_grid else ["--method", "dovit"]
-        yield Code(
-            shlex.join(["tokenexit", "calibrate", str(out)])
-            + f" --images {photos} --budget {budget:g}{''.join(f' {word}' for word in dovit)}"
-        )
-        yield "For a plan of another size, depth or other exits, adapt the source again with another budget:"
+        method = " --method dovit" if found.dense.decode_head.needs_grid else ""
+        yield Code(f"tokenexit calibrate {shlex.quote(str(out))} \\\n  {words} --plan dense{method}")
+        yield "For a plan with exits elsewhere, adapt the source again with another budget:"
     else:
-        yield (
-            "This plan has no exits, and so no thresholds to choose anew: for another point adapt the source again "
-            "with another budget:"
-        )
-    yield Code(f"tokenexit adapt SOURCE --images {photos} --budget {budget:g} --out OTHER")
+        yield "This plan has no exits to choose from: for another point, adapt the source again with another budget:"
+    yield Code(f"tokenexit adapt SOURCE \\\n  {words} --out OTHER")
 
 
 def _another(found: Adaptation) -> float:
@@ -231,9 +264,14 @@ def _chart(found: Adaptation, judge: Judge) -> Chart:
     curve = {(plan.mac_ratio, plan.loss): Point(100 * plan.mac_ratio, _percent(plan.loss)) for _, plan in found.curve}
     series = [Series("best plan, predicted", sorted(curve.values()))] if curve else []
     best, *rivals = found.tried
-    series.append(Series("chosen, run", [_measured(best)]))
+    patch_size = found.dense.config.backbone.patch_size
+
+    def measured(one: TriedPlan) -> Point:
+        return Point(100 * one.run.mac_ratio, judge.of(one.run, patch_size))
+
+    series.append(Series("chosen, run", [measured(best)]))
     for kind, members in groupby(sorted(rivals, key=_kind), key=_kind):
-        series.append(Series(f"{kind}, run", sorted(map(_measured, members))))
+        series.append(Series(f"{kind}, run", sorted(map(measured, members))))
     figures = [point.y for one in series for point in one.points]
     floor = collapse_floor(figures, max(figures))
     svg = line_chart_svg(
@@ -245,10 +283,6 @@ def _chart(found: Adaptation, judge: Judge) -> Chart:
         f"Predicted figures and those of runs are both of {judge.images}, on which plans and thresholds were chosen."
         f"{below}",
     )
-
-
-def _measured(one: TriedPlan) -> Point:
-    return Point(100 * one.run.mac_ratio, _percent(one.loss))
 
 
 # ------------------------------------------------------------------------------------------------- blocks and sizes
