@@ -17,6 +17,7 @@ import torch
 import yaml
 from huggingface_hub import HfApi, errors
 
+from tests.heads.test_module import own_segmenter
 from tests.helpers import tiny_segmenter
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError
@@ -310,3 +311,10 @@ def test_fetch__what_goes_wrong_is_one_sentence(
     assert words in str(caught.value)
     with pytest.raises(CheckpointError, match="is no hub name"):
         ExitSegmenter.from_pretrained("hf-hub:street")
+
+
+def test_card__of_a_model_with_a_head_of_its_own_says_how_it_is_loaded(tmp_path: Path) -> None:
+    own_segmenter("Plain").save_pretrained(tmp_path / "m", card=True)
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert 'ExitSegmenter.from_pretrained("m", head=MyHead)' in card
+    assert "saved as `tests.heads.own_heads:Plain`: load that class as `MyHead` first" in card

@@ -49,7 +49,7 @@ def model_card(
         MARK,
         f"# {name}",
         _what(config, parameters, trained_on),
-        _use(name),
+        _use(name, _at(config, "model", "decode_head", "import")),
         _section("Accuracy and compute", _table(rows, evaluation, training)),
         _section("Calibration", _calibrated(calibration)),
         _section("Training", _trained(training)),
@@ -99,14 +99,21 @@ def _what(config: Mapping[str, Any], parameters: int, trained_on: str | None) ->
     return " ".join(sentences)
 
 
-def _use(name: str) -> str:
+def _use(name: str, head: Any) -> str:
+    """Show how the model is loaded. head: import path of a decode head that is no part of the library, else None."""
+    given = ", head=MyHead" if head else ""
+    note = (
+        f"\n\nIts decode head is a module of its own, saved as `{head}`: load that class as `MyHead` first."
+        if head
+        else ""
+    )
     return f"""```python
 from tokenexit import ExitSegmenter
 
-model = ExitSegmenter.from_pretrained("{name}")  # the folder, or hf-hub:OWNER/{name}
+model = ExitSegmenter.from_pretrained("{name}"{given})  # the folder, or hf-hub:OWNER/{name}
 out = model.predict("photo.jpg")
 print(out.labels[0].shape, out.ledger.share_of_dense[0])
-```"""
+```{note}"""
 
 
 def _rows(training: Mapping[str, Any] | None, evaluation: Mapping[str, Any] | None) -> list[list[str]]:
