@@ -273,13 +273,19 @@ class DensePassGrades(Graded):
         return torch.zeros_like(candidate).index_copy_(0, order, stays)
 
 
-def compose(dense: DensePass, method: ThresholdMethod[Any], limits: tuple[float, ...]) -> Tensor:
+Limits = Sequence[float | Sequence[float]]
+"""For each exit a limit on uncertainty, or one for each class; 0 is never."""
+
+
+def compose(dense: DensePass, method: ThresholdMethod[Any], limits: Limits) -> Tensor:
     """At which exit each token leaves if its uncertainty must be below `limits` (one per exit): `(N,)` int64, E is
     never.
 
     Every exit's decision is the method's own (`decide`), on recorded scores.
     """
-    rule = method.with_thresholds(tuple(1.0 - limit for limit in limits))
+    rule = method.with_thresholds(
+        tuple(tuple(1.0 - own for own in limit) if isinstance(limit, Sequence) else 1.0 - limit for limit in limits)
+    )
     cells = Packing.of([h * w for h, w in dense.grids], dense.image.device)
     exit_index = torch.full_like(dense.image, len(limits))
     live = torch.ones_like(dense.image, dtype=torch.bool)
@@ -380,9 +386,13 @@ class MacTable:
         return self.macs(live).sum().item() / self.dense.sum().item()
 
 
-def with_thresholds(method: ThresholdMethod[Any], limits: tuple[float, ...]) -> ThresholdMethod[Any]:
-    """The method with thresholds for these limits on uncertainty; 0 is never."""
-    return method.with_thresholds(tuple(threshold_of(limit) for limit in limits))
+def with_thresholds(method: ThresholdMethod[Any], limits: Limits) -> ThresholdMethod[Any]:
+    """The method with thresholds for these limits."""
+    return method.with_thresholds(
+        tuple(
+            tuple(map(threshold_of, limit)) if isinstance(limit, Sequence) else threshold_of(limit) for limit in limits
+        )
+    )
 
 
 def threshold_of(limit: float) -> float:

@@ -32,7 +32,7 @@ from tokenexit.calibration.dense_pass import (
 from tokenexit.calibration.planner import Planner
 from tokenexit.calibration.search import meet_budget
 from tokenexit.calibration.targets import Average
-from tokenexit.calibration.threshold_path import even_path
+from tokenexit.calibration.threshold_path import ThresholdPath, class_guard, even_path
 from tokenexit.engine.tokens import Grid
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import scores
@@ -55,6 +55,8 @@ WORTH = 0.01
 FINALISTS = 2
 """Plans with exits that are run, beside the best of each static kind and of exits alone."""
 COMPARED_IMAGES = 32
+GUARDS = (0.1, 0.05)
+"""Shares of wrong samples above which tokens of a class do not leave, tried beside no guard."""
 AS_GOOD = 0.02
 """Share of the loss by which a simpler plan may be worse and still be chosen: less than other images would change."""
 
@@ -436,11 +438,12 @@ def _measured(
 
 
 def _choose_path(survey: Survey, planner: Planner, images: CalibrationSet, budget: float) -> None:
-    """Use the path that loses least at the budget, by true runs on a few images."""
+    """Use the path that loses least at the budget, by true runs on a few images; then see whether guarding classes
+    makes it better."""
     positions = images.spread(COMPARED_IMAGES)
     few, wanted = images.part(positions), survey.reference.part(positions)
-    losses = []
-    for path in planner.paths:
+
+    def loss_on(path: ThresholdPath) -> float:
         planner.path = path
         fit = meet_budget(
             budget,
@@ -450,8 +453,11 @@ def _choose_path(survey: Survey, planner: Planner, images: CalibrationSet, budge
             tolerance=0.02,
             runs=3,
         )
-        losses.append(2.0 if fit is None else survey.loss_of(fit.run))
-    planner.path = planner.paths[losses.index(min(losses))]
+        return float("inf") if fit is None else survey.loss_of(fit.run)
+
+    best = min(planner.paths, key=loss_on)
+    guarded = [replace(best, guard=class_guard(planner.dense, most)) for most in GUARDS]
+    planner.path = min([best, *guarded], key=loss_on)
 
 
 def choose_plan(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts
+from tokenexit.calibration.dense_pass import DensePass, Limits, MacTable, compose, live_counts
 from tokenexit.methods import ThresholdMethod
 
 LEVELS = 40
@@ -31,9 +31,10 @@ DIGITS = 4
 
 @dataclass(frozen=True)
 class ThresholdPath:
-    """limits: `(m, E)` fp64, from zeros on, never falling."""
+    """limits: `(m, E)` fp64, from zeros on, never falling. guard: `(E, K)`, the largest limits of classes, if any."""
 
     limits: Tensor
+    guard: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.limits)
@@ -42,12 +43,41 @@ class ThresholdPath:
     def end(self) -> float:
         return float(len(self.limits) - 1)
 
-    def limits_at(self, position: float) -> tuple[float, ...]:
+    def limits_at(self, position: float) -> Limits:
         """Limits at a position in [0, m - 1], linear between points, to four significant digits."""
         position = min(max(position, 0.0), self.end)
         low = min(int(position), len(self.limits) - 2)
         mixed = torch.lerp(self.limits[low], self.limits[low + 1], position - low)
-        return tuple(float(f"{x:.{DIGITS}g}") for x in mixed.tolist())
+        if self.guard is None:
+            return tuple(map(_rounded, mixed.tolist()))
+        guarded = torch.minimum(mixed[:, None], self.guard)
+        return tuple(tuple(map(_rounded, exit)) for exit in guarded.tolist())
+
+
+def _rounded(limit: float) -> float:
+    return float(f"{limit:.{DIGITS}g}")
+
+
+def class_guard(dense: DensePass, most: float) -> Tensor:
+    """Return the limit of each class at each exit below which at most a share of samples is wrong: `(E, K)` fp64.
+
+    A class that an exit answers badly keeps its tokens longer; one that no token is given keeps all of them.
+
+    most: share of the samples of tokens that an exit calls by the class, the surest first.
+    """
+    guard = torch.zeros(len(dense.uncertainty), dense.num_classes, dtype=torch.float64)
+    counted = dense.wanted >= 0
+    for n, (uncertainty, label, said) in enumerate(zip(dense.uncertainty, dense.label, dense.said)):
+        wrong = ((said != dense.wanted) & counted).sum(1).double() / counted.sum(1).clamp(min=1)
+        for c in range(dense.num_classes):
+            own = (label == c).nonzero().squeeze(1)
+            order = own[uncertainty[own].float().sort(stable=True).indices]
+            error = wrong[order].cumsum(0) / torch.arange(1, len(order) + 1)
+            within = (error <= most).nonzero()
+            if len(within):
+                last = int(within[-1])
+                guard[n, c] = 1.0 if last == len(order) - 1 else uncertainty[order[last]].double()
+    return guard
 
 
 def even_path(num_exits: int) -> ThresholdPath:
