@@ -114,6 +114,43 @@ def test_smallest_bound__passes_and_a_smaller_one_does_not(mean: float, n: int) 
     assert g.hoeffding_bentkus(mean, n, bound - 2e-4) > 0.1
 
 
+@pytest.mark.parametrize("alpha", [0.02, 0.1])
+@pytest.mark.parametrize("shape", ["rare", "spread", "alike"])
+def test_betting__accepts_a_false_bound_no_more_often_than_its_level(shape: str, alpha: float) -> None:
+    generator = np.random.default_rng(0)
+    accepted = 0
+    for _ in range(600):
+        if shape == "rare":  # all or nothing
+            test, pilot = ((generator.random(n) < alpha).astype(float) for n in (80, 40))
+        elif shape == "spread":
+            test, pilot = (generator.beta(0.3, 0.3 * (1 - alpha) / alpha, n) for n in (80, 40))
+        else:
+            test, pilot = (generator.uniform(0.9 * alpha, 1.1 * alpha, n) for n in (80, 40))
+        accepted += g.betting(test, alpha, g.best_bet(pilot, alpha)) <= 0.1
+    assert accepted / 600 <= 0.1 + 3 * math.sqrt(0.1 * 0.9 / 600)
+
+
+def test_betting__needs_far_fewer_images_than_the_mean_where_losses_are_alike() -> None:
+    losses = np.full(180, 0.015)
+    assert g.betting(losses, 0.03, g.best_bet(losses, 0.03)) < 0.1
+    assert g.hoeffding_bentkus(0.015, 180, 0.03) > 0.1
+
+
+def test_betting__is_one_minus_the_geometric_mean_at_the_largest_bet() -> None:
+    """All that is bet at once: the capital is prod((1 - L) / (1 - alpha))."""
+    losses = np.array([0.01, 0.02, 0.0])
+    capital = np.prod((1 - losses) / (1 - 0.05))
+    assert g.betting(losses, 0.05, 1 / (1 - 0.05)) == pytest.approx(1 / capital)
+
+
+@given(st.lists(st.floats(0.0, 1.0), min_size=1, max_size=40), st.lists(st.floats(0.0, 1.0), min_size=1, max_size=40))
+def test_smallest_bound_by_betting__passes_as_do_all_above_it(losses: list[float], pilot: list[float]) -> None:
+    bound = g.smallest_bound_by_betting(losses, pilot, 0.9)
+    for alpha in np.arange(bound, 1.0, 0.05):
+        if alpha < 1.0 and bound < 1.0:
+            assert g.betting(losses, float(alpha), g.best_bet(pilot, float(alpha))) <= 0.1 + 1e-9
+
+
 def test_conformal_risk_control__keeps_the_expected_loss_of_the_next_image() -> None:
     """Monotone losses: image u loses once the setting passes it; the choice is judged on one more image, on average."""
     alpha, n, settings = 0.1, 60, np.linspace(0, 0.4, 41)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 
 from tokenexit.adaptation.features import Features, record_features
@@ -28,10 +29,10 @@ from tokenexit.adaptation.fit import FittedHead, fit_head
 from tokenexit.adaptation.measure import Measured, measure
 from tokenexit.adaptation.photos import FEW, PhotoSplit, split_photos, usable_photos
 from tokenexit.calibration.agreement import FALL_OFF
-from tokenexit.calibration.calibration_set import CalibrationSet, drawn, true_run
-from tokenexit.calibration.for_bound import SequentialTest
+from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, drawn, error, true_run
 from tokenexit.calibration.planner import costs_of
 from tokenexit.calibration.plans import SIZES, Held, Plan, Survey, TriedPlan, choose_plan, search_plans, try_plan
+from tokenexit.calibration.risk_control import best_bet, betting
 from tokenexit.calibration.store import calibration_of
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget, target_of
 from tokenexit.checkpoints.calibration import Calibration
@@ -250,7 +251,13 @@ def adapt_model(
             fit_on = [paths[n] for n in split.fit]
             best, model = _finetuned(survey, dense, best, model, fit_on, work / "finetune", options, say)
         with inference(dense.device, options.precision):
-            measured = measure(replace(tested_on, model=model), best.method, dense, _confidence(target))
+            measured = measure(
+                replace(tested_on, model=model),
+                best.method,
+                dense,
+                pilot=torch.zeros(1) if survey.labels else error(best.run.confusion, "pixels"),
+                confidence=_confidence(target),
+            )
         model.calibration = _calibration(model, best, target, options, measured, split, about or {})
         found = Adaptation(
             model,
@@ -414,8 +421,9 @@ def _within_bound(
 ) -> tuple[list[TriedPlan], str]:
     """Return the cheapest plan that passes the test of the bound, and why none does; plans go from safe to daring.
 
-    Plans and their order are fixed on the photos to choose on, and tested on the others one after the other (fixed
-    sequence testing), so that the chance of accepting one whose loss is above the bound is at most 1 - confidence.
+    Plans, their order and the bets are fixed on the photos to choose on, and tested on the others one after the other
+    (fixed-sequence testing), so that the chance of accepting one whose loss is above the bound is at most
+    1 - confidence.
     """
     candidates: list[TriedPlan] = []
     for budget in LADDER:
@@ -426,13 +434,13 @@ def _within_bound(
         candidates.append(one)
         if target.losses(one.run, None).mean().item() > HOPELESS * target.alpha:
             break
-    test = SequentialTest.on(replace(tested_on, model=survey.model.with_exits(())), target)
+    reference = dense_reference(replace(tested_on, model=survey.model.with_exits(())))
     accepted: list[TriedPlan] = []
     for one in candidates:
-        run = true_run(
-            replace(tested_on, model=survey.model.with_exits(one.plan.places)), one.method, test.reference, "testing"
-        )
-        if not test.judge(run)[0]:
+        model = survey.model.with_exits(one.plan.places)
+        run = true_run(replace(tested_on, model=model), one.method, reference, "testing")
+        bet = best_bet(target.losses(one.run, None).numpy(), target.alpha)
+        if betting(target.losses(run, None).numpy(), target.alpha, bet) > 1 - target.confidence:
             break
         accepted.append(one)
     say(f"{len(accepted)} of {len(candidates)} plans pass the test on {len(tested_on)} photos, one after the other")

@@ -8,9 +8,10 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
-from tokenexit.calibration.risk_control import smallest_bound
+from tokenexit.calibration.risk_control import smallest_bound_by_betting
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.evaluation.intervals import CONFIDENCE, DRAWS
 from tokenexit.methods import Dense, Method
@@ -72,8 +73,13 @@ class Measured:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(self).items()}
 
 
-def measure(tested_on: CalibrationSet, method: Method[Any], dense: ExitSegmenter, confidence: float) -> Measured:
-    """Run a method on every photo, compare it with the dense answers of `dense`, and time both on some."""
+def measure(
+    tested_on: CalibrationSet, method: Method[Any], dense: ExitSegmenter, pilot: Tensor, confidence: float
+) -> Measured:
+    """Run a method on every photo, compare it with the dense answers of `dense`, and time both on some.
+
+    pilot: `(n,)` losses on other photos, on which the bet of the bound is fixed.
+    """
     reference = dense_reference(replace(tested_on, model=dense))
     run = true_run(tested_on, method, reference, "testing")
     losses = error(run.confusion, "pixels")
@@ -90,7 +96,7 @@ def measure(tested_on: CalibrationSet, method: Method[Any], dense: ExitSegmenter
         mac_ratio=run.mac_ratio,
         disagreement=mean,
         disagreement_interval=(low, high),
-        bound=smallest_bound(mean, len(losses), confidence),
+        bound=smallest_bound_by_betting(losses.numpy(), pilot.numpy(), confidence),
         confidence=confidence,
         speedup=median(a / b for a, b in zip(dense_ms, ms)),
         dense_ms=median(dense_ms),
