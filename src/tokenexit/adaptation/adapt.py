@@ -378,7 +378,7 @@ def _places(dense: ExitSegmenter, held: Held) -> tuple[int, ...]:
     if wrong:
         raise ConfigError(f"exits and depth must be between 1 and {depth - 1}, got {wrong[0]}: name other blocks.")
     if held.exits is not None and held.depth is not None:
-        return tuple(sorted(n for n in named if n is not None))
+        return tuple(sorted(n for n in named if n is not None)) or (depth - 1,)  # a survey has a place at least
     return tuple(range(1, depth))
 
 

@@ -30,6 +30,10 @@ from tokenexit.report.tables import Column, Swatch, Table
 from tokenexit.runtime.precision import inference
 
 TITLE = "A cheaper model"
+COARSE = (
+    " The end at full size is the dense model itself: what it lacks there to 100 is how coarse predictions are, which "
+    "look at a few places of every token."
+)
 DEARER = 0.05
 """Share of dense by which another budget is above what the plan takes, to be named as an example."""
 
@@ -117,7 +121,7 @@ def write_page(found: Adaptation, path: Path, command: str = "", shown: int = 4)
         Section("Blocks and sizes", [*_blocks(found, judge)]),
         Section("Test photos", photos),
         Section("Classes", [*_classes(found)]),
-        Section("How it was made", [_how(found), _covers(found), *([Code(command)] if command else [])]),
+        Section("How it was made", [_how(found), _covers(found), *([Code(_readable(command))] if command else [])]),
     ]
     shortfall = f" This is the best that can be had: {found.shortfall}." if found.shortfall else ""
     summary = f"{found.measured.sentence()}.{shortfall}"
@@ -155,25 +159,23 @@ def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
     """Yield the plan in words, why it was taken, and the plans that were run."""
     plan = found.tried[0].plan
     yield f"{_capital(_in_words(plan))}. {_why(found, judge)}"
+    patch_size = found.dense.config.backbone.patch_size
     columns = [
         Column("plan", help="What the plan saves by; a simple plan is a rival of those that mix all three."),
-        Column("in words"),
         Column("of dense", "{:.1%}", "right", f"Multiply-adds over dense ones on {judge.images}."),
         Column(judge.pixels, "{:.1%}", "right", f"Mean over {judge.images}."),
     ]
     rows: list[list[Any]] = [
-        ["chosen" if n == 0 else _kind(one), str(one.plan), one.run.mac_ratio, one.agreement]
-        for n, one in enumerate(found.tried)
+        ["chosen" if n == 0 else _kind(one), one.run.mac_ratio, one.agreement] for n, one in enumerate(found.tried)
     ]
     if judge.average == "classes":
-        patch_size = found.dense.config.backbone.patch_size
-        columns.append(Column(judge.figure, "{:.1f}", "right", judge.help))
-        rows = [[*row, judge.of(one.run, patch_size)] for row, one in zip(rows, found.tried)]
-        columns.append(
-            Column("mIoU", "{:.1f}", "right", f"Against {judge.truth}, in percent: what plans are compared by.")
-        )
-        rows = [[*row, _percent(one.loss)] for row, one in zip(rows, found.tried)]
-    yield Table(columns, rows, caption=f"Plans that were run on {judge.images}")
+        columns += [
+            Column(judge.figure, "{:.1f}", "right", judge.help),
+            Column("mIoU", "{:.1f}", "right", f"Against {judge.truth}, in percent: what plans are compared by."),
+        ]
+        rows = [[*row, judge.of(one.run, patch_size), _percent(one.loss)] for row, one in zip(rows, found.tried)]
+    rows = [[*row, str(one.plan)] for row, one in zip(rows, found.tried)]
+    yield Table([*columns, Column("in words")], rows, caption=f"Plans that were run on {judge.images}")
 
 
 def _in_words(plan: Plan) -> str:
@@ -220,16 +222,16 @@ def _budgets(found: Adaptation, judge: Judge, out: Path) -> Iterator[Block]:
     yield (
         f"{judge.words} The curve is the best plan at each budget as predicted from dense passes over {judge.images}; "
         "marks beside it are plans that were run on them. A prediction does not see all that tokens lose when others "
-        "leave, so that runs with exits come out below it."
+        "leave, so runs with exits tend to come out below it."
     )
     yield _chart(found, judge)
     columns = [
         Column("budget", "{:.0%}", help="Largest mean multiply-adds, as a share of dense."),
-        Column("best plan"),
         Column("of dense", "{:.0%}", "right", "Predicted multiply-adds over dense ones."),
         Column(judge.figure, "{:.1f}", "right", f"Predicted, not run. {judge.help}"),
+        Column("best plan"),
     ]
-    rows = [[budget, str(plan), plan.mac_ratio, _percent(plan.loss)] for budget, plan in found.curve]
+    rows = [[budget, plan.mac_ratio, _percent(plan.loss), str(plan)] for budget, plan in found.curve]
     yield Table(columns, rows, caption="Best plan at each budget, predicted")
     budget = _another(found)
     photos = _photo_words(found)
@@ -240,7 +242,7 @@ def _budgets(found: Adaptation, judge: Judge, out: Path) -> Iterator[Block]:
             "copy is calibrated, and this model stays as it is:"
         )
         method = " --method dovit" if found.dense.decode_head.needs_grid else ""
-        yield Code(f"tokenexit calibrate {shlex.quote(str(out))} \\\n  {words} --plan dense{method}")
+        yield Code(f"tokenexit calibrate {_as_word(out)} \\\n  {words} --plan dense{method}")
         yield "For a plan with exits elsewhere, adapt the source again with another budget:"
     else:
         yield "This plan has no exits to choose from: for another point, adapt the source again with another budget:"
@@ -256,7 +258,7 @@ def _another(found: Adaptation) -> float:
 def _photo_words(found: Adaptation) -> str:
     """Return the folder that holds all photos, as a shell takes it, if they are in one."""
     folders = {photo.parent for photo in found.photos}
-    return shlex.quote(str(folders.pop())) if len(folders) == 1 else "PHOTOS"
+    return _as_word(folders.pop()) if len(folders) == 1 else "PHOTOS"
 
 
 def _chart(found: Adaptation, judge: Judge) -> Chart:
@@ -291,16 +293,17 @@ def _chart(found: Adaptation, judge: Judge) -> Chart:
 def _blocks(found: Adaptation, judge: Judge) -> Iterator[Block]:
     """Yield how well tokens are answered after each block, at each size of the image, and what that costs."""
     blocks = [*found.heads, found.dense.config.backbone.depth]
+    coarse = "" if found.labelled else COARSE
     yield (
         "After every block an exit head was fitted to the dense model's answers. A token may leave early where such a "
         "head already says what the dense model will say; where a small image or few blocks say it for all tokens, "
-        "exits have nothing to add."
+        f"exits have nothing to add.{coarse}"
     )
     yield _by_size(
         blocks,
         {scale: [_percent(loss) for loss in losses] for scale, losses in found.static_losses.items()},
         "{:.1f}",
-        f"{_capital(judge.figure)}, percent, if all tokens stop after a block, by size of the image; predicted",
+        f"{_capital(judge.figure)} if all tokens stop after a block, by size of the image: predicted, percent",
     )
     yield _by_size(
         blocks, found.static_costs, "{:.0%}", "Multiply-adds over dense ones if all tokens stop there, by size"
@@ -329,7 +332,7 @@ def _by_size(blocks: Sequence[int], values: Mapping[float, Sequence[float]], for
 def _photos(found: Adaptation, shown: int) -> Iterator[Block]:
     """Yield some test photos with the masks of both models, evenly over the test part."""
     labels, plan = found.dense.classes, found.tried[0].plan
-    yield "None of these photos was used to fit heads or to choose plan and thresholds. They are drawn evenly."
+    yield "Exit heads, plan and thresholds were made without these photos, which stand evenly over the test part."
     yield Legend("Classes", [Swatch(name, colour) for name, colour in zip(labels.names, labels.palette)])
     if plan.exits:
         yield Legend("Exits", _exit_legend(plan))
@@ -337,7 +340,7 @@ def _photos(found: Adaptation, shown: int) -> Iterator[Block]:
         photo = found.photos[found.split.test[number]]
         image = load_image(photo)
         dense, own = found.dense.predict(image, Dense()), found.model.predict(image, found.method)
-        yield FigureRow(_figures(found, image, dense, own), title=photo.name)
+        yield FigureRow(_figures(found, image, dense, own), title=_readable(photo.name))
 
 
 def _figures(found: Adaptation, image: Image.Image, dense: Segmentation, own: Segmentation) -> list[Figure]:
@@ -395,7 +398,7 @@ def _classes(found: Adaptation) -> Iterator[Block]:
     yield (
         "Share of a class's pixels, where the dense model sees it, that have the same class in the cheaper model; on "
         f"the {found.measured.photos} test photos, the weakest first."
-        + (f" {missing} of {len(shares)} classes are not there." if missing else "")
+        + (f" Not there: {missing} of {len(shares)} classes." if missing else "")
     )
     rows = sorted(zip(labels.names, labels.palette, shares), key=lambda row: 2.0 if row[2] is None else row[2])
     columns = [Column("class"), Column("pixels as before", "{:.1%}", "right")]
@@ -440,6 +443,16 @@ def _covers(found: Adaptation) -> str:
         "nothing of how right that model is. Multiply-adds include exit heads and decode head, from true counts of "
         "tokens; milliseconds are those of this machine, one photo at a time, dense and the plan in turn."
     )
+
+
+def _as_word(path: Path) -> str:
+    """Return a path as a shell takes it."""
+    return shlex.quote(_readable(str(path)))
+
+
+def _readable(text: str) -> str:
+    """Return a name with marks for bytes that are no text, which no page can hold."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _percent(loss: float) -> float:

@@ -328,6 +328,8 @@ def _with_exits(
 
     if exits is not None:
         numbers = tuple(places.index(block) for block in exits if stop is None or places.index(block) < stop)
+        if not numbers:  # a static plan
+            return []
         loss, ratio = judged(numbers)
         chosen: tuple[int, ...] = numbers
     else:

@@ -36,7 +36,10 @@ def calibration_of(
     reached: Mapping[str, Any],
     images: Mapping[str, Any],
 ) -> Calibration:
-    """Make the calibration of a model for `method`, of which `run` is a true run on the calibration images."""
+    """Make the calibration of a model for `method`, of which `run` is a true run on the calibration images.
+
+    A model without exits, whose images are made smaller, has no scores to compare later images with.
+    """
     return Calibration(
         asked=asked,
         guarantee=guarantee,
@@ -46,7 +49,7 @@ def calibration_of(
         made=datetime.now(UTC).isoformat(timespec="seconds"),
         made_with={"tokenexit": __version__, "torch": torch.__version__, "machine": platform.machine()},
         model=model.fingerprint(),
-        scores=ReferenceStatistics.of(run.histograms).to_dict(),
+        scores=ReferenceStatistics.of(run.histograms).to_dict() if model.config.exits else None,
     )
 
 

@@ -120,7 +120,8 @@ def _run_of(
     (method,) = chosen_methods(model, asked)
     calibrated = is_calibrated(model, method)
     gate = method.may_gate and not calibrated if options.gate is None else options.gate
-    return method, gate, Monitor(reference_statistics_of(model)) if calibrated and not gate else None
+    watched = calibrated and not gate and bool(model.config.exits)  # without exits there are no scores to watch
+    return method, gate, Monitor(reference_statistics_of(model)) if watched else None
 
 
 def _predicted(
