@@ -61,10 +61,10 @@ def wrap(
         preprocessing: how images become inputs; if not given, the mean and std that the module says (timm), else those
             of ImageNet.
         share: use the parameters of the backbone and the head itself, which goes into evaluation mode, instead of
-            copies, so that what changes one changes the other. What
-            needs another shape is copied even then: queries, keys and values of transformers, which are one layer
-            here, and the halves of its gated MLP; and class token and registers where rows of the position table are
-            added to them (DINOv2 with registers outside timm, DeiT with a distillation token).
+            copies, so that what changes one changes the other. What needs another shape is copied even then: queries,
+            keys and values of transformers, which are one layer here, and the halves of its gated MLP; and class token
+            and registers where rows of the position table are added to them (DINOv2 with registers outside timm, DeiT
+            with a distillation token).
         images: images to compare on, files or inputs `(3, H, W)`, resized to the module's own size; noise if not given.
         normed: whether the head reads features after the backbone's last norm, if it has one; else before it.
         head_options: arguments by name that build the head's class, saved with the model.
