@@ -118,6 +118,70 @@ class VisionTransformer(nn.Module):
         return self.head(self.forward_features(images)[:, 0])
 
 
+# ------------------------------------------------------------------------------------------------------ DINOv2's own
+
+
+class SwiGLU(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w12, self.w3 = nn.Linear(DIM, 64), nn.Linear(32, DIM)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class DinoVisionTransformer(nn.Module):
+    """That of DINOv2's release: a class row in every table, an offset or antialiasing, blocks in chunks or not."""
+
+    def __init__(
+        self,
+        num_register_tokens: int = 0,
+        offset: float = 0.1,
+        antialias: bool = False,
+        chunks: bool = False,
+        gated: bool = False,
+    ) -> None:
+        super().__init__()
+        self.interpolate_offset, self.interpolate_antialias = offset, antialias
+        self.patch_embed = TimmPatchEmbed((SIDE, SIDE))
+        self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, DIM)), nn.Parameter(torch.zeros(1, DIM))
+        count = num_register_tokens
+        self.register_tokens = nn.Parameter(torch.zeros(1, count, DIM)) if count else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, SIDE**2 + 1, DIM))
+        blocks = [TimmBlock(1e-6, True, nn.GELU()) for _ in range(DEPTH)]
+        for block in blocks if gated else []:
+            block.mlp = SwiGLU()  # type: ignore[assignment]
+        holders = [nn.ModuleList(blocks[:2]), nn.ModuleList([nn.Identity(), nn.Identity(), *blocks[2:]])]
+        self.blocks = nn.ModuleList(holders if chunks else blocks)
+        self.norm = nn.LayerNorm(DIM, 1e-6)
+
+    def table(self, grid: tuple[int, int]) -> Tensor:
+        if grid == (SIDE, SIDE):
+            return self.pos_embed
+        maps = self.pos_embed[:, 1:].unflatten(1, (SIDE, SIDE)).permute(0, 3, 1, 2)
+        how: dict[str, Any] = {"size": grid}
+        if self.interpolate_offset:
+            how = {"scale_factor": tuple((n + self.interpolate_offset) / SIDE for n in grid)}
+        maps = F.interpolate(maps, mode="bicubic", antialias=self.interpolate_antialias, **how)
+        return torch.cat([self.pos_embed[:, :1], maps.flatten(2).mT], 1)
+
+    def forward_features(self, images: Tensor) -> dict[str, Tensor]:
+        x = self.patch_embed(images)
+        grid = (x.shape[2], x.shape[3])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).mT], 1) + self.table(grid)
+        count = 0
+        if self.register_tokens is not None:
+            count = self.register_tokens.shape[1]
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], 1)
+        for chunk in self.blocks:
+            for block in chunk if isinstance(chunk, nn.ModuleList) else [chunk]:
+                x = block(x)
+        y = self.norm(x)
+        parts = {"x_norm_clstoken": y[:, 0], "x_norm_regtokens": y[:, 1 : count + 1]}
+        return parts | {"x_norm_patchtokens": y[:, count + 1 :], "x_prenorm": x}
+
+
 # ------------------------------------------------------------------------------------------------------- transformers
 
 

@@ -199,6 +199,7 @@ def test_open_source__a_backbone_alone_is_refused(tmp_path: Path) -> None:
         ("no/such/file.pth", {}, "no/such/file.pth"),
         (tiny_segmenter("fcn"), {"kind": "timm"}, "kind is for weights of other libraries"),
         (tiny_segmenter("fcn"), {"exits": (1,)}, "exits is for weights of other libraries"),
+        (tiny_segmenter("fcn"), {"head": Plain}, "head is for a model that is loaded"),
     ],
 )
 def test_open_source__what_is_no_source_is_refused(source: Any, options: dict[str, Any], message: str) -> None:

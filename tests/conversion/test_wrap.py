@@ -16,6 +16,7 @@ from tests.conversion.doubles import (
     DIM,
     PATCH,
     SIDE,
+    DinoVisionTransformer,
     VisionTransformer,
     ViTForImageClassification,
     ViTModel,
@@ -43,6 +44,10 @@ BACKBONES: dict[str, Any] = {
     "registers with positions": lambda: VisionTransformer(reg_tokens=3),
     "registers, no class": lambda: VisionTransformer(reg_tokens=2, class_token=False),
     "no prefix": lambda: VisionTransformer(class_token=False),
+    "dinov2": lambda: DinoVisionTransformer(),
+    "dinov2 with registers": lambda: DinoVisionTransformer(num_register_tokens=2, offset=0.0, antialias=True),
+    "dinov2 in chunks": lambda: DinoVisionTransformer(chunks=True),
+    "dinov2 giant": lambda: DinoVisionTransformer(gated=True),
     "transformers": lambda: ViTModel(),
     "transformers, classifier": lambda: ViTForImageClassification(),
 }
@@ -53,6 +58,7 @@ def maps_of(module: Any, image: Tensor) -> Tensor:
     body = getattr(module, "vit", module).eval()
     if hasattr(body, "forward_features"):
         x = body.forward_features(image[None])
+        x = x["x_norm_patchtokens"] if isinstance(x, dict) else x
     else:
         x = body(image[None], interpolate_pos_encoding=True).last_hidden_state
     grid = (image.shape[1] // PATCH, image.shape[2] // PATCH)
@@ -352,12 +358,12 @@ OTHERS: dict[str, tuple[Any, str]] = {
     "sam": (lambda: named_like("blocks.0.attn.rel_pos_h"), "windows and relative positions"),
     "beit": (lambda: named_like("blocks.0.attn.relative_position_bias_table"), "relative positions"),
     "hybrid": (lambda: named_like("patch_embed.backbone.conv.weight"), "is a hybrid"),
-    "mlp": (lambda: nn.Linear(3, 4), "Linear has names of neither (its weights begin with weight, bias)"),
+    "mlp": (lambda: nn.Linear(3, 4), "Linear has names of none of these (its weights begin with weight, bias)"),
     "nothing": (lambda: nn.Identity(), "its weights begin with nothing"),
     "whole": (whole, "is a whole segmenter: give its two parts, wrap(model.backbone, model.decode_head)"),
-    "dinov2's own": (
-        lambda: named_like("patch_embed.proj.weight", "mask_token", "blocks.0.ls1.gamma"),
-        "has the names of DINOv2: convert its saved weights",
+    "segmenter": (
+        lambda: named_like("encoder.patch_embed.proj.weight", "decoder.head.weight"),
+        "has the names of Segmenter: convert its saved weights",
     ),
     "windows": (lambda: changed(lambda m: setattr(m.blocks[1], "window_size", 7)), "has attention in windows"),
     "rotary": (lambda: changed(lambda m: setattr(m, "rope", object())), "has rotary positions"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,22 @@ import pytest
 import torch
 from torch import nn
 
+from tests.calibration.test_dense_pass import Noise
 from tests.heads import own_heads
 from tests.heads.own_heads import CLASSES, DIM
 from tests.heads.test_heads import complete
 from tests.helpers import assert_close, enliven, random_image, tiny_config, tiny_segmenter
 from tests.methods.test_behaviours import counted_macs
+from tokenexit.calibration.calibrate import calibrate
+from tokenexit.calibration.calibration_set import CalibrationSet
+from tokenexit.calibration.store import write_calibration
+from tokenexit.calibration.targets import Budget
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import ModuleHead, build_head, normalize_head
 from tokenexit.heads.module import probed
 from tokenexit.methods import Dense, DoViT, DToP, Method, Truncated
+from tokenexit.runtime.precision import inference
 from tokenexit.segmenter import ExitSegmenter
 
 SCALES = {"Plain": 1, "Up": 4, "Attending": 1, "Remembering": 1, "Tied": 1}
@@ -62,14 +69,15 @@ def test_module_head__is_the_module_on_every_grid_of_a_mixed_batch(name: str) ->
 @pytest.mark.parametrize("name", SCALES)
 @pytest.mark.parametrize("method", [Dense(), DoViT(0.26)], ids=["dense", "dovit"])
 def test_module_head__the_ledger_equals_what_an_operator_counter_measures(name: str, method: Method[Any]) -> None:
-    model = own_segmenter(name)
-    if name == "Attending":  # torch has one operator for the whole layer, which no counter knows
-        torch.backends.mha.set_fastpath_enabled(False)
+    model, image = own_segmenter(name), random_image(15, 22)
+    with torch.no_grad():
+        ledger = model([image], method).ledger  # with the operators that torch has for whole layers
+    torch.backends.mha.set_fastpath_enabled(False)  # which no counter of operators knows
     try:
-        counted, ledger = counted_macs(model, random_image(15, 22), method)
+        counted, again = counted_macs(model, image, method)
     finally:
         torch.backends.mha.set_fastpath_enabled(True)
-    assert ledger.macs == (counted,)
+    assert ledger.macs == again.macs == (counted,)
     assert ledger.parts[0].decode_head > 0
 
 
@@ -107,6 +115,28 @@ def test_module_head__truncated_ends_at_an_exit_of_the_same_resolution() -> None
         assert own_segmenter("Plain", "fcn")(images, Truncated(1)).ledger.share_of_dense[0] < 1
     with pytest.raises(ConfigError, match="heads of one resolution"):
         own_segmenter("Up", "fcn")(images, Truncated(1))
+
+
+def test_module_head__in_bf16_is_near_and_counts_the_same() -> None:
+    model, images = own_segmenter("Up"), [random_image(16, 20), random_image(9, 33)]
+    with torch.no_grad():
+        expected = model(images)
+        with inference(torch.device("cpu"), "bf16"):
+            out = copy.deepcopy(model)(images)
+    assert out.ledger == expected.ledger
+    for a, b in zip(out.grid_logits, expected.grid_logits):
+        assert_close(a.float(), b, 5e-2)
+
+
+def test_module_head__thresholds_are_calibrated_and_saved(tmp_path: Path) -> None:
+    images = CalibrationSet(own_segmenter("Up"), Noise(6), tuple(range(6)))
+    result = calibrate(images, DoViT(), Budget("budget", 0.8))
+    assert result.mac_ratio is not None
+    assert result.mac_ratio <= 0.82
+    images.model.save_pretrained(tmp_path)
+    write_calibration(result, tmp_path, tmp_path)
+    again = ExitSegmenter.from_pretrained(tmp_path, head=own_heads.Up)
+    assert isinstance(again.calibrated_method(), DoViT)
 
 
 # ------------------------------------------------------------------------------------------------------------ saving
@@ -256,8 +286,49 @@ def test_module_head__layers_without_shapes_and_options_beyond_json_are_refused(
         ModuleHead(own_heads.Plain(), DIM, CLASSES, 1, {"channels": nn.ReLU})
 
 
+def test_module_head__attention_alone_is_counted_as_its_parts() -> None:
+    class Alone(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(DIM, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            rows = x.flatten(2).mT
+            return self.attention(rows, rows, rows, need_weights=False)[0].mT.unflatten(2, x.shape[2:])
+
+    n = 6
+    assert ModuleHead(Alone().eval(), DIM, DIM, 1).ops(n, (2, 3)).macs == n * 4 * DIM**2 + 2 * n * n * DIM
+
+
+class Stateful(own_heads.Plain):
+    def get_extra_state(self) -> dict[str, int]:
+        return {"calls": 3}
+
+    def set_extra_state(self, state: dict[str, int]) -> None:
+        pass
+
+
+def test_module_head__state_that_no_file_holds_and_another_width_are_refused() -> None:
+    with pytest.raises(ConfigError, match="keeps '_extra_state', which is no tensor and cannot be saved"):
+        ModuleHead(Stateful(), DIM, CLASSES, 1)
+    for dim, classes in ((DIM, 4), (16, CLASSES)):
+        with pytest.raises(ConfigError, match=f"takes 32 channels and has 5 classes, and the model has {dim} and"):
+            ExitSegmenter(tiny_config(embed_dim=dim), classes, (), (), own_head("Plain"))
+
+
 def test_build_head__a_name_alone_builds_no_module() -> None:
     spec = own_head("Up").spec
     assert normalize_head(spec) == spec
     with pytest.raises(ConfigError, match="nothing is imported unasked"):
         build_head(spec, DIM, CLASSES)
+
+
+def test_ops__of_a_module_head_import_no_compiler() -> None:
+    code = (
+        "import sys, torch\n"
+        "from tokenexit.heads import ModuleHead\n"
+        "head = ModuleHead(torch.nn.Conv2d(8, 3, 3, padding=1).eval(), 8, 3, 1)\n"
+        "assert head.ops(6, (2, 3)).macs == 6 * 9 * 8 * 3\n"
+        "assert not {'sympy', 'torch._dynamo'} & set(sys.modules), 'seconds of imports'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

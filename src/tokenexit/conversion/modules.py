@@ -25,7 +25,7 @@ from tokenexit.conversion.rename import State, register_positions, under
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 
-PLAIN = "wrap takes plain ViTs of timm and transformers"
+PLAIN = "wrap takes plain ViTs of timm, transformers and DINOv2"
 _INNER = ("_orig_mod", "module")
 """Where torch.compile and data parallel training keep the module that they wrap."""
 
@@ -129,7 +129,7 @@ def _unknown(module: nn.Module, name: str, kind: str | None) -> str:
     if kind is not None:
         return f"{PLAIN}, and {name} has the names of {SOURCES[kind].title}: convert its saved weights."
     first = ", ".join(list(module.state_dict())[:2])
-    return f"{PLAIN}, and {name} has names of neither (its weights begin with {first or 'nothing'})."
+    return f"{PLAIN}, and {name} has names of none of these (its weights begin with {first or 'nothing'})."
 
 
 def _refuse_other_computations(reader: Reader, body: nn.Module, name: str) -> None:
@@ -262,6 +262,35 @@ def _pair(size: Any) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
 
+# ------------------------------------------------------------------------------------------------------ DINOv2's own
+
+
+def _dinov2_blocks(body: Any) -> Sequence[Any]:
+    """Return the blocks, which training code keeps in chunks, behind placeholders."""
+    chunks = [chunk if isinstance(chunk, nn.ModuleList) else [chunk] for chunk in body.blocks]
+    return [block for block in chain.from_iterable(chunks) if not isinstance(block, nn.Identity)]
+
+
+def _dinov2_settings(body: Any) -> dict[str, Any]:
+    block = _dinov2_blocks(body)[0]
+    return {
+        "num_heads": block.attn.num_heads,
+        "norm_eps": float(block.norm1.eps),
+        "pos_embed_antialias": bool(body.interpolate_antialias),
+        "pos_embed_offset": float(body.interpolate_offset or 0.0),
+    }
+
+
+def _dinov2_activation(body: Any, block: Any) -> str:
+    return "SiLU of a gate" if hasattr(block.mlp, "w12") else _activation(block.mlp.act, gated=False)
+
+
+def _dinov2_features(body: Any, images: Tensor) -> Tensor:
+    out = body.forward_features(images)
+    front = (out["x_norm_clstoken"][:, None], out["x_norm_regtokens"])
+    return torch.cat([*front, out["x_norm_patchtokens"]], dim=1)
+
+
 READERS: dict[str, Reader] = {
     "timm": Reader(
         settings=_timm_settings,
@@ -283,6 +312,17 @@ READERS: dict[str, Reader] = {
         projection=lambda body: body.embeddings.patch_embeddings.projection,
         features=_huggingface_features,
         takes_any_size=lambda body: hasattr(body.embeddings, "interpolate_pos_encoding"),
+        normalisation=lambda body: None,
+    ),
+    "dinov2": Reader(
+        settings=_dinov2_settings,
+        blocks=_dinov2_blocks,
+        norms=lambda block: (block.norm1, block.norm2),
+        activation=_dinov2_activation,
+        norm=lambda body: body.norm,
+        projection=lambda body: body.patch_embed.proj,
+        features=_dinov2_features,
+        takes_any_size=lambda body: True,
         normalisation=lambda body: None,
     ),
 }

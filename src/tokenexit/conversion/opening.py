@@ -70,6 +70,8 @@ def open_source(
     }
     if isinstance(source, ExitSegmenter) or is_own(source):
         foreign["exits"] = exits
+        if head is not None and isinstance(source, ExitSegmenter):
+            raise ConfigError("head is for a model that is loaded, and this one is there: leave it out.")
         given = [name for name, value in foreign.items() if value]
         if given:
             raise ConfigError(

@@ -46,9 +46,9 @@ def wrap(
 ) -> ExitSegmenter:
     """Turn a plain ViT of another library and its decode head into a segmenter without exits, in evaluation mode.
 
-    Of timm it takes ViT, DeiT, DeiT-3 and DINOv2, of transformers ViT, DeiT and DINOv2 with and without registers. Both
-    are run on the first images in fp32, and features of all patches must agree to 1e-5 of the largest one (in fp64,
-    where a deep network's rounding alone is more).
+    Of timm it takes ViT, DeiT, DeiT-3 and DINOv2, of transformers ViT, DeiT and DINOv2 with and without registers, and
+    the modules of DINOv2's own code. Original and result are run on the first images in fp32, and features of all
+    patches must agree to 1e-5 of the largest one (in fp64, where a deep network's rounding alone is more).
 
     Args:
         backbone: the module; that of an image classifier is taken out of it.
@@ -60,10 +60,11 @@ def wrap(
         labels: names of the classes, or `Labels`.
         preprocessing: how images become inputs; if not given, the mean and std that the module says (timm), else those
             of ImageNet.
-        share: use the parameters of both modules instead of copies, so that what changes one changes the other. What
-            needs another shape is copied even then: queries, keys and values of transformers, which are one layer
-            here, and the halves of its gated MLP; and class token and registers where rows of the position table are
-            added to them (DINOv2 with registers in transformers, DeiT with a distillation token).
+        share: use the parameters of the backbone and the head itself, which goes into evaluation mode, instead of
+            copies, so that what changes one changes the other. What needs another shape is copied even then: queries,
+            keys and values of transformers, which are one layer here, and the halves of its gated MLP; and class token
+            and registers where rows of the position table are added to them (DINOv2 with registers outside timm, DeiT
+            with a distillation token).
         images: images to compare on, files or inputs `(3, H, W)`, resized to the module's own size; noise if not given.
         normed: whether the head reads features after the backbone's last norm, if it has one; else before it.
         head_options: arguments by name that build the head's class, saved with the model.

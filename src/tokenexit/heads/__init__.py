@@ -66,6 +66,11 @@ def build_head(spec: HeadSpec | ModuleHead, embed_dim: int, num_classes: int) ->
         ConfigError: for an unknown head or option, and for a value that it cannot have.
     """
     if isinstance(spec, ModuleHead):
+        if (spec.embed_dim, spec.num_classes) != (embed_dim, num_classes):
+            raise ConfigError(
+                f"the decode head takes {spec.embed_dim} channels and has {spec.num_classes} classes, and the model "
+                f"has {embed_dim} and {num_classes}: make them agree."
+            )
         return spec
     options = normalize_head(spec)
     if options["kind"] == MODULE:

@@ -18,7 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from tokenexit.engine.ops import Ops
@@ -55,7 +55,8 @@ class ModuleHead(Head):
         options: arguments by name that build the module from its class, as JSON holds them; saved with the model.
 
     Raises:
-        ConfigError: for a module whose layers have no shapes yet, and for options that JSON cannot hold.
+        ConfigError: for a module whose layers have no shapes yet or whose state is more than tensors, and for options
+            that JSON cannot hold.
     """
 
     needs_grid = True
@@ -72,6 +73,8 @@ class ModuleHead(Head):
         check("scale of a decode head", scale, _Scale)
         if any(map(is_lazy, chain(module.parameters(), module.buffers()))):
             raise ConfigError(f"{named(module)} has layers without shapes: run it once, or give their input channels.")
+        if other := next((name for name, value in module.state_dict().items() if not isinstance(value, Tensor)), None):
+            raise ConfigError(f"{named(module)} keeps '{other}', which is no tensor and cannot be saved: leave it out.")
         self.module, self.embed_dim, self.scale, self.options = module, embed_dim, scale, _as_json(options or {})
 
     @property
@@ -214,22 +217,41 @@ def _refuse_several_maps(module: nn.Module) -> None:
         )
 
 
+def _layer_flops(source: Tensor, width: int, heads: int, *weights: Any) -> int:
+    """Count the operator that torch has for attention with its projections, and for a transformer layer around it."""
+    images, length = source.shape[:2]
+    projections = sum(images * length * w.numel() for w in weights if isinstance(w, Tensor) and w.ndim == 2)
+    return 2 * (projections + 2 * images * length * length * width)
+
+
+_ATEN = torch.ops.aten
+_BEYOND_TORCH: dict[Any, Callable[..., int]] = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_: sdpa_flop_count(q.shape, k.shape, v.shape),
+    _ATEN._native_multi_head_attention: lambda q, k, v, *rest: _layer_flops(q, *rest),
+    _ATEN._transformer_encoder_layer_fwd: _layer_flops,
+}
+"""What torch's own table of operators lacks."""
+
+
 class _Counter(TorchDispatchMode):
     """Counts the operators that run in its scope, in this thread alone, where torch's own counter hooks all modules."""
 
     flops: int
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and to skip its compiler torch imports it, for seconds
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        if func is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default:  # torch's table lacks it
-            self.flops += sdpa_flop_count(*(x.shape for x in args[:3]))
+        out = func(*args, **(kwargs or {}))
+        if (count := _BEYOND_TORCH.get(func._overloadpacket)) is not None:
+            self.flops += count(*args)
         elif (count := flop_registry.get(func._overloadpacket)) is not None:
-            self.flops += count(*args, **kwargs, out_val=out)
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out
 
 
@@ -238,37 +260,18 @@ _COUNTED: WeakKeyDictionary[nn.Module, dict[Grid, int]] = WeakKeyDictionary()
 
 
 def _macs(head: ModuleHead, grid: Grid) -> int:
-    """Count by running a copy of the module on one image: without memory, or on zeros where it cannot run so."""
+    """Count by running the module on one image of zeros, once for each grid, and in evaluation mode."""
     counted = _COUNTED.setdefault(head, {})
     if grid not in counted:
-        # With gradients, as without them some layers are one operator that no table knows; and apart from the caller's
-        # own counters, which are for what the model does.
-        with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
-            try:
-                flops = _flops(_on_meta(head.module), torch.empty(1, head.embed_dim, *grid, device="meta"))
-            except Exception:  # a tensor that is no buffer, or a value that decides: the user's own code
-                module = copy.deepcopy(head.module).float().requires_grad_(True).eval()
-                like = next(chain(module.parameters(), module.buffers()), torch.empty(0))
-                flops = _flops(module, torch.zeros(1, head.embed_dim, *grid, device=like.device))
-        counted[grid] = flops // 2
+        module = head.module
+        if any(part.training for part in module.modules()):
+            module = copy.deepcopy(module).eval()
+        like = next((t for t in chain(module.parameters(), module.buffers()) if t.is_floating_point()), torch.empty(0))
+        counter = _Counter()
+        with torch.inference_mode(False), torch.no_grad(), counter:
+            module(torch.zeros(1, head.embed_dim, *grid, dtype=like.dtype, device=like.device))
+        counted[grid] = counter.flops // 2
     return counted[grid]
-
-
-def _flops(module: nn.Module, features: Tensor) -> int:
-    counter = _Counter()
-    with counter:
-        module(features)
-    return counter.flops
-
-
-def _on_meta(module: nn.Module) -> nn.Module:
-    """Return a copy in evaluation mode whose weights have shapes and no memory."""
-    with torch.device("meta"):
-        copies: dict[int, Any] = {
-            id(p): nn.Parameter(torch.empty(p.shape), p.is_floating_point()) for p in module.parameters()
-        }
-        copies |= {id(b): torch.empty(b.shape, dtype=b.dtype) for b in module.buffers()}
-    return copy.deepcopy(module, copies).eval()
 
 
 def _size(value: Any) -> str:
