@@ -24,6 +24,7 @@ DATA, METHOD, MACHINE = ["--data", "nope"], ["--method", "nope"], ["--precision"
 COMMON = [DATA, METHOD, MACHINE, ["--limit", "0"], ["--limit", "two"], ["--method", "dtop", "--ratios", "0.5"]]
 NEEDED = {
     **{name: ["m"] for name in ("evaluate", "sweep", "report", "gate", "serve")},
+    "adapt": ["m", "--images", "i.png", "--budget", "0.5", "--out", "x"],
     "predict": ["m", "i.png"],
     "calibrate": ["m", "--budget", "0.6"],
     "export": ["m", "--out", "x"],
@@ -33,6 +34,12 @@ NEEDED = {
 }
 """Arguments without which a command is not complete."""
 WRONG: dict[str, list[list[str]]] = {
+    "adapt": [
+        *(DATA, MACHINE, ["--limit", "0"], ["--limit", "two"], ["--depth", "0"], ["--size", "0"], ["--size", "1.5"]),
+        *(["--exits", "three"], ["--exits", "auto", "3"], ["--exit-head", "atm"], ["--finetune", "-1"]),
+        *(["--budget", "half"], ["--budget", "1.5"], ["--max-disagreement", "2%"], ["--confidence", "0.8"]),
+        *(["--data-root", "d"], ["--kind", "nope"], ["--keep", "nope"]),
+    ],
     "quickstart": [["--minutes", "soon"]],
     "train": [METHOD, ["--data-name", "nope"], ["--steps", "many"], ["--threshold", "0.9"], ["--config", "nope.yaml"]],
     "evaluate": [*COMMON, ["--threshold", "0.9"], ["--json", "."], ["--method", "calibrated", "--threshold", "0.9"]],

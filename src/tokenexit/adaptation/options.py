@@ -80,7 +80,7 @@ def _check_target(target: CalibrationTarget, options: Options) -> None:
         if target.unit != "budget":
             raise ConfigError(f"adapt takes a budget as a share of dense, got {target.unit}: calibrate afterwards.")
         return
-    if target != Bound("max_disagreement", target.value, target.confidence):
+    if target.what != "max_disagreement" or target != Bound("max_disagreement", target.value, target.confidence):
         raise ConfigError("adapt bounds the mean share of pixels unlike dense alone: calibrate afterwards for others.")
     if options.finetune:
         raise ConfigError(
