@@ -163,6 +163,15 @@ class Survey:
         return (*self.model.config.exits, self.model.config.backbone.depth)
 
     @cached_property
+    def may_stop(self) -> bool:
+        """Whether everybody may stop at a place: heads there must answer at the resolution of the decode head."""
+        try:
+            self.model.check(Truncated(1))
+        except ConfigError:
+            return False
+        return True
+
+    @cached_property
     def static_losses(self) -> dict[float, list[float]]:
         """Loss of all tokens stopping at each place, and at the end, by size."""
         return {scale: one.losses(self.average).sum(1).tolist() for scale, one in self.passes.items()}
@@ -243,7 +252,7 @@ def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
     depth = survey.blocks[-1]
     plans = []
     for n, block in enumerate(survey.blocks):
-        if held.depth is not None and block != held.depth:
+        if held.depth not in (None, block) or (block != depth and not survey.may_stop):
             continue
         fitting = [
             (scale, cost, loss) for scale, cost, loss in _along_scales(survey, n, held.scale) if cost <= budget + 1e-9
@@ -304,7 +313,7 @@ def search_plans(
         if survey.static_costs[scale][n] > budget
         and held.scale in (None, scale)
         and held.depth in (None, survey.blocks[n])
-        and (n == len(survey.blocks) - 1 or not survey.method.decodes_grid)  # a grid head decodes whole networks
+        and (n == len(survey.blocks) - 1 or (survey.may_stop and not survey.method.decodes_grid))  # DoViT has no stop
     ]
     for loss, scale, n in sorted(places):
         if held.exits is None and found and loss > min(plan.loss for plan in found):
