@@ -14,9 +14,10 @@ from PIL import Image
 
 from tests.helpers import tiny_segmenter
 from tests.report.test_model_report import Tags, cells
-from tokenexit.adaptation import adapt as adaptation
+from tokenexit.adaptation import choose as adaptation
 from tokenexit.adaptation import fit
-from tokenexit.adaptation.adapt import Adaptation, Options, adapt_model
+from tokenexit.adaptation.adapt import Adaptation, adapt_model
+from tokenexit.adaptation.options import Options
 from tokenexit.adaptation.page import Judge, write_page
 from tokenexit.calibration.plans import Held
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from tokenexit.adaptation.adapt import Adaptation, Options, adapt_model
+from tokenexit.adaptation.adapt import Adaptation, adapt_model
+from tokenexit.adaptation.options import Options
 from tokenexit.calibration.plans import Held
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget
 from tokenexit.data.registry import open_dataset

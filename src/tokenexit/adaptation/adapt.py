@@ -12,78 +12,46 @@ bit.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
 
-from tokenexit.adaptation.features import Features, record_features
+from tokenexit.adaptation.choose import Pilot, chosen, curve_of, why_not
 from tokenexit.adaptation.finetune import finetune
-from tokenexit.adaptation.fit import FittedHead, fit_head
+from tokenexit.adaptation.fit import FittedHead
+from tokenexit.adaptation.heads import fitted_heads, settings
 from tokenexit.adaptation.measure import Measured, measure
-from tokenexit.adaptation.photos import FEW, PhotoSplit, split_photos, usable_photos
-from tokenexit.calibration.agreement import FALL_OFF
-from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, drawn, error, true_run
+from tokenexit.adaptation.options import MOST_PHOTOS, Options, Progress, check_options, method_of
+from tokenexit.adaptation.photos import FEW, FEWEST, PhotoSplit, split_photos, usable_photos
+from tokenexit.calibration.calibration_set import CalibrationSet
+from tokenexit.calibration.calibration_set import labelled as with_labels
 from tokenexit.calibration.planner import costs_of
-from tokenexit.calibration.plans import SIZES, Held, Plan, Survey, TriedPlan, choose_plan, search_plans, try_plan
-from tokenexit.calibration.risk_control import best_bet, betting
+from tokenexit.calibration.plans import SIZES, Held, Plan, Survey, TriedPlan, try_plan
 from tokenexit.calibration.store import calibration_of
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget, target_of
-from tokenexit.checkpoints.calibration import Calibration
+from tokenexit.checkpoints.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from tokenexit.conversion.opening import open_source
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.photos import UnlabelledImages
-from tokenexit.errors import ConfigError, DataError
-from tokenexit.heads import Head, build_head
+from tokenexit.errors import ConfigError
+from tokenexit.evaluation.evaluate import check_classes
 from tokenexit.inputs.sources import list_images
-from tokenexit.methods import DoViT, DToP, Method, ThresholdMethod
+from tokenexit.methods import Method, spec_of
 from tokenexit.pretrained import CONFIG_FILE
-from tokenexit.runtime.atomic import atomic_write
+from tokenexit.runtime.folder import current
 from tokenexit.runtime.notebook import Notebook
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
 WORK = ".adapting"
 """Folder inside the destination that keeps what is not yet finished."""
-MOST_PHOTOS = 400
-LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)
-"""Budgets of the curve, and those that a bound is tested at, from safe to daring."""
-HOPELESS = 1.5
-"""Loss on the photos to choose on, over the bound, from which on cheaper plans are not looked at."""
-
-HALF, SMALL = 0.5, 200
-"""Share of dense that exits are worth their trouble at, and number of tokens below which images are small."""
-
-Progress = Callable[[str], Callable[[Iterable[Any]], Iterable[Any]]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a user may ask of `adapt` beside source, photos and target.
-
-    Attributes:
-        held: parts of the plan that are held fixed.
-        exit_head: kind of the exit heads, one that looks at one token at a time.
-        average: what the plan keeps, agreement over "pixels", or over "classes" so that rare ones count as much.
-        limit: number of photos, drawn at random.
-        seed: seed of the split, of fitting and of the draw.
-        precision: precision of the forward pass.
-        finetune: number of steps by which the whole model continues with its exits on; 0 for none.
-    """
-
-    held: Held = field(default_factory=Held)
-    exit_head: str = "fcn"
-    average: Average = "classes"
-    limit: int = MOST_PHOTOS
-    seed: int = 0
-    precision: Precision = "fp32"
-    finetune: int = 0
 
 
 @dataclass(frozen=True)
@@ -178,9 +146,11 @@ def adapt(
         CheckpointError: for a source that cannot be opened.
         DataError: if there are no photos.
     """
-    target = target_of({"budget": budget, "max_disagreement": max_disagreement} | _own_confidence(budget, confidence))
-    held = Held(size, depth, None if exits is None else tuple(exits))
+    target = target_of({"budget": budget, "max_disagreement": max_disagreement, "confidence": confidence})
+    held = Held(size, depth, None if exits is None else tuple(sorted(set(exits))))
     options = Options(held, exit_head, keep, limit, seed, precision, finetune)
+    if out is not None:
+        check_out(Path(out), source)
     names = [images] if isinstance(images, str | Path) else list(images)
     found = adapt_model(
         open_source(source),
@@ -195,9 +165,23 @@ def adapt(
     return found.model
 
 
-def _own_confidence(budget: float | None, confidence: float) -> dict[str, float]:
-    """A confidence belongs to a bound alone."""
-    return {} if budget is not None else {"confidence": confidence}
+def check_out(out: Path, source: object = None) -> None:
+    """Reject a folder that holds another model, which the adapted one would replace.
+
+    Args:
+        out: the folder for the adapted model.
+        source: what is adapted, if it is a path.
+
+    Raises:
+        ConfigError: for the folder of the source, and for one whose model was not made by `adapt`.
+        CheckpointError: for a damaged calibration in it.
+    """
+    if isinstance(source, str | Path) and out.resolve() == Path(source).expanduser().resolve():
+        raise ConfigError(f"{out} is the source itself, which would be replaced: choose another --out.")
+    if current(out, CONFIG_FILE).exists():
+        calibration = read_calibration(current(out, CALIBRATION_FILE))
+        if calibration is None or not calibration.asked.get("adapted"):
+            raise ConfigError(f"{out} holds another model, which adapt did not make: choose another --out.")
 
 
 def adapt_model(
@@ -209,23 +193,28 @@ def adapt_model(
     *,
     labelled: SegmentationDataset | None = None,
     about: Mapping[str, Any] | None = None,
-    fewest: int | None = None,
+    fewest: int = FEWEST,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress = lambda title: iter,
 ) -> Adaptation:
     """Adapt a model, and save it with its calibration in `out` if that is given; see `adapt`.
 
-    labelled: images with labels to choose the plan on, in place of photos. fewest: photos without which there is no
-        point in trying, if it is to be another number. Interrupted, a call with the same arguments goes on.
+    labelled: images with labels to choose the plan on, in place of photos. about: where the photos are from, as the
+        calibration keeps it. fewest: photos without which there is no point in trying. Interrupted, a call with the
+        same arguments goes on.
     """
     options = options or Options()
     dense = dense.with_exits(()).eval()
-    if dense.config.backbone.depth < 2:
-        raise ConfigError("the backbone must have at least 2 blocks, got 1: there is no place for an exit.")
-    method = _method_of(dense)
-    paths = usable_photos(_listed(images), dense.config.backbone.patch_size, say, progress("reading photos"))
-    paths = [paths[n] for n in drawn(len(paths), options.limit, options.seed)]
-    split = split_photos(len(paths), target, options.seed, **({} if fewest is None else {"fewest": fewest}))
+    check_options(options, target, dense)
+    method = method_of(dense)
+    if labelled is not None:
+        check_classes(dense, labelled)
+    if out is not None:
+        check_out(out)
+    patch_size = dense.config.backbone.patch_size
+    found_on_disk = list(list_images(images))
+    paths = usable_photos(found_on_disk, patch_size, options.limit, options.seed, say, progress("reading photos"))
+    split = split_photos(len(paths), target, options.seed, fewest)
     say(f"{len(paths)} photos: {split}")
     if len(paths) < FEW:
         say(f"warning: fewer than {FEW} photos: figures on the few that are held back are rough.")
@@ -233,32 +222,32 @@ def adapt_model(
         dense, UnlabelledImages(paths, dense.classes), range(len(paths)), options.precision, progress
     )
     with _work_folder(out) as work:
-        notebook = Notebook(work / "progress.json", _settings(dense, paths, target, options))
-        heads = _fitted(photos.part(split.fit), work, notebook, options, say, progress)
+        notebook = Notebook(work / "progress.json", settings(dense, paths, target, options))
+        heads = fitted_heads(photos.part(split.fit), work, notebook, options, say, progress)
         specs = [options.exit_head] * len(heads)
         everywhere = dense.with_exit_heads(tuple(heads), specs, [one.head for one in heads.values()]).eval()
-        chosen_on = replace(photos.part(split.choose), model=everywhere)
+        photos = replace(photos, model=everywhere)
+        tested_on, chosen_on = photos.part(split.test), photos.part(split.choose)
+        judged_on = chosen_on
         if labelled is not None:
-            chosen_on = replace(chosen_on, data=labelled, indices=range(len(labelled)))
-        tested_on = replace(photos.part(split.test), model=everywhere)
+            judged_on = with_labels(replace(chosen_on, data=labelled, indices=range(len(labelled))))
         sizes = SIZES if options.held.scale is None else tuple(dict.fromkeys((1.0, options.held.scale)))
         with inference(dense.device, options.precision):
-            survey = Survey(chosen_on, method, options.average, sizes, labels=labelled is not None)
-            tried, shortfall = _chosen(survey, tested_on, target, options, say)
-            curve = tuple(_curve(survey, options.held))
+            survey = Survey(judged_on, method, options.average, sizes, labels=labelled is not None)
+            pilot = Pilot(survey, chosen_on)
+            tried, shortfall = chosen(survey, pilot, tested_on, target, options, say)
+            curve = tuple(curve_of(survey, options.held))
+            losses = pilot.losses(tried[0])
         best, model = tried[0], everywhere.with_exits(tried[0].plan.places)
         if options.finetune:
             fit_on = [paths[n] for n in split.fit]
-            best, model = _finetuned(survey, dense, best, model, fit_on, work / "finetune", options, say)
+            best, model = _finetuned(survey, dense, best, model, fit_on, work, options, say)
         with inference(dense.device, options.precision):
-            measured = measure(
-                replace(tested_on, model=model),
-                best.method,
-                dense,
-                pilot=torch.zeros(1) if survey.labels else error(best.run.confusion, "pixels"),
-                confidence=_confidence(target),
-            )
-        model.calibration = _calibration(model, best, target, options, measured, split, about or {})
+            measured = measure(replace(tested_on, model=model), best.method, dense, losses, _confidence(target))
+            if isinstance(target, Bound) and not shortfall:
+                measured = replace(measured, bound=target.value)  # what was tested before the plan was chosen by it
+            shortfall = shortfall or why_not(survey, best, target, measured, model)
+        model.calibration = _calibration(model, best, target, options, measured, split, survey.labels, about or {})
         found = Adaptation(
             model,
             dense,
@@ -271,9 +260,9 @@ def adapt_model(
             survey.static_losses,
             survey.static_costs,
             measured,
-            shortfall or _why_not(target, measured, model),
+            shortfall,
             options,
-            0 if labelled is None else len(labelled),
+            len(judged_on) if survey.labels else 0,
         )
         if out is not None:
             _save(found, out)
@@ -282,32 +271,19 @@ def adapt_model(
 
 def _save(found: Adaptation, out: Path) -> None:
     """Write model and card, and remove what was kept on the way."""
-    try:
+    with _written(out):
         found.model.save_pretrained(out, card=True)
         shutil.rmtree(out / WORK)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
 
 
-def _listed(images: Sequence[Path]) -> list[Path]:
-    paths = list(list_images(images))
-    if not paths:
-        raise DataError(f"{', '.join(map(str, images))} hold no photos: name a folder that has some.")
-    return paths
-
-
-def _method_of(dense: ExitSegmenter) -> ThresholdMethod[Any]:
-    """Return what exits do: DToP, and DoViT where the decode head reads the whole grid."""
-    method: ThresholdMethod[Any] = DoViT() if dense.decode_head.needs_grid else DToP()
-    dense.check(method)
-    return method
-
-
-def check_exit_head(spec: str, dense: ExitSegmenter) -> None:
-    """Reject heads that cannot be fitted to loose tokens."""
-    head = build_head(spec, dense.config.backbone.embed_dim, dense.config.num_classes)
-    if not head.pointwise or head.kind != "softmax":
-        raise ConfigError(f"exit_head must look at one token at a time, as fcn and linear do, got '{spec}'.")
+@contextmanager
+def _written(out: Path) -> Iterator[None]:
+    """Turn a folder that cannot be written into one sentence."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{out} cannot be written ({reason}): choose another --out.") from None
 
 
 @contextmanager
@@ -317,144 +293,9 @@ def _work_folder(out: Path | None) -> Iterator[Path]:
         with tempfile.TemporaryDirectory() as folder:
             yield Path(folder)
         return
-    try:
+    with _written(out):
         (out / WORK).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"{out} cannot be written ({error.strerror}): choose another --out.") from None
     yield out / WORK
-
-
-def _settings(
-    dense: ExitSegmenter, paths: Sequence[Path], target: CalibrationTarget, options: Options
-) -> dict[str, Any]:
-    """What decides features and fitted heads, so that another call does not go on with these."""
-    photos = hashlib.sha256()
-    for path in paths:
-        photos.update(f"{path} {path.stat().st_size}\n".encode())
-    kind = "budget" if isinstance(target, Budget) else f"{target.what}={target.value:g} at {target.confidence:g}"
-    return {
-        "source": dense.fingerprint(),
-        "photos": photos.hexdigest()[:16],
-        "split_for": kind,
-        "exit_head": options.exit_head,
-        "seed": options.seed,
-        "precision": options.precision,
-    }
-
-
-# ------------------------------------------------------------------------------------------------------------- fit
-
-
-def _fitted(
-    photos: CalibrationSet,
-    work: Path,
-    notebook: Notebook,
-    options: Options,
-    say: Callable[[str], None],
-    progress: Progress,
-) -> dict[int, FittedHead]:
-    """Return the fitted head of every place, from the disk where an earlier call has fitted it."""
-    dense = photos.model
-    check_exit_head(options.exit_head, dense)
-    blocks = _places(dense, options.held)
-    features = record_features(photos, blocks, work / "features", seed=options.seed)
-    heads: dict[int, FittedHead] = {}
-    before: Head | None = None
-    for block in progress("fitting exit heads")(blocks):
-        heads[block] = _fitted_head(features, block, before, work, notebook, options)
-        before = heads[block].head
-    shares = ", ".join(f"{block}: {one.agreement:.1%}" for block, one in heads.items())
-    say(f"tokens answered as the dense model does, by block: {shares}")
-    for one in heads.values():
-        one.head.to(dense.device)
-    return heads
-
-
-def _places(dense: ExitSegmenter, held: Held) -> tuple[int, ...]:
-    """Return the numbers of blocks behind which heads are fitted: all, or those that the user names."""
-    depth = dense.config.backbone.depth
-    named = {*(held.exits or ()), *(() if held.depth in (None, depth) else (held.depth,))}
-    wrong = sorted(n for n in named if n is not None and not 0 < n < depth)
-    if wrong:
-        raise ConfigError(f"exits and depth must be between 1 and {depth - 1}, got {wrong[0]}: name other blocks.")
-    if held.exits is not None and held.depth is not None:
-        return tuple(sorted(n for n in named if n is not None)) or (depth - 1,)  # a survey has a place at least
-    return tuple(range(1, depth))
-
-
-def _fitted_head(
-    features: Features, block: int, before: Head | None, work: Path, notebook: Notebook, options: Options
-) -> FittedHead:
-    path = work / f"head{block:03}.safetensors"
-
-    def fit() -> dict[str, Any]:
-        one = fit_head(features, block, options.exit_head, start=before, seed=options.seed)
-        with atomic_write(path) as unfinished:
-            save_file(one.head.state_dict(), unfinished)
-        return {name: value for name, value in vars(one).items() if name != "head"}
-
-    figures = notebook.once(f"head {block}", fit)
-    head = build_head(options.exit_head, features.channels, features.classes)
-    head.load_state_dict(load_file(path))
-    return FittedHead(head.eval(), **figures)
-
-
-# ---------------------------------------------------------------------------------------------------------- choose
-
-
-def _chosen(
-    survey: Survey, tested_on: CalibrationSet, target: CalibrationTarget, options: Options, say: Callable[[str], None]
-) -> tuple[list[TriedPlan], str]:
-    """Return the plans that were run, the chosen one first, and why the wish was not met."""
-    if isinstance(target, Budget):
-        tried, shortfall = choose_plan(survey, target.value, options.held), ""
-    else:
-        tried, shortfall = _within_bound(survey, tested_on, target, options, say)
-    said = (f"{one.plan}: {one.agreement:.1%} at {one.run.mac_ratio:.0%}" for one in tried)
-    unit = "pixels that are right" if survey.labels else "pixels as dense has them"
-    say(f"{unit}, and multiply-adds: {'; '.join(said)}")
-    return tried, shortfall
-
-
-def _within_bound(
-    survey: Survey, tested_on: CalibrationSet, target: Bound, options: Options, say: Callable[[str], None]
-) -> tuple[list[TriedPlan], str]:
-    """Return the cheapest plan that passes the test of the bound, and why none does; plans go from safe to daring.
-
-    Plans, their order and the bets are fixed on the photos to choose on, and tested on the others one after the other
-    (fixed-sequence testing), so that the chance of accepting one whose loss is above the bound is at most
-    1 - confidence.
-    """
-    candidates: list[TriedPlan] = []
-    for budget in LADDER:
-        plans = [plan for plan in search_plans(survey, budget, options.held) if plan.mac_ratio <= budget + 1e-9]
-        one = next((found for found in (try_plan(survey, plan, budget) for plan in plans[:1]) if found), None)
-        if one is None:
-            break
-        candidates.append(one)
-        if target.losses(one.run, None).mean().item() > HOPELESS * target.alpha:
-            break
-    reference = dense_reference(replace(tested_on, model=survey.model.with_exits(())))
-    accepted: list[TriedPlan] = []
-    for one in candidates:
-        model = survey.model.with_exits(one.plan.places)
-        run = true_run(replace(tested_on, model=model), one.method, reference, "testing")
-        bet = best_bet(target.losses(one.run, None).numpy(), target.alpha)
-        if betting(target.losses(run, None).numpy(), target.alpha, bet) > 1 - target.confidence:
-            break
-        accepted.append(one)
-    say(f"{len(accepted)} of {len(candidates)} plans pass the test on {len(tested_on)} photos, one after the other")
-    if accepted:
-        return accepted[::-1], ""
-    return candidates[:1], f"no plan passes the test of {target.what}={target.value:g}; this one is not guaranteed"
-
-
-def _curve(survey: Survey, held: Held) -> Iterator[tuple[float, Plan]]:
-    """Yield the best plan by prediction at each budget."""
-    for budget in LADDER:
-        plans = search_plans(survey, budget, held)
-        if plans:
-            yield budget, plans[0]
 
 
 # ------------------------------------------------------------------------------------------------------- fine-tune
@@ -474,9 +315,11 @@ def _finetuned(
     if not model.config.exits:
         say(f"not fine-tuned: the plan ({best.plan}) has no exits")
         return best, model
-    for name, one in (("dense", dense), ("model", model)):
-        if not (work / name / CONFIG_FILE).exists():
-            one.save_pretrained(work / name)
+    work = work / f"finetune-{_digest(best, options)}"  # another plan is not tuned on with this one's weights
+    with _written(work):
+        for name, one in (("dense", dense), ("model", model)):
+            if not current(work / name, CONFIG_FILE).exists():
+                one.save_pretrained(work / name)
     finetune(
         *(work / "model", work / "dense", photos, best.method),
         steps=options.finetune,
@@ -493,8 +336,15 @@ def _finetuned(
     if found is None or found.loss >= best.loss:
         say("fine-tuning did not help on the photos to choose on: the model stays as it was fitted")
         return best, model
-    say(f"fine-tuned: {found.agreement:.1%} of pixels as dense had them, {best.agreement:.1%} before")
+    unit = "are right" if survey.labels else "are as dense had them"
+    say(f"fine-tuned: {found.agreement:.1%} of pixels {unit}, {best.agreement:.1%} before")
     return found, tuned
+
+
+def _digest(best: TriedPlan, options: Options) -> str:
+    """Name what is fine-tuned: places, method and steps."""
+    what = json.dumps([best.plan.places, spec_of(best.method), options.finetune])
+    return hashlib.sha256(what.encode()).hexdigest()[:12]
 
 
 # ------------------------------------------------------------------------------------------------------------ tell
@@ -504,29 +354,6 @@ def _confidence(target: CalibrationTarget) -> float:
     return target.confidence if isinstance(target, Bound) else 0.9
 
 
-def _why_not(target: CalibrationTarget, measured: Measured, model: ExitSegmenter) -> str:
-    """Say why half the compute cannot be had within the wish; nothing if it can."""
-    if isinstance(target, Budget):
-        if measured.disagreement <= FALL_OFF:
-            return ""
-        short = f"agreement with dense has fallen off at this budget ({measured.disagreement:.1%} of pixels are unlike)"
-    elif measured.mac_ratio <= HALF:
-        return ""
-    else:
-        short = f"within {target.value:g} this model takes {measured.mac_ratio:.0%} of dense, more than half"
-    return f"{short}: {_reason(measured, model)}"
-
-
-def _reason(measured: Measured, model: ExitSegmenter) -> str:
-    """Name what most likely stands in the way."""
-    if measured.head_share > HALF:
-        return f"the decode head takes {measured.head_share:.0%} of dense multiply-adds, which no exit saves"
-    if measured.tokens < SMALL:
-        return f"the images are small, {measured.tokens:.0f} tokens, of which most are needed"
-    name, share = measured.weakest_class(model.classes.names)
-    return f"exits answer '{name}' least well, {share:.0%} of its pixels as dense does"
-
-
 def _calibration(
     model: ExitSegmenter,
     best: TriedPlan,
@@ -534,6 +361,7 @@ def _calibration(
     options: Options,
     measured: Measured,
     split: PhotoSplit,
+    labels: bool,
     about: Mapping[str, Any],
 ) -> Calibration:
     asked = (
@@ -541,7 +369,8 @@ def _calibration(
         if isinstance(target, Budget)
         else {target.what: target.value, "confidence": target.confidence}
     )
-    reached = {**costs_of(best.run), "pixels_unlike_dense": 1.0 - best.agreement, "on_test_photos": measured.to_dict()}
+    key = "pixels_wrong" if labels else "pixels_unlike_dense"
+    reached = {**costs_of(best.run), key: 1.0 - best.agreement, "on_test_photos": measured.to_dict()}
     return calibration_of(
         model,
         best.method,
@@ -549,5 +378,5 @@ def _calibration(
         asked={**asked, "adapted": True, "path_keeps_agreement_over": options.average, "precision": options.precision},
         guarantee=measured.sentence(),
         reached=reached,
-        images={**about, "fit": len(split.fit), "count": len(split.choose), "test": len(split.test)},
+        images={**about, "fit": len(split.fit), "count": len(best.run.macs), "test": len(split.test)},
     )

@@ -12,7 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,8 @@ from tokenexit.segmenter import ExitSegmenter
 
 MOST_BYTES = 6 << 30
 """What the files of all blocks may hold together; beyond it, fewer tokens of each image are kept."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that is full."""
 LARGEST = 65504.0
 """The largest number in half precision; a few channels of some networks are beyond it and are cut."""
 
@@ -94,7 +96,7 @@ def record_features(
         seed: seed of the order of photos and of the tokens that are kept.
 
     Raises:
-        ConfigError: if the disk is full, with the space that is needed.
+        ConfigError: if the disk is full, with the space that is needed, or the folder cannot be written.
     """
     model = photos.model
     channels, classes = model.config.backbone.embed_dim, model.config.num_classes
@@ -102,17 +104,16 @@ def record_features(
     kept = max(1, most_bytes // bytes_of_token // len(photos))
     order = torch.randperm(len(photos), generator=torch.Generator().manual_seed(seed)).tolist()
     first_held_out = len(photos) - max(1, round(held_out * len(photos)))
-    folder.mkdir(parents=True, exist_ok=True)
-    progress = _Progress.read(folder)
-    progress.cut([*(_file(folder, block) for block in blocks)], 2 * channels)
-    progress.cut([_answers(folder)], 2 * classes)
-    remaining = order[progress.images :]
+    rows = {_file(folder, block): 2 * channels for block in blocks} | {_answers(folder): 2 * classes}
     with _disk_full(folder, bytes_of_token * kept * len(photos)):
-        for position in photos.progress("dense pass")(remaining):
+        folder.mkdir(parents=True, exist_ok=True)
+        progress = _Progress.read(folder, rows)
+        progress.cut(rows)
+        for position in photos.progress("dense pass")(order[progress.images :]):
             features, answers = _of_photo(photos, position, blocks)
             chosen = _some(len(answers), kept, seed, position)
-            for block, rows in zip(blocks, features):
-                _append(_file(folder, block), rows[chosen])
+            for block, own in zip(blocks, features):
+                _append(_file(folder, block), own[chosen])
             _append(_answers(folder), answers[chosen])
             progress = progress.after(len(chosen), progress.images >= first_held_out)
             progress.write(folder)
@@ -156,8 +157,8 @@ def _some(count: int, most: int, seed: int, position: int) -> Tensor:
 
 
 def _append(path: Path, rows: Tensor) -> None:
-    with path.open("ab") as file:
-        rows.clamp(-LARGEST, LARGEST).half().numpy().tofile(file)
+    with path.open("ab") as file:  # numpy's tofile would not say why it failed
+        file.write(rows.clamp(-LARGEST, LARGEST).half().numpy().data)
 
 
 @dataclass(frozen=True)
@@ -169,11 +170,17 @@ class _Progress:
     held_out: int = 0
 
     @classmethod
-    def read(cls, folder: Path) -> _Progress:
+    def read(cls, folder: Path, rows: Mapping[Path, int]) -> _Progress:
+        """Read how far the last call came; a call begins anew where some file is missing, damaged or too short.
+
+        rows: bytes of a row, by file.
+        """
         try:
-            return cls(**json.loads((folder / "progress.json").read_text()))
+            progress = cls(**json.loads((folder / "progress.json").read_text()))
+            whole = all(path.stat().st_size >= progress.tokens * size for path, size in rows.items())
         except (OSError, ValueError, TypeError):
             return cls()
+        return progress if whole else cls()
 
     def write(self, folder: Path) -> None:
         with atomic_write(folder / "progress.json") as unfinished:
@@ -182,25 +189,25 @@ class _Progress:
     def after(self, tokens: int, held_out: bool) -> _Progress:
         return _Progress(self.images + 1, self.tokens + tokens, self.held_out + (tokens if held_out else 0))
 
-    def cut(self, files: Sequence[Path], bytes_of_row: int) -> None:
-        """Remove what a killed call had begun to write behind the last whole photo."""
-        for path in files:
+    def cut(self, rows: Mapping[Path, int]) -> None:
+        """Remove what a killed call had begun to write behind the last whole photo. rows: bytes of a row, by file."""
+        for path, size in rows.items():
             with path.open("ab") as file:
-                file.truncate(self.tokens * bytes_of_row)
+                file.truncate(self.tokens * size)
 
 
 @contextmanager
 def _disk_full(folder: Path, needed: int) -> Iterator[None]:
-    """Turn a full disk into one sentence."""
+    """Turn a full disk, and a folder that cannot be written, into one sentence."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        free = shutil.disk_usage(folder).free
+        if error.errno not in FULL:
+            raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from None
+        free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.exists())).free
         raise ConfigError(
             f"{folder} is full: features of these photos take up to {needed / 2**30:.1f} GiB, and "
-            f"{free / 2**30:.1f} are left; free some space, or choose another --out."
+            f"{free / 2**30:.1f} are left; free some space and call again, or choose another --out."
         ) from None
 
 

@@ -16,6 +16,7 @@ from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.evaluation.intervals import CONFIDENCE, DRAWS
 from tokenexit.methods import Dense, Method
 from tokenexit.outputs.ledger import dense_ops
+from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
 
 TIMED_PHOTOS = 24
@@ -124,13 +125,17 @@ def _times(tested_on: CalibrationSet, method: Method[Any]) -> tuple[list[float],
 
 
 def _sizes(tested_on: CalibrationSet) -> tuple[float, float]:
-    """Mean number of tokens of a photo, and the decode head's share of dense multiply-adds."""
-    model = tested_on.model
+    """Mean number of tokens of a photo, in all its windows, and the decode head's share of dense multiply-adds."""
+    model, preprocessing = tested_on.model, tested_on.model.preprocessing
+    photos = tested_on.part(tested_on.spread(TIMED_PHOTOS))
     grids = [
-        model.backbone.patch_embed.grid(image.shape[1], image.shape[2])
-        for _, images, _ in tested_on.part(tested_on.spread(TIMED_PHOTOS)).batches()
+        model.backbone.patch_embed.grid(bottom - top, right - left)
+        for _, images, _ in photos.batches()
         for image in images
+        for top, left, bottom, right in window_boxes(
+            (image.shape[1], image.shape[2]), preprocessing.window, preprocessing.stride
+        )
     ]
     heads = sum(model.decode_head.ops(h * w, (h, w)).macs for h, w in grids)
     whole = sum(dense_ops(model.backbone, model.decode_head, grid).macs for grid in grids)
-    return sum(h * w for h, w in grids) / len(grids), heads / whole
+    return sum(h * w for h, w in grids) / len(photos), heads / whole

@@ -33,11 +33,11 @@ from tokenexit.calibration.planner import Planner
 from tokenexit.calibration.search import meet_budget
 from tokenexit.calibration.targets import Average
 from tokenexit.calibration.threshold_path import ThresholdPath, class_guard, even_path
-from tokenexit.engine.tokens import Grid
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import scores
 from tokenexit.inputs.preprocessing import resized_size, scaled_size
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
+from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
 
@@ -145,10 +145,11 @@ class Survey:
     ) -> None:
         self.images, self.method, self.average = calibration_set, method, average
         self.model, self.labels = calibration_set.model, labels
-        maps, answers = _wanted(calibration_set if dense is None else replace(calibration_set, model=dense), labels)
+        judged_by = calibration_set if dense is None else replace(calibration_set, model=dense)
+        maps, answers, self.sizes = _wanted(judged_by, labels)
         self.reference = Reference(answers, calibration_set.data.labels.ignore_index if labels else None)
         self.passes = {scale: DensePass.of(calibration_set, method, scale, maps) for scale in scales}
-        self.full_grids = self.passes[1.0].grids if 1.0 in self.passes else _grids(calibration_set)
+        self.full_grids = tuple(self.model.backbone.patch_embed.grid(*size) for size in self.sizes)
         self.costs = {
             scale: MacTable(self.model, method, one.grids, self.full_grids) for scale, one in self.passes.items()
         }
@@ -157,19 +158,26 @@ class Survey:
     def scales(self) -> tuple[float, ...]:
         return tuple(self.passes)
 
+    @cached_property
+    def dense_loss(self) -> float:
+        """Loss of the dense model at full size, by a true run; 0 where it is the judge."""
+        if not self.labels:
+            return 0.0
+        images = replace(self.images, model=self.model.with_exits(()))
+        return self.loss_of(true_run(images, Dense(), self.reference, "dense"))
+
+    def may_stop(self, n: int) -> bool:
+        """Return whether all tokens may stop at place `n`: its head answers at the resolution of the decode head. The
+        last place is the end."""
+        if n == len(self.blocks) - 1:
+            return True
+        head, end = self.model.view().exit_heads[n], self.model.decode_head
+        return (head.scale, head.upscale) == (end.scale, end.upscale)
+
     @property
     def blocks(self) -> tuple[int, ...]:
         """Number of blocks before each place, and the network's depth."""
         return (*self.model.config.exits, self.model.config.backbone.depth)
-
-    @cached_property
-    def may_stop(self) -> bool:
-        """Whether everybody may stop at a place: heads there must answer at the resolution of the decode head."""
-        try:
-            self.model.check(Truncated(1))
-        except ConfigError:
-            return False
-        return True
 
     @cached_property
     def static_losses(self) -> dict[float, list[float]]:
@@ -196,17 +204,19 @@ class Survey:
         return 1.0 - scores(run.confusion.long().sum(0)).miou / 100.0
 
 
-def _wanted(calibration_set: CalibrationSet, labels: bool) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the maps that windows are compared with, as the network sees them at full size, and those of images."""
+def _wanted(calibration_set: CalibrationSet, labels: bool) -> tuple[list[Tensor], list[Tensor], list[Size]]:
+    """Return the maps that windows are compared with, those of images, and the windows' height and width in pixels, as
+    the network sees them at full size."""
     preprocessing, ignore = calibration_set.model.preprocessing, calibration_set.data.labels.ignore_index
     of_windows: list[Tensor] = []
     of_images: list[Tensor] = []
+    sizes: list[Size] = []
     for _, masks, output in calibration_set.forward(Dense(), "dense"):
+        sizes += output.windows.sizes
         answers = masks if labels else [one.cpu() for one in output.labels]
         of_images += answers
         if not labels:
-            windows = output.windows
-            of_windows += [one.cpu().short() for one in windows.labels]
+            of_windows += [one.cpu().short() for one in output.windows.labels]
             continue
         for mask in masks:
             size = resized_size((mask.shape[0], mask.shape[1]), preprocessing.resize)
@@ -214,19 +224,7 @@ def _wanted(calibration_set: CalibrationSet, labels: bool) -> tuple[list[Tensor]
             truth = torch.where(truth == ignore, -1, truth).short()
             boxes = window_boxes(size, preprocessing.window, preprocessing.stride)
             of_windows += [truth[top:bottom, left:right] for top, left, bottom, right in boxes]
-    return of_windows, of_images
-
-
-def _grids(calibration_set: CalibrationSet) -> tuple[Grid, ...]:
-    """Patches of every window at full size."""
-    model = calibration_set.model
-    found: list[Grid] = []
-    for _, images, _ in calibration_set.batches():
-        for image in images:
-            size = (image.shape[1], image.shape[2])
-            boxes = window_boxes(size, model.preprocessing.window, model.preprocessing.stride)
-            found += [model.backbone.patch_embed.grid(b - t, r - left) for t, left, b, r in boxes]
-    return tuple(found)
+    return of_windows, of_images, sizes
 
 
 @dataclass(frozen=True)
@@ -236,23 +234,40 @@ class Held:
     Attributes:
         scale: factor on the sides.
         depth: number of blocks after which everybody stops, the network's depth for no stop.
-        exits: number of blocks before each exit.
+        exits: number of blocks before each exit, increasing; empty for none.
+
+    Raises:
+        ConfigError: for values that no plan has, and for an exit that is not before the stop.
     """
 
     scale: float | None = None
     depth: int | None = None
     exits: tuple[int, ...] | None = None
 
+    def __post_init__(self) -> None:
+        if self.scale is not None and not 0.0 < self.scale <= 1.0:
+            raise ConfigError(f"size must be above 0 and at most 1, got {self.scale:g}: it is a factor on the sides.")
+        if self.depth is not None and self.depth < 1:
+            raise ConfigError(f"depth must be at least 1, got {self.depth}: it is a number of blocks.")
+        exits = self.exits or ()
+        if list(exits) != sorted(set(exits)):
+            raise ConfigError(f"exits must be increasing numbers of blocks, got {_listed(exits)}.")
+        if self.depth is not None and exits and exits[-1] >= self.depth:
+            raise ConfigError(
+                f"exits must be before depth={self.depth}, where everybody stops, got {exits[-1]}: leave it out, or go "
+                "deeper."
+            )
+
 
 def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Plan]:
     """Return the best static plan for each place to stop at, and for none: the largest image that the budget allows.
 
-    Losses between two sizes are interpolated.
+    Losses between two sizes are interpolated. There is none where exits are held.
     """
     depth = survey.blocks[-1]
     plans = []
     for n, block in enumerate(survey.blocks):
-        if held.depth not in (None, block) or (block != depth and not survey.may_stop):
+        if held.exits or held.depth not in (None, block) or not survey.may_stop(n):
             continue
         fitting = [
             (scale, cost, loss) for scale, cost, loss in _along_scales(survey, n, held.scale) if cost <= budget + 1e-9
@@ -285,20 +300,18 @@ def _cost_at(survey: Survey, scale: float, n: int) -> float:
     if scale in survey.static_costs:
         return survey.static_costs[scale][n]
     model, last = survey.model, len(survey.blocks) - 1
-    patch, prefix = model.config.backbone.patch_size, model.config.backbone.num_prefix_tokens
+    prefix = model.config.backbone.num_prefix_tokens
     head = model.decode_head if n == last else model.view().exit_heads[n]
     total = 0
-    for rows, columns in survey.full_grids:
-        grid = model.backbone.patch_embed.grid(*scaled_size((rows * patch, columns * patch), scale))
+    for size in survey.sizes:
+        grid = model.backbone.patch_embed.grid(*scaled_size(size, scale))
         cells = grid[0] * grid[1]
         blocks = model.backbone.block_ops(cells + prefix).macs * survey.blocks[n]
         total += model.backbone.embed_ops(grid).macs + blocks + head.ops(cells, grid).macs
     return float(total / survey.costs[survey.scales[0]].dense.sum().item())
 
 
-def search_plans(
-    survey: Survey, budget: float, held: Held = Held(), progress: Callable[[Sequence[Any]], Sequence[Any]] = lambda x: x
-) -> list[Plan]:
+def search_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Plan]:
     """Return plans within the budget, the best one by prediction first: the best of each size and each stop.
 
     Exits are added one at a time, each where the loss falls most, with one threshold for all of them that meets the
@@ -306,14 +319,18 @@ def search_plans(
     """
     depth = survey.blocks[-1]
     found = static_plans(survey, budget, held)
+    if held.exits == ():
+        return sorted(found, key=lambda plan: plan.loss)
+    behind = held.exits[-1] if held.exits else 0
     places = [
         (loss, scale, n)
         for scale in survey.scales
         for n, loss in enumerate(survey.static_losses[scale])
-        if survey.static_costs[scale][n] > budget
+        if (held.exits or survey.static_costs[scale][n] > budget)  # within the budget no token has to leave
         and held.scale in (None, scale)
         and held.depth in (None, survey.blocks[n])
-        and (n == len(survey.blocks) - 1 or (survey.may_stop and not survey.method.decodes_grid))  # DoViT has no stop
+        and survey.blocks[n] > behind
+        and (n == len(survey.blocks) - 1 or (survey.may_stop(n) and not survey.method.decodes_grid))
     ]
     for loss, scale, n in sorted(places):
         if held.exits is None and found and loss > min(plan.loss for plan in found):
@@ -336,9 +353,7 @@ def _with_exits(
         return _at_budget(survey, dense, costs, numbers, stop, budget)
 
     if exits is not None:
-        numbers = tuple(places.index(block) for block in exits if stop is None or places.index(block) < stop)
-        if not numbers:  # a static plan
-            return []
+        numbers = tuple(places.index(block) for block in exits)
         loss, ratio = judged(numbers)
         chosen: tuple[int, ...] = numbers
     else:
@@ -366,8 +381,10 @@ def _at_budget(
     some, table = dense.at_exits(used), costs.at_exits(used, None if stop is None else len(numbers))
     method = stopping(survey.method, None if stop is None else len(used))
     losses = some.losses(survey.average)
-    depth = survey.blocks[-1]
-    losses = losses + PRICE * context_price([survey.blocks[n] for n in used], depth)[:, None] / len(some.image)
+    price = context_price([survey.blocks[n] for n in used], survey.blocks[-1])
+    if stop is not None:
+        price = (price - price[len(numbers)]).clamp(min=0.0)  # at the stop nobody is left whom others could miss
+    losses = losses + PRICE * price[:, None] / len(some.image)
 
     def at(limit: float) -> tuple[float, float]:
         exit_index = compose(some, method, (limit,) * len(used))
@@ -484,14 +501,24 @@ def choose_plan(
     tried = [try_plan(survey, plan, budget, kind) for kind, plan in finalists(plans)]
     found = sorted((one for one in tried if one is not None), key=lambda one: one.loss)
     if not found:
-        least = min(cost for costs in survey.static_costs.values() for cost in costs)
-        raise ConfigError(
-            f"budget={budget:g} is out of reach: the cheapest plan takes {least:.2f} of dense multiply-adds; ask for "
-            "more, or hold less of the plan."
-        )
+        raise ConfigError(_out_of_reach(survey, budget, held))
     as_good = [one for one in found if one.loss <= found[0].loss * (1 + AS_GOOD)]
     best = min(as_good, key=lambda one: one.plan.parts)
     return [best, *(one for one in found if one is not best)]
+
+
+def _out_of_reach(survey: Survey, budget: float, held: Held) -> str:
+    """Say why there is no plan."""
+    stops = [n for n, block in enumerate(survey.blocks) if held.depth in (None, block) and survey.may_stop(n)]
+    if not stops or (held.exits and held.depth not in (None, survey.blocks[-1]) and survey.method.decodes_grid):
+        return (
+            f"depth={held.depth} cannot be held: the decode head reads the whole grid, and would not run; leave it out."
+        )
+    least = min(costs[n] for scale, costs in survey.static_costs.items() for n in stops if held.scale in (None, scale))
+    asked = f"budget={budget:g} is out of reach"
+    if held.exits is None:
+        return f"{asked}: the cheapest plan takes {least:.2f} of dense multiply-adds; ask for more, or hold less of it."
+    return f"{asked} with what is held of the plan: ask for more, or hold less."
 
 
 def _listed(numbers: Sequence[int]) -> str:

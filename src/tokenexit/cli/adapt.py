@@ -23,7 +23,8 @@ from tokenexit.cli.progress import progress_bars
 from tokenexit.errors import ConfigError
 
 if TYPE_CHECKING:
-    from tokenexit.adaptation.adapt import Adaptation, Options
+    from tokenexit.adaptation.adapt import Adaptation
+    from tokenexit.adaptation.options import Options
     from tokenexit.data.base import SegmentationDataset
     from tokenexit.segmenter import ExitSegmenter
 
@@ -34,12 +35,12 @@ DOES_NOT_PAY = 3
 def adapt(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     _check(options)
-    from tokenexit.adaptation.adapt import adapt_model
+    from tokenexit.adaptation.adapt import adapt_model, check_out
     from tokenexit.adaptation.page import write_page
     from tokenexit.calibration.targets import target_of
 
-    names = ("budget", "max_disagreement") + (("confidence",) if options.budget is None else ())
-    target = target_of({name: getattr(options, name) for name in names})
+    target = target_of({name: getattr(options, name) for name in ("budget", "max_disagreement", "confidence")})
+    check_out(options.out, options.source)
     model = _open(options)
     found = adapt_model(
         model,
@@ -109,12 +110,19 @@ def _add_source_options(parser: argparse.ArgumentParser) -> None:
 def _check(options: argparse.Namespace) -> None:
     """Refuse, before torch is loaded, what does not go together."""
     check_counts(options, "limit", "depth")
+    if options.finetune and options.max_disagreement is not None:
+        raise ConfigError("--finetune goes with --budget: a bound is tested before it; leave one out.")
     if options.finetune < 0:
         raise ConfigError(f"--finetune must be at least 0, got {options.finetune}: it is a number of steps.")
     if options.size is not None and not 0.0 < options.size <= 1.0:
         raise ConfigError(f"--size must be above 0 and at most 1, got {options.size:g}: it is a factor on the sides.")
     if options.data is None and options.data_root is not None:
         raise ConfigError("--data-root needs --data: name the dataset, such as folder.")
+    target = "budget" if options.max_disagreement is None else "max-disagreement"
+    if not 0.0 < (value := getattr(options, target.replace("-", "_"))) <= 1.0:
+        raise ConfigError(f"--{target} must be a share between 0 and 1, got {value:g}: write 0.5, or 50%.")
+    if not 0.0 < options.confidence < 1.0:
+        raise ConfigError(f"--confidence must be between 0 and 1, got {options.confidence:g}: 0.9 is usual.")
     if options.max_disagreement is None and options.confidence != 0.9:
         raise ConfigError("--confidence belongs to --max-disagreement, and a budget has none: leave it out.")
     _exits(options.exits)
@@ -142,7 +150,7 @@ def _open(options: argparse.Namespace) -> ExitSegmenter:
 
 
 def _options(options: argparse.Namespace) -> Options:
-    from tokenexit.adaptation.adapt import Options
+    from tokenexit.adaptation.options import Options
     from tokenexit.calibration.plans import Held
 
     return Options(
