@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers import SOFTMAX_TOKEN_HEADS, tiny_segmenter
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
-from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts, with_thresholds
+from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts, sampled, with_thresholds
 from tokenexit.calibration.threshold_path import build_path
 from tokenexit.data.base import Sample
 from tokenexit.errors import ConfigError
@@ -278,3 +278,91 @@ def test_true_run__of_windows_counts_images() -> None:
     assert len(dense) > 3
     never = MacTable(images.model, method, dense.grids).mac_ratio(torch.tensor([[h * w] * 3 for h, w in dense.grids]))
     assert never == pytest.approx(true_run(images, DToP(threshold=1.0), dense_reference(images)).mac_ratio)
+
+
+# ------------------------------------------------------------------------------------------- other sizes, other wishes
+
+
+def slowly_sampled(labels: torch.Tensor, grid: Any, size: tuple[int, int], patch: int) -> list[list[int]]:
+    """Place by place: 4 x 4 of each token, row by row, where the network sees them, as a share of the image's sides."""
+    found, (h, w) = [], labels.shape
+    for row in range(grid[0]):
+        for column in range(grid[1]):
+            places = []
+            for i in range(4):
+                for j in range(4):
+                    y, x = (row + (i + 0.5) / 4) * patch / size[0], (column + (j + 0.5) / 4) * patch / size[1]
+                    inside = y < 1 and x < 1
+                    places.append(int(labels[int(y * h + 1e-4), int(x * w + 1e-4)]) if inside else -1)
+            found.append(places)
+    return found
+
+
+@pytest.mark.parametrize("size", [(16, 20), (13, 26), (5, 3), (17, 17)])
+@pytest.mark.parametrize("side", [(16, 20), (29, 41), (7, 100), (1, 1)])
+@pytest.mark.parametrize("patch", [4, 6])
+def test_sampled__equals_the_oracle_at_any_size_and_in_the_padding(
+    size: tuple[int, int], side: tuple[int, int], patch: int
+) -> None:
+    labels = torch.randint(-1, 200, side)
+    grid = tuple(-(-n // patch) for n in size)
+    found = sampled(labels, grid, size, patch)  # type: ignore[arg-type]
+    assert found.dtype == torch.int16
+    assert found.tolist() == slowly_sampled(labels, grid, size, patch)
+
+
+def test_dense_pass__that_is_asked_for_its_own_answers_is_the_one_without() -> None:
+    images = calibration_set(4, exit_head="linear")  # patches of 4 pixels, which are the places themselves
+    without = DensePass.of(images, DToP())
+    maps = [labels for _, _, out in images.forward(Dense(), "dense") for labels in out.labels]
+    asked = DensePass.of(images, DToP(), 1.0, maps)
+    assert torch.equal(asked.wanted, without.wanted)
+    for average in ("pixels", "classes"):
+        assert torch.equal(asked.losses(average), without.losses(average))
+
+
+def test_dense_pass__at_another_size_has_its_grids_and_is_compared_with_the_full_one() -> None:
+    images = calibration_set(4, exit_head="linear")
+    maps = [labels for _, _, out in images.forward(Dense(), "dense") for labels in out.labels]
+    small = DensePass.of(images, DToP(), 0.5, maps)
+    assert small.grids == ((2, 3), (2, 3)) * 2
+    assert small.wanted.shape == (len(small.image), 16)
+    run = true_run(images, Resized(Dense(), 0.5), dense_reference(images))
+    predicted = small.losses("pixels")[-1].sum().item()
+    assert predicted == pytest.approx(error(run.confusion, "pixels").mean().item(), abs=0.1)
+    assert predicted > 0.05
+
+
+@pytest.mark.parametrize("average", ["pixels", "classes"])
+def test_losses__do_not_count_what_has_no_truth(average: str) -> None:
+    dense = random_pass(0)
+    half = dense.wanted.clone()
+    half[::2] = -1
+    found = replace(dense, wanted=half).losses(average)
+    assert (found[:, ::2] == 0).all()
+    other = dense.said.clone()
+    other[:, ::2] = 2  # said where nothing counts
+    assert torch.equal(replace(dense, wanted=half, said=other).losses(average), found)
+    wrong = (dense.said[:, 1::2] != half[1::2]).float()
+    if average == "pixels":
+        assert torch.allclose(found.sum(1), wrong.mean((1, 2)))
+    assert (replace(dense, wanted=torch.full_like(half, -1)).losses(average) == 0).all()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.7])
+@pytest.mark.parametrize(("numbers", "stop"), [((0, 2), None), ((1, 2), 2), ((2,), 1), ((0, 1, 2), 3)])
+def test_mac_table__of_some_exits_is_the_ledger_of_the_model_with_these_alone(
+    scale: float, numbers: tuple[int, ...], stop: int | None
+) -> None:
+    images = calibration_set(exit_head="fcn", exits=(1, 2, 3), num_registers=1)
+    few = replace(images, model=images.model.with_exits([images.model.config.exits[n] for n in numbers]))
+    method = DToP(0.3, keep_per_class=1, stop=stop)
+    run = true_run(few, method if scale == 1.0 else Resized(method, scale), dense_reference(images))
+    full = DensePass.of(images, DToP()).grids
+    grids = full if scale == 1.0 else DensePass.of(images, DToP(), scale).grids
+    table = MacTable(images.model, DToP(), grids, full).at_exits(numbers, None if stop is None else stop - 1)
+    live = torch.cat([run.tokens[:, None], run.live], dim=1)
+    assert torch.equal(table.macs(live), run.macs)
+    assert torch.equal(table.dense, run.dense_macs)
+    assert table.mac_ratio(live) == run.mac_ratio
+    assert torch.equal(table.first(2).macs(live[:2]), run.macs[:2])

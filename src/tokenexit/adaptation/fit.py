@@ -10,6 +10,7 @@ Legend: N tokens, C channels, K classes, P tokens of one step.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ from tokenexit.heads import Head, HeadSpec, build_head
 
 SLICE = 1 << 16
 """Tokens that are read from disk at a time and drawn from at random."""
-STEP = 2048
-"""Tokens of one step."""
+STEP, STEPS = 2048, 16
+"""Tokens of one step, and steps of a pass at least: fewer tokens at a time where there are few."""
 LEARNING_RATE, WEIGHT_DECAY, COOLING, COOLINGS = 2e-3, 1e-2, 0.25, 2
 """The learning rate falls by the factor `COOLING` when a head no longer improves, so many times."""
 IMPROVED = 2e-3
@@ -75,6 +76,7 @@ def fit_head(
     """
     rows, answers = features.rows(block), features.answers()
     fitted_on = features.tokens - features.held_out
+    step = min(STEP, math.ceil(fitted_on / STEPS))
     weight = class_weights(features, class_balance)
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=()):
@@ -100,7 +102,7 @@ def fit_head(
         for part in slices(fitted_on, SLICE):
             x, said = read(part)
             order = torch.randperm(len(x), generator=generator)
-            for some in order.split(STEP):
+            for some in order.tensor_split(math.ceil(len(x) / step)):
                 optimizer.zero_grad()
                 soft_cross_entropy(_logits(head, x[some]), said[some], weight).backward()
                 optimizer.step()

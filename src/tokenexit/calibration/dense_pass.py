@@ -153,7 +153,7 @@ class DensePass:
         if average == "pixels":
             return wrong.float().sum(dim=2) / counted.sum().clamp(min=1)
         counts = torch.bincount(wanted[counted], minlength=self.num_classes).float()
-        weight = 1.0 / (2.0 * (counts > 0).sum() * counts.clamp(min=SAMPLES**2))
+        weight = 1.0 / (2.0 * (counts > 0).sum().clamp(min=1) * counts.clamp(min=SAMPLES**2))
         return torch.stack([((weight[wanted] + weight[own.long()]) * bad).sum(1) for own, bad in zip(self.said, wrong)])
 
 
@@ -218,15 +218,15 @@ def _small(classes: int) -> torch.dtype:
 
 
 def sampled(labels: Tensor, grid: Grid, size: tuple[int, int], patch_size: int) -> Tensor:
-    """Classes of a map `(H, W)` at S places of every token, `(cells, S)` int16.
+    """Classes of a map `(H, W)` at S places of every token, `(cells, S)` int16; -1 in the padding, where no pixel is.
 
     grid, size: patches and pixels of the image as the network sees it, which may be padded behind its last pixel.
     """
-    rows, columns = (
-        (((torch.arange(cells * SAMPLES) + 0.5) * patch_size / SAMPLES / seen) * side).long().clamp(max=side - 1)
-        for cells, seen, side in zip(grid, size, labels.shape)
-    )
+    shares = [(torch.arange(cells * SAMPLES) + 0.5) * patch_size / SAMPLES / seen for cells, seen in zip(grid, size)]
+    rows, columns = ((share * side).long().clamp(max=side - 1) for share, side in zip(shares, labels.shape))
     fine = labels.index_select(0, rows).index_select(1, columns).short()
+    fine[shares[0] >= 1.0] = -1
+    fine[:, shares[1] >= 1.0] = -1
     places: Tensor = fine.unflatten(1, (-1, SAMPLES)).unflatten(0, (-1, SAMPLES)).permute(0, 2, 1, 3)
     return places.flatten(2).flatten(0, 1)
 

@@ -478,9 +478,7 @@ def _out_of_reach(survey: Survey, budget: float, held: Held) -> str:
     """Say why there is no plan."""
     stops = [n for n, block in enumerate(survey.blocks) if held.depth in (None, block) and survey.may_stop(n)]
     if not stops or (held.exits and held.depth not in (None, survey.blocks[-1]) and survey.method.decodes_grid):
-        return (
-            f"depth={held.depth} cannot be held: the decode head reads the whole grid, and would not run; leave it out."
-        )
+        return f"depth={held.depth} cannot be held: this decode head reads the whole grid at the end; leave it out."
     least = min(costs[n] for scale, costs in survey.static_costs.items() for n in stops if held.scale in (None, scale))
     asked = f"budget={budget:g} is out of reach"
     if held.exits is None:
