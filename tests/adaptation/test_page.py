@@ -74,8 +74,8 @@ def page(found: Adaptation, tmp_path_factory: pytest.TempPathFactory) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def written(found: Adaptation, folder: Path, **options: int) -> str:
-    return write_page(found, folder / "report.html", **options).read_text(encoding="utf-8")
+def written(found: Adaptation, folder: Path, shown: int = 4) -> str:
+    return write_page(found, folder / "report.html", shown=shown).read_text(encoding="utf-8")
 
 
 def images(page: str) -> list[str]:

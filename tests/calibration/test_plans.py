@@ -59,19 +59,19 @@ def run_of(survey: Survey, scale: float, n: int) -> Any:
 # ---------------------------------------------------------------------------------------------------------- static
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5, 0.55, 0.65, 0.85])
+@pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("n", [0, 2, 3])
-def test_costs__of_static_plans_are_the_ledger_of_their_runs_at_any_size(survey: Survey, scale: float, n: int) -> None:
-    assert module._cost_at(survey, scale, n) == pytest.approx(run_of(survey, scale, n).mac_ratio, rel=1e-9)
+def test_costs__of_static_plans_are_the_ledger_of_their_runs(survey: Survey, scale: float, n: int) -> None:
+    assert survey.static_costs[scale][n] == pytest.approx(run_of(survey, scale, n).mac_ratio, rel=1e-9)
 
 
 def test_costs__of_windows_are_the_ledger_of_their_runs() -> None:
     model = tiny_segmenter("linear", exits=(1, 2))
     model.preprocessing = replace(model.preprocessing, window=(11, 14), stride=(7, 9))
     found = survey_of(model, count=4)
-    for scale in (1.0, 0.7, 0.6):
+    for scale in found.scales:
         for n in range(3):
-            assert module._cost_at(found, scale, n) == pytest.approx(run_of(found, scale, n).mac_ratio, rel=1e-9)
+            assert found.static_costs[scale][n] == pytest.approx(run_of(found, scale, n).mac_ratio, rel=1e-9)
 
 
 @pytest.mark.parametrize("scale", SCALES)
@@ -83,14 +83,16 @@ def test_losses__of_static_plans_are_nearly_those_of_their_runs(survey: Survey, 
 
 
 @pytest.mark.parametrize("budget", [0.2, 0.4, 0.6, 0.8, 1.0])
-def test_static_plans__are_the_largest_images_within_the_budget(survey: Survey, budget: float) -> None:
+def test_static_plans__lose_least_of_all_sizes_within_the_budget(survey: Survey, budget: float) -> None:
     plans = static_plans(survey, budget)
     assert len(plans) >= 1
     for plan in plans:
         n = survey.blocks.index(plan.stop or survey.blocks[-1])
         assert plan.mac_ratio <= budget + 1e-9
-        larger = plan.scale + module.SIZE_STEP
-        assert plan.scale == 1.0 or module._cost_at(survey, round(larger, 4), n) > budget
+        assert all(
+            survey.static_costs[scale][n] > budget or survey.static_losses[scale][n] >= plan.loss
+            for scale in survey.scales
+        )
     assert len({plan.stop for plan in plans}) == len(plans)
 
 

@@ -59,7 +59,7 @@ class Measured:
         low, high = (100 * (1 - end) for end in self.disagreement_interval[::-1])
         return (
             f"{self.mac_ratio:.0%} of dense multiply-adds, {1 - self.disagreement:.1%} of pixels as before "
-            f"[{low:.1f}, {high:.1f}], {self.speedup:.1f}x as fast here; at most {100 * self.bound:.2g} % unlike dense "
+            f"[{low:.1f}, {high:.1f}], {self.speedup:.1f}x as fast here; at most {100 * self.bound:.3g} % unlike dense "
             f"with confidence {self.confidence:g}"
         )
 

@@ -144,8 +144,8 @@ class DensePass:
 
         average: "pixels" is the share of all samples whose class differs from the wanted one. "classes" weighs a
         sample of class a that is called b by (1 / samples of a + 1 / samples of b) / (2 K), both as they are wanted:
-        to first order the loss of mIoU, in which a class of few tokens, lost or invented, weighs as much as a large
-        one.
+        to first order half the loss of mIoU, in which a class of few tokens, lost or invented, weighs as much as a
+        large one.
         """
         counted = self.wanted >= 0
         wanted = self.wanted.long().clamp(min=0)

@@ -12,7 +12,7 @@ Legend: E places where the model has exits, n images, N tokens of a dense pass, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -35,15 +35,14 @@ from tokenexit.calibration.targets import Average
 from tokenexit.calibration.threshold_path import ThresholdPath, class_guard, even_path
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.metrics import scores
-from tokenexit.inputs.preprocessing import resized_size, scaled_size
+from tokenexit.inputs.preprocessing import resized_size
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
 from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
 
-SIZES = (1.0, 0.85, 0.7, 0.6, 0.5, 0.42, 0.35)
-"""Factors on the side at which dense passes are made; static plans are predicted between them, too."""
-SIZE_STEP = 0.05
+SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
+"""Factors on the side that plans choose from; a dense pass is made at each, four full ones in all."""
 MOST_EXITS = 4
 SEARCH_TOKENS = 20_000
 """Tokens on which places are searched; paths of thresholds are built on more."""
@@ -260,9 +259,9 @@ class Held:
 
 
 def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Plan]:
-    """Return the best static plan for each place to stop at, and for none: the largest image that the budget allows.
+    """Return the best static plan for each place to stop at, and for none: the size that loses least within the budget.
 
-    Losses between two sizes are interpolated. There is none where exits are held.
+    There is none where exits are held.
     """
     depth = survey.blocks[-1]
     plans = []
@@ -270,45 +269,13 @@ def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
         if held.exits or held.depth not in (None, block) or not survey.may_stop(n):
             continue
         fitting = [
-            (scale, cost, loss) for scale, cost, loss in _along_scales(survey, n, held.scale) if cost <= budget + 1e-9
+            Plan(scale, None if block == depth else block, (), survey.static_costs[scale][n], losses[n])
+            for scale, losses in survey.static_losses.items()
+            if held.scale in (None, scale) and survey.static_costs[scale][n] <= budget
         ]
         if fitting:
-            scale, cost, loss = max(fitting)
-            plans.append(Plan(scale, None if block == depth else block, (), cost, loss))
+            plans.append(min(fitting, key=lambda plan: plan.loss))
     return plans
-
-
-def _along_scales(survey: Survey, n: int, held: float | None) -> Iterator[tuple[float, float, float]]:
-    """Yield scale, cost and predicted loss of a stop at place `n`, from small images to full ones."""
-    scales = sorted(survey.scales)
-    if len(scales) == 1 or held is not None:
-        scale = scales[0] if held is None else held
-        yield scale, survey.static_costs[scale][n], survey.static_losses[scale][n]
-        return
-    steps = round((scales[-1] - scales[0]) / SIZE_STEP)
-    for i in range(steps + 1):
-        scale = round(scales[0] + i * SIZE_STEP, 4)
-        high = next(s for s in scales if s >= scale - 1e-9)
-        low = max((s for s in scales if s <= scale + 1e-9), default=high)
-        part = 0.0 if high == low else (scale - low) / (high - low)
-        loss = (1 - part) * survey.static_losses[low][n] + part * survey.static_losses[high][n]
-        yield scale, _cost_at(survey, scale, n), loss
-
-
-def _cost_at(survey: Survey, scale: float, n: int) -> float:
-    """Cost of a stop at place `n` on images of any size, as a share of dense at full size."""
-    if scale in survey.static_costs:
-        return survey.static_costs[scale][n]
-    model, last = survey.model, len(survey.blocks) - 1
-    prefix = model.config.backbone.num_prefix_tokens
-    head = model.decode_head if n == last else model.view().exit_heads[n]
-    total = 0
-    for size in survey.sizes:
-        grid = model.backbone.patch_embed.grid(*scaled_size(size, scale))
-        cells = grid[0] * grid[1]
-        blocks = model.backbone.block_ops(cells + prefix).macs * survey.blocks[n]
-        total += model.backbone.embed_ops(grid).macs + blocks + head.ops(cells, grid).macs
-    return float(total / survey.costs[survey.scales[0]].dense.sum().item())
 
 
 def search_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Plan]:
