@@ -17,10 +17,10 @@ from tests.adaptation.scenes import dense_model, draw
 from tests.calibration.test_dense_pass import Noise
 from tests.helpers import tiny_segmenter
 from tokenexit.adaptation import adapt as module
-from tokenexit.adaptation import choose, fit, heads
+from tokenexit.adaptation import choose, features, fit, heads
 from tokenexit.adaptation.adapt import Adaptation, adapt_model, check_out
 from tokenexit.adaptation.options import Options
-from tokenexit.calibration.plans import Held
+from tokenexit.calibration.plans import Held, TriedPlan
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget
 from tokenexit.errors import CheckpointError, ConfigError, DataError
 from tokenexit.methods import DoViT, Method
@@ -72,7 +72,8 @@ def same(a: ExitSegmenter, b: ExitSegmenter) -> bool:
 
 
 def test_adapt__leaves_the_dense_prediction_and_saves_a_model_that_runs_the_plan(photos: Path, tmp_path: Path) -> None:
-    source, out, lines = dense_model(), tmp_path / "out", []
+    source, out = dense_model(), tmp_path / "out"
+    lines: list[str] = []
     before = {name: value.clone() for name, value in source.state_dict().items()}
     found = adapted(photos, out, model=source, held=Held(), say=lines.append)
     assert all(torch.equal(value, before[name]) for name, value in source.state_dict().items())
@@ -99,8 +100,7 @@ def test_adapt__leaves_the_dense_prediction_and_saves_a_model_that_runs_the_plan
 
 
 def test_adapt__of_the_library_saves_nothing_without_out(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "FEWEST", 5)
-    monkeypatch.setitem(adapt_model.__kwdefaults__, "fewest", 5)
+    monkeypatch.setattr(adapt_model, "__kwdefaults__", {**(adapt_model.__kwdefaults__ or {}), "fewest": 5})
     lines: list[str] = []
     model = tokenexit.adapt(dense_model(), photos, 0.7, exits=[2, 1], size=1, exit_head="linear", say=lines.append)
     assert isinstance(model, ExitSegmenter)
@@ -253,17 +253,22 @@ def test_adapt__interrupted_goes_on_without_running_again_what_is_done(
     fits: list[int] = []
 
     def kill_at(limit: int) -> None:
-        def counted(features: Any, block: int, *args: Any, **options: Any) -> Any:
+        def counted(kept: Any, block: int, *args: Any, **options: Any) -> Any:
             if len(fits) == limit:
                 raise Killed
             fits.append(block)
-            return fit.fit_head(features, block, *args, **options)
+            return fit.fit_head(kept, block, *args, **options)
 
         monkeypatch.setattr(heads, "fit_head", counted)
 
     passes: list[str] = []
-    window = tokenexit.adaptation.features._window  # type: ignore[attr-defined]
-    monkeypatch.setattr("tokenexit.adaptation.features._window", lambda *args: (passes.append("w"), window(*args))[1])
+    window = features._window
+
+    def counted_window(*args: Any) -> Any:
+        passes.append("window")
+        return window(*args)
+
+    monkeypatch.setattr(features, "_window", counted_window)
     for limit in (0, 1, 9):  # killed behind the dense pass, then behind the first head
         kill_at(limit)
         if limit < 9:
@@ -426,8 +431,14 @@ def test_finetune__keeps_what_is_better_on_the_photos_to_choose_on(
         return tune(model, dense, paths, method, batch_size=2, **(options | {"progress": False}))
 
     monkeypatch.setattr(module, "finetune", tuned)
-    tried = module.try_plan  # whatever two steps do
-    monkeypatch.setattr(module, "try_plan", lambda *args: replace(tried(*args), loss=-1.0) if better else None)
+    tried = module.try_plan
+
+    def judged(*args: Any) -> TriedPlan | None:
+        """Whatever two steps do."""
+        one = tried(*args)
+        return replace(one, loss=-1.0) if better and one is not None else None
+
+    monkeypatch.setattr(module, "try_plan", judged)
     source = dense_model()
     found = adapted(photos, tmp_path / "out", held=EXITS, model=source, finetune=2, say=lines.append)
     loaded = ExitSegmenter.from_pretrained(tmp_path / "out")

@@ -31,7 +31,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fit, "MOST_PASSES", 2)
     monkeypatch.setattr(choose, "LADDER", (0.9, 0.5))
-    monkeypatch.setitem(adapt_model.__kwdefaults__, "fewest", 5)
+    monkeypatch.setattr(adapt_model, "__kwdefaults__", {**(adapt_model.__kwdefaults__ or {}), "fewest": 5})
 
 
 def adapt(source: Path, photos: Path, out: Path, *options: str) -> int:
