@@ -267,3 +267,22 @@ def test_try_plan__with_a_stop_lets_all_leave_there(survey: Survey) -> None:
     assert one.method.last_exit == 1
     assert (one.run.live[:, -1] == 0).all()
     assert try_plan(survey, Plan(1.0, None, (3,), 0.2, 0.0), 0.2) is None
+
+
+def test_choose_plan__of_plans_as_good_passes_over_those_that_are_slow_here(
+    survey: Survey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    simple, mixed = Plan(stop=3), Plan(stop=3, exits=(1, 2))
+    run = run_of(survey, 1.0, 0)
+    tried = {
+        simple: module.TriedPlan(simple, "stop alone", Truncated(1), run, 0.1),
+        mixed: module.TriedPlan(mixed, "plan", Truncated(1), run, 0.1),
+    }
+    monkeypatch.setattr(module, "finalists", lambda _: [("", simple), ("", mixed)])
+    monkeypatch.setattr(module, "try_plan", lambda _survey, plan, _budget, _kind: tried[plan])
+    assert choose_plan(survey, 0.5, plans=[simple, mixed])[0].plan == simple
+    for times, best in (([20.0, 10.0], mixed), ([10.5, 10.0], simple)):
+        monkeypatch.setattr(module, "_times", lambda _survey, _tried, ms=times: ms)
+        found = choose_plan(survey, 0.5, plans=[simple, mixed], timed=True)
+        assert found[0].plan == best
+        assert sorted(one.ms for one in found) == sorted(times)

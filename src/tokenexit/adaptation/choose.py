@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -58,13 +59,17 @@ def chosen(
         ConfigError: where no plan meets the budget, or none is cheaper than dense.
     """
     if isinstance(target, Budget):
-        tried, shortfall = choose_plan(survey, target.value, options.held), ""
+        tried, shortfall = choose_plan(survey, target.value, options.held, timed=True), ""
     else:
         tried, shortfall = _within_bound(survey, pilot, tested_on, target, options, say)
-    said = (f"{one.plan}: {one.agreement:.1%} at {one.run.mac_ratio:.0%}" for one in tried)
     unit = "pixels that are right" if survey.labels else "pixels as dense has them"
-    say(f"{unit}, and multiply-adds: {'; '.join(said)}")
+    say(f"{unit}, and multiply-adds: {'; '.join(map(_in_words, tried))}")
     return tried, shortfall
+
+
+def _in_words(one: TriedPlan) -> str:
+    time = "" if math.isnan(one.ms) else f" ({one.ms:.0f} ms)"
+    return f"{one.plan}: {one.agreement:.1%} at {one.run.mac_ratio:.0%}{time}"
 
 
 def _within_bound(

@@ -174,8 +174,12 @@ def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
             Column("mIoU", "{:.1f}", "right", f"Against {judge.truth}, in percent: what plans are compared by."),
         ]
         rows = [[*row, judge.of(one.run, patch_size), _percent(one.loss)] for row, one in zip(rows, found.tried)]
-    rows = [[*row, str(one.plan)] for row, one in zip(rows, found.tried)]
-    yield Table([*columns, Column("in words")], rows, caption=f"Plans that were run on {judge.images}")
+    columns += [
+        Column("ms", "{:.1f}", "right", "Median milliseconds of an image on this machine, the plans in turn."),
+        Column("in words"),
+    ]
+    rows = [[*row, one.ms, str(one.plan)] for row, one in zip(rows, found.tried)]
+    yield Table(columns, rows, caption=f"Plans that were run on {judge.images}")
 
 
 def _in_words(plan: Plan) -> str:

@@ -12,9 +12,11 @@ Legend: E places where the model has exits, n images, N tokens of a dense pass, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from statistics import median
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ from tokenexit.calibration.search import meet_budget
 from tokenexit.calibration.targets import Average
 from tokenexit.calibration.threshold_path import ThresholdPath, class_guard, even_path
 from tokenexit.errors import ConfigError
+from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.evaluation.metrics import scores
 from tokenexit.inputs.preprocessing import resized_size
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
@@ -53,11 +56,13 @@ WORTH = 0.01
 """Share by which another exit must lower the loss to be added."""
 FINALISTS = 2
 """Plans with exits that are run, beside the best of each static kind and of exits alone."""
-COMPARED_IMAGES = 32
+COMPARED_IMAGES, TIMED_IMAGES = 32, 8
 GUARDS = (0.1, 0.05)
 """Shares of wrong samples above which tokens of a class do not leave, tried beside no guard."""
 AS_GOOD = 0.02
 """Share of the loss by which a simpler plan may be worse and still be chosen: less than other images would change."""
+AS_QUICK = 0.1
+"""Share of the time by which a simpler plan may be slower, if it is as good: less than a busy machine would change."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +112,7 @@ class TriedPlan:
         method: the method, on the model with the plan's places alone (`plan.places`).
         run: its true run on the images that it was chosen on.
         loss: what it loses there, by the judge of this search.
+        ms: median milliseconds of an image on this machine, beside the other plans; NaN where it was not timed.
     """
 
     plan: Plan
@@ -114,6 +120,7 @@ class TriedPlan:
     method: Method[Any]
     run: TrueRun
     loss: float
+    ms: float = math.nan
 
     @property
     def agreement(self) -> float:
@@ -456,11 +463,16 @@ def _choose_path(survey: Survey, planner: Planner, images: CalibrationSet, budge
 
 
 def choose_plan(
-    survey: Survey, budget: float, held: Held = Held(), plans: Sequence[Plan] | None = None
+    survey: Survey,
+    budget: float,
+    held: Held = Held(),
+    plans: Sequence[Plan] | None = None,
+    timed: bool = False,
 ) -> list[TriedPlan]:
     """Return the plans that were run within the budget, the best one first; of plans as good, the simplest is best.
 
-    plans: those to choose from; those of `search_plans` if not given.
+    plans: those to choose from; those of `search_plans` if not given. timed: time the plans on this machine, and of
+        plans as good pass over those that are slower than another.
 
     Raises `ConfigError` where no plan meets the budget.
     """
@@ -469,9 +481,28 @@ def choose_plan(
     found = sorted((one for one in tried if one is not None), key=lambda one: one.loss)
     if not found:
         raise ConfigError(_out_of_reach(survey, budget, held))
+    if timed:
+        found = [replace(one, ms=ms) for one, ms in zip(found, _times(survey, found))]
     as_good = [one for one in found if one.loss <= found[0].loss * (1 + AS_GOOD)]
+    if timed:
+        quickest = min(one.ms for one in as_good)
+        as_good = [one for one in as_good if one.ms <= quickest * (1 + AS_QUICK)]
     best = min(as_good, key=lambda one: one.plan.parts)
     return [best, *(one for one in found if one is not best)]
+
+
+def _times(survey: Survey, tried: Sequence[TriedPlan]) -> list[float]:
+    """Return the median milliseconds of each plan over a few images, one at a time and the plans in turn."""
+    models = [survey.model.with_exits(one.plan.places) for one in tried]
+    times: list[list[float]] = [[] for _ in tried]
+    images = survey.images.part(survey.images.spread(TIMED_IMAGES))
+    for n, index in enumerate(images.progress("timing plans")(images.indices)):
+        image = survey.model.preprocessing.to_tensor(images.data[index].image)
+        for _ in range(2 if n == 0 else 1):  # the first image warms up
+            found = [timed_forward(m, image, one.method, (1, 1), images.precision)[1] for m, one in zip(models, tried)]
+        for own, ms in zip(times, found):
+            own.append(ms)
+    return [median(own) for own in times]
 
 
 def _out_of_reach(survey: Survey, budget: float, held: Held) -> str:
