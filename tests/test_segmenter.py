@@ -1,5 +1,6 @@
 import json
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.methods import Dense, DoViT, DToP, build_method
+from tokenexit.methods import Dense, DoViT, DToP, Gated, build_method
 from tokenexit.segmenter import ExitSegmenter
 
 MIXED = [(16, 20), (9, 33), (4, 4)]
@@ -367,3 +368,47 @@ def test_loaded_model__is_in_evaluation_mode_and_gives_the_same_twice(tmp_path):
     with torch.no_grad():
         a, b = (model(batch(), Dense()).grid_logits for _ in range(2))
     assert_close(a[0], b[0], 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------ other exits
+
+
+def test_with_exits__is_the_same_model_with_some_exits_alone_and_shares_its_weights() -> None:
+    model = tiny_segmenter("linear", exits=(1, 2, 3))
+    model.calibration, model.records = Calibration(guarantee="of three exits"), {"training.json": {}}
+    fewer = model.with_exits((1, 3))
+    assert (fewer.config.exits, model.config.exits) == ((1, 3), (1, 2, 3))
+    assert list(fewer.exit_heads) == [model.exit_heads[0], model.exit_heads[2]]
+    assert fewer.backbone is model.backbone
+    assert fewer.decode_head is model.decode_head
+    assert (fewer.calibration, fewer.records) == (None, {})
+    assert model.calibration is not None
+    assert len(model.exit_heads) == 3
+    images = [random_image(16, 20)]
+    with torch.no_grad():
+        assert torch.equal(model(images).logits, fewer(images).logits)
+        closed = model(images, Gated(DToP((0.4, 0.9, 0.5)), (1,)))
+        alone = fewer(images, DToP((0.4, 0.5)))
+    assert torch.equal(closed.logits, alone.logits)
+    assert closed.ledger.macs == alone.ledger.macs
+    assert fewer.fingerprint() != model.fingerprint()
+    assert model.with_exits((1, 2, 3)).fingerprint() == model.fingerprint()
+
+
+def test_with_exits__can_be_saved_without_any(tmp_path: Path) -> None:
+    model = tiny_segmenter("linear", exits=(1, 2, 3)).with_exits(())
+    model.save_pretrained(tmp_path)
+    loaded = ExitSegmenter.from_pretrained(tmp_path)
+    assert loaded.config == model.config
+    with torch.no_grad():
+        assert torch.equal(loaded([random_image(16, 20)]).logits, model([random_image(16, 20)]).logits)
+
+
+def test_with_exits__refuses_places_that_are_not_there_or_out_of_order() -> None:
+    model = tiny_segmenter("linear", exits=(1, 3))
+    with pytest.raises(ConfigError, match=r"exits must be some of \(1, 3\), got 2: it has no exit there"):
+        model.with_exits((1, 2))
+    with pytest.raises(ConfigError, match="increasing numbers of blocks"):
+        model.with_exits((3, 1))
+    with pytest.raises(ConfigError, match="increasing numbers of blocks between 1 and 3"):
+        model.with_exit_heads((4,), ["linear"], [model.exit_heads[0]])

@@ -70,7 +70,6 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
 
     console.print(main_table(results, spread=True).to_rich())
     paths = write_results(out, model, test, methods, results, steps)
-    console.print(f"now as if the model had no exits: adapted on {PHOTOS} scenes without labels")
     paths |= adapt_scenes(model, out, console.print)
     for name, path in paths.items():
         console.print(f"{name}: {path}", soft_wrap=True)
@@ -140,6 +139,7 @@ def adapt_scenes(model: ExitSegmenter, out: Path, say: Callable[[str], None]) ->
     from tokenexit.prediction.predict_files import save_atomically
     from tokenexit.training.recipes import SIZE
 
+    say(f"now as if the model had no exits: adapted on {PHOTOS} scenes without labels")
     photos, cheaper = out / "photos", out / "cheaper"
     scenes = open_dataset("scenes", None, "train", length=PHOTOS, size=SIZE)
     photos.mkdir(parents=True, exist_ok=True)
