@@ -110,7 +110,7 @@ def test_page__has_a_row_for_every_plan_that_was_run(found: Adaptation, page: st
     assert len(found.tried) > 1
     best, *rivals = found.tried
     assert cells(page, "chosen")[:2] == [f"{best.run.mac_ratio:.1%}", f"{best.agreement:.1%}"]
-    assert cells(page, "chosen")[3:] == [f"{100 * (1 - best.loss):.1f}", str(best.plan)]
+    assert cells(page, "chosen")[3:] == [f"{100 * (1 - best.loss):.1f}", f"{best.ms:.1f}", str(best.plan)]
     for one in rivals:
         row = cells(page, one.kind)
         assert (row[0], row[-1]) == (f"{one.run.mac_ratio:.1%}", str(one.plan))

@@ -39,7 +39,8 @@ class OwnHead(nn.Module):
         self.up = nn.ConvTranspose2d(16, CLASSES, 2, stride=2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.up(torch.relu(self.mix(x)))
+        answer: torch.Tensor = self.up(torch.relu(self.mix(x)))
+        return answer
 
 
 def timm_vit(_folder: Path) -> Any:
@@ -144,7 +145,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    rows = {}
+    rows: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         scenes, photos = open_dataset("scenes", None, "train", length=PHOTOS, size=SIZE), folder / "photos"
