@@ -112,6 +112,8 @@ def test_adapt__refuses_the_folder_of_the_source_and_of_another_model(
     (tmp_path / "file").write_text("")
     assert adapt(source, photos, tmp_path / "file") == 2
     assert "is a file: name a folder" in capsys.readouterr().err
+    assert adapt(source, tmp_path / "fotos", tmp_path / "out") == 2
+    assert "fotos does not exist: name photos" in capsys.readouterr().err
 
 
 def test_adapt__of_what_is_no_plain_vit_is_one_sentence(

@@ -128,6 +128,9 @@ def _check(options: argparse.Namespace) -> None:
     _exits(options.exits)
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file: name a folder.")
+    for path in options.images:
+        if not path.exists() and not str(path).startswith("@"):  # @ is a list
+            raise ConfigError(f"--images {path} does not exist: name photos, or folders of them.")
 
 
 def _exits(words: list[str]) -> tuple[int, ...] | None:
