@@ -36,7 +36,7 @@ from tokenexit.methods import Dense, spec_of
 from tokenexit.runtime.notebook import Notebook
 from tokenexit.segmenter import ExitSegmenter
 
-BUDGETS = (0.7, 0.6, 0.5, 0.4)
+BUDGETS = (0.5, 0.4, 0.6, 0.7)
 BY_HAND = Held(scale=1.0, depth=12, exits=(3, 6, 9))
 FEWEST = 20
 PHOTOS = (25, 50, 100, 200, 367)
@@ -136,16 +136,18 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--data", type=Path, default=Path("data/camvid"))
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, help="folder for fitted heads, which a second call finds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("kinds", nargs="+", choices=("budgets", "finetune", "photos", "elsewhere", "bound"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dense = ExitSegmenter.from_pretrained(options.model).with_exits(())
     notebook = Notebook(options.out, {"model": dense.fingerprint(), "threads": options.threads})
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
+        work = options.work or Path(temporary)
         for run in runs(options.kinds):
-            photos = options.data / "images" / "train" if run[3] == "train" else draw_scenes(Path(folder) / "scenes")
-            row = notebook.once(run[0], lambda: measured(dense, run, photos, options.data, Path(folder)))  # noqa: B023
+            photos = options.data / "images" / "train" if run[3] == "train" else draw_scenes(work / "scenes")
+            row = notebook.once(run[0], lambda: measured(dense, run, photos, options.data, work))  # noqa: B023
             print(f"{run[0]}: mIoU {row['miou']:.2f} (dense {row['miou_dense']:.2f}): {row['sentence']}", flush=True)
 
 
