@@ -128,6 +128,15 @@ class TriedPlan:
         return 1.0 - error(self.run.confusion, "pixels").mean().item()
 
 
+@dataclass(frozen=True)
+class Searched:
+    """The first images of a dense pass, on which places are searched: their costs, and losses `(E + 1, N)`."""
+
+    dense: DensePass
+    costs: MacTable
+    losses: Tensor
+
+
 class Survey:
     """Dense passes of a model at several sizes, and what can be predicted from them.
 
@@ -159,6 +168,16 @@ class Survey:
         self.costs = {
             scale: MacTable(self.model, method, one.grids, self.full_grids) for scale, one in self.passes.items()
         }
+
+        self._searched: dict[float, Searched] = {}
+
+    def searched(self, scale: float) -> Searched:
+        """Return what is searched at a size, made once: about `SEARCH_TOKENS` tokens."""
+        if scale not in self._searched:
+            images = max(1, round(len(self.full_grids) * min(1.0, SEARCH_TOKENS / len(self.passes[scale].image))))
+            dense = self.passes[scale].first(images)
+            self._searched[scale] = Searched(dense, self.costs[scale].first(images), dense.losses(self.average))
+        return self._searched[scale]
 
     @property
     def scales(self) -> tuple[float, ...]:
@@ -320,11 +339,10 @@ def _with_exits(
     """Return the best plan at a size and a stop, by adding exits one at a time; none if the budget is out of reach."""
     places = survey.model.config.exits
     before = range(len(places) if stop is None else stop)
-    images = max(1, round(len(survey.full_grids) * min(1.0, SEARCH_TOKENS / len(survey.passes[scale].image))))
-    dense, costs = survey.passes[scale].first(images), survey.costs[scale].first(images)
+    searched = survey.searched(scale)
 
     def judged(numbers: tuple[int, ...]) -> tuple[float, float]:
-        return _at_budget(survey, dense, costs, numbers, stop, budget)
+        return _at_budget(survey, searched, numbers, stop, budget)
 
     if exits is not None:
         numbers = tuple(places.index(block) for block in exits)
@@ -347,14 +365,15 @@ LIMITS = even_path(1).limits.flatten().tolist()
 
 
 def _at_budget(
-    survey: Survey, dense: DensePass, costs: MacTable, numbers: tuple[int, ...], stop: int | None, budget: float
+    survey: Survey, searched: Searched, numbers: tuple[int, ...], stop: int | None, budget: float
 ) -> tuple[float, float]:
     """Return loss and cost at one threshold for all exits that meets the budget, both between two thresholds; infinity
     if none does."""
     used = numbers if stop is None else (*numbers, stop)
-    some, table = dense.at_exits(used), costs.at_exits(used, None if stop is None else len(numbers))
+    some = searched.dense.at_exits(used)
+    table = searched.costs.at_exits(used, None if stop is None else len(numbers))
     method = stopping(survey.method, None if stop is None else len(used))
-    losses = some.losses(survey.average)
+    losses = searched.losses[[*used, len(searched.losses) - 1]]
     price = context_price([survey.blocks[n] for n in used], survey.blocks[-1])
     if stop is not None:
         price = (price - price[len(numbers)]).clamp(min=0.0)  # at the stop nobody is left whom others could miss
