@@ -33,7 +33,7 @@ def test_machine_of__resolves_auto_and_warns_of_a_slow_precision(
     monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx2"}))
 
     def asked(precision: str) -> tuple[str, str]:
-        given = argparse.Namespace(device="cpu", precision=precision)
+        given = argparse.Namespace(device="cpu", precision=precision, threads=None)
         assert machine_of(given).type == "cpu"
         return given.precision, capsys.readouterr().err
 
