@@ -24,7 +24,9 @@ def test_this_machine_gets_an_answer_to_every_question() -> None:
     found = by_topic(diagnose(seconds=0.0))
     # A package's metadata may leave out the build, "+cu130", that the module itself names.
     assert found["torch"].finding.split("+")[0] == torch.__version__.split("+")[0]
-    assert {"python", "tokenexit", "cpu", "threads", "load", "precision", "torchmetrics", "huggingface_hub"} <= set(found)
+    assert {"python", "tokenexit", "cpu", "threads", "load", "precision", "torchmetrics", "huggingface_hub"} <= set(
+        found
+    )
     assert any(topic.startswith("attention") for topic in found)
     assert {finding.status for finding in found.values()} <= {"ok", "warn", "fail"}
     assert "as fast" in found["precision"].finding or "equally fast" in found["precision"].finding

@@ -1,7 +1,7 @@
 """How many cores this process really has, and how many threads torch shall start on them.
 
-A container's quota and a process's affinity may leave fewer cores than the machine has. Threads beyond them do not share
-the work: those that run wait for those that do not.
+A container's quota and a process's affinity may leave fewer cores than the machine has. Threads beyond them do not
+share the work: those that run wait for those that do not.
 """
 
 from __future__ import annotations
