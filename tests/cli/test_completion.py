@@ -64,6 +64,9 @@ def test_bash__completes_options_and_what_they_take(program: dict[str, str]) -> 
         "tokenexit calibrate m --budget 0.7 --max-": [],  # one target only
         "tokenexit cost --json --convention ": ["tokenexit", "dtop"],
         "tokenexit predict --precision=b": ["bf16"],
+        "tokenexit predict --threa": ["--threads"],
+        "tokenexit quickstart --thr": ["--threads"],
+        "tokenexit train --threa": ["--threads"],
         "tokenexit data ": ["check"],
         "tokenexit data check camv": ["camvid"],
         "tokenexit evaluate m --data coco": ["coco_stuff10k", "coco_stuff164k"],

@@ -13,6 +13,7 @@ import torch
 
 from tokenexit.cli import doctor
 from tokenexit.cli.doctor import Finding, diagnose, format_findings
+from tokenexit.runtime.threads import THREAD_VARIABLES, Processors
 
 
 def by_topic(findings: list[Finding]) -> dict[str, Finding]:
@@ -23,7 +24,9 @@ def test_this_machine_gets_an_answer_to_every_question() -> None:
     found = by_topic(diagnose(seconds=0.0))
     # A package's metadata may leave out the build, "+cu130", that the module itself names.
     assert found["torch"].finding.split("+")[0] == torch.__version__.split("+")[0]
-    assert {"python", "tokenexit", "cpu", "threads", "precision", "torchmetrics", "huggingface_hub"} <= set(found)
+    assert {"python", "tokenexit", "cpu", "threads", "load", "precision", "torchmetrics", "huggingface_hub"} <= set(
+        found
+    )
     assert any(topic.startswith("attention") for topic in found)
     assert {finding.status for finding in found.values()} <= {"ok", "warn", "fail"}
     assert "as fast" in found["precision"].finding or "equally fast" in found["precision"].finding
@@ -105,6 +108,46 @@ def test_more_threads_than_processors_is_a_warning(monkeypatch: pytest.MonkeyPat
     (finding,) = doctor._threads()
     assert finding.status == "warn"
     assert "OMP_NUM_THREADS=" in finding.finding
+
+
+def pretend_cores(monkeypatch: pytest.MonkeyPatch, threads: int, found: Processors, **environment: str) -> Finding:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(doctor, "processors", lambda: found)
+    for name in THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    (finding,) = doctor._threads()
+    return finding
+
+
+def test_a_quota_smaller_than_the_machine_is_a_warning_with_what_commands_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pretend_cores(monkeypatch, 8, Processors(8, 8, 1.5)) == Finding(
+        "threads",
+        "torch starts 8; 8 logical CPUs, 8 of them usable by this process, a quota of 1.5: more than cores, so they "
+        "would wait for each other; commands start 2; for programs of your own set OMP_NUM_THREADS=2.",
+        "warn",
+    )
+
+
+def test_too_many_threads_of_the_environment_are_a_warning_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = pretend_cores(monkeypatch, 8, Processors(8, 8, 1.5), MKL_NUM_THREADS="8")
+    assert finding.status == "warn"
+    assert finding.finding.endswith("set OMP_NUM_THREADS=2, or leave out MKL_NUM_THREADS=8.")
+
+
+def test_no_more_threads_than_cores_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    finding = pretend_cores(monkeypatch, 2, Processors(8, 8, 1.5))
+    assert (finding.status, finding.finding.split(";")[0]) == ("ok", "torch starts 2")
+
+
+@pytest.mark.parametrize(("load", "status"), [(3.4, "ok"), (4.6, "warn"), (None, "ok")])
+def test_a_load_above_the_cores_is_a_warning(load: float | None, status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "load", lambda: load)
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    (finding,) = doctor._load()
+    assert (finding.topic, finding.status) == ("load", status)
+    assert load is None or finding.finding.startswith(f"{load} on 4 logical CPUs")
 
 
 def test_findings_are_printed_as_aligned_lines() -> None:

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from tests.cli.test_cli import fine, wrong
 from tests.heads.test_module import own_segmenter
 from tokenexit.cli.options import machine_of
 from tokenexit.runtime import precision as inference
+from tokenexit.runtime import threads
 
 Captured = pytest.CaptureFixture[str]
 
@@ -33,7 +35,7 @@ def test_machine_of__resolves_auto_and_warns_of_a_slow_precision(
     monkeypatch.setattr(inference, "cpu_instructions", lambda: frozenset({"avx2"}))
 
     def asked(precision: str) -> tuple[str, str]:
-        given = argparse.Namespace(device="cpu", precision=precision)
+        given = argparse.Namespace(device="cpu", precision=precision, threads=None)
         assert machine_of(given).type == "cpu"
         return given.precision, capsys.readouterr().err
 
@@ -44,6 +46,73 @@ def test_machine_of__resolves_auto_and_warns_of_a_slow_precision(
     assert warning.count("\n") == 1
     monkeypatch.setenv("RANK", "1")
     assert asked("bf16") == ("bf16", "")  # of several processes, the first speaks
+
+
+STARTERS = ["adapt", "quickstart", "train", "evaluate", "calibrate", "sweep", "predict", "report", "serve", "export"]
+
+
+@pytest.mark.parametrize("command", [*STARTERS, "gate"])
+def test_threads__is_an_option_of_every_command_that_runs_a_model(command: str, capsys: Captured) -> None:
+    from tokenexit.cli import main
+
+    assert main([command, "--help"]) == 0
+    assert "--threads N" in capsys.readouterr().out
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of threads that torch was told to start, where it would start 8 on 2 cores."""
+    told: list[int] = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", told.append)
+    monkeypatch.setattr(threads, "processors", lambda: threads.Processors(8, 8, 1.5))
+    for name in threads.THREAD_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    return told
+
+
+def test_threads__are_those_given_else_no_more_than_cores(started: list[int], capsys: Captured, tmp_path: Path) -> None:
+    own_segmenter("Plain").save_pretrained(tmp_path)
+    gate = ("gate", tmp_path, "--method", "dovit", "--image-size", "16", "--head-module", "tests.heads.own_heads:Plain")
+    fine(capsys, *gate)
+    assert started == [2]
+    fine(capsys, *gate, "--threads", "5")
+    assert started == [2, 5]
+
+
+def test_threads__of_the_environment_stay(
+    started: list[int], monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    own_segmenter("Plain").save_pretrained(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "8")
+    gate = ("gate", tmp_path, "--method", "dovit", "--image-size", "16", "--head-module", "tests.heads.own_heads:Plain")
+    fine(capsys, *gate)
+    assert started == []
+    fine(capsys, *gate, "--threads", "3")
+    assert started == [3]
+
+
+def test_threads__are_chosen_by_quickstart_and_train_too(
+    started: list[int], monkeypatch: pytest.MonkeyPatch, capsys: Captured, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("tokenexit.cli.quickstart.run_quickstart", lambda *_, **__: [])
+    monkeypatch.setattr("tokenexit.training.loop.train", lambda config: None)
+    fine(capsys, "quickstart", "--out", tmp_path)
+    fine(capsys, "quickstart", "--out", tmp_path, "--threads", "3")
+    fine(capsys, "train", "--out", tmp_path)
+    fine(capsys, "train", "--out", tmp_path, "--threads", "4")
+    assert started == [2, 3, 2, 4]
+
+
+def test_threads__are_left_alone_by_the_package(started: list[int]) -> None:
+    own_segmenter("Plain").predict(Image.new("RGB", (20, 16)))
+    assert started == []
+
+
+@pytest.mark.parametrize("command", [("train",), ("predict", "m", "i.png"), ("quickstart",)])
+def test_threads__must_be_some(command: tuple[str, ...], capsys: Captured) -> None:
+    assert wrong(capsys, *command, "--threads", "0") == "--threads 0 must be at least 1."
+    assert wrong(capsys, *command, "--threads", "100000") == "--threads 100000 must be a number of at most 4096."
 
 
 READERS = ["calibrate", "evaluate", "export", "gate", "predict", "report", "serve", "sweep"]

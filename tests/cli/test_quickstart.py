@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +19,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training import recipes
+from tokenexit.training.config import TrainConfig
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +32,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         patch.setattr(quickstart, "TUNE_IMAGES", 2)
         patch.setattr(quickstart, "TEST_IMAGES", 4)
         patch.setattr(quickstart, "SHOWN_IMAGES", 2)
+        patch.setattr(quickstart, "forward_seconds", lambda model: 1e-6)
         results = quickstart.run_quickstart(out, minutes=1, seed=0)
     return {"out": out, "results": results}
 
@@ -74,6 +79,100 @@ def test_quickstart__keeps_the_budget_with_a_threshold_for_each_exit(finished: d
     assert all(len(method.threshold) == 3 for method in methods)
     for result in evaluate(model, tuned_on, methods):
         assert quickstart.BUDGET * 0.9 < result.share_of_dense <= quickstart.BUDGET
+
+
+def test_quickstart__reports_the_numbers_of_scenes_that_there_were(finished: dict[str, Any]) -> None:
+    page = (finished["out"] / "report.html").read_text()
+    assert "multiply-adds on 2 scenes of the val split" in page
+    assert "figures are from 4 scenes of the test split" in page
+    assert len(list((finished["out"] / "photos").iterdir())) == quickstart.PHOTOS
+    assert (finished["out"] / "cheaper" / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def on_a_slow_machine(finished: dict[str, Any]) -> dict[str, Any]:
+    """A second call to the same folder, on a machine whose forward pass takes a minute, as its clock says."""
+    out, said = finished["out"], io.StringIO()
+    before = {folder: len(list((out / folder).iterdir())) for folder in ("scenes", "pictures")}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
+        patch.setattr(recipes, "SIZE", (32, 48))
+        patch.setattr(quickstart, "pace", lambda seconds, seed: (3, "fp32"))
+        for name, count in {"TUNE_IMAGES": 6, "TEST_IMAGES": 8, "SHOWN_IMAGES": 2}.items():
+            patch.setattr(quickstart, name, count)
+        for name, count in {"FEWEST_TUNE": 2, "FEWEST_TEST": 3, "FEWEST_SHOWN": 1}.items():
+            patch.setattr(quickstart, name, count)
+        patch.setattr(quickstart, "forward_seconds", lambda model: 60.0)
+        results = quickstart.run_quickstart(out, minutes=1, seed=0)
+    return {"out": out, "results": results, "said": " ".join(said.getvalue().split()), "before": before}
+
+
+@pytest.mark.usefixtures("finished")
+def test_a_slow_machine__takes_fewer_scenes_and_says_the_true_numbers(on_a_slow_machine: dict[str, Any]) -> None:
+    said = on_a_slow_machine["said"]
+    assert "calibrated on 2 scenes of the val split in place of 6, as this machine is slow or busy" in said
+    assert "evaluated on 3 scenes of the test split in place of 8, as this machine is slow or busy" in said
+    assert all(len(result.gmacs) == 3 for result in on_a_slow_machine["results"])
+    page = (on_a_slow_machine["out"] / "report.html").read_text()
+    assert "On 3 held-out street scenes" in page
+    assert "multiply-adds on 2 scenes of the val split" in page
+    assert "figures are from 3 scenes of the test split" in page
+    model = ExitSegmenter.from_pretrained(on_a_slow_machine["out"] / "model")
+    assert model.calibration is not None
+    assert model.calibration.images["count"] == 2
+
+
+def test_a_slow_machine__leaves_out_what_cannot_be_had_in_time_and_says_so(on_a_slow_machine: dict[str, Any]) -> None:
+    said = on_a_slow_machine["said"]
+    assert "not adapted as if it had no exits: the 60 scenes that it takes would take too long on this machine" in said
+    assert "its report" not in said
+
+
+def test_a_second_call__leaves_no_scenes_of_the_first(on_a_slow_machine: dict[str, Any]) -> None:
+    assert on_a_slow_machine["before"] == {"scenes": 2, "pictures": 2}
+    for folder in ("scenes", "pictures"):
+        assert [path.name for path in (on_a_slow_machine["out"] / folder).iterdir()] == ["scene-0.png"]
+
+
+class Clock:
+    """A clock that only work moves on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+
+
+def slow_training(monkeypatch: pytest.MonkeyPatch, fp32: float, bf16: float) -> list[int]:
+    """Trainings take so many seconds a step on a fabricated clock; returns the steps of each, as they happen."""
+    clock, trained, speed = Clock(monkeypatch), [], {"fp32": fp32, "bf16": bf16}
+
+    def train(recipe: TrainConfig, **_: Any) -> None:
+        trained.append(recipe.steps)
+        clock.now += recipe.steps * speed[recipe.precision]
+
+    monkeypatch.setattr("tokenexit.training.loop.train", train)
+    return trained
+
+
+def test_pace__takes_the_faster_precision_and_the_steps_that_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = slow_training(monkeypatch, fp32=0.25, bf16=0.125)
+    assert quickstart.pace(60, 0) == (480, "bf16")
+    assert trained == [2, 2, 6, 6]
+
+
+def test_pace__measures_fewer_steps_on_a_slow_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = slow_training(monkeypatch, fp32=5.0, bf16=10.0)
+    assert quickstart.pace(100, 0) == (20, "fp32")
+    assert trained == [2, 2, 3, 3]
+
+
+def test_forward_seconds__is_the_median_of_some_after_one_that_warms(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, times = Clock(monkeypatch), iter([90.0, 3.0, 50.0, 2.0])
+
+    class Model:
+        def predict(self, image: Image.Image, method: Any) -> None:
+            clock.now += next(times)
+
+    assert quickstart.forward_seconds(Model()) == 3.0  # type: ignore[arg-type]
 
 
 def test_quickstart__refuses_no_time_at_all(tmp_path: Path) -> None:

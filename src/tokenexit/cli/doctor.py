@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tokenexit.cli.options import command_parser
+from tokenexit.runtime.threads import given_threads, load, processors
 
 if TYPE_CHECKING:
     import torch
@@ -44,7 +45,7 @@ class Finding(NamedTuple):
 
 
 def diagnose(seconds: float = 1.0) -> list[Finding]:
-    """Look at versions, devices, threads, the attention path and the faster precision; never raises.
+    """Look at versions, devices, threads, load, the attention path and the faster precision; never raises.
 
     seconds: how long the timing of the precisions may take.
     """
@@ -53,6 +54,7 @@ def diagnose(seconds: float = 1.0) -> list[Finding]:
         ("torchvision", _torchvision),
         ("devices", _devices),
         ("threads", _threads),
+        ("load", _load),
         ("attention", _attention),
         ("precision", lambda: _precision(seconds)),
     )
@@ -188,13 +190,28 @@ def _cpu_model() -> str:
 def _threads() -> Iterator[Finding]:
     import torch
 
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = torch.get_num_threads()
-    text = f"torch computes with {threads}; {os.cpu_count()} logical CPUs, {usable} of them usable by this process"
-    if threads > usable:
-        yield Finding("threads", f"{text}: set OMP_NUM_THREADS={usable}.", "warn")
-    else:
+    found, threads, given = processors(), torch.get_num_threads(), given_threads()
+    text = f"torch starts {threads}; {found}"
+    if threads <= found.cores:
         yield Finding("threads", text)
+    elif given:
+        cure = f"set OMP_NUM_THREADS={found.cores}, or leave out {given}"
+        yield Finding("threads", f"{text}: more than cores, so they wait for each other; {cure}.", "warn")
+    else:
+        cure = f"commands start {found.cores}; for programs of your own set OMP_NUM_THREADS={found.cores}"
+        yield Finding("threads", f"{text}: more than cores, so they would wait for each other; {cure}.", "warn")
+
+
+def _load() -> Iterator[Finding]:
+    """Load is that of the whole machine, whatever a container may use of it."""
+    logical, now = os.cpu_count() or 1, load()
+    if now is None:
+        yield Finding("load", "this system does not say")
+    elif now > logical:
+        cure = "times here are not those of a quiet machine, and --threads 1 waits least"
+        yield Finding("load", f"{now:.1f} on {logical} logical CPUs, which others keep busy: {cure}.", "warn")
+    else:
+        yield Finding("load", f"{now:.1f} on {logical} logical CPUs")
 
 
 _PATHS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, say_if_uncalibrated
 from tokenexit.cli.method_options import add_method_choice
-from tokenexit.cli.options import add_model_argument, command_parser, load_model
+from tokenexit.cli.options import add_model_argument, add_threads_option, command_parser, load_model, start_threads
 from tokenexit.errors import ConfigError
 
 
@@ -19,6 +19,7 @@ def export(arguments: list[str]) -> int:
     from tokenexit.exporting.export import export_model
     from tokenexit.exporting.pictures import compared_images
 
+    start_threads(options)
     model = load_model(options)
     (method,) = chosen_methods(model, asked)
     made = export_model(model, method, compared_images(model, options.images), options.out, options.format)
@@ -44,4 +45,5 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE|DIR",
         help="images on which file and model are compared, three at most; drawn ones if not given",
     )
+    add_threads_option(parser)
     return parser

@@ -21,9 +21,11 @@ if TYPE_CHECKING:
     from tokenexit.data.base import SegmentationDataset
     from tokenexit.segmenter import ExitSegmenter
 
-LARGEST = {"input_scale": 8.0}
-"""The largest values that options take; those of others end where 32 bits do."""
+LARGEST = {"input_scale": 8.0, "threads": 4096}
+"""The largest values that options take; those of others end where 32 bits do. A system that refuses to start very many
+threads ends the program."""
 LARGEST_NUMBER = 2**31 - 1
+SMALLEST = {"threads": 1}
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -49,11 +51,13 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def check_numbers(name: str, value: Any) -> None:
-    """Refuse numbers that no command can work with, alone or in a list: too large, infinite, or none."""
+    """Refuse numbers that no command can work with, alone or in a list: too large or small, infinite, or none."""
     largest = LARGEST.get(name, LARGEST_NUMBER)
     for number in value if isinstance(value, list) else [value]:
         if isinstance(number, int | float) and not abs(number) <= largest:
             raise ConfigError(f"--{name.replace('_', '-')} {number} must be a number of at most {largest:.0f}.")
+        if isinstance(number, int | float) and name in SMALLEST and number < SMALLEST[name]:
+            raise ConfigError(f"--{name.replace('_', '-')} {number} must be at least {SMALLEST[name]}.")
 
 
 def asked_by_shell() -> bool:
@@ -124,6 +128,25 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     )
     device = group.add_argument("--device", default="auto", help="device: cpu, cuda, cuda:1; auto: CUDA if available")
     completes(device, ("auto", "cpu", "cuda"))
+    add_threads_option(group)
+
+
+def add_threads_option(parser: Any) -> None:
+    """Add the option of `start_threads` to a parser, of argparse or of jsonargparse, or to a group of one."""
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=None,
+        metavar="N",
+        help="number of threads for torch; if not given, OMP_NUM_THREADS, else no more than there are cores",
+    )
+
+
+def start_threads(options: Any) -> None:
+    """Let torch start as many threads as `--threads` says, else the environment, else no more than there are cores."""
+    from tokenexit.runtime.threads import choose_threads
+
+    choose_threads(options.threads)
 
 
 def add_running_options(parser: argparse.ArgumentParser) -> None:
@@ -292,9 +315,10 @@ def device_of(name: str) -> torch.device:
 def machine_of(options: Any) -> torch.device:
     """The device that was asked for; `options.precision` then says what `auto` comes to there.
 
-    Warns of a precision that the device multiplies slowly."""
+    Starts as many threads as were asked for, and warns of a precision that the device multiplies slowly."""
     from tokenexit.runtime.precision import inference_precision, slow_precision
 
+    start_threads(options)
     device = device_of(options.device)
     options.precision = inference_precision(options.precision, device)
     warning = slow_precision(options.precision, device)

@@ -5,10 +5,13 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.options import command_parser
+from tokenexit.cli.allowance import Allowance
+from tokenexit.cli.options import add_threads_option, command_parser, start_threads
 from tokenexit.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,22 +29,34 @@ BUDGET = 0.7
 PHOTOS, ADAPT_BUDGET = 80, 0.5
 """Scenes that the same model, without its exits, is adapted on, and for which share of dense multiply-adds."""
 TUNE_IMAGES, TEST_IMAGES, SHOWN_IMAGES = 24, 80, 6
-MEASURED_STEPS = 6
+FEWEST_TUNE, FEWEST_TEST, FEWEST_SHOWN = 6, 12, 2
+"""Scenes of each phase, and those that it takes however slow the machine is."""
+CALIBRATING, EVALUATING, SHOWING, ADAPTING = 50.0, 4.0, 8.0, 16.0
+"""Time of one scene in each phase, in forward passes of the dense model; measured."""
+MINUTES, MINUTES_AFTER = 2.5, 3.5
+"""Minutes of training, and of all that follows; a longer training gives the same to both."""
+MEASURED_STEPS, WARMING_STEPS = 6, 2
+MEASURING = 0.15
+"""Share of the training's time for which each precision is measured."""
 
 
-def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evaluation]:
+@dataclass(frozen=True)
+class Made:
+    """What the report says of how its figures came about: steps of training, scenes that thresholds were chosen on."""
+
+    steps: int
+    tune_images: int
+
+
+def run_quickstart(out: Path, minutes: float = MINUTES, seed: int = 0) -> list[Evaluation]:
     """Train for about `minutes`, calibrate on the val split, compare on the test split, write a report.
 
-    DToP's calibration is saved with the model. Prints one table and the paths of what it wrote. Safe to interrupt: a
-    second call starts anew.
+    What follows the training gets `MINUTES_AFTER`, or as long as that took if it is more: on a slow machine it takes
+    fewer scenes, and the model is not adapted. DToP's calibration is saved with the model. Prints one table and the
+    paths of what it wrote. Safe to interrupt: a second call starts anew.
     """
-    from tokenexit.calibration.calibrate import calibrate
-    from tokenexit.calibration.calibration_set import CalibrationSet
-    from tokenexit.calibration.store import write_calibration
-    from tokenexit.calibration.targets import Budget
     from tokenexit.data.registry import open_dataset
     from tokenexit.evaluation.evaluate import evaluate
-    from tokenexit.methods import Dense, DoViT, DToP, build_method
     from tokenexit.report.evaluations import main_table
     from tokenexit.training.loop import train
     from tokenexit.training.recipes import SIZE, scene_recipe
@@ -57,40 +72,91 @@ def run_quickstart(out: Path, minutes: float = 2.5, seed: int = 0) -> list[Evalu
     console.print(f"{steps} steps in {precision}, the faster precision here, take about {minutes:g} minutes")
     model = train(scene_recipe(out / "model", steps, precision, seed), say=console.print)
 
-    tune = open_dataset("scenes", None, "val", length=TUNE_IMAGES, size=SIZE)
-    test = open_dataset("scenes", None, "test", length=TEST_IMAGES, size=SIZE)
-    calibration_set, about = CalibrationSet(model, tune, range(TUNE_IMAGES)), {"data": "scenes", "split": "val"}
-    found = [calibrate(calibration_set, method, Budget("budget", BUDGET), about=about) for method in (DToP(), DoViT())]
-    write_calibration(found[0], out / "model", out / "model")
-    methods = [Dense(), *(build_method(one.method) for one in found)]
-    console.print(
-        f"calibrated on {TUNE_IMAGES} scenes of the val split: {', '.join(method.label for method in methods[1:])}"
-    )
+    allowance = Allowance(time.monotonic() + 60 * max(minutes, MINUTES_AFTER), lambda: forward_seconds(model))
+    methods, tuned_on = calibrated_methods(model, out / "model", allowance, console.print)
+    count = allowance.images(TEST_IMAGES, FEWEST_TEST, EVALUATING, later=SHOWN_IMAGES * SHOWING)
+    test = open_dataset("scenes", None, "test", length=count, size=SIZE)
+    console.print(f"evaluated on {count} scenes of the test split{fewer(count, TEST_IMAGES)}")
     results = evaluate(model, test, methods, progress=lambda images: track(images, description="evaluating"))
 
     console.print(main_table(results, spread=True).to_rich())
-    paths = write_results(out, model, test, methods, results, steps)
-    paths |= adapt_scenes(model, out, console.print)
+    shown = min(allowance.images(SHOWN_IMAGES, FEWEST_SHOWN, SHOWING), count)
+    paths = write_results(out, model, test, methods, results, Made(steps, tuned_on), shown)
+    paths |= adapt_scenes(model, out, allowance, console.print)
     for name, path in paths.items():
         console.print(f"{name}: {path}", soft_wrap=True)
     return results
 
 
 def pace(seconds: float, seed: int) -> tuple[int, Precision]:
-    """The faster precision on this machine, and how many training steps fit into `seconds` with it."""
-    from tokenexit.training.loop import train
-    from tokenexit.training.recipes import PRECISIONS, scene_recipe
+    """The faster precision on this machine, and how many training steps fit into `seconds` with it.
+
+    On a slow machine fewer steps are measured, so that measuring takes no more than a part of the training's time.
+    """
+    from tokenexit.training.recipes import PRECISIONS
 
     with tempfile.TemporaryDirectory() as folder:
-        recipe = scene_recipe(Path(folder), MEASURED_STEPS, "fp32", seed)
-        train(recipe, say=lambda line: None, progress=False)  # the first pass warms caches and is not timed
-        times: dict[Precision, float] = {}
-        for precision in PRECISIONS:
-            start = time.monotonic()
-            train(scene_recipe(Path(folder), MEASURED_STEPS, precision, seed), say=lambda line: None, progress=False)
-            times[precision] = time.monotonic() - start
+        timed_steps(Path(folder), WARMING_STEPS, "fp32", seed)  # warms caches and says no more than the order
+        warm = timed_steps(Path(folder), WARMING_STEPS, "fp32", seed) / WARMING_STEPS
+        measured = min(MEASURED_STEPS, max(WARMING_STEPS, int(MEASURING * seconds / max(warm, 1e-6))))
+        times = {precision: timed_steps(Path(folder), measured, precision, seed) for precision in PRECISIONS}
     fastest = min(PRECISIONS, key=lambda precision: times[precision])
-    return max(MEASURED_STEPS, int(seconds * MEASURED_STEPS / times[fastest])), fastest
+    return max(MEASURED_STEPS, int(seconds * measured / times[fastest])), fastest
+
+
+def timed_steps(folder: Path, steps: int, precision: Precision, seed: int) -> float:
+    """Seconds of a training of so many steps."""
+    from tokenexit.training.loop import train
+    from tokenexit.training.recipes import scene_recipe
+
+    start = time.monotonic()
+    train(scene_recipe(folder, steps, precision, seed), say=lambda line: None, progress=False)
+    return time.monotonic() - start
+
+
+def forward_seconds(model: ExitSegmenter) -> float:
+    """Seconds in which the dense model predicts one scene here and now: the median of three, after one that warms."""
+    from tokenexit.data.registry import open_dataset
+    from tokenexit.methods import Dense
+    from tokenexit.training.recipes import SIZE
+
+    image, times = open_dataset("scenes", None, "val", length=1, size=SIZE)[0].image, []
+    for _ in range(4):
+        start = time.monotonic()
+        model.predict(image, Dense())
+        times.append(time.monotonic() - start)
+    return max(median(times[1:]), 1e-6)
+
+
+def calibrated_methods(
+    model: ExitSegmenter, saved: Path, allowance: Allowance, say: Callable[[str], None]
+) -> tuple[list[Method[Any]], int]:
+    """Dense, DToP and DoViT with thresholds for the budget, and the number of scenes they were chosen on.
+
+    DToP's calibration is written to the saved model.
+    """
+    from tokenexit.calibration.calibrate import calibrate
+    from tokenexit.calibration.calibration_set import CalibrationSet
+    from tokenexit.calibration.store import write_calibration
+    from tokenexit.calibration.targets import Budget
+    from tokenexit.data.registry import open_dataset
+    from tokenexit.methods import Dense, DoViT, DToP, build_method
+    from tokenexit.training.recipes import SIZE
+
+    later = TEST_IMAGES * EVALUATING + SHOWN_IMAGES * SHOWING
+    count = allowance.images(TUNE_IMAGES, FEWEST_TUNE, CALIBRATING, later)
+    tune = CalibrationSet(model, open_dataset("scenes", None, "val", length=count, size=SIZE), range(count))
+    budget, about = Budget("budget", BUDGET), {"data": "scenes", "split": "val"}
+    found = [calibrate(tune, method, budget, about=about) for method in (DToP(), DoViT())]
+    write_calibration(found[0], saved, saved)
+    methods = [build_method(one.method) for one in found]
+    labels = ", ".join(method.label for method in methods)
+    say(f"calibrated on {count} scenes of the val split{fewer(count, TUNE_IMAGES)}: {labels}")
+    return [Dense(), *methods], count
+
+
+def fewer(count: int, most: int) -> str:
+    return "" if count == most else f" in place of {most}, as this machine is slow or busy"
 
 
 def write_results(
@@ -99,9 +165,10 @@ def write_results(
     data: SegmentationDataset,
     methods: Sequence[Method[Any]],
     results: Sequence[Evaluation],
-    steps: int,
+    made: Made,
+    shown: int,
 ) -> dict[str, Path]:
-    """Report, figures and some scenes, alone and beside what came of them; returns their paths by what they are."""
+    """Report, figures and so many scenes, alone and beside what came of them; returns their paths by what they are."""
     from tokenexit.prediction.predict_files import save_atomically
     from tokenexit.report.evaluations import write_json
     from tokenexit.report.examples import example
@@ -109,11 +176,11 @@ def write_results(
     from tokenexit.report.pictures import panel
 
     names = data.labels.names
-    write_json(out / "results.json", results, names, {"data": "scenes", "split": "test", "steps": steps})
-    rows = [example(model, data[i], methods, data.labels) for i in range(min(SHOWN_IMAGES, len(data)))]
+    write_json(out / "results.json", results, names, {"data": "scenes", "split": "test", "steps": made.steps})
+    rows = [example(model, data[i], methods, data.labels) for i in range(shown)]
     scenes, images = out / "scenes", out / "pictures"
     for folder in (scenes, images):
-        folder.mkdir(parents=True, exist_ok=True)
+        new_scenes(folder)
     for i, figures in enumerate(rows):
         save_atomically(data[i].image, scenes / f"scene-{i}.png")
         sheet = panel([(figure.caption, figure.image) for figure in figures], height=256)
@@ -121,7 +188,7 @@ def write_results(
     report = write_report(
         out / "report.html",
         "Where the compute went",
-        report_sections(model, data.labels, rows, results, steps),
+        report_sections(model, data.labels, rows, results, made),
         summary=summary(results),
         footer="Made by tokenexit quickstart.",
     )
@@ -129,21 +196,36 @@ def write_results(
     return {**paths, "figures": out / "results.json", "report": report}
 
 
-def adapt_scenes(model: ExitSegmenter, out: Path, say: Callable[[str], None]) -> dict[str, Path]:
-    """Adapt the model without its exits, as a user's own would be; returns the paths of what was written."""
+def new_scenes(folder: Path) -> None:
+    """Make a folder for scenes, without those of an earlier call, which may have been more."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for scene in folder.glob("scene-*.png"):
+        scene.unlink()
+
+
+def adapt_scenes(model: ExitSegmenter, out: Path, allowance: Allowance, say: Callable[[str], None]) -> dict[str, Path]:
+    """Adapt the model without its exits, as a user's own would be; returns the paths of what was written.
+
+    Leaves it out, and says so, where the time left is not enough for the fewest photos.
+    """
     from tokenexit.adaptation.adapt import adapt_model
     from tokenexit.adaptation.page import write_page
+    from tokenexit.adaptation.photos import FEWEST
     from tokenexit.calibration.targets import Budget
     from tokenexit.cli.progress import progress_bars
     from tokenexit.data.registry import open_dataset
     from tokenexit.prediction.predict_files import save_atomically
     from tokenexit.training.recipes import SIZE
 
-    say(f"now as if the model had no exits: adapted on {PHOTOS} scenes without labels")
+    count = allowance.images(PHOTOS, 0, ADAPTING)
+    if count < FEWEST:
+        say(f"not adapted as if it had no exits: the {FEWEST} scenes that it takes would take too long on this machine")
+        return {}
+    say(f"now as if the model had no exits: adapted on {count} scenes without labels{fewer(count, PHOTOS)}")
     photos, cheaper = out / "photos", out / "cheaper"
-    scenes = open_dataset("scenes", None, "train", length=PHOTOS, size=SIZE)
-    photos.mkdir(parents=True, exist_ok=True)
-    for i in range(PHOTOS):
+    scenes = open_dataset("scenes", None, "train", length=count, size=SIZE)
+    new_scenes(photos)
+    for i in range(count):
         save_atomically(scenes[i].image, photos / f"scene-{i:03}.png")
     found = adapt_model(model, [photos], Budget("budget", ADAPT_BUDGET), cheaper, say=say, progress=progress_bars())
     page = write_page(found, cheaper / "report.html", command=f"tokenexit adapt {out / 'model'} --images {photos} ...")
@@ -166,7 +248,7 @@ def report_sections(
     labels: Labels,
     rows: Sequence[Sequence[Figure]],
     results: Sequence[Evaluation],
-    steps: int,
+    made: Made,
 ) -> list[Section]:
     import torch
 
@@ -187,10 +269,11 @@ def report_sections(
         examples += [FigureRow(figures[:3], title=f"Scene {i + 1}"), FigureRow(figures[3:])]
     how = (
         f"One ViT of {model.config.backbone.depth} blocks with exits after blocks "
-        f"{', '.join(map(str, model.config.exits))} was trained for {steps} steps on scenes drawn by a program; "
+        f"{', '.join(map(str, model.config.exits))} was trained for {made.steps} steps on scenes drawn by a program; "
         "each step ran Dense, DToP or DoViT. Thresholds, one per exit, were calibrated without labels so that the mean "
-        f"multiply-adds on {TUNE_IMAGES} scenes of the val split are at most {BUDGET:.0%} of dense. All figures are "
-        f"from the test split; milliseconds are those of this machine with {torch.get_num_threads()} threads."
+        f"multiply-adds on {made.tune_images} scenes of the val split are at most {BUDGET:.0%} of dense. All figures "
+        f"are from {len(results[0].gmacs)} scenes of the test split; milliseconds are those of this machine with "
+        f"{torch.get_num_threads()} threads."
     )
     return [
         Section("Result", [Facts(facts), main_table(results, spread=True), Chart(chart)]),
@@ -203,9 +286,11 @@ def report_sections(
 def quickstart(arguments: list[str]) -> int:
     parser = command_parser("quickstart", "Train on drawn street scenes and compare Dense, DToP and DoViT in a report.")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the model and the report")
-    parser.add_argument("--minutes", type=float, default=2.5, help="approximate time of training")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="approximate time of training")
     parser.add_argument("--seed", type=int, default=0, help="random seed")
+    add_threads_option(parser)
     options = parser.parse_args(arguments)
 
+    start_threads(options)
     run_quickstart(options.out, minutes=options.minutes, seed=options.seed)
     return 0

@@ -9,7 +9,7 @@ from tokenexit.cli.chosen_methods import given_method_options, method_specs
 from tokenexit.cli.completion import complete_values
 from tokenexit.cli.cost import BACKBONES, HEADS
 from tokenexit.cli.method_options import add_method_options, method_names
-from tokenexit.cli.options import asked_by_shell
+from tokenexit.cli.options import add_threads_option, asked_by_shell, check_numbers, start_threads
 from tokenexit.errors import ConfigError
 
 
@@ -25,11 +25,13 @@ def train(arguments: list[str]) -> int:
         parser.add_argument(
             "--dry-run", action="store_true", help="plan of the run, checked and printed; nothing is done"
         )
+        add_threads_option(parser)
         add_method_options(parser)
         if asked_by_shell():
             complete_values(parser, _known_words())
 
     config, options = parse_train(arguments, add_options)
+    check_numbers("threads", options.threads)
     check_run(config, int(os.environ.get("WORLD_SIZE", "1")))  # what shows before torch is loaded
     check_name(config.data.name)
     if options.method is None and given_method_options(options):
@@ -43,6 +45,7 @@ def train(arguments: list[str]) -> int:
         return 0
     from tokenexit.training.loop import train as run
 
+    start_threads(options)
     run(config)
     if os.environ.get("RANK", "0") == "0":  # of several processes, one speaks
         print(f"model: {config.out}")
