@@ -1,6 +1,6 @@
 """What `tokenexit adapt` reaches on CamVid without labels: budgets, exit places, photos, fine-tuning.
 
-    python docs/evidence/adapt/study.py runs/camvid-dense-finetune-seed0 --data data/camvid --out seed0.json budgets
+    python docs/evidence/adapt/study.py runs/camvid-dense-finetune-seed0 --camvid data/camvid --out seed0.json budgets
 
 The dense model is that of `camvid_vit_tiny.yaml` continued by `camvid_dense_finetune.yaml`. Photos are the 367 training
 images without their masks; mIoU is that of the test split, on which nothing was chosen. Results are in the file as they
@@ -134,7 +134,7 @@ def draw_scenes(folder: Path) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--data", type=Path, default=Path("data/camvid"))
+    parser.add_argument("--camvid", type=Path, default=Path("data/camvid"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="folder for fitted heads, which a second call finds")
     parser.add_argument("--threads", type=int, default=1)
@@ -146,8 +146,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
         for run in runs(options.kinds):
-            photos = options.data / "images" / "train" if run[3] == "train" else draw_scenes(work / "scenes")
-            row = notebook.once(run[0], lambda: measured(dense, run, photos, options.data, work))  # noqa: B023
+            photos = options.camvid / "images" / "train" if run[3] == "train" else draw_scenes(work / "scenes")
+            row = notebook.once(run[0], lambda: measured(dense, run, photos, options.camvid, work))  # noqa: B023
             print(f"{run[0]}: mIoU {row['miou']:.2f} (dense {row['miou_dense']:.2f}): {row['sentence']}", flush=True)
 
 
