@@ -1,6 +1,6 @@
 """Print the table of docs/evidence/adapt.md from the files of the study.
 
-python docs/evidence/adapt/tables.py docs/evidence/adapt/camvid_seed*.json
+python docs/evidence/adapt/adapt_tables.py docs/evidence/adapt/camvid_seed*.json
 """
 
 from __future__ import annotations
