@@ -117,11 +117,7 @@ class ExitSegmenter(PretrainedMixin):
             decode_head=normalize_head(decode_head),
         )
         self.preprocessing = preprocessing or Preprocessing(labels=default_labels(num_classes))
-        labels = self.preprocessing.labels
-        if labels is not None and labels.num_classes != num_classes:
-            raise ConfigError(
-                f"preprocessing names {labels.num_classes} classes and num_classes={num_classes}: make them agree."
-            )
+        check_labels(self.preprocessing, num_classes)
         dim = self.config.backbone.embed_dim
         self.backbone = ViT(self.config.backbone)
         self.exit_heads = nn.ModuleList(build_head(spec, dim, num_classes) for spec in specs)
@@ -385,6 +381,15 @@ class ExitSegmenter(PretrainedMixin):
             A callable from an image, or a list of them, to its segments: dictionaries of `label`, `mask` and `score`.
         """
         return ImageSegmentation(lambda image: self.predict(image, method), self.id2label)
+
+
+def check_labels(preprocessing: Preprocessing, num_classes: int) -> None:
+    """Reject names of another number of classes."""
+    labels = preprocessing.labels
+    if labels is not None and labels.num_classes != num_classes:
+        raise ConfigError(
+            f"preprocessing names {labels.num_classes} classes and num_classes={num_classes}: make them agree."
+        )
 
 
 def _sizes(images: Sequence[Tensor]) -> tuple[Size, ...]:

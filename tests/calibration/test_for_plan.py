@@ -10,7 +10,8 @@ from tests.helpers import random_image, tiny_segmenter
 from tokenexit.calibration.calibrate import calibrate
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.for_plan import on_all_exits
-from tokenexit.calibration.plans import Plan, Survey, try_plan
+from tokenexit.calibration.plans import Plan, try_plan
+from tokenexit.calibration.survey import Survey
 from tokenexit.calibration.targets import Bound, Budget
 from tokenexit.errors import ConfigError
 from tokenexit.methods import DToP, build_method

@@ -12,7 +12,8 @@ from tests.calibration.test_dense_pass import Noise
 from tests.helpers import tiny_segmenter
 from tokenexit.calibration import plans as module
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, true_run
-from tokenexit.calibration.plans import Held, Plan, Survey, choose_plan, finalists, search_plans, static_plans, try_plan
+from tokenexit.calibration.plans import Held, Plan, choose_plan, finalists, search_plans, static_plans, try_plan
+from tokenexit.calibration.survey import Survey
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Resized, ThresholdMethod, Truncated
 from tokenexit.segmenter import ExitSegmenter
@@ -282,7 +283,7 @@ def test_choose_plan__of_plans_as_good_passes_over_those_that_are_slow_here(
     monkeypatch.setattr(module, "try_plan", lambda _survey, plan, _budget, _kind: tried[plan])
     assert choose_plan(survey, 0.5, plans=[simple, mixed])[0].plan == simple
     for times, best in (([20.0, 10.0], mixed), ([10.5, 10.0], simple)):
-        monkeypatch.setattr(module, "_times", lambda _survey, _tried, ms=times: ms)
+        monkeypatch.setattr(module, "timed_in_turn", lambda *_, ms=times: [[one] for one in ms])
         found = choose_plan(survey, 0.5, plans=[simple, mixed], timed=True)
         assert found[0].plan == best
         assert sorted(one.ms for one in found) == sorted(times)

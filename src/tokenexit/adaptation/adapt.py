@@ -33,12 +33,14 @@ from tokenexit.adaptation.photos import FEW, FEWEST, PhotoSplit, split_photos, u
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.calibration_set import labelled as with_labels
 from tokenexit.calibration.planner import costs_of
-from tokenexit.calibration.plans import SIZES, Held, Plan, Survey, TriedPlan, try_plan
+from tokenexit.calibration.plans import Held, Plan, TriedPlan, try_plan
 from tokenexit.calibration.store import calibration_of
+from tokenexit.calibration.survey import SIZES, Survey
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget, target_of
 from tokenexit.checkpoints.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from tokenexit.conversion.opening import open_source
 from tokenexit.data.base import SegmentationDataset
+from tokenexit.data.loader import Cached
 from tokenexit.data.photos import UnlabelledImages
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import check_classes
@@ -226,7 +228,7 @@ def adapt_model(
         heads = fitted_heads(photos.part(split.fit), work, notebook, options, say, progress)
         specs = [options.exit_head] * len(heads)
         everywhere = dense.with_exit_heads(tuple(heads), specs, [one.head for one in heads.values()]).eval()
-        photos = replace(photos, model=everywhere)
+        photos = replace(photos, model=everywhere, data=Cached(photos.data))  # run many times from here on
         tested_on, chosen_on = photos.part(split.test), photos.part(split.choose)
         judged_on = chosen_on
         if labelled is not None:

@@ -12,8 +12,9 @@ from tokenexit.adaptation.measure import Measured
 from tokenexit.adaptation.options import Options
 from tokenexit.calibration.agreement import FALL_OFF
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
-from tokenexit.calibration.plans import Held, Plan, Survey, TriedPlan, choose_plan, search_plans, try_plan
+from tokenexit.calibration.plans import Held, Plan, TriedPlan, choose_plan, search_plans, try_plan
 from tokenexit.calibration.risk_control import best_bet, betting
+from tokenexit.calibration.survey import Survey
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget
 from tokenexit.errors import ConfigError
 from tokenexit.segmenter import ExitSegmenter
@@ -22,6 +23,8 @@ LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2)
 """Budgets of the curve, and those that a bound is tested at, from safe to daring."""
 HOPELESS = 1.5
 """Share of pixels unlike dense, over the bound, from which on cheaper plans are not looked at."""
+NONE_PASSES = "no plan passes"
+"""Beginning of the reason where a bound cannot be met."""
 HALF, SMALL = 0.5, 200
 """Share of dense that exits are worth their trouble at, and number of tokens below which images are small."""
 
@@ -111,7 +114,7 @@ def _within_bound(
     if accepted:
         return accepted[::-1], ""
     safest = candidates[0][0]
-    return [safest], f"no plan passes the test of {target.what}={target.value:g}; this one is not guaranteed"
+    return [safest], f"{NONE_PASSES} the test of {target.what}={target.value:g}; this one is not guaranteed"
 
 
 def _with_exits(photos: CalibrationSet, places: tuple[int, ...]) -> CalibrationSet:

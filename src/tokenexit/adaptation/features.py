@@ -15,6 +15,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +29,14 @@ from tokenexit.errors import ConfigError
 from tokenexit.methods.base import record_of
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.runtime.atomic import atomic_write
+from tokenexit.runtime.folder import existing_folder
 from tokenexit.runtime.precision import inference
 from tokenexit.segmenter import ExitSegmenter
 
 MOST_BYTES = 6 << 30
 """What the files of all blocks may hold together; beyond it, fewer tokens of each image are kept."""
+SLICE = 1 << 16
+"""Tokens that are read from disk at a time."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that is full."""
 LARGEST = 65504.0
@@ -66,6 +70,15 @@ class Features:
     def answers(self) -> npt.NDArray[np.float16]:
         """Return the scores of the dense model for each token, `(N, K)`; they add up to one."""
         return np.memmap(_answers(self.folder), np.float16, "r", shape=(self.tokens, self.classes))
+
+    @cached_property
+    def class_shares(self) -> Tensor:
+        """Share of the tokens that the dense model gives each class, `(K,)` fp64; read once for all heads."""
+        answers, counts = self.answers(), torch.zeros(self.classes, dtype=torch.float64)
+        for part in slices(self.tokens, SLICE):
+            labels = torch.from_numpy(answers[part].astype("float32")).argmax(1)
+            counts += torch.bincount(labels, minlength=self.classes)
+        return counts / counts.sum()
 
 
 def _file(folder: Path, block: int) -> Path:
@@ -204,7 +217,7 @@ def _disk_full(folder: Path, needed: int) -> Iterator[None]:
     except OSError as error:
         if error.errno not in FULL:
             raise ConfigError(f"{folder} cannot be written ({error.strerror}): choose another --out.") from None
-        free = shutil.disk_usage(next(one for one in (folder, *folder.absolute().parents) if one.exists())).free
+        free = shutil.disk_usage(existing_folder(folder)).free
         raise ConfigError(
             f"{folder} is full: features of these photos take up to {needed / 2**30:.1f} GiB, and "
             f"{free / 2**30:.1f} are left; free some space and call again, or choose another --out."

@@ -17,12 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tokenexit.adaptation.features import Features, slices
+from tokenexit.adaptation.features import SLICE, Features, slices
 from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.heads import Head, HeadSpec, build_head
 
-SLICE = 1 << 16
-"""Tokens that are read from disk at a time and drawn from at random."""
 STEP, STEPS = 2048, 16
 """Tokens of one step, and steps of a pass at least: fewer tokens at a time where there are few."""
 LEARNING_RATE, WEIGHT_DECAY, COOLING, COOLINGS = 2e-3, 1e-2, 0.25, 2
@@ -131,13 +129,8 @@ def fit_head(
 
 def class_weights(features: Features, class_balance: float) -> Tensor:
     """Return the weight of tokens by the class that the dense model gives them, `(K,)`, with mean 1 over tokens."""
-    answers = features.answers()
-    counts = torch.zeros(features.classes, dtype=torch.float64)
-    for part in slices(features.tokens, SLICE):
-        labels = torch.from_numpy(answers[part].astype("float32")).argmax(1)
-        counts += torch.bincount(labels, minlength=features.classes)
-    share = counts / counts.sum()
-    weight = torch.where(counts > 0, share.clamp(min=1e-6) ** -class_balance, 0.0)
+    share = features.class_shares
+    weight = torch.where(share > 0, share.clamp(min=1e-6) ** -class_balance, 0.0)
     return (weight / (share * weight).sum()).float()
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
+from tokenexit.calibration.latency import timed_in_turn
 from tokenexit.calibration.risk_control import smallest_bound_by_betting
-from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.evaluation.intervals import CONFIDENCE, DRAWS
 from tokenexit.methods import Dense, Method
 from tokenexit.outputs.ledger import dense_ops
@@ -90,7 +90,8 @@ def measure(
     mean = losses.mean().item()
     counts = run.confusion.long().sum(0)
     of_class = counts.sum(1)
-    dense_ms, ms = _times(tested_on, method)
+    runs = [(tested_on.model, Dense()), (tested_on.model, method)]
+    dense_ms, ms = timed_in_turn(tested_on, runs, TIMED_PHOTOS)
     tokens, head_share = _sizes(tested_on)
     return Measured(
         photos=len(tested_on),
@@ -108,20 +109,6 @@ def measure(
         tokens=tokens,
         head_share=head_share,
     )
-
-
-def _times(tested_on: CalibrationSet, method: Method[Any]) -> tuple[list[float], list[float]]:
-    """Milliseconds of dense and of the method on some photos, in turn; the first photo runs once before."""
-    model = tested_on.model
-    times: tuple[list[float], list[float]] = [], []
-    for n, position in enumerate(tested_on.progress("timing")(tested_on.spread(TIMED_PHOTOS))):
-        image = model.preprocessing.to_tensor(tested_on.data[tested_on.indices[position]].image)
-        size = (image.shape[1], image.shape[2])
-        for _ in range(2 if n == 0 else 1):
-            found = [timed_forward(model, image, one, size, tested_on.precision)[1] for one in (Dense(), method)]
-        for own, ms in zip(times, found):
-            own.append(ms)
-    return times
 
 
 def _sizes(tested_on: CalibrationSet) -> tuple[float, float]:

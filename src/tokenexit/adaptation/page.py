@@ -17,8 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from tokenexit.adaptation.adapt import Adaptation
-from tokenexit.calibration.calibration_set import TrueRun, error
-from tokenexit.calibration.plans import AS_GOOD, Plan, TriedPlan
+from tokenexit.adaptation.choose import NONE_PASSES
+from tokenexit.calibration.calibration_set import TrueRun, mean_error
+from tokenexit.calibration.plans import AS_GOOD, Plan, TriedPlan, listed
 from tokenexit.calibration.targets import Average
 from tokenexit.inputs.images import load_image
 from tokenexit.methods import Dense
@@ -68,7 +69,7 @@ class Judge:
     def of(self, run: TrueRun, patch_size: int) -> float:
         """Return that figure of a run; classes of less than a patch count as one (as in `DensePass.losses`)."""
         if self.average == "pixels":
-            return 100.0 * (1.0 - error(run.confusion, "pixels").mean().item())
+            return 100.0 * (1.0 - mean_error(run, "pixels"))
         counts = run.confusion.double().sum(0)
         sizes = counts.sum(1)
         weight = 1.0 / (2.0 * (sizes > 0).sum() * sizes.clamp(min=patch_size**2))
@@ -198,7 +199,7 @@ def _why(found: Adaptation, judge: Judge) -> str:
     """Say in one sentence why this plan was taken."""
     best, *rivals = found.tried
     if not _within_budget(found):
-        if found.shortfall.startswith("no plan passes"):
+        if found.shortfall.startswith(NONE_PASSES):
             return "It is the most careful of the plans, none of which passed the test."
         return "Plans were tested from safe to daring, and this is the last, the cheapest, that passed."
     rule = f"of plans as good (within {AS_GOOD:.0%} of the least loss) the simplest is taken"
@@ -465,8 +466,7 @@ def _percent(loss: float) -> float:
 
 
 def _blocks_named(blocks: Sequence[int]) -> str:
-    *first, last = map(str, blocks)
-    return f"blocks {', '.join(first)} and {last}" if first else f"block {last}"
+    return f"{'blocks' if len(blocks) > 1 else 'block'} {listed(blocks)}"
 
 
 def _capital(text: str) -> str:

@@ -250,5 +250,10 @@ def error(confusion: Tensor, average: str) -> Tensor:
     return wrong.sum(1) / (total > 0).sum(1).clamp(min=1)
 
 
+def mean_error(run: TrueRun, average: str) -> float:
+    """Mean of `error` over the images of a run."""
+    return error(run.confusion, average).mean().item()
+
+
 def _ratio(part: Tensor, whole: Tensor) -> Tensor:
     return torch.where(whole > 0, part / whole.clamp(min=1), 1.0)

@@ -94,9 +94,9 @@ class DensePass:
                 patch = calibration_set.model.config.backbone.patch_size
                 places += [sampled(one, grid, size, patch) for one, grid, size in zip(maps, own, output.sizes)]
             grids += own
-        answers = torch.cat(said, 1)
-        wish = torch.cat(places) if wanted is not None else answers[-1].short()
-        return cls.made(torch.cat(uncertainties, 1).half(), torch.cat(labels, 1), answers, grids, classes, wish)
+        wish = torch.cat(places) if places else None
+        uncertainty, label = torch.cat(uncertainties, 1).half(), torch.cat(labels, 1)
+        return cls.made(uncertainty, label, torch.cat(said, 1), grids, classes, wish)
 
     @classmethod
     def made(

@@ -5,10 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from tokenexit.calibration.agreement import fall_off_note
-from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, dense_reference, error, true_run
+from tokenexit.calibration.calibration_set import (
+    CalibrationSet,
+    Reference,
+    TrueRun,
+    dense_reference,
+    mean_error,
+    true_run,
+)
 from tokenexit.calibration.latency import latency_on_this_machine, timed_runs
 from tokenexit.calibration.planner import Outcome, Planner, cap_sentence, figures_of
 from tokenexit.calibration.search import BudgetFit, meet_budget
@@ -54,7 +62,7 @@ def for_budget(
     if cap is not None:
         planner.hold_to(cap, position_where(costs.predicted, target.value, end))
     mac_ratio = planner.mac_ratio(position_where(costs.predicted, target.value, end))
-    planner.compare(calibration_set, reference, mac_ratio, average)
+    planner.compare(calibration_set, reference, mac_ratio, partial(mean_error, average=average))
     end = planner.path.end
     fit: BudgetFit[Any] | None = meet_budget(target.value, end, costs.predicted, costs.measured)
     if fit is None:
@@ -63,8 +71,8 @@ def for_budget(
     run = fit.run if fit.run is not None else true_run(calibration_set, chosen, reference, "true run")
     reached = {
         **figures_of(run, planner, fit.position),
-        "pixels_unlike_dense": error(run.confusion, "pixels").mean().item(),
-        "pixels_unlike_dense_mean_over_classes": error(run.confusion, "classes").mean().item(),
+        "pixels_unlike_dense": mean_error(run, "pixels"),
+        "pixels_unlike_dense_mean_over_classes": mean_error(run, "classes"),
     }
     if target.unit == "latency_ms":
         reached |= {"latency_ms_mean": fit.reached, "latency_ms_predicted": fit.predicted}

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tokenexit.calibration.calibration_set import CalibrationSet, error, true_run
+from tokenexit.calibration.calibration_set import CalibrationSet, mean_error, true_run
 from tokenexit.calibration.planner import Outcome, costs_of
-from tokenexit.calibration.plans import Plan, Survey, TriedPlan, choose_plan, stopping
+from tokenexit.calibration.plans import Plan, TriedPlan, choose_plan, stopping
+from tokenexit.calibration.survey import Survey
 from tokenexit.calibration.targets import Average, Budget
 from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
@@ -44,7 +45,7 @@ def for_plan(
         say(f"{one.plan}: {one.agreement:.1%} of pixels {unit} at {one.run.mac_ratio:.0%} of dense multiply-adds")
     chosen = on_all_exits(exits, best)
     run = true_run(calibration_set, chosen, survey.reference, "true run")
-    unlike = error(run.confusion, "pixels").mean().item()
+    unlike = mean_error(run, "pixels")
     key = "pixels_wrong" if labels else "pixels_unlike_dense"
     guarantee = (
         f"The mean over these {len(calibration_set)} images is {run.mac_ratio:.4g} of dense multiply-adds, with "

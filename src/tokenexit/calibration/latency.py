@@ -190,6 +190,23 @@ def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision
     return found
 
 
+def timed_in_turn(
+    images: CalibrationSet, runs: Sequence[tuple[ExitSegmenter, Method[Any]]], count: int, title: str = "timing"
+) -> list[list[float]]:
+    """Return milliseconds of every run on at most `count` images, evenly spread: one image at a time, the runs in turn.
+
+    The first image runs once before.
+    """
+    times: list[list[float]] = [[] for _ in runs]
+    for n, position in enumerate(images.progress(title)(images.spread(count))):
+        image = images.model.preprocessing.to_tensor(images.data[images.indices[position]].image)
+        for _ in range(2 if n == 0 else 1):
+            found = [timed_forward(model, image, method, (1, 1), images.precision)[1] for model, method in runs]
+        for own, ms in zip(times, found):
+            own.append(ms)
+    return times
+
+
 def timed_runs(calibration_set: CalibrationSet, method: Method[Any], title: str = "timing") -> list[float]:
     """Milliseconds of every image by itself; the first image runs once before."""
     times = []

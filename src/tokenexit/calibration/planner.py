@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
-from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, error, true_run
+from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, true_run
 from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, context_price, live_counts, with_thresholds
 from tokenexit.calibration.search import cap_shares, meet_budget
 from tokenexit.calibration.targets import Average
@@ -89,11 +90,21 @@ class Planner:
         exit_index = compose(self.dense, self.method, self.path.limits_at(position))
         return self.dense.losses("pixels").gather(0, exit_index[None]).sum().item()
 
-    def compare(self, calibration_set: CalibrationSet, reference: Reference, share: float, average: Average) -> None:
-        """Use the path that keeps most agreement with `reference`, dense labels, at this share of dense compute.
+    def compare(
+        self,
+        calibration_set: CalibrationSet,
+        reference: Reference,
+        share: float,
+        loss_of: Callable[[TrueRun], float],
+        paths: Sequence[ThresholdPath] | None = None,
+    ) -> float:
+        """Use the path that loses least at this share of dense compute, and return what it loses.
 
         What the loss of context does differs from model to model and cannot be seen on a dense pass, so paths that
         send tokens away earlier or later are compared by true runs, on a few images.
+
+        loss_of: loss of a true run, compared with `reference`. paths: the planner's own if not given. A path that
+        cannot meet the share loses infinitely much.
         """
         positions = calibration_set.spread(COMPARED_IMAGES)
         few, said = calibration_set.part(positions), reference.part(positions)
@@ -102,12 +113,14 @@ class Planner:
             run = true_run(few, self.method_at(position), said, "comparing paths")
             return run.mac_ratio, run
 
+        paths = self.paths if paths is None else paths
         losses: list[float] = []
-        for path in self.paths:
+        for path in paths:
             self.path = path
             fit = meet_budget(share, self.path.end, self.mac_ratio, measured, tolerance=0.02, runs=3)
-            losses.append(2.0 if fit is None else error(fit.run.confusion, average).mean().item())
-        self.path = self.paths[losses.index(min(losses))]
+            losses.append(math.inf if fit is None else loss_of(fit.run))
+        self.path = paths[losses.index(min(losses))]
+        return min(losses)
 
     def hold_to(self, cap: float, position: float) -> None:
         """From now on with a cap, shared out over exits as it binds least at this position."""

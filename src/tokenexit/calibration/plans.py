@@ -7,7 +7,7 @@ Static plans (a size, a stop, both) are judged as fairly as those with exits, an
 Without labels a plan is judged by how well it agrees with the dense model at full size; such a judge cannot see where
 late blocks do harm. With labels it is judged by what is true.
 
-Legend: E places where the model has exits, n images, N tokens of a dense pass, S samples of each.
+A place is named by its block, or by its number among those where the model has exits, 0 for the first.
 """
 
 from __future__ import annotations
@@ -15,48 +15,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from statistics import median
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, error, true_run
-from tokenexit.calibration.dense_pass import (
-    DensePass,
-    MacTable,
-    compose,
-    context_price,
-    live_counts,
-)
+from tokenexit.calibration.calibration_set import TrueRun, mean_error, true_run
+from tokenexit.calibration.dense_pass import compose, context_price, live_counts
+from tokenexit.calibration.latency import timed_in_turn
 from tokenexit.calibration.planner import Planner
 from tokenexit.calibration.search import meet_budget
-from tokenexit.calibration.targets import Average
-from tokenexit.calibration.threshold_path import ThresholdPath, class_guard, even_path
+from tokenexit.calibration.survey import Searched, Survey
+from tokenexit.calibration.threshold_path import class_guard, even_path
 from tokenexit.errors import ConfigError
-from tokenexit.evaluation.evaluate import timed_forward
-from tokenexit.evaluation.metrics import scores
-from tokenexit.inputs.preprocessing import resized_size
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
-from tokenexit.outputs.ledger import Size
-from tokenexit.outputs.windows import window_boxes
-from tokenexit.segmenter import ExitSegmenter
 
-SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
-"""Factors on the side that plans choose from; a dense pass is made at each, four full ones in all."""
 MOST_EXITS = 4
-SEARCH_TOKENS = 20_000
-"""Tokens on which places are searched; paths of thresholds are built on more."""
 PRICE = 0.03
-"""Multiple of `context_price` in the search, the middle of those that paths are built with."""
+"""Multiple of `context_price` in the search."""
 PRICES = (0.0, 0.03)
+"""Multiples of it that paths of thresholds are built with."""
 WORTH = 0.01
 """Share by which another exit must lower the loss to be added."""
 FINALISTS = 2
 """Plans with exits that are run, beside the best of each static kind and of exits alone."""
-COMPARED_IMAGES, TIMED_IMAGES = 32, 8
+TIMED_IMAGES = 8
 GUARDS = (0.1, 0.05)
 """Shares of wrong samples above which tokens of a class do not leave, tried beside no guard."""
 AS_GOOD = 0.02
@@ -96,7 +77,7 @@ class Plan:
     def __str__(self) -> str:
         parts = [] if self.scale == 1.0 else [f"image at {self.scale:g}"]
         if self.exits:
-            parts.append(f"exits after {_listed(self.exits)}")
+            parts.append(f"exits after {listed(self.exits)}")
         if self.stop is not None:
             parts.append(f"everybody stopped after {self.stop}")
         return ", ".join(parts) or "dense"
@@ -108,7 +89,8 @@ class TriedPlan:
 
     Attributes:
         plan: the plan.
-        kind: "plan" for the best of all, or the rival that it is: "exits alone", "size alone", "stop alone", "static".
+        kind: "plan" for the best ones with exits, or what is simpler: "exits alone", "size alone", "stop alone", "size
+            and stop".
         method: the method, on the model with the plan's places alone (`plan.places`).
         run: its true run on the images that it was chosen on.
         loss: what it loses there, by the judge of this search.
@@ -125,131 +107,7 @@ class TriedPlan:
     @property
     def agreement(self) -> float:
         """Share of pixels that are as they should be, the mean over images."""
-        return 1.0 - error(self.run.confusion, "pixels").mean().item()
-
-
-@dataclass(frozen=True)
-class Searched:
-    """The first images of a dense pass, on which places are searched: their costs, and losses `(E + 1, N)`."""
-
-    dense: DensePass
-    costs: MacTable
-    losses: Tensor
-
-
-class Survey:
-    """Dense passes of a model at several sizes, and what can be predicted from them.
-
-    Args:
-        calibration_set: a model that has exits at all places to choose from, and images.
-        method: a method with thresholds: what exits do.
-        average: the unit in which a loss is judged, "pixels" or "classes".
-        scales: factors on the images' sides.
-        labels: judge by the masks of the images, and not by the dense model.
-        dense: the model whose dense answers are wanted, if it is another than the one that has exits.
-    """
-
-    def __init__(
-        self,
-        calibration_set: CalibrationSet,
-        method: ThresholdMethod[Any],
-        average: Average,
-        scales: Sequence[float] = SIZES,
-        labels: bool = False,
-        dense: ExitSegmenter | None = None,
-    ) -> None:
-        self.images, self.method, self.average = calibration_set, method, average
-        self.model, self.labels = calibration_set.model, labels
-        judged_by = calibration_set if dense is None else replace(calibration_set, model=dense)
-        maps, answers, self.sizes = _wanted(judged_by, labels)
-        self.reference = Reference(answers, calibration_set.data.labels.ignore_index if labels else None)
-        self.passes = {scale: DensePass.of(calibration_set, method, scale, maps) for scale in scales}
-        self.full_grids = tuple(self.model.backbone.patch_embed.grid(*size) for size in self.sizes)
-        self.costs = {
-            scale: MacTable(self.model, method, one.grids, self.full_grids) for scale, one in self.passes.items()
-        }
-
-        self._searched: dict[float, Searched] = {}
-
-    def searched(self, scale: float) -> Searched:
-        """Return what is searched at a size, made once: about `SEARCH_TOKENS` tokens."""
-        if scale not in self._searched:
-            images = max(1, round(len(self.full_grids) * min(1.0, SEARCH_TOKENS / len(self.passes[scale].image))))
-            dense = self.passes[scale].first(images)
-            self._searched[scale] = Searched(dense, self.costs[scale].first(images), dense.losses(self.average))
-        return self._searched[scale]
-
-    @property
-    def scales(self) -> tuple[float, ...]:
-        return tuple(self.passes)
-
-    @cached_property
-    def dense_loss(self) -> float:
-        """Loss of the dense model at full size, by a true run; 0 where it is the judge."""
-        if not self.labels:
-            return 0.0
-        images = replace(self.images, model=self.model.with_exits(()))
-        return self.loss_of(true_run(images, Dense(), self.reference, "dense"))
-
-    def may_stop(self, n: int) -> bool:
-        """Return whether all tokens may stop at place `n`: its head answers at the resolution of the decode head. The
-        last place is the end."""
-        if n == len(self.blocks) - 1:
-            return True
-        head, end = self.model.view().exit_heads[n], self.model.decode_head
-        return (head.scale, head.upscale) == (end.scale, end.upscale)
-
-    @property
-    def blocks(self) -> tuple[int, ...]:
-        """Number of blocks before each place, and the network's depth."""
-        return (*self.model.config.exits, self.model.config.backbone.depth)
-
-    @cached_property
-    def static_losses(self) -> dict[float, list[float]]:
-        """Loss of all tokens stopping at each place, and at the end, by size."""
-        return {scale: one.losses(self.average).sum(1).tolist() for scale, one in self.passes.items()}
-
-    @cached_property
-    def static_costs(self) -> dict[float, list[float]]:
-        """Multiply-adds of all tokens stopping at each place, and at the end, over dense ones at full size, by size."""
-        numbers = range(len(self.blocks) - 1)
-        return {scale: [self._static_cost(scale, n) for n in (*numbers, None)] for scale in self.passes}
-
-    def _static_cost(self, scale: float, number: int | None) -> float:
-        """Cost of a stop at one place, or of none."""
-        costs = self.costs[scale].at_exits([] if number is None else [number], None if number is None else 0)
-        cells = torch.tensor([h * w for h, w in self.passes[scale].grids])
-        rest = [] if number is None else [torch.zeros_like(cells)]
-        return costs.mac_ratio(torch.stack([cells, *rest], dim=1))
-
-    def loss_of(self, run: TrueRun) -> float:
-        """Loss of a true run: the share of pixels that are not as they should be, or one less mIoU."""
-        if self.average == "pixels":
-            return error(run.confusion, "pixels").mean().item()
-        return 1.0 - scores(run.confusion.long().sum(0)).miou / 100.0
-
-
-def _wanted(calibration_set: CalibrationSet, labels: bool) -> tuple[list[Tensor], list[Tensor], list[Size]]:
-    """Return the maps that windows are compared with, those of images, and the windows' height and width in pixels, as
-    the network sees them at full size."""
-    preprocessing, ignore = calibration_set.model.preprocessing, calibration_set.data.labels.ignore_index
-    of_windows: list[Tensor] = []
-    of_images: list[Tensor] = []
-    sizes: list[Size] = []
-    for _, masks, output in calibration_set.forward(Dense(), "dense"):
-        sizes += output.windows.sizes
-        answers = masks if labels else [one.cpu() for one in output.labels]
-        of_images += answers
-        if not labels:
-            of_windows += [one.cpu().short() for one in output.windows.labels]
-            continue
-        for mask in masks:
-            size = resized_size((mask.shape[0], mask.shape[1]), preprocessing.resize)
-            truth = F.interpolate(mask[None, None].float(), size, mode="nearest-exact")[0, 0].short()
-            truth = torch.where(truth == ignore, -1, truth).short()
-            boxes = window_boxes(size, preprocessing.window, preprocessing.stride)
-            of_windows += [truth[top:bottom, left:right] for top, left, bottom, right in boxes]
-    return of_windows, of_images, sizes
+        return 1.0 - mean_error(self.run, "pixels")
 
 
 @dataclass(frozen=True)
@@ -276,7 +134,7 @@ class Held:
             raise ConfigError(f"depth must be at least 1, got {self.depth}: it is a number of blocks.")
         exits = self.exits or ()
         if list(exits) != sorted(set(exits)):
-            raise ConfigError(f"exits must be increasing numbers of blocks, got {_listed(exits)}.")
+            raise ConfigError(f"exits must be increasing numbers of blocks, got {listed(exits)}.")
         if self.depth is not None and exits and exits[-1] >= self.depth:
             raise ConfigError(
                 f"exits must be before depth={self.depth}, where everybody stops, got {exits[-1]}: leave it out, or go "
@@ -349,14 +207,14 @@ def _with_exits(
         loss, ratio = judged(numbers)
         chosen: tuple[int, ...] = numbers
     else:
-        chosen, loss, ratio = (), float("inf"), float("inf")
+        chosen, loss, ratio = (), math.inf, math.inf
         while len(chosen) < MOST_EXITS:
             tried = [(*judged(tuple(sorted((*chosen, n)))), n) for n in before if n not in chosen]
             if not tried or not min(tried)[0] < loss * (1 - WORTH):
                 break
             loss, ratio, n = min(tried)
             chosen = tuple(sorted((*chosen, n)))
-    if loss == float("inf"):
+    if loss == math.inf:
         return []
     return [Plan(scale, None if stop is None else places[stop], tuple(places[n] for n in chosen), ratio, loss)]
 
@@ -386,7 +244,7 @@ def _at_budget(
     low, high = 0, len(LIMITS) - 1
     cheap = at(LIMITS[high])
     if cheap[0] > budget:
-        return float("inf"), float("inf")
+        return math.inf, math.inf
     dear = at(LIMITS[low])
     if dear[0] <= budget:
         return dear[1], dear[0]
@@ -438,47 +296,21 @@ def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> T
         full_grids=survey.full_grids,
         prices=PRICES,
     )
-    _choose_path(survey, planner, some, budget)
-    fit = meet_budget(
-        budget,
-        planner.path.end,
-        planner.mac_ratio,
-        lambda position: _measured(planner, some, survey.reference, position, f"true run: {plan}"),
-    )
+    loss = planner.compare(some, survey.reference, budget, survey.loss_of)
+    unguarded = planner.path
+    guarded = [replace(unguarded, guard=class_guard(planner.dense, most)) for most in GUARDS]
+    if planner.compare(some, survey.reference, budget, survey.loss_of, guarded) >= loss:
+        planner.path = unguarded
+
+    def measured(position: float) -> tuple[float, TrueRun]:
+        run = true_run(some, planner.method_at(position), survey.reference, f"true run: {plan}")
+        return run.mac_ratio, run
+
+    fit = meet_budget(budget, planner.path.end, planner.mac_ratio, measured)
     if fit is None:
         return None
     method = planner.method_at(fit.position)
     return TriedPlan(replace(plan, mac_ratio=fit.run.mac_ratio), kind, method, fit.run, survey.loss_of(fit.run))
-
-
-def _measured(
-    planner: Planner, images: CalibrationSet, reference: Reference, position: float, title: str
-) -> tuple[float, TrueRun]:
-    run = true_run(images, planner.method_at(position), reference, title)
-    return run.mac_ratio, run
-
-
-def _choose_path(survey: Survey, planner: Planner, images: CalibrationSet, budget: float) -> None:
-    """Use the path that loses least at the budget, by true runs on a few images; then see whether guarding classes
-    makes it better."""
-    positions = images.spread(COMPARED_IMAGES)
-    few, wanted = images.part(positions), survey.reference.part(positions)
-
-    def loss_on(path: ThresholdPath) -> float:
-        planner.path = path
-        fit = meet_budget(
-            budget,
-            path.end,
-            planner.mac_ratio,
-            lambda position: _measured(planner, few, wanted, position, "comparing paths"),
-            tolerance=0.02,
-            runs=3,
-        )
-        return float("inf") if fit is None else survey.loss_of(fit.run)
-
-    best = min(planner.paths, key=loss_on)
-    guarded = [replace(best, guard=class_guard(planner.dense, most)) for most in GUARDS]
-    planner.path = min([best, *guarded], key=loss_on)
 
 
 def choose_plan(
@@ -501,27 +333,15 @@ def choose_plan(
     if not found:
         raise ConfigError(_out_of_reach(survey, budget, held))
     if timed:
-        found = [replace(one, ms=ms) for one, ms in zip(found, _times(survey, found))]
+        runs = [(survey.model.with_exits(one.plan.places), one.method) for one in found]
+        times = timed_in_turn(survey.images, runs, TIMED_IMAGES, "timing plans")
+        found = [replace(one, ms=median(own)) for one, own in zip(found, times)]
     as_good = [one for one in found if one.loss <= found[0].loss * (1 + AS_GOOD)]
     if timed:
         quickest = min(one.ms for one in as_good)
         as_good = [one for one in as_good if one.ms <= quickest * (1 + AS_QUICK)]
     best = min(as_good, key=lambda one: one.plan.parts)
     return [best, *(one for one in found if one is not best)]
-
-
-def _times(survey: Survey, tried: Sequence[TriedPlan]) -> list[float]:
-    """Return the median milliseconds of each plan over a few images, one at a time and the plans in turn."""
-    models = [survey.model.with_exits(one.plan.places) for one in tried]
-    times: list[list[float]] = [[] for _ in tried]
-    images = survey.images.part(survey.images.spread(TIMED_IMAGES))
-    for n, index in enumerate(images.progress("timing plans")(images.indices)):
-        image = survey.model.preprocessing.to_tensor(images.data[index].image)
-        for _ in range(2 if n == 0 else 1):  # the first image warms up
-            found = [timed_forward(m, image, one.method, (1, 1), images.precision)[1] for m, one in zip(models, tried)]
-        for own, ms in zip(times, found):
-            own.append(ms)
-    return [median(own) for own in times]
 
 
 def _out_of_reach(survey: Survey, budget: float, held: Held) -> str:
@@ -536,6 +356,7 @@ def _out_of_reach(survey: Survey, budget: float, held: Held) -> str:
     return f"{asked} with what is held of the plan: ask for more, or hold less."
 
 
-def _listed(numbers: Sequence[int]) -> str:
+def listed(numbers: Sequence[int]) -> str:
+    """Return numbers in words: `3, 6 and 9`."""
     *first, last = map(str, numbers)
     return f"{', '.join(first)} and {last}" if first else last

@@ -18,13 +18,13 @@ from tokenexit.cli.options import (
     check_counts,
     command_parser,
     dataset_of,
-    existing_folder,
     in_windows,
     open_model,
     report_once,
 )
 from tokenexit.cli.progress import progress_bar
 from tokenexit.errors import ConfigError
+from tokenexit.runtime.folder import existing_folder
 
 if TYPE_CHECKING:
     from tokenexit.evaluation.results import Evaluation, Scaled

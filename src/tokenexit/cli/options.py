@@ -292,11 +292,6 @@ def image_size(options: Any) -> tuple[int, int]:
     return sides[0], sides[-1]
 
 
-def existing_folder(path: Path) -> Path:
-    """The nearest folder above `path`, itself included, that exists."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-
-
 def device_of(name: str) -> torch.device:
     import torch
 

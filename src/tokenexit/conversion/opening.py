@@ -6,18 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from tokenexit.conversion.convert import converted
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.heads import HeadModule, ModuleHead
+from tokenexit.heads import HeadModule
 from tokenexit.hub.fetch import HUB_PREFIX, resolve_weights
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.pretrained import CONFIG_FILE, TRAINING_FILE
 from tokenexit.runtime.folder import current
 from tokenexit.runtime.schema import read_json
-from tokenexit.segmenter import ExitSegmenter
+from tokenexit.segmenter import ExitSegmenter, check_labels
 
 OWN_KEYS = {"format", "model", "preprocessing"}
 """Keys of this library's `config.json`, by which it is told from those of others."""
@@ -114,18 +113,9 @@ def is_own(source: str | Path) -> bool:
 
 def _changed(model: ExitSegmenter, with_exits: bool, preprocessing: Preprocessing) -> ExitSegmenter:
     """Return a model of the same backbone and heads, with other preprocessing, and perhaps without its exits."""
-    config, head = model.config, model.decode_head
-    with torch.device("meta"):  # no memory: its parts are replaced
-        changed = ExitSegmenter(
-            config.backbone,
-            config.num_classes,
-            config.exits if with_exits else (),
-            config.exit_heads if with_exits else (),
-            head if isinstance(head, ModuleHead) else config.decode_head,
-            preprocessing,
-        )
-    changed.backbone, changed.decode_head = model.backbone, head
-    if with_exits:
-        changed.exit_heads, changed.calibration = model.exit_heads, model.calibration
+    check_labels(preprocessing, model.config.num_classes)
+    changed = model.with_exits(model.config.exits if with_exits else ())
+    changed.preprocessing = preprocessing
+    changed.calibration = model.calibration if with_exits else None
     changed.records = {name: record for name, record in model.records.items() if with_exits or name == TRAINING_FILE}
     return changed

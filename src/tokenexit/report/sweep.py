@@ -15,7 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenexit.calibration.agreement import FALL_OFF
-from tokenexit.calibration.calibration_set import CalibrationSet, Reference, dense_reference, error, true_run
+from tokenexit.calibration.calibration_set import (
+    CalibrationSet,
+    Reference,
+    dense_reference,
+    error,
+    mean_error,
+    true_run,
+)
 from tokenexit.calibration.planner import COMPARED_IMAGES, Planner
 from tokenexit.calibration.targets import Average
 from tokenexit.calibration.threshold_path import position_where
@@ -84,7 +91,7 @@ def plan_method(
     planner = Planner(calibration_set, calibratable(method), average)
     reference = dense_reference(calibration_set)
     middle = (planner.mac_ratio(0.0) + planner.mac_ratio(planner.path.end)) / 2
-    planner.compare(calibration_set, reference, middle, average)
+    planner.compare(calibration_set, reference, middle, partial(mean_error, average=average))
     end = planner.path.end
     first, last = planner.mac_ratio(0.0), planner.mac_ratio(end)
     steps = points + 1  # without the ends

@@ -56,3 +56,8 @@ def current(folder: Path, name: str) -> Path:
     """Return the path of the current file of this name, moved yet or not; it need not exist."""
     committed = folder / COMMITTED / name
     return committed if committed.exists() else folder / name
+
+
+def existing_folder(path: Path) -> Path:
+    """Return the nearest folder above `path`, itself included, that exists."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())

@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.errors import ConfigError
@@ -40,8 +40,7 @@ def load_teacher(config: DistillConfig, student: ExitSegmenter) -> ExitSegmenter
         return None
     teacher = ExitSegmenter.from_pretrained(config.teacher, student.device).requires_grad_(False)
     _check(teacher, student, config)
-    teacher.config, teacher.exit_heads = replace(teacher.config, exits=(), exit_heads=()), nn.ModuleList()
-    return teacher
+    return teacher.with_exits(())
 
 
 def distillation_loss(output: SegmentationOutput, target: SegmentationOutput, config: DistillConfig) -> Tensor:
