@@ -132,7 +132,7 @@ class ExitSegmenter(PretrainedMixin):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return self.backbone.pos_embed.device
+        return self.backbone.device
 
     def forward(
         self,
@@ -331,7 +331,7 @@ class ExitSegmenter(PretrainedMixin):
         """
         if self.training:
             raise ConfigError("predict needs the model in evaluation mode: call model.eval() first.")
-        if (dtype := self.backbone.pos_embed.dtype) != torch.float32:
+        if (dtype := self.backbone.patch_embed.proj.weight.dtype) != torch.float32:
             raise ConfigError(
                 f"predict needs float32 weights, got {dtype}: call model.float(), and predict within torch.autocast "
                 "for a lower precision."

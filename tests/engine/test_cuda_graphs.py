@@ -46,10 +46,29 @@ def blocks(**options: Any) -> list[Block]:
     return [Block(16, HEADS, 32, **options).eval() for _ in range(3)]
 
 
-def packed(own: list[Block], x: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
+def packed(
+    own: list[Block], x: Tensor, packing: Packing, start: int, stop: int, phases: Tensor | None = None
+) -> Tensor:
     for block in own[start:stop]:
-        x = block(x, packing)
+        x = block(x, packing, phases)
     return x
+
+
+@settings(max_examples=20, deadline=None)
+@given(batches=st.lists(st.lists(st.integers(1, 21), min_size=1, max_size=3), min_size=1, max_size=4))
+def test_run__rotary_positions_are_those_of_each_call(batches: list[list[int]]) -> None:
+    own, recorder = blocks(rope="half"), Recorder()
+    graphs = CapturedBlocks(own, step=8, record=recorder)
+    with torch.no_grad():
+        for seed, lengths in enumerate(batches):
+            packing, generator = Packing.of(lengths, CPU), torch.Generator().manual_seed(seed)
+            x = 3 * torch.randn(packing.total, 16, generator=generator)
+            angles = 6 * torch.rand(packing.total, 8, generator=generator)
+            phases = torch.cat([angles.cos(), angles.sin()], dim=1)
+            out = graphs.run(x, packing, 0, 3, phases)
+            torch.testing.assert_close(out, packed(own, x, packing, 0, 3, phases))
+            still = graphs.run(x, packing, 0, 3)  # a graph of its own, without rotation
+            torch.testing.assert_close(still, packed(own, x, packing, 0, 3))
 
 
 @settings(max_examples=40, deadline=None)

@@ -1,3 +1,4 @@
+import re
 import shutil
 from dataclasses import replace
 
@@ -30,6 +31,8 @@ VARIANTS = [
     {"num_registers": 2, "pos_embed_prefix": False, "layer_scale": 1.0},
     {"class_token": False, "num_registers": 1, "mlp": "swiglu", "qkv_bias": False},
     {"pos_embed_mode": "bilinear", "pos_embed_antialias": False, "norm_eps": 1e-5},
+    {"rope": "half", "pos_embed": False, "num_registers": 2, "k_bias": False, "layer_scale": 1.0, "norm_eps": 1e-5},
+    {"rope": "interleaved", "rope_theta": 10.0},
 ]
 
 
@@ -43,7 +46,7 @@ def test_vit__equals_the_plain_one_of_single_images(changes, size, seed):
         tokens = vit.embed([image])
         assert_close(tokens.x, x)
         for i in range(vit.config.depth):
-            x = oracle.run_block(state, vit.config, i, x, torch.ones(len(x), dtype=torch.bool))
+            x = oracle.run_block(state, vit.config, i, x, torch.ones(len(x), dtype=torch.bool), tokens.grids[0])
         tokens = vit.run(tokens, 0, vit.config.depth)
         assert_close(tokens.x, x)
         assert_close(vit.norm(tokens.x), oracle.final_norm(state, vit.config, x))
@@ -72,7 +75,7 @@ def test_run__exited_tokens_are_no_keys_and_no_queries(changes):
         x = oracle.embed(state, vit.config, image.double())
         rows = torch.cat([torch.ones(tokens.num_prefix, dtype=torch.bool), alive])
         for i in range(2):
-            x = oracle.run_block(state, vit.config, i, x, rows)
+            x = oracle.run_block(state, vit.config, i, x, rows, tokens.grids[0])
         assert_close(vit.run(tokens.keep(alive), 0, 2).x, x[rows])
 
 
@@ -251,9 +254,29 @@ def test_compile_blocks__computes_the_same_for_any_number_of_live_tokens(bf16: b
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets__build_and_name_their_patch_size(name):
     config = PRESETS[name]
-    assert name.split("_patch")[1].startswith(str(config.patch_size))
+    assert re.fullmatch(rf"(?:.+_patch|dinov3_vit(?:s|b|l|h|7b)){config.patch_size}(?:_reg4|plus)?", name)
     with torch.device("meta"):
         ViT(config)
+
+
+@pytest.mark.parametrize(
+    ("name", "millions", "hidden"),
+    [
+        ("dinov3_vits16", 21.6, 1536),
+        ("dinov3_vits16plus", 28.7, 1536),
+        ("dinov3_vitb16", 85.7, 3072),
+        ("dinov3_vitl16", 303.1, 4096),
+        ("dinov3_vith16plus", 840.6, 5120),
+        ("dinov3_vit7b16", 6716.0, 8192),
+    ],
+)
+def test_presets__dinov3_has_the_published_size(name, millions, hidden):
+    with torch.device("meta"):
+        vit = ViT(PRESETS[name])
+    assert vit.blocks[0].mlp.fc2.in_features == hidden
+    parameters = sum(value.numel() for value in vit.parameters())
+    assert parameters == pytest.approx(millions * 1e6, rel=2e-3)
+    assert vit.pos_embed is None
 
 
 def test_presets__giant_has_the_gated_width_of_dinov2():

@@ -133,10 +133,9 @@ def decode(weights: Weights, image: Tensor, x: Tensor) -> tuple[Tensor | None, T
 
 def dense(weights: Weights, image: Tensor) -> Answer:
     image, config = image.double(), weights.vit
-    x = embed(weights.backbone, config, image)
+    x, grid = embed(weights.backbone, config, image), grid_of(image, config.patch_size)
     for i in range(config.depth):
-        x = run_block(weights.backbone, config, i, x, torch.ones(len(x), dtype=torch.bool))
-    grid = grid_of(image, config.patch_size)
+        x = run_block(weights.backbone, config, i, x, torch.ones(len(x), dtype=torch.bool), grid)
     maps, full = decode(weights, image, x[config.num_prefix_tokens :])
     n = grid[0] * grid[1]
     return Answer(maps, full, torch.full(grid, len(weights.config.exits)), [n] * config.depth)
@@ -186,7 +185,7 @@ def dtop(
         return scores_of(spec, logits if which is None else logits / of_exit(temperature, which), presence)
 
     for i in range(config.depth):
-        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]))
+        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid)
         answer.live.append(int(alive.sum()))
         if i + 1 in exits:
             e = exits.index(i + 1)
@@ -339,7 +338,7 @@ def dovit(
                     x[0] = (1 - blend_weight) * x[0] + blend_weight * mean
         for b in range(len(xs)):
             alive = torch.cat([torch.ones(prefix, dtype=torch.bool), computed[b]])
-            xs[b] = run_block(weights.backbone, config, i, xs[b], alive)
+            xs[b] = run_block(weights.backbone, config, i, xs[b], alive, grids[b])
             answers[b].live.append(int(computed[b].sum()))
 
     for b, (image, x) in enumerate(zip(images, xs)):

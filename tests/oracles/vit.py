@@ -52,10 +52,10 @@ def embed(state: State, config, image: Tensor) -> Tensor:
             rows.append(weight @ patch.flatten() + state["patch_embed.proj.bias"])
     patches = torch.stack(rows)
 
-    table = state["pos_embed"][0]
-    own_row = config.class_token and config.pos_embed_prefix
+    table = state["pos_embed"][0] if config.pos_embed else torch.zeros(h * w, config.embed_dim).double()
+    own_row = config.class_token and config.pos_embed_prefix and config.pos_embed
     class_row, table = (table[0], table[1:]) if own_row else (torch.zeros(config.embed_dim).double(), table)
-    if (h, w) != config.pos_embed_grid:
+    if config.pos_embed and (h, w) != config.pos_embed_grid:
         # The table is resized in fp32, which is part of the model.
         maps = table.float().view(1, *config.pos_embed_grid, -1).permute(0, 3, 1, 2)
         maps = F.interpolate(maps, (h, w), mode=config.pos_embed_mode, antialias=config.pos_embed_antialias)
@@ -67,14 +67,41 @@ def embed(state: State, config, image: Tensor) -> Tensor:
     return torch.stack([*prefix, *(patches + table)])
 
 
-def attention(state: State, x: Tensor, alive: Tensor, num_heads: int) -> Tensor:
-    """Softmax attention of every row over the living rows."""
+def angles(config, grid: tuple[int, int]) -> Tensor:
+    """Angle of every pair of channels of every row, `(prefix + h w, H / 2)`: none for prefix tokens."""
+    quarter = config.embed_dim // config.num_heads // 4
+    periods = [config.rope_theta ** (i / quarter) for i in range(quarter)]
+    rows = [[0.0] * (2 * quarter) for _ in range(config.num_prefix_tokens)]
+    for i in range(grid[0]):
+        for j in range(grid[1]):
+            y, x = 2 * (i + 0.5) / grid[0] - 1, 2 * (j + 0.5) / grid[1] - 1
+            rows.append([2 * math.pi * at / period for at in (y, x) for period in periods])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def turned(head: Tensor, by: Tensor, pairing: str) -> Tensor:
+    """Every pair of channels as a complex number, times that of the angle: `(rows, H)`."""
+    width = head.shape[1]
+    if pairing == "half":
+        pairs = [(c, c + width // 2) for c in range(width // 2)]
+    else:
+        pairs = [(2 * c, 2 * c + 1) for c in range(width // 2)]
+    out = torch.empty_like(head)
+    for c, (real, imaginary) in enumerate(pairs):
+        product = torch.complex(head[:, real], head[:, imaginary]) * torch.exp(1j * by[:, c])
+        out[:, real], out[:, imaginary] = product.real, product.imag
+    return out
+
+
+def attention(state: State, x: Tensor, alive: Tensor, num_heads: int, rope: tuple[Tensor, str] | None = None) -> Tensor:
+    """Softmax attention of every row over the living rows; rope: angles of the rows, and which channels are pairs."""
     q, k, v = linear(state, "qkv", x).chunk(3, dim=-1)
     width = q.shape[1] // num_heads
     heads = []
     for n in range(num_heads):
         part = slice(n * width, (n + 1) * width)
-        score = q[:, part] @ k[:, part].T / math.sqrt(width)
+        q_n, k_n = (t[:, part] if rope is None else turned(t[:, part], *rope) for t in (q, k))
+        score = q_n @ k_n.T / math.sqrt(width)
         score = score.masked_fill(~alive[None, :], -math.inf)
         heads.append(torch.softmax(score, dim=1) @ v[:, part])
     return linear(state, "proj", torch.cat(heads, dim=1))
@@ -87,20 +114,32 @@ def mlp(state: State, x: Tensor, kind: str) -> Tensor:
     return linear(state, "fc2", gate * torch.sigmoid(gate) * value)
 
 
-def block(state: State, x: Tensor, alive: Tensor, num_heads: int, eps: float = 1e-6, kind: str = "gelu") -> Tensor:
+def block(
+    state: State,
+    x: Tensor,
+    alive: Tensor,
+    num_heads: int,
+    eps: float = 1e-6,
+    kind: str = "gelu",
+    rope: tuple[Tensor, str] | None = None,
+) -> Tensor:
     if not alive.any():
         return x
     one = torch.ones(x.shape[1], dtype=torch.float64)
     y = x + state.get("ls1.gamma", one) * attention(
-        under(state, "attn."), layer_norm(state, "norm1", x, eps), alive, num_heads
+        under(state, "attn."), layer_norm(state, "norm1", x, eps), alive, num_heads, rope
     )
     y = y + state.get("ls2.gamma", one) * mlp(under(state, "mlp."), layer_norm(state, "norm2", y, eps), kind)
     return torch.where(alive[:, None], y, x)
 
 
-def run_block(state: State, config, index: int, x: Tensor, alive: Tensor) -> Tensor:
+def run_block(state: State, config, index: int, x: Tensor, alive: Tensor, grid: tuple[int, int]) -> Tensor:
     part = under(state, f"blocks.{index}.")
-    return block(part, x, alive, config.num_heads, config.norm_eps, config.mlp)
+    if not config.k_bias and "attn.qkv.bias" in part:
+        part["attn.qkv.bias"] = part["attn.qkv.bias"].clone()
+        part["attn.qkv.bias"][config.embed_dim : 2 * config.embed_dim] = 0.0
+    rope = None if config.rope is None else (angles(config, grid), config.rope)
+    return block(part, x, alive, config.num_heads, config.norm_eps, config.mlp, rope)
 
 
 def final_norm(state: State, config, x: Tensor) -> Tensor:

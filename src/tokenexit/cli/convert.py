@@ -9,7 +9,10 @@ from typing import Any
 from tokenexit.cli.options import command_parser
 from tokenexit.errors import ConfigError
 
-KINDS = ("auto", "huggingface", "dovit", "dtop", "segvit", "mmseg", "segmenter", "dinov2_head", "dinov2", "timm")
+KINDS = (
+    *("auto", "huggingface", "dinov3", "dinov3_timm", "dinov3_huggingface", "dovit", "dtop", "segvit", "mmseg"),
+    *("segmenter", "dinov2_head", "dinov2", "timm"),
+)
 """auto, and the names of `tokenexit.conversion.families.SOURCES`, which would import torch."""
 
 

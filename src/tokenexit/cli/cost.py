@@ -12,6 +12,8 @@ BACKBONES = (
     *("dinov2_small_patch14", "dinov2_base_patch14", "dinov2_large_patch14", "dinov2_giant_patch14"),
     *("dinov2_small_patch14_reg4", "dinov2_base_patch14_reg4", "dinov2_large_patch14_reg4"),
     "dinov2_giant_patch14_reg4",
+    *("dinov3_vits16", "dinov3_vits16plus", "dinov3_vitb16", "dinov3_vitl16", "dinov3_vitl16plus"),
+    *("dinov3_vith16plus", "dinov3_vit7b16"),
 )
 """The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
 HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear")

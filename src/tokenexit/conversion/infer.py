@@ -27,7 +27,7 @@ Assumed = dict[str, Any]
 _HEADS_OF_WIDTH = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 _UP_OF_STEPS = {1: 4, 2: 4, 4: 2}  # the published SETR heads: naive, auxiliary of PUP, PUP
 
-NEEDED = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
+NEEDED = ("patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
 
 
 def backbone_config(
@@ -38,9 +38,13 @@ def backbone_config(
     given: fields of `ViTConfig` that are known; they win over what is inferred.
     Returns the configuration and those of its fields that neither shapes nor `given` say.
     """
-    missing = [name for name in (*NEEDED, "blocks.0.mlp.fc2.weight") if name not in state]
+    table, rope = state.get("pos_embed"), given.get("rope")
+    needed = (*NEEDED, "blocks.0.mlp.fc2.weight", *(("pos_embed",) if rope is None else ()))
+    missing = [name for name in needed if name not in state]
     if missing:
-        raise CheckpointError(f"{source} lack {', '.join(missing)}: only plain ViTs with a position table can be read.")
+        raise CheckpointError(
+            f"{source} lack {', '.join(missing)}: only plain ViTs with a position table can be read, and DINOv3."
+        )
     patch, qkv = state["patch_embed.proj.weight"], state["blocks.0.attn.qkv.weight"]
     if patch.ndim != 4 or patch.shape[1] != 3 or patch.shape[2] != patch.shape[3]:
         raise CheckpointError(
@@ -50,7 +54,10 @@ def backbone_config(
     hidden, back = state["blocks.0.mlp.fc1.weight"].shape[0], state["blocks.0.mlp.fc2.weight"].shape[1]
     blocks = {int(match[1]) for name in state if (match := re.match(r"blocks\.(\d+)\.", name))}
     class_token = "cls_token" in state
-    prefix, grid = position_layout(state["pos_embed"], class_token, given.get("pos_embed_grid"), source)
+    positions: dict[str, Any] = {"pos_embed": table is not None}
+    if table is not None:
+        prefix, grid = position_layout(table, class_token, given.get("pos_embed_grid"), source)
+        positions |= {"pos_embed_grid": grid, "pos_embed_prefix": prefix}
     inferred = {
         "embed_dim": dim,
         "depth": max(blocks) + 1,
@@ -62,9 +69,7 @@ def backbone_config(
         "class_token": class_token,
         "num_registers": state["reg_token"].shape[1] if "reg_token" in state else 0,
         "final_norm": "norm.weight" in state,
-        "pos_embed_grid": grid,
-        "pos_embed_prefix": prefix,
-    }
+    } | positions
     assumed: Assumed = {}
     if "num_heads" not in given:
         assumed["num_heads"] = _HEADS_OF_WIDTH.get(dim, max(dim // 64, 1))

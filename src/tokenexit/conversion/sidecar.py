@@ -20,9 +20,16 @@ _Size = _Side | tuple[_Side, _Side]
 _Colour = tuple[float, float, float]
 
 
+class _HFRope(TypedDict, total=False):
+    rope_theta: Annotated[float, Between(1, 1e6)]
+
+
 class _HFConfig(TypedDict, total=False):
     hidden_act: str
     use_swiglu_ffn: bool
+    use_gated_mlp: bool
+    rope_theta: Annotated[float, Between(1, 1e6)]
+    rope_parameters: _HFRope
     num_attention_heads: Annotated[int, Between(1, 512)]
     layer_norm_eps: Annotated[float, Between(0, 1)]
     image_size: _Size
@@ -73,12 +80,18 @@ class Sidecar:
 
 def read_sidecar(kind: str, find: Find) -> Sidecar:
     """Read the files that belong to weights of this kind. Raises `CheckpointError` for a damaged file."""
-    readers = {"huggingface": _huggingface, "timm": _timm, "segmenter": _segmenter}
+    readers = {
+        "dinov3_huggingface": _dinov3_huggingface,
+        "dinov3_timm": _timm,
+        "huggingface": _huggingface,
+        "timm": _timm,
+        "segmenter": _segmenter,
+    }
     return readers[kind](find) if kind in readers else Sidecar()
 
 
 def _huggingface(find: Find) -> Sidecar:
-    config, processor = _read(find(HF_CONFIG), _HFConfig), _read(find(HF_PREPROCESSOR), _HFProcessor)
+    config, normalisation = _read(find(HF_CONFIG), _HFConfig), _normalisation(find)
     settings: dict[str, Any] = {}
     files = [HF_CONFIG] if config is not None else []
     if config is not None:
@@ -92,11 +105,36 @@ def _huggingface(find: Find) -> Sidecar:
         if "image_size" in config and "patch_size" in config:
             image, patch = _pair(config["image_size"]), _pair(config["patch_size"])
             settings["pos_embed_grid"] = (image[0] // patch[0], image[1] // patch[1])
-    normalisation = None
-    if processor is not None and "image_mean" in processor and "image_std" in processor:
+    if normalisation is not None:
         files.append(HF_PREPROCESSOR)
-        normalisation = (tuple(processor["image_mean"]), tuple(processor["image_std"]))
     return Sidecar(settings, normalisation, tuple(files))
+
+
+def _dinov3_huggingface(find: Find) -> Sidecar:
+    """As for the others; its activation goes with its MLP, its size fixes no table, and its periods are configured."""
+    config = _read(find(HF_CONFIG), _HFConfig) or {}
+    act, gated = config.get("hidden_act"), config.get("use_gated_mlp", False)
+    if act is not None and act != ("silu" if gated else "gelu"):
+        with_what = "with gates" if gated else "without gates"
+        raise CheckpointError(
+            f"{HF_CONFIG} names hidden_act '{act}' {with_what}, tokenexit has gelu, or silu of a gate: choose another "
+            "model."
+        )
+    beside = _normalisation(find)
+    names = {"num_heads": "num_attention_heads", "norm_eps": "layer_norm_eps"}
+    settings: dict[str, Any] = {ours: config[theirs] for ours, theirs in names.items() if theirs in config}
+    theta = config.get("rope_theta", config.get("rope_parameters", {}).get("rope_theta"))
+    if theta is not None:
+        settings["rope_theta"] = float(theta)
+    files = ([HF_CONFIG] if config else []) + ([HF_PREPROCESSOR] if beside is not None else [])
+    return Sidecar(settings, beside, tuple(files))
+
+
+def _normalisation(find: Find) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    processor = _read(find(HF_PREPROCESSOR), _HFProcessor)
+    if processor is None or not {"image_mean", "image_std"} <= processor.keys():
+        return None
+    return tuple(processor["image_mean"]), tuple(processor["image_std"])
 
 
 def _timm(find: Find) -> Sidecar:

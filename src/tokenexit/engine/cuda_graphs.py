@@ -3,7 +3,7 @@
 A block takes some twenty launches, and with few tokens the GPU waits for them. A graph replays a whole span in one
 launch, but for fixed shapes: lengths are padded to the next bucket, and padding is masked out of attention.
 
-Legend: B images, L tokens of each with padding, T packed tokens, C channels, N heads.
+Legend: B images, L tokens of each with padding, T packed tokens, C channels, N heads, H channels per head.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Record: TypeAlias = Callable[[Callable[[], Tensor]], tuple[Tensor, Callable[[], 
 class PaddedBlock(Protocol):
     """The part of a backbone block that this module uses."""
 
-    def padded(self, x: Tensor, visible: Tensor) -> Tensor: ...
+    def padded(self, x: Tensor, visible: Tensor, phases: Tensor | None = None) -> Tensor: ...
 
     def modules(self) -> Iterator[nn.Module]: ...
 
@@ -61,10 +61,14 @@ def cuda_graphs(device: torch.device) -> Record:
 
 @dataclass(frozen=True)
 class _Graph:
-    """One recorded span: write `x (B, L, C)` and `visible (B, 1, 1, L)`, call `replay`, read `out (B, L, C)`."""
+    """One recorded span: write its inputs, call `replay`, read `out (B, L, C)`.
+
+    The inputs are `x (B, L, C)`, `visible (B, 1, 1, L)` and, with rotary positions, `phases (B, L, 2 H)`.
+    """
 
     x: Tensor
     visible: Tensor
+    phases: Tensor | None
     out: Tensor
     replay: Callable[[], object]
 
@@ -90,30 +94,37 @@ class CapturedBlocks:
         alone = len(packing.lengths) == 1
         return packing.total > 0 and (alone or padded <= (1 + WASTE) * packing.total)
 
-    def run(self, x: Tensor, packing: Packing, start: int, stop: int) -> Tensor:
-        """Run blocks `start` (inclusive) to `stop` (exclusive): `(T, C)` to `(T, C)`, without gradients."""
-        graph = self._graph(x, packing, start, stop)
+    def run(self, x: Tensor, packing: Packing, start: int, stop: int, phases: Tensor | None = None) -> Tensor:
+        """Run blocks `start` (inclusive) to `stop` (exclusive): `(T, C)` to `(T, C)`, without gradients.
+
+        phases: `(T, 2 H)` with rotary positions.
+        """
+        graph = self._graph(x, packing, start, stop, phases)
         length = graph.x.shape[1]
         rows = padded_rows(packing, length)
         graph.x.zero_()  # the mask multiplies what stood in the padding by 0, which leaves NaN and infinity as they are
         graph.x.flatten(0, 1).index_copy_(0, rows, x)
+        if graph.phases is not None and phases is not None:  # in the padding, those of before turn zeros and no key
+            graph.phases.flatten(0, 1).index_copy_(0, rows, phases)
         ends = packing.offsets.diff()[:, None, None, None]
         graph.visible.copy_(torch.arange(length, device=x.device) < ends)
         graph.replay()
         return graph.out.flatten(0, 1).index_select(0, rows)
 
-    def _graph(self, x: Tensor, packing: Packing, start: int, stop: int) -> _Graph:
+    def _graph(self, x: Tensor, packing: Packing, start: int, stop: int, phases: Tensor | None) -> _Graph:
         images, length = len(packing.lengths), self.bucket(packing.longest)
         lowered = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else None
-        key = (start, stop, images, length, x.dtype, x.device, lowered)
+        rotated = None if phases is None else phases.dtype
+        key = (start, stop, images, length, x.dtype, x.device, lowered, rotated)
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
         blocks = (self.blocks if lowered is None else self._lowered_to(lowered))[start:stop]
         padded = x.new_zeros(images, length, x.shape[1])
         visible = torch.ones(images, 1, 1, length, dtype=torch.bool, device=x.device)
-        out, replay = self.record(lambda: _span(blocks, padded, visible))
-        self._graphs[key] = _Graph(padded, visible, out, replay)
+        turns = None if phases is None else phases.new_zeros(images, length, phases.shape[1])
+        out, replay = self.record(lambda: _span(blocks, padded, visible, turns))
+        self._graphs[key] = _Graph(padded, visible, turns, out, replay)
         if len(self._graphs) > MAX_GRAPHS:
             self._graphs.popitem(last=False)
         return self._graphs[key]
@@ -129,7 +140,7 @@ class CapturedBlocks:
         return self._lowered[dtype]
 
 
-def _span(blocks: Sequence[PaddedBlock], x: Tensor, visible: Tensor) -> Tensor:
+def _span(blocks: Sequence[PaddedBlock], x: Tensor, visible: Tensor, phases: Tensor | None) -> Tensor:
     for block in blocks:
-        x = block.padded(x, visible)
+        x = block.padded(x, visible, phases)
     return x

@@ -71,6 +71,7 @@ class Tokens:
         packing: where each image begins among the T rows.
         grids: (rows, columns) of patches of every image, live or not.
         num_prefix: number of class and register tokens per image.
+        phases: `(T, 2 H)` cosines and sines of rotary positions, which go where their token goes; None without them.
     """
 
     x: Tensor
@@ -78,6 +79,7 @@ class Tokens:
     packing: Packing
     grids: tuple[Grid, ...]
     num_prefix: int
+    phases: Tensor | None = None
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -91,6 +93,10 @@ class Tokens:
 
     def with_x(self, x: Tensor) -> Tokens:
         return replace(self, x=x)
+
+    def phases_at(self, index: Tensor) -> Tensor | None:
+        """Return the phases of these rows."""
+        return None if self.phases is None else self.phases.index_select(0, index)
 
     def patch_index(self) -> Tensor:
         """Return the rows of the patch tokens among the T, `(P,)` int64."""
@@ -112,6 +118,7 @@ class Tokens:
             packing=Packing.of(self.live, self.x.device),
             grids=self.grids,
             num_prefix=0,
+            phases=self.phases_at(index),
         )
 
     def keep(self, mask: Tensor) -> Tokens:
@@ -134,6 +141,7 @@ class Tokens:
             packing=Packing.of(lengths, self.x.device),
             grids=self.grids,
             num_prefix=self.num_prefix,
+            phases=self.phases_at(index),
         )
 
 

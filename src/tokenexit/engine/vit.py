@@ -22,6 +22,7 @@ from tokenexit.engine import ops
 from tokenexit.engine.attention import packed_attention
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
+from tokenexit.engine.rope import Pairing, PeriodPrecision, rope_periods, rope_phases, rotate
 from tokenexit.engine.tokens import Grid, Packing, Tokens, group_equal
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, Share, check_fields
@@ -43,11 +44,18 @@ class ViTConfig:
         mlp_ratio: hidden width of the MLP over `embed_dim`.
         mlp: "gelu", or "swiglu" (DINOv2 giant; `mlp_ratio` then counts both gates).
         qkv_bias: biases in the projection to queries, keys and values.
+        k_bias: off, that of keys stays zero (DINOv3). It would cancel in the softmax, but for rotary positions.
         layer_scale: start value of LayerScale (timm's `init_values`), None without it (DeiT-3, DINOv2 have it).
         class_token: a class token in front of the patches; DoViT needs one, DToP runs without.
         num_registers: number of register tokens (timm's `reg_tokens`).
         final_norm: LayerNorm after the last block, before the decode head.
         norm_eps: epsilon of all LayerNorms.
+        rope: rotary positions in every block, None without them (DINOv3 has "half"): which channels of a head make a
+            pair, "half" (j and j + H / 2) or "interleaved" (2 j and 2 j + 1).
+        rope_theta: longest period of theirs, in half sides of the image.
+        rope_periods: "bf16" rounds the periods as the files of DINOv3's release do, which its own code then reads;
+            timm and transformers compute them in fp32.
+        pos_embed: a learned position table; DINOv3 has rotary positions alone.
         pos_embed_grid: rows and columns of the position table.
         pos_embed_prefix: whether the table's first row belongs to the class token (timm's `no_embed_class=False`).
         pos_embed_mode: interpolation to another grid, "bicubic" or "bilinear" (SETR).
@@ -68,11 +76,16 @@ class ViTConfig:
     mlp_ratio: Annotated[float, Between(0, 64)] = 4.0
     mlp: Literal["gelu", "swiglu"] = "gelu"
     qkv_bias: bool = True
+    k_bias: bool = True
     layer_scale: float | None = None
     class_token: bool = True
     num_registers: Annotated[int, Between(0, 1024)] = 0
     final_norm: bool = True
     norm_eps: Annotated[float, Between(0, 1)] = 1e-6
+    rope: Pairing | None = None
+    rope_theta: Annotated[float, Between(1, 1e6)] = 100.0
+    rope_periods: PeriodPrecision = "fp32"
+    pos_embed: bool = True
     pos_embed_grid: tuple[Side, Side] = (14, 14)
     pos_embed_prefix: bool = True
     pos_embed_mode: Literal["bicubic", "bilinear"] = "bicubic"
@@ -88,6 +101,13 @@ class ViTConfig:
             raise ConfigError(
                 f"embed_dim must be a multiple of num_heads={self.num_heads}, got {self.embed_dim}: change either."
             )
+        if self.rope is not None and self.head_dim % 4:
+            raise ConfigError(
+                f"rope turns pairs of channels on two axes, and heads have {self.head_dim} channels: choose num_heads "
+                "so that each has a multiple of 4."
+            )
+        if self.rope is None and not self.pos_embed:
+            raise ConfigError("pos_embed=False leaves tokens without a place: set rope, or leave the table on.")
         for name in ("mlp_ratio", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}: leave it at its default.")
@@ -103,6 +123,11 @@ class ViTConfig:
     def num_prefix_tokens(self) -> int:
         """Number of class and register tokens in front of the patches of each image."""
         return int(self.class_token) + self.num_registers
+
+    @property
+    def head_dim(self) -> int:
+        """Number of channels per attention head."""
+        return self.embed_dim // self.num_heads
 
     @property
     def mlp_hidden(self) -> int:
@@ -145,6 +170,22 @@ def _dinov2_reg(size: ViTConfig) -> ViTConfig:
     )
 
 
+def _dinov3(size: ViTConfig, **changes: Any) -> ViTConfig:
+    return replace(
+        size,
+        layer_scale=1e-5,
+        num_registers=4,
+        norm_eps=1e-5,
+        k_bias=False,
+        rope="half",
+        pos_embed=False,
+        **changes,
+    )
+
+
+_GATED: dict[str, Any] = {"mlp": "swiglu", "mlp_ratio": 8.0}
+_HUGE = ViTConfig(embed_dim=1280, num_heads=20, depth=32)
+_7B = ViTConfig(embed_dim=4096, num_heads=32, depth=40, qkv_bias=False)
 _GIANT = ViTConfig(embed_dim=1536, num_heads=24, depth=40, mlp="swiglu", mlp_ratio=2.66667 * 2)
 
 PRESETS: dict[str, ViTConfig] = {
@@ -163,6 +204,13 @@ PRESETS: dict[str, ViTConfig] = {
     "dinov2_base_patch14_reg4": _dinov2_reg(_BASE),
     "dinov2_large_patch14_reg4": _dinov2_reg(_LARGE),
     "dinov2_giant_patch14_reg4": _dinov2_reg(_GIANT),
+    "dinov3_vits16": _dinov3(_SMALL),
+    "dinov3_vits16plus": _dinov3(_SMALL, **_GATED),
+    "dinov3_vitb16": _dinov3(_BASE),
+    "dinov3_vitl16": _dinov3(_LARGE),
+    "dinov3_vitl16plus": _dinov3(_LARGE, **_GATED),
+    "dinov3_vith16plus": _dinov3(_HUGE, **_GATED),
+    "dinov3_vit7b16": _dinov3(_7B, mlp="swiglu", mlp_ratio=4.0),
 }
 
 
@@ -232,14 +280,37 @@ class PatchEmbed(nn.Module):
         return self.proj(images)  # type: ignore[no-any-return]
 
 
+class KeysUnbiased(nn.Linear):
+    """The projection to queries, keys and values whose bias leaves out the keys, whatever stands in their third."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([q, torch.zeros_like(k), v]))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over packed tokens, fused qkv."""
 
-    def __init__(self, dim: int, num_heads: int, qkv_bias: bool = True) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = True,
+        k_bias: bool = True,
+        rope: Pairing | None = None,
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.num_heads, self.rope = num_heads, rope
+        linear = nn.Linear if k_bias or not qkv_bias else KeysUnbiased
+        self.qkv = linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
+
+    def rotate(self, qkv: Tensor, phases: Tensor) -> Tensor:
+        """Rotate queries and keys `(T, 3 C)` by the phases `(T, 2 H)` of their tokens."""
+        assert self.rope is not None
+        q, k, v = qkv.chunk(3, dim=1)
+        q, k = (rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in (q, k))
+        return torch.cat([q, k, v], dim=1)
 
     def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
         """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection."""
@@ -305,6 +376,8 @@ class Block(nn.Module):
         *,
         mlp: Literal["gelu", "swiglu"] = "gelu",
         qkv_bias: bool = True,
+        k_bias: bool = True,
+        rope: Pairing | None = None,
         layer_scale: float | None = None,
         norm_eps: float = 1e-6,
         drop_path: float = 0.0,
@@ -314,32 +387,40 @@ class Block(nn.Module):
         self.dim, self.mlp_hidden = dim, mlp_hidden
         self.drop_path, self.drop_path_attention = drop_path, drop_path_attention
         self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias)
+        self.attn = Attention(dim, num_heads, qkv_bias, k_bias, rope)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
         self.mlp = Mlp(dim, mlp_hidden) if mlp == "gelu" else SwiGlu(dim, mlp_hidden)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, packing: Packing) -> Tensor:
-        """Run the block on packed tokens: `(T, C)` to `(T, C)`."""
-        attended = self.attn.attend(self.before(x), packing)
+    def forward(self, x: Tensor, packing: Packing, phases: Tensor | None = None) -> Tensor:
+        """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary."""
+        attended = self.attn.attend(self.before(x, phases), packing)
         if not (self.training and self.drop_path > 0.0):
             return self.after(x, attended)
         first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
         return self.after(x, attended, first, drop_path(self.drop_path, packing, attended.dtype))
 
-    def padded(self, x: Tensor, visible: Tensor) -> Tensor:
-        """Run the block in evaluation on `(B, L, C)`, where keys are seen if `visible (B, 1, 1, L)`."""
+    def padded(self, x: Tensor, visible: Tensor, phases: Tensor | None = None) -> Tensor:
+        """Run the block in evaluation on `(B, L, C)`, where keys are seen if `visible (B, 1, 1, L)`.
+
+        phases: `(B, L, 2 H)` if positions are rotary.
+        """
         rows = x.flatten(0, 1)
-        qkv = self.before(rows).unflatten(0, x.shape[:2]).unflatten(2, (3, self.attn.num_heads, -1))
+        qkv = (
+            self.before(rows, None if phases is None else phases.flatten(0, 1))
+            .unflatten(0, x.shape[:2])
+            .unflatten(2, (3, self.attn.num_heads, -1))
+        )
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # (B, N, L, H)
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
         out = self.after(rows, attended.transpose(1, 2).flatten(2).flatten(0, 1))
         return out.view_as(x)
 
-    def before(self, x: Tensor) -> Tensor:
-        """Compute queries, keys and values: `(T, C)` to `(T, 3 C)`."""
-        return self.attn.qkv(self.norm1(x))  # type: ignore[no-any-return]
+    def before(self, x: Tensor, phases: Tensor | None = None) -> Tensor:
+        """Compute queries, keys and values, rotated by `phases (T, 2 H)` if given: `(T, C)` to `(T, 3 C)`."""
+        qkv: Tensor = self.attn.qkv(self.norm1(x))
+        return qkv if phases is None else self.attn.rotate(qkv, phases)
 
     def after(self, x: Tensor, attended: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Tensor:
         """Add the residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""
@@ -364,6 +445,9 @@ class Block(nn.Module):
 class ViT(nn.Module):
     """The backbone: `embed` turns images into tokens, `run` applies a span of blocks, `norm` ends it if configured."""
 
+    pos_embed: nn.Parameter
+    """The position table `(1, prefix rows + h w, C)`; None where the configuration has none."""
+
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.config = config
@@ -373,7 +457,8 @@ class ViT(nn.Module):
             self.cls_token = nn.Parameter(torch.empty(1, 1, dim))
         if config.num_registers:
             self.reg_token = nn.Parameter(torch.empty(1, config.num_registers, dim))
-        self.pos_embed = nn.Parameter(torch.empty(1, rows * columns + self.pos_embed_prefix, dim))
+        table = torch.empty(1, rows * columns + self.pos_embed_prefix, dim) if config.pos_embed else None
+        self.register_parameter("pos_embed", None if table is None else nn.Parameter(table))
         self.blocks = nn.ModuleList(
             Block(
                 dim,
@@ -381,6 +466,8 @@ class ViT(nn.Module):
                 config.mlp_hidden,
                 mlp=config.mlp,
                 qkv_bias=config.qkv_bias,
+                k_bias=config.k_bias,
+                rope=config.rope,
                 layer_scale=config.layer_scale,
                 norm_eps=config.norm_eps,
                 drop_path=config.drop_path * i / max(config.depth - 1, 1),
@@ -395,9 +482,14 @@ class ViT(nn.Module):
         self.reset_parameters()
 
     @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return self.patch_embed.proj.weight.device
+
+    @property
     def pos_embed_prefix(self) -> int:
         """Number of rows of the position table in front of the patch rows: one if the class token has its own."""
-        return int(self.config.pos_embed_prefix and self.config.class_token)
+        return int(self.config.pos_embed and self.config.pos_embed_prefix and self.config.class_token)
 
     def reset_parameters(self) -> None:
         """Draw weights and embeddings from a truncated normal of 0.02 and set biases to zero, as timm does."""
@@ -422,38 +514,55 @@ class ViT(nn.Module):
                 rows[i] = image
         prefix = self.config.num_prefix_tokens
         cells = [h * w for h, w in grids]
-        packing = Packing.of([prefix + n for n in cells], rows[0].device)
-        return Tokens(torch.cat(rows), _positions(cells, prefix, rows[0].device), packing, grids, prefix)
+        packing, x = Packing.of([prefix + n for n in cells], rows[0].device), torch.cat(rows)
+        return Tokens(x, _positions(cells, prefix, x.device), packing, grids, prefix, self._phases(grids, x))
+
+    def _phases(self, grids: Sequence[Grid], x: Tensor) -> Tensor | None:
+        """Compute the phases of all tokens of images with these grids, in fp32 at least; None without rotary ones."""
+        config = self.config
+        if config.rope is None:
+            return None
+        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        periods = rope_periods(config.head_dim, config.rope_theta, config.rope_periods, like)
+        images: list[Tensor] = [like] * len(grids)
+        for members in group_equal(grids):
+            table = rope_phases(grids[members[0]], config.num_prefix_tokens, periods, config.rope)
+            for i in members:
+                images[i] = table
+        return torch.cat(images)
 
     def _embed_grid(self, patches: Tensor) -> Tensor:
         """Turn patches `(b, C, h, w)` into `(b, prefix + h w, C)` with positions added."""
-        config, table, prefix_rows = self.config, self.pos_embed, self.pos_embed_prefix
-        position = resize_pos_embed(
-            table[:, prefix_rows:],
-            config.pos_embed_grid,
-            (patches.shape[2], patches.shape[3]),
-            config.pos_embed_mode,
-            config.pos_embed_antialias,
-            config.pos_embed_offset,
-        )
-        x = patches.flatten(2).transpose(1, 2) + position
+        config, prefix_rows = self.config, self.pos_embed_prefix
+        table: Tensor | None = self.pos_embed
+        x = patches.flatten(2).transpose(1, 2)
+        if table is not None:
+            x = x + resize_pos_embed(
+                table[:, prefix_rows:],
+                config.pos_embed_grid,
+                (patches.shape[2], patches.shape[3]),
+                config.pos_embed_mode,
+                config.pos_embed_antialias,
+                config.pos_embed_offset,
+            )
         prefix = []
         if config.class_token:
-            prefix.append(self.cls_token + table[:, :prefix_rows] if prefix_rows else self.cls_token)
+            with_place = table is not None and prefix_rows > 0
+            prefix.append(self.cls_token + self.pos_embed[:, :prefix_rows] if with_place else self.cls_token)
         if config.num_registers:
             prefix.append(self.reg_token)
         return torch.cat([*(p.to(x.dtype).expand(x.shape[0], -1, -1) for p in prefix), x], dim=1)
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` (inclusive) to `stop` (exclusive) on the live tokens."""
-        x = tokens.x
+        x, phases = tokens.x, tokens.phases
         if self.captured is not None and not torch.is_grad_enabled() and self.captured.fits(tokens.packing):
-            return tokens.with_x(self.captured.run(x, tokens.packing, start, stop))
+            return tokens.with_x(self.captured.run(x, tokens.packing, start, stop, phases))
         for block in self.blocks[start:stop]:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens.packing, use_reentrant=False)
+                x = checkpoint(block, x, tokens.packing, phases, use_reentrant=False)
             else:
-                x = block(x, tokens.packing)
+                x = block(x, tokens.packing, phases)
         return tokens.with_x(x)
 
     def compile_blocks(self, **options: Any) -> None:
@@ -483,7 +592,7 @@ class ViT(nn.Module):
         Raises:
             ConfigError: without CUDA.
         """
-        device = self.pos_embed.device
+        device = self.device
         if record is None and device.type != "cuda":
             raise ConfigError(f"capture_blocks needs CUDA and the model is on {device}: move it there.")
         blocks = [block for block in self.blocks if isinstance(block, Block)]

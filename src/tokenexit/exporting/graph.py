@@ -39,7 +39,10 @@ class OneImage(Tokens):
             return self
         x = self.x[self.num_prefix :]
         packing = Packing.of([x.shape[0]], x.device)
-        return replace(self, x=x, position=self.position[self.num_prefix :], packing=packing, num_prefix=0)
+        phases = None if self.phases is None else self.phases[self.num_prefix :]
+        return replace(
+            self, x=x, position=self.position[self.num_prefix :], packing=packing, num_prefix=0, phases=phases
+        )
 
     def keep(self, mask: Tensor) -> Tokens:
         index = mask.nonzero().squeeze(1)
@@ -50,7 +53,8 @@ class OneImage(Tokens):
             index = torch.cat([prefix, index + self.num_prefix])
         x = self.x.index_select(0, index)
         packing = Packing.of([x.shape[0]], x.device)
-        return replace(self, x=x, position=self.position.index_select(0, index), packing=packing)
+        position = self.position.index_select(0, index)
+        return replace(self, x=x, position=position, packing=packing, phases=self.phases_at(index))
 
 
 class ExitGraph(nn.Module):

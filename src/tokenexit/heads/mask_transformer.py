@@ -74,7 +74,8 @@ class MaskTransformerHead(Head):
         rows = [part for image in x.split(lengths) for part in (queries, image)]
         position = [part for image in tokens.position.split(lengths) for part in (minus_one, image)]
         packing = Packing.of([classes + n for n in lengths], x.device)
-        return replace(tokens, x=torch.cat(rows), position=torch.cat(position), packing=packing, num_prefix=classes)
+        x, where = torch.cat(rows), torch.cat(position)  # these blocks have no rotary positions
+        return replace(tokens, x=x, position=where, packing=packing, num_prefix=classes, phases=None)
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
         classes, d = self.queries.weight.shape

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenexit.conversion.families.dinov2 import from_dinov2
+from tokenexit.conversion.families.dinov3 import from_dinov3, from_dinov3_huggingface, from_dinov3_timm
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
 from tokenexit.conversion.families.not_plain import not_plain
@@ -26,6 +27,8 @@ Colour = tuple[float, float, float]
 Normalisation = tuple[Colour, Colour]
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+SATELLITE: Normalisation = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
+"""Mean and std of DINOv3's models of satellite images."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Source:
         normalisation: mean and std it was trained with, given the renamed weights.
         exits: number of blocks before each auxiliary head, by (depth, number of heads), as published.
         atm_heads: number of attention heads of ATM decoders, by (width, classes), as published.
+        lacks: patterns of names that no entry matches.
     """
 
     title: str
@@ -49,11 +53,16 @@ class Source:
     normalisation: Callable[[State], Normalisation] = lambda _: IMAGENET
     exits: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    lacks: tuple[str, ...] = ()
 
     def matches(self, names: Iterable[str]) -> bool:
         """Return whether names of entries are those of this source."""
         names = list(names)
-        return all(any(re.fullmatch(pattern, name) for name in names) for pattern in self.signatures)
+
+        def some(pattern: str) -> bool:
+            return any(re.fullmatch(pattern, name) for name in names)
+
+        return all(map(some, self.signatures)) and not any(map(some, self.lacks))
 
 
 def _timm(state: State) -> dict[str, Any]:
@@ -63,6 +72,23 @@ def _timm(state: State) -> dict[str, Any]:
 def _dinov2(state: State) -> dict[str, Any]:
     registers = "backbone.reg_token" in state
     return {"norm_eps": 1e-6, "pos_embed_antialias": registers, "pos_embed_offset": 0.0 if registers else 0.1}
+
+
+def _dinov3(state: State) -> dict[str, Any]:
+    dim = state["backbone.patch_embed.proj.weight"].shape[0]
+    biases = [value for name, value in state.items() if name.endswith(".attn.qkv.bias")]
+    return {
+        "norm_eps": 1e-5,
+        "rope": "half",
+        "k_bias": any(bool(bias.chunk(3)[1].any()) for bias in biases),
+        "num_heads": 32 if dim == 4096 else max(dim // 64, 1),
+    }
+
+
+def _dinov3_normalisation(state: State) -> Normalisation:
+    """Return the satellite model's where it is known by what the release leaves in it: of ViT-L, that one alone."""
+    width = state["backbone.patch_embed.proj.weight"].shape[0]
+    return SATELLITE if width == 1024 and "local_cls_norm.weight" in state else IMAGENET
 
 
 def _huggingface(state: State) -> dict[str, Any]:
@@ -118,6 +144,27 @@ SOURCES: dict[str, Source] = {
         from_huggingface,
         (r".*embeddings\.patch_embeddings\.projection\.weight",),
         _huggingface,
+    ),
+    "dinov3": Source(
+        "DINOv3",
+        from_dinov3,
+        (r"(?:backbone\.)?storage_tokens", r"(?:backbone\.)?blocks\.(?:\d+\.)?0\.ls1\.gamma"),
+        _dinov3,
+        _dinov3_normalisation,
+    ),
+    "dinov3_timm": Source(
+        "DINOv3 in timm",
+        from_dinov3_timm,
+        (r"(?:backbone\.|model\.)?reg_token", r"(?:backbone\.|model\.)?blocks\.0\.gamma_1"),
+        _dinov3,
+        lacks=(r"(?:backbone\.|model\.)?pos_embed",),
+    ),
+    "dinov3_huggingface": Source(
+        "DINOv3 in Hugging Face transformers",
+        from_dinov3_huggingface,
+        (r".*embeddings\.patch_embeddings\.weight", r".*layer\.0\.attention\.q_proj\.weight"),
+        _dinov3,
+        lacks=(r".*embeddings\.position_embeddings.*",),
     ),
     "dovit": Source(
         "DoViT",
@@ -199,4 +246,4 @@ def source_named(kind: str) -> Source:
     return SOURCES[kind]
 
 
-__all__ = ["HALF", "IMAGENET", "SOURCES", "Normalisation", "Source", "detect", "not_plain", "source_named"]
+__all__ = ["HALF", "IMAGENET", "SATELLITE", "SOURCES", "Normalisation", "Source", "detect", "not_plain", "source_named"]

@@ -1,0 +1,72 @@
+"""Rotary positions (Su et al., 2021; on two axes as in DINOv3, Siméoni et al., 2025) as data that travels with tokens.
+
+Every token carries one row of cosines and sines, its phases, gathered whenever tokens are. Attention rotates queries
+and keys by them, so that place counts by difference, whichever tokens are left. Phases come from the patch's place in
+the full grid, never from its rank among the live. Prefix tokens carry the identity: cosine 1, sine 0.
+
+Legend: T tokens, N heads, H channels per head (a multiple of 4), h x w patches.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tokenexit.engine.tokens import Grid
+
+Pairing = Literal["half", "interleaved"]
+"""Which channels are rotated together: j with j + H / 2, or 2 j with 2 j + 1."""
+PeriodPrecision = Literal["fp32", "bf16"]
+
+
+def rope_periods(head_dim: int, theta: float, precision: PeriodPrecision, like: Tensor) -> Tensor:
+    """Return the periods `(H / 4,)` of each axis, from 1 to almost `theta`, in units of half a side.
+
+    precision: "bf16" rounds them as the files of DINOv3's release do. like: gives dtype and device.
+    """
+    quarter = head_dim // 4
+    periods = theta ** (torch.arange(quarter, dtype=like.dtype, device=like.device) / quarter)
+    return periods.to(torch.bfloat16).to(like.dtype) if precision == "bf16" else periods
+
+
+def rope_phases(grid: Grid, prefix: int, periods: Tensor, pairing: Pairing) -> Tensor:
+    """Return the phases of one image's tokens, `(prefix + h w, 2 H)`: cosines of all channels, then sines.
+
+    The centre of a patch lies in [-1, 1] on each axis by that axis's own length. The first half of the angles is that
+    of the row, the second that of the column.
+    """
+    height, width = grid
+    rows, columns = (_angles(side, periods) for side in grid)
+    angles = torch.cat(
+        [
+            rows[:, None, :].expand(height, width, -1),
+            columns[None, :, :].expand(height, width, -1),
+        ],
+        dim=-1,
+    ).flatten(0, 1)  # (h w, H / 2)
+    angles = angles.repeat(1, 2) if pairing == "half" else angles.repeat_interleave(2, dim=1)
+    phases = torch.cat([angles.cos(), angles.sin()], dim=1)
+    width = 4 * len(periods)
+    identity = torch.cat([periods.new_ones(prefix, width), periods.new_zeros(prefix, width)], dim=1)
+    return torch.cat([identity, phases])
+
+
+def _angles(side: int, periods: Tensor) -> Tensor:
+    centres = (torch.arange(side, dtype=periods.dtype, device=periods.device) + 0.5) / side
+    return 2 * math.pi * (2 * centres - 1)[:, None] / periods
+
+
+def rotate(x: Tensor, phases: Tensor, pairing: Pairing) -> Tensor:
+    """Rotate pairs of channels, in fp32 at least, and round back: `x (T, N, H)` with `phases (T, 2 H)`."""
+    cos, sin = phases[:, None].chunk(2, dim=-1)
+    raised = x.to(torch.promote_types(x.dtype, phases.dtype))
+    if pairing == "half":
+        first, second = raised.chunk(2, dim=-1)
+        turned = torch.cat([-second, first], dim=-1)
+    else:
+        even, odd = raised.unflatten(-1, (-1, 2)).unbind(-1)
+        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (raised * cos + turned * sin).to(x.dtype)
