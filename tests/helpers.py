@@ -174,6 +174,7 @@ def call_view(model: ExitSegmenter, with_records: bool = False) -> ModelView:
         exit_heads=[head for head in model.exit_heads if isinstance(head, Head)],
         decode_head=model.decode_head,
         norm=model.backbone.norm,
+        backbone=model.config.backbone,
         num_classes=model.config.num_classes,
         has_class_token=model.config.backbone.class_token,
         with_records=with_records,

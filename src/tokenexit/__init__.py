@@ -26,8 +26,13 @@ _HOME = {
     "PAUMER": "tokenexit.methods",
     "FixedRatio": "tokenexit.methods",
     "Truncated": "tokenexit.methods",
+    "Reduced": "tokenexit.methods",
     "Method": "tokenexit.methods",
     "ThresholdMethod": "tokenexit.methods",
+    "ALGM": "tokenexit.reducers",
+    "MPM": "tokenexit.reducers",
+    "ToMe": "tokenexit.reducers",
+    "G2TM": "tokenexit.reducers",
     "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
     "train": "tokenexit.training.loop",
@@ -66,15 +71,19 @@ if TYPE_CHECKING:
     from tokenexit.inputs.images import load_image
     from tokenexit.inputs.labels import Labels
     from tokenexit.inputs.preprocessing import Preprocessing
-    from tokenexit.methods import PAUMER, Dense, DoViT, DToP, FixedRatio, Method, ThresholdMethod, Truncated
+    from tokenexit.methods import PAUMER, Dense, DoViT, DToP, FixedRatio, Method, Reduced, ThresholdMethod, Truncated
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.prediction.predict_files import predict_files
+    from tokenexit.reducers import ALGM, G2TM, MPM, ToMe
     from tokenexit.segmenter import ExitSegmenter
     from tokenexit.training.config import TrainConfig
     from tokenexit.training.loop import train
 
 __all__ = [
+    "ALGM",
+    "G2TM",
+    "MPM",
     "PAUMER",
     "Bound",
     "Budget",
@@ -92,8 +101,10 @@ __all__ = [
     "Labels",
     "Method",
     "Preprocessing",
+    "Reduced",
     "SegmentationOutput",
     "ThresholdMethod",
+    "ToMe",
     "TokenExitError",
     "TrainConfig",
     "Truncated",

@@ -8,10 +8,9 @@ threads at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.checkpoints.files import read_state_dict
 from tokenexit.checkpoints.load import LoadReport, load_backbone
+from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Tokens
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.errors import ConfigError
@@ -37,30 +37,81 @@ from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.outputs.segmentation import SegmentationOutput, concatenated
 from tokenexit.outputs.windows import Segmentation, segment_windows
 from tokenexit.pretrained import PretrainedMixin, SegmenterConfig
+from tokenexit.reducers.base import Site
+
+
+@dataclass
+class Work:
+    """What one call of the loop ran.
+
+    Attributes:
+        attended: for every block, the number of tokens of each image that its attention ran on.
+        fed: the same of its MLP, before which a reducer may have merged some.
+        reduction: work of the comparisons of each image.
+    """
+
+    attended: list[tuple[int, ...]]
+    fed: list[tuple[int, ...]]
+    reduction: list[Ops]
 
 
 def run_tokens(
     backbone: ViT, exits: Sequence[int], tokens: Tokens, method: Method[Any], model: ModelView
-) -> tuple[Result, list[tuple[int, ...]]]:
+) -> tuple[Result, Work]:
     """Run the loop of all methods: blocks, an exit, blocks on the tokens that are left, and at the end the map of all.
 
     It ends at the method's `last_exit`, if there is one: nothing runs behind it, prefix tokens neither.
 
-    exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and, for every block,
-    the number of tokens of each image that ran through it.
+    exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and the work done.
     """
+    config, last = backbone.config, method.last_exit
+    work = Work([], [], [method.embed_ops(grid, config) for grid in tokens.grids])
     state = method.start(tokens, model)
-    lengths: list[tuple[int, ...]] = []
-    depth, last = backbone.config.depth, method.last_exit
-    for n, (start, stop) in enumerate(pairwise((0, *exits, depth))):
-        if last is not None and n > last:
-            lengths += [(0,) * len(tokens.grids)] * (depth - start)
-            break
-        tokens = backbone.run(tokens, start, stop)
-        lengths += [tokens.packing.lengths] * (stop - start)
-        if n < len(exits):
-            tokens, state = method.at_exit(n, tokens, state, model)
-    return method.result(tokens, state, model), lengths
+    for step in plan(config.depth, exits, method.sites(config.depth)):
+        if isinstance(step, range):
+            tokens = backbone.run(tokens, step.start, step.stop)
+            work.attended += [tokens.packing.lengths] * len(step)
+            work.fed += [tokens.packing.lengths] * len(step)
+        elif isinstance(step, Site):
+            tokens = _at_site(backbone, step, tokens, method, work)
+        else:
+            tokens, state = method.at_exit(step, tokens, state, model)
+            if step == last:
+                break
+    nobody = [(0,) * len(tokens.grids)] * (config.depth - len(work.fed))
+    work.attended += nobody
+    work.fed += nobody
+    return method.result(tokens, state, model), work
+
+
+def plan(depth: int, exits: Sequence[int], sites: Sequence[Site]) -> Iterator[range | int | Site]:
+    """Yield the steps of a network in order: blocks that run at once, an exit's number, a site.
+
+    A site inside a block stands for the whole block. Where an exit and sites have one place, the exit comes first.
+    """
+    at, number = 0, {block: n for n, block in enumerate(exits)}
+    for place in sorted({*exits, *(site.after for site in sites), depth}):
+        if place > at:
+            yield range(at, place)
+            at = place
+        if place in number:
+            yield number[place]
+        here = sorted((site for site in sites if site.after == place), key=lambda site: site.inside)
+        yield from here
+        at += any(site.inside for site in here)
+
+
+def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], work: Work) -> Tokens:
+    """Reduce the tokens at a site, and run the block that it lies inside of."""
+    for i, (live, grid) in enumerate(zip(tokens.live, tokens.grids)):
+        work.reduction[i] += method.site_ops(site, live, grid, backbone.config)
+    if not site.inside:
+        return method.at_site(site, tokens, None)
+    work.attended.append(tokens.packing.lengths)
+    tokens, qkv = backbone.attend(tokens, site.after)
+    tokens = method.at_site(site, tokens, qkv)
+    work.fed.append(tokens.packing.lengths)
+    return backbone.feed(tokens, site.after)
 
 
 class ExitSegmenter(PretrainedMixin):
@@ -188,8 +239,8 @@ class ExitSegmenter(PretrainedMixin):
         targets: tuple[Size, ...],
     ) -> SegmentationOutput:
         """Run images that share one method, and split the result into images. full: their sizes before resizing."""
-        tokens = self.backbone.embed(images)
-        result, lengths = run_tokens(self.backbone, self.config.exits, tokens, method, model)
+        tokens = method.embed(images, self.backbone)
+        result, work = run_tokens(self.backbone, self.config.exits, tokens, method, model)
 
         scale, grids = self.decode_head.scale, tokens.grids
         full_grids = [self.backbone.patch_embed.grid(*size) for size in full]
@@ -202,7 +253,15 @@ class ExitSegmenter(PretrainedMixin):
             exit_index=tuple(s.view(grid) for s, grid in zip(exit_index, grids)),
             num_exits=model.num_exits,
             ledger=write_ledger(
-                self.backbone, heads, self.decode_head, grids, lengths, result.exit_records, full_grids
+                self.backbone,
+                heads,
+                self.decode_head,
+                grids,
+                work.attended,
+                result.exit_records,
+                full_grids,
+                work.fed,
+                work.reduction,
             ),
             sizes=_sizes(images),
             targets=targets,
@@ -268,6 +327,7 @@ class ExitSegmenter(PretrainedMixin):
             exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
             decode_head=self.decode_head,
             norm=self.backbone.norm,
+            backbone=self.config.backbone,
             num_classes=self.config.num_classes,
             has_class_token=self.config.backbone.class_token,
             with_records=with_records,

@@ -72,6 +72,9 @@ class Tokens:
         grids: (rows, columns) of patches of every image, live or not.
         num_prefix: number of class and register tokens per image.
         phases: `(T, 2 H)` cosines and sines of rotary positions, which go where their token goes; None without them.
+        cover: `(cells,)` int64, the cell of the token that stands for each cell, once tokens were merged; None where
+            every cell stands for itself. A cell and its cover lie in one image, `cover[cover] == cover`, and the cover
+            of a cell whose token has left the network changes no more.
     """
 
     x: Tensor
@@ -80,6 +83,7 @@ class Tokens:
     grids: tuple[Grid, ...]
     num_prefix: int
     phases: Tensor | None = None
+    cover: Tensor | None = None
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -119,6 +123,7 @@ class Tokens:
             grids=self.grids,
             num_prefix=0,
             phases=self.phases_at(index),
+            cover=self.cover,
         )
 
     def keep(self, mask: Tensor) -> Tokens:
@@ -142,6 +147,77 @@ class Tokens:
             grids=self.grids,
             num_prefix=self.num_prefix,
             phases=self.phases_at(index),
+            cover=self.cover,
+        )
+
+    def merge(self, into: Tensor, weight: Tensor | None = None) -> Tokens:
+        """Let patch tokens join others, which then stand for the cells of both.
+
+        A token that others join becomes the weighted mean of the group, in fp32; one that nobody joins keeps its bits.
+        It stays at its own cell, and with rotary positions keeps the phases of that cell: where a group is, is not
+        published. On CUDA sums of three and more may differ in the last bit from run to run.
+
+        into: `(P,)` int64, for each live patch token in packed order the row, among them, of the one that it joins, its
+            own if it stays; `into[into] == into`, within one image.
+        weight: `(P,)` of each token in the mean, `sizes()` if not given; 0 of those that join drops their features.
+            Groups need a positive sum.
+
+        Returns the tokens that stay. One host synchronisation, that of `keep`.
+        """
+        rows = self.patch_index()
+        x, position = self.x.index_select(0, rows), self.position.index_select(0, rows)
+        stays = into == torch.arange(len(into), device=into.device)
+        factor = (self.sizes() if weight is None else weight).float()[:, None]
+        total = torch.zeros(len(into), 1, device=x.device).index_add(0, into, factor)
+        summed = torch.zeros(x.shape, device=x.device).index_add(0, into, x.float() * factor)
+        joined = torch.zeros_like(into).index_add(0, into, (~stays).long()) > 0
+        x = torch.where(joined[:, None], (summed / total).to(x.dtype), x)
+
+        cells = torch.arange(self.cells, device=into.device)
+        target = cells.index_copy(0, position, position.index_select(0, into))
+        cover = target if self.cover is None else target.index_select(0, self.cover)
+        return replace(self, x=self.x.index_copy(0, rows, x), cover=cover).keep(stays)
+
+    def spread(self, canvas: Tensor) -> Tensor:
+        """Return a canvas `(cells, ...)` in which every cell has the row of the token that stands for it."""
+        return canvas if self.cover is None else canvas.index_select(0, self.cover)
+
+    def stands(self) -> Tensor:
+        """Return which cells stand for themselves, `(cells,)` bool; their tokens are live or have exited."""
+        cells = torch.arange(self.cells, device=self.x.device)
+        return torch.ones_like(cells, dtype=torch.bool) if self.cover is None else self.cover == cells
+
+    def sizes(self) -> Tensor:
+        """Return how many cells each live patch token stands for, `(P,)` int64."""
+        position = self.position.index_select(0, self.patch_index())
+        if self.cover is None:
+            return torch.ones_like(position)
+        count = torch.zeros_like(self.cover).index_add(0, self.cover, torch.ones_like(self.cover))
+        return count.index_select(0, position)
+
+    def unmerged(self) -> Tokens:
+        """Return the tokens of all cells, each with the features of the one that stands for it, which must be live."""
+        if self.cover is None:
+            return self
+        lengths = [self.num_prefix + h * w for h, w in self.grids]
+        packing = Packing.of(lengths, self.x.device)
+        image = cell_packing(self).image_index()
+        row = torch.arange(self.cells, device=image.device) + (image + 1) * self.num_prefix  # of each cell
+        prefix = replace(self, packing=packing).prefix_index()
+        live = self.patch_index()
+        source = torch.zeros_like(row).index_copy(0, self.position.index_select(0, live), live)
+        position = torch.full((packing.total,), -1, device=row.device).index_copy(
+            0, row, torch.arange(self.cells, device=row.device)
+        )
+        index = torch.zeros_like(position).index_copy(0, row, self.spread(source))
+        index = index.index_copy(0, prefix, self.prefix_index())
+        return replace(
+            self,
+            x=self.x.index_select(0, index),
+            position=position,
+            packing=packing,
+            phases=self.phases_at(index),
+            cover=None,
         )
 
 

@@ -424,21 +424,33 @@ class Block(nn.Module):
 
     def after(self, x: Tensor, attended: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Tensor:
         """Add the residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""
-        branch = self.ls1(self.attn.proj(attended))
-        x = x + (branch if first is None else branch * first)
-        branch = self.ls2(self.mlp(self.norm2(x)))
-        return x + (branch if second is None else branch * second)  # type: ignore[no-any-return]
+        return self.feed(self.mix(x, attended, first), second)
 
-    def ops(self, tokens: int) -> Ops:
-        """Count the work on one image with this many tokens, prefix included."""
+    def mix(self, x: Tensor, attended: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Add the residual branch of attention."""
+        branch = self.ls1(self.attn.proj(attended))
+        return x + (branch if factor is None else branch * factor)  # type: ignore[no-any-return]
+
+    def feed(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        """Add the residual branch of the MLP."""
+        branch = self.ls2(self.mlp(self.norm2(x)))
+        return x + (branch if factor is None else branch * factor)  # type: ignore[no-any-return]
+
+    def ops(self, tokens: int, fed: int | None = None) -> Ops:
+        """Count the work on one image with this many tokens, prefix included.
+
+        fed: tokens in the MLP, where some were merged before it; as many if not given.
+        """
         gated = isinstance(self.mlp, SwiGlu)
+        fed = tokens if fed is None else fed
         return (
-            2 * ops.layer_norm(tokens, self.dim)
+            ops.layer_norm(tokens, self.dim)
+            + ops.layer_norm(fed, self.dim)
             + ops.linear(tokens, self.dim, 3 * self.dim)
             + ops.attention(tokens, tokens, self.dim)
             + ops.linear(tokens, self.dim, self.dim)
-            + ops.linear(tokens, self.dim, self.mlp_hidden)
-            + ops.linear(tokens, self.mlp_hidden // 2 if gated else self.mlp_hidden, self.dim)
+            + ops.linear(fed, self.dim, self.mlp_hidden)
+            + ops.linear(fed, self.mlp_hidden // 2 if gated else self.mlp_hidden, self.dim)
         )
 
 
@@ -565,6 +577,20 @@ class ViT(nn.Module):
                 x = block(x, tokens.packing, phases)
         return tokens.with_x(x)
 
+    def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:
+        """Run block `n` in evaluation up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`."""
+        block = self.blocks[n]
+        assert isinstance(block, Block)
+        qkv = block.before(tokens.x, tokens.phases)
+        mixed = block.mix(tokens.x, block.attn.attend(qkv, tokens.packing))
+        return tokens.with_x(mixed), qkv.unflatten(1, (3, block.attn.num_heads, -1))
+
+    def feed(self, tokens: Tokens, n: int) -> Tokens:
+        """Run the MLP of block `n` in evaluation, behind `attend`."""
+        block = self.blocks[n]
+        assert isinstance(block, Block)
+        return tokens.with_x(block.feed(tokens.x))
+
     def compile_blocks(self, **options: Any) -> None:
         """Compile what lies around attention in each block: two graphs for all blocks and any number of live tokens.
 
@@ -603,11 +629,11 @@ class ViT(nn.Module):
         patch = self.config.patch_size
         return ops.conv2d(*grid, 3, self.config.embed_dim, patch)
 
-    def block_ops(self, tokens: int) -> Ops:
-        """Count the work of any one block (all are alike) on one image with this many tokens, prefix included."""
+    def block_ops(self, tokens: int, fed: int | None = None) -> Ops:
+        """Count the work of any one block (all are alike) on one image, see `Block.ops`."""
         block = self.blocks[0]
         assert isinstance(block, Block)
-        return block.ops(tokens)
+        return block.ops(tokens, fed)
 
     def norm_ops(self, tokens: int) -> Ops:
         """Count the final LayerNorm on this many tokens."""

@@ -13,16 +13,18 @@ from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.paumer import PAUMER
+from tokenexit.methods.reduced import Reduced
 from tokenexit.methods.reference import PrescribedExits
 from tokenexit.methods.resized import Resized
 from tokenexit.methods.thresholded import ThresholdMethod
 from tokenexit.methods.wrapper import Wrapper
+from tokenexit.reducers import build_reducer, reducer_spec
 from tokenexit.runtime.schema import check, hints
 
 METHODS: dict[str, type[Method[Any]]] = {
     method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
 }
-WRAPPERS: dict[str, type[Wrapper]] = {method.name: method for method in (Gated, GatedBySize, Resized)}
+WRAPPERS: dict[str, type[Wrapper]] = {method.name: method for method in (Gated, GatedBySize, Reduced, Resized)}
 
 
 def register(kind: type[Method[Any]]) -> type[Method[Any]]:
@@ -75,6 +77,8 @@ def build_method(spec: MethodSpec) -> Method[Any]:
             raise ConfigError(f"method '{name}' has no option '{option}': it takes {', '.join(known) or 'none'}.")
         if option == "method":  # a wrapper's inner method
             options[option] = build_method(value)
+        elif option == "by":  # what reduces beside it
+            options[option] = build_reducer(value)
         else:
             check(f"{option} of method '{name}'", value, hints(kind)[option])
             options[option] = _frozen(value)
@@ -95,6 +99,8 @@ def spec_of(method: Method[Any], whole: bool = False) -> dict[str, Any]:
         return {"name": method.name}
     if isinstance(method, Wrapper):
         own = {f.name: getattr(method, f.name) for f in fields(method) if f.name != "method"}
+        if isinstance(method, Reduced):
+            own["by"] = reducer_spec(method.by, whole)
         return {"name": method.name, "method": spec_of(method.method, whole), **own}
     default = type(method)()
     options = {f.name: getattr(method, f.name) for f in fields(method)}
@@ -121,6 +127,7 @@ __all__ = [
     "MethodLike",
     "MethodSpec",
     "ModelView",
+    "Reduced",
     "Resized",
     "Result",
     "ThresholdMethod",

@@ -10,16 +10,19 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Generic, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
 
-from tokenexit.engine.tokens import Grid, Tokens
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
+from tokenexit.reducers.base import Site
 
 Value = Literal["logits", "scores"]
 """The kind of values in a result: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
@@ -33,6 +36,7 @@ class ModelView:
         exit_heads: heads of the exits, in order.
         decode_head: head at the end of the network.
         norm: the backbone's final LayerNorm.
+        backbone: the backbone's configuration.
         num_classes: number K of classes.
         has_class_token: whether the first prefix token is a class token.
         with_records: record the full map of every exit, for losses and studies.
@@ -41,6 +45,7 @@ class ModelView:
     exit_heads: Sequence[Head]
     decode_head: Head
     norm: Callable[[Tensor], Tensor]
+    backbone: ViTConfig
     num_classes: int
     has_class_token: bool
     with_records: bool
@@ -231,6 +236,26 @@ class Method(ABC, Generic[State]):
         """
         return ((run, self) for run in packs([h * w for h, w in grids], max_tokens))
 
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        """Return where tokens are merged or dropped beside exits, in a network of so many blocks; see `Reduced`."""
+        return ()
+
+    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+        """Return the tokens that go on from one of `sites`; see `Reducer.reduce`."""
+        return tokens
+
+    def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count what a site's decision costs one image with so many live patch tokens."""
+        return Ops()
+
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        """Turn images `(3, H, W)` into the tokens that the first block gets."""
+        return backbone.embed(images)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count what `embed` does beyond `ViT.embed` on one image."""
+        return Ops()
+
     @abstractmethod
     def check(self, model: ModelView) -> None:
         """Raise `ConfigError`, in one sentence, for a model that the method cannot run on."""
@@ -271,11 +296,27 @@ def record_of(
     return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
 
 
+def on_all_cells(head: Head, patches: Tokens) -> tuple[HeadOutput, Tokens]:
+    """Run a head on tokens that stand for the whole grid, none of which has left.
+
+    Of merged tokens the logits are copied to the cells; a head that needs the grid, or answers on a finer one, runs on
+    their features copied to the cells. Returns the output for all cells, and the tokens that the head ran on.
+    """
+    if patches.cover is None:
+        return head(patches), patches
+    if head.needs_grid or head.scale > 1:
+        patches = patches.unmerged()
+        return head(patches), patches
+    out = head(patches)
+    canvas = scatter(out.logits.new_zeros(patches.cells, out.logits.shape[1]), patches.position, out.logits)
+    return replace(out, logits=patches.spread(canvas), packing=cell_packing(patches)), patches
+
+
 def decode_grid(patches: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
-    """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM."""
+    """Run the decode head for the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM."""
     patches = patches.with_x(model.norm(patches.x))
     head = model.decode_head
-    out = head(patches)
+    out, patches = on_all_cells(head, patches)
     final = record_of(head, patches, out, out.logits, patches if model.with_records else None)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*records, final), exit_index)

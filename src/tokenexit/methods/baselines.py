@@ -17,7 +17,7 @@ import torch
 from tokenexit.engine.tokens import Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import ExitRecord, Method, ModelView, PerExit, Result, option, record_of
+from tokenexit.methods.base import ExitRecord, Method, ModelView, PerExit, Result, on_all_cells, option, record_of
 from tokenexit.methods.dtop import DToP, DToPState, Finish
 from tokenexit.methods.selection import Score
 from tokenexit.methods.thresholded import NEVER, per_exit
@@ -137,8 +137,8 @@ class Truncated(Method[Result | None]):
     def at_exit(self, n: int, tokens: Tokens, state: Result | None, model: ModelView) -> tuple[Tokens, Result | None]:
         if n != self.after - 1:
             return tokens, state
-        head, patches = model.exit_heads[n], tokens.patches()
-        out = head(patches)
+        head = model.exit_heads[n]
+        out, patches = on_all_cells(head, tokens.patches())
         softmax = head.kind == "softmax"
         scores = out.logits if softmax else class_scores("atm", out.logits, out.presence, out.packing.image_index())
         records = [ExitRecord()] * (model.num_exits + 1)

@@ -20,7 +20,7 @@ Legend: P live patch tokens of the batch, cells = all patches of all images, T a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -156,6 +156,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             )
 
     def start(self, tokens: Tokens, model: ModelView) -> DoViTState:
+        tokens = tokens.unmerged()
         if self.batch_mode == "mean" and not tokens.packing.uniform:
             raise ConfigError(
                 "batch_mode='mean' needs images of one size in a batch: resize them, or use batch_mode='exact'."
@@ -169,15 +170,18 @@ class DoViT(ThresholdMethod[DoViTState]):
         # Reconstruction: all tokens in grid order, stopped ones with stale features.
         full = _put_back(state.full, tokens)
         patches, live = full.patches(), tokens.patches()
+        stands = tokens.stands()  # of merged cells, the one that is decided for
 
         # Score, and decide; the decision carries no gradient.
         score, label, record = self._graded(n, patches, live, model)
         with torch.no_grad():
             cells = cell_packing(tokens)
             was_live = scatter(torch.zeros_like(state.keep), live.position, torch.ones_like(live.position))
-            last_label = torch.where(was_live, label, state.label)
+            was_live = tokens.spread(was_live)
+            last_label = torch.where(was_live, tokens.spread(label), state.label)
             graded = Graded(score, label, cells, tokens.grids, model.num_classes, last_label, earlier=state.score)
-            keep = state.keep & ~self.decide(n, graded, state.keep)
+            candidates = state.keep & stands
+            keep = tokens.spread(candidates & ~self.decide(n, graded, candidates))
             chosen = keep if self.batch_mode == "exact" else _mean_count(keep, cells)
             left = torch.where(was_live, n, state.exit_index)
             exit_index = torch.where(chosen, model.num_exits, left)
@@ -189,7 +193,7 @@ class DoViT(ThresholdMethod[DoViTState]):
 
         # Separate: only the chosen tokens go on.
         state = DoViTState(full, keep, score, exit_index, last_label, (*state.exit_records, record))
-        return full.keep(chosen), state
+        return replace(full, cover=tokens.cover).keep(chosen & stands), state
 
     def result(self, tokens: Tokens, state: DoViTState, model: ModelView) -> Result:
         full = _put_back(state.full, tokens)
@@ -264,9 +268,17 @@ def _mean_count(keep: Tensor, cells: Packing) -> Tensor:
 
 
 def _put_back(full: Tokens, tokens: Tokens) -> Tokens:
-    """Reconstruct the complete sequence: the live tokens' features are written to their rows."""
+    """Reconstruct the complete sequence: the live tokens' features are written to their rows.
+
+    Cells of merged tokens have the features of the one that stands for them.
+    """
     image = tokens.packing.image_index()
     rows = tokens.position + (image + 1) * tokens.num_prefix
     if tokens.num_prefix:
         rows = rows.index_copy(0, tokens.prefix_index(), full.prefix_index())
-    return full.with_x(scatter(full.x, rows, tokens.x))
+    x = scatter(full.x, rows, tokens.x)
+    if tokens.cover is not None:
+        image = cell_packing(tokens).image_index()
+        own = torch.arange(tokens.cells, device=x.device) + (image + 1) * tokens.num_prefix  # the row of each cell
+        x = x.index_copy(0, own, x.index_select(0, own[tokens.cover]))
+    return full.with_x(x)

@@ -170,7 +170,13 @@ class DToP(ThresholdMethod[DToPState]):
             score, label = self.grade(n, head, out, patches.grids)
             state = replace(state, label=scatter(state.label, patches.position, label))
             graded = Graded(
-                score, label, patches.packing, patches.grids, model.num_classes, state.label, patches.position
+                score,
+                label,
+                patches.packing,
+                patches.grids,
+                model.num_classes,
+                patches.spread(state.label),
+                patches.position,
             )
             leaves = self.decide(n, graded, torch.ones_like(label, dtype=torch.bool))
             left_at = torch.where(leaves, n, model.num_exits)
@@ -205,13 +211,13 @@ class DToP(ThresholdMethod[DToPState]):
         else:  # nobody is left for later heads
             did_not_run = (ExitRecord(),) * (model.num_exits - self.last_exit)
             state = replace(state, exit_records=(*state.exit_records, *did_not_run))
-        value = _canvas_value(model, self.finish)
+        value, exit_index = _canvas_value(model, self.finish), tokens.spread(state.exit_index)
         if value == "logits" and model.decode_head.kind == "atm":  # presence_last
             image = cell_packing(tokens).image_index()
-            scores = class_scores("atm", state.logits, state.presence, image)
-            return Result(scores, "scores", state.exit_records, state.exit_index)
+            scores = class_scores("atm", tokens.spread(state.logits), state.presence, image)
+            return Result(scores, "scores", state.exit_records, exit_index)
         canvas = state.logits if state.scores is None else state.scores
-        return Result(canvas, value, state.exit_records, state.exit_index)
+        return Result(tokens.spread(canvas), value, state.exit_records, exit_index)
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
         """Write a head's output to the live cells of the canvas; exited cells stay as they are."""

@@ -13,12 +13,18 @@ from typing import Any, ClassVar, NoReturn
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import ExitRecord, Method, ModelView, Result
+from tokenexit.methods.reduced import Reduced
 from tokenexit.methods.wrapper import Wrapper
 
 
 @dataclass(frozen=True)
 class _Closing(Wrapper):
     """The base of the two: what closed exits have in common."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.method, Reduced):
+            raise ConfigError(f"'{self.name}' closes exits of a method by itself: put it inside of 'reduced'.")
 
     @property
     def label(self) -> str:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tokenexit.engine.ranks import rank
 from tokenexit.engine.tokens import Grid, Packing, pack_grids, unpack_grids
 
 Score = Literal["probability", "margin", "entropy"]
@@ -110,8 +111,8 @@ def retain_top_k(candidate: Tensor, score: Tensor, label: Tensor, image: Tensor,
     if k == 0:
         return torch.zeros_like(candidate)
     # Within a group, candidates rank before all other tokens.
-    rank = _rank(image * num_classes + label, torch.where(candidate, score, -1.0), descending=True)
-    return candidate & (rank < k)
+    place = rank(image * num_classes + label, torch.where(candidate, score, -1.0), descending=True)
+    return candidate & (place < k)
 
 
 def keep_at_most(leaves: Tensor, score: Tensor, image: Tensor, limit: Tensor) -> Tensor:
@@ -121,21 +122,4 @@ def keep_at_most(leaves: Tensor, score: Tensor, image: Tensor, limit: Tensor) ->
     confident go on, ties by lowest position. Returns `(P,)` bool.
     """
     group = torch.where(leaves, len(limit), image)
-    return leaves | (_rank(group, score, descending=False) >= limit.index_select(0, image))
-
-
-def _rank(group: Tensor, score: Tensor, descending: bool) -> Tensor:
-    """Rank every row within its group by score, ties by row: `(P,)` int64, 0 is first.
-
-    group: `(P,)` int64, none negative. All operations can be exported, and none synchronises with the host.
-    """
-    row = torch.arange(group.shape[0], device=group.device)
-    by_score = torch.sort(score, descending=descending, stable=True).indices
-    # No two keys are equal, since some runtimes do not sort stably.
-    order = by_score[torch.sort(group[by_score] * group.shape[0] + row).indices]
-    ordered = group[order]
-    run = (ordered.diff(prepend=ordered.new_full((1,), -1)) != 0).cumsum(0) - 1  # every group is contiguous now
-    length = torch.zeros_like(run).scatter_add(0, run, torch.ones_like(run))
-    start = length.cumsum(0) - length
-    rank = row - start.index_select(0, run)
-    return torch.empty_like(rank).index_copy(0, order, rank)
+    return leaves | (rank(group, score, descending=False) >= limit.index_select(0, image))

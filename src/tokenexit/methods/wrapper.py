@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
-from tokenexit.engine.tokens import Tokens
+from torch import Tensor
+
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView, Result, Thresholds
+from tokenexit.reducers.base import Site
 
 
 @dataclass(frozen=True)
@@ -59,6 +65,21 @@ class Wrapper(Method[Any]):
 
     def at(self, progress: float) -> Self:
         return replace(self, method=self.method.at(progress))
+
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return self.method.sites(depth)
+
+    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+        return self.method.at_site(site, tokens, qkv)
+
+    def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.method.site_ops(site, live, grid, backbone)
+
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        return self.method.embed(images, backbone)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.method.embed_ops(grid, backbone)
 
     def check(self, model: ModelView) -> None:
         self.method.check(model)

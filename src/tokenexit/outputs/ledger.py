@@ -27,17 +27,19 @@ class MacsByPart:
         blocks: all blocks, prefix tokens included.
         exit_heads: heads of the exits that ran.
         decode_head: the head at the end.
+        reduction: comparisons by which a reducer merges or drops tokens.
     """
 
     embed: int
     blocks: int
     exit_heads: int
     decode_head: int
+    reduction: int = 0
 
     @property
     def total(self) -> int:
         """Multiply-adds of all parts."""
-        return self.embed + self.blocks + self.exit_heads + self.decode_head
+        return self.embed + self.blocks + self.exit_heads + self.decode_head + self.reduction
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Ledger:
     """Live patch tokens in every block and the multiply-adds that follow, per image.
 
     Attributes:
-        live: `[image][block]` patch tokens computed; prefix tokens are not counted here but are in the multiply-adds.
+        live: `[image][block]` patch tokens computed, in the MLP where some merge before it; prefix tokens are not
+            counted here but are in the multiply-adds.
         tokens: number of patches of each image as the network saw it.
         parts: multiply-adds of each image by part of the network.
         dense_macs: multiply-adds of the same image without exits (backbone and decode head), at its full size where a
@@ -85,25 +88,29 @@ def write_ledger(
     lengths: Sequence[Sequence[int]],
     records: Sequence[ExitRecord],
     full_grids: Sequence[Grid] | None = None,
+    fed: Sequence[Sequence[int]] | None = None,
+    reduction: Sequence[Ops] | None = None,
 ) -> Ledger:
     """Add up the cost of one call.
 
     lengths: `[block][image]` tokens in every block, prefix included; 0 in blocks that did not run. records: one for
         each exit, then the decode head's. full_grids: of the images before a method resized them, for `dense_macs`;
-        `grids` if not given.
+        `grids` if not given. fed: tokens in the MLP of every block; `lengths` if not given. reduction: of each image.
     """
+    fed = lengths if fed is None else fed
     prefix = backbone.config.num_prefix_tokens
     live, parts, dense = [], [], []
     for i, (grid, full) in enumerate(zip(grids, grids if full_grids is None else full_grids)):
-        blocks = sum((backbone.block_ops(block[i]) for block in lengths), Ops())
+        blocks = sum((backbone.block_ops(block[i], late[i]) for block, late in zip(lengths, fed)), Ops())
         heads = Ops()
         for head, record in zip(exit_heads, records):
             if record.head_tokens:
                 heads += head.ops(record.head_tokens[i], grid)
         final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
         embed = backbone.embed_ops(grid)
-        live.append(tuple(max(0, block[i] - prefix) for block in lengths))
-        parts.append(MacsByPart(embed.macs, blocks.macs, heads.macs, final.macs))
+        compared = Ops() if reduction is None else reduction[i]
+        live.append(tuple(max(0, block[i] - prefix) for block in fed))
+        parts.append(MacsByPart(embed.macs, blocks.macs, heads.macs, final.macs, compared.macs))
         dense.append(dense_ops(backbone, decode_head, full).macs)
     return Ledger(tuple(live), tuple(h * w for h, w in grids), tuple(parts), tuple(dense))
 

@@ -1,0 +1,86 @@
+"""A method whose tokens are merged or dropped by a reducer, too: every combination of exits with merging.
+
+`Reduced(Dense(), ALGM())` is ALGM, `Reduced(DToP(0.95), ALGM())` is ALGM with exits, and so on. Each image is reduced
+by itself, whatever is beside it in the batch. A token that exits, exits with all cells that it stands for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, NoReturn
+
+from torch import Tensor
+
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens
+from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.errors import ConfigError
+from tokenexit.methods.base import Method, ModelView
+from tokenexit.methods.wrapper import Wrapper
+from tokenexit.reducers.base import Reducer, Site
+from tokenexit.reducers.mpm import MPM
+
+
+@dataclass(frozen=True)
+class Reduced(Wrapper):
+    """A method on tokens that a reducer merges or drops.
+
+    Exits see merged tokens as they are, each of them one token, in DToP's k and in a cap, too; thresholds and
+    temperatures that were calibrated without the reducer are not those that suit it. It serves inference alone.
+
+    Attributes:
+        method: the method inside, which may have closed exits.
+        by: what merges or drops tokens between exits.
+
+    Raises:
+        ConfigError: for one `Reduced` in another, and for what is no reducer.
+    """
+
+    name: ClassVar[str] = "reduced"
+    title: ClassVar[str] = "Reduced"
+
+    by: Reducer = field(default_factory=MPM)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.by, Reducer):
+            raise ConfigError(f"by must be a reducer, got {self.by!r}: give one, such as tokenexit.ALGM(0.9).")
+        if isinstance(self.method, Reduced):
+            raise ConfigError("one reducer works at a time: choose one of the two.")
+
+    @property
+    def label(self) -> str:
+        return f"{self.method.label} + {self.by.label}"
+
+    def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[object]]]:
+        """Yield the runs of the method inside."""
+        return ((run, replace(self, method=each)) for run, each in self.method.runs(grids, max_tokens))
+
+    def check(self, model: ModelView) -> None:
+        if model.with_records:
+            raise ConfigError(
+                "merged tokens serve inference alone: train, take losses and record exits with the method inside."
+            )
+        if not self.batch_independent:
+            raise ConfigError("batch_mode='mean' counts the tokens of complete grids: merge with batch_mode='exact'.")
+        self.by.check(model.backbone)
+        super().check(model)
+
+    def for_export(self) -> NoReturn:
+        raise ConfigError("a graph holds no reducer of tokens yet: export the method inside.")
+
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return self.by.sites(depth)
+
+    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+        return self.by.reduce(site, tokens, qkv)
+
+    def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.by.ops(site, live, grid, backbone)
+
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        return self.by.embed(images, backbone)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.by.embed_ops(grid, backbone)

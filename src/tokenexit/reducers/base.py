@@ -1,0 +1,103 @@
+"""A reducer is a frozen value that merges or drops tokens at sites in the network: the base of all of them.
+
+A method decides at exits, with heads; a reducer decides between, and inside, blocks, from features alone. What it drops
+stays answered: the cover of `Tokens` names, for every cell, the token that stands for it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+from torch import Tensor
+
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens
+from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Site:
+    """A place in the network where tokens are reduced. Where an exit stands at the same place, the exit comes first.
+
+    Attributes:
+        after: number of blocks before it, as exits are counted.
+        inside: whether it lies further on, behind the attention of the next block and before its MLP.
+    """
+
+    after: int
+    inside: bool = False
+
+
+@dataclass(frozen=True)
+class Reducer(ABC):
+    """The base of all reducers.
+
+    Attributes:
+        name: its name in YAML, JSON and on the command line.
+        title: its name in tables and figures.
+        main_option: the option that `--merge NAME:VALUE` sets.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    main_option: ClassVar[str]
+
+    @property
+    def label(self) -> str:
+        """The name in a table row: the reducer, its main option, and others that differ from their defaults."""
+        default = type(self)()
+        others = [f.name for f in fields(self) if f.name != self.main_option]
+        named = [name for name in others if getattr(self, name) != getattr(default, name)]
+        return " ".join([self.name, *(f"{name}={_text(getattr(self, name))}" for name in (self.main_option, *named))])
+
+    def check(self, backbone: ViTConfig) -> None:
+        """Raise `ConfigError`, in one sentence, for a backbone that has no such sites."""
+        last = max((site.after for site in self.sites(backbone.depth)), default=0)
+        if last >= backbone.depth:
+            raise ConfigError(
+                f"'{self.name}' reduces tokens at block {last + 1} and this backbone has {backbone.depth}: name blocks "
+                "that it has."
+            )
+
+    @abstractmethod
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        """Return where a network of so many blocks is reduced, in order."""
+
+    @abstractmethod
+    def reduce(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+        """Return the tokens that go on.
+
+        qkv: queries, keys and values `(T, 3, N, H)` of the block that the site lies inside of, None between blocks.
+        """
+
+    @abstractmethod
+    def ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count the comparisons of a site on one image that arrives with so many live patch tokens."""
+
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        """Turn images `(3, H, W)` into the tokens that the first block gets; `ViT.embed` unless pixels decide."""
+        return backbone.embed(images)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count what `embed` does beyond `ViT.embed` on one image."""
+        return Ops()
+
+
+def check_number(name: str, value: float, low: float, high: float, meaning: str) -> None:
+    """Reject a number out of bounds. meaning: what an extreme value does, a clause."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise ConfigError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}: {meaning}.")
+
+
+def check_block(name: str, value: int | None) -> None:
+    """Reject a number of a block, 1 the first, that no network has."""
+    if value is not None and value < 1:
+        raise ConfigError(f"{name} must be at least 1, got {value}: it counts blocks, 1 is the first.")
+
+
+def _text(value: object) -> str:
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)

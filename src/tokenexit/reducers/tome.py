@@ -1,0 +1,67 @@
+"""ToMe: token merging (Bolya, Fu, Dai, Zhang, Feichtenhofer, Hoffman; ICLR 2023, arXiv 2210.09461), for dense maps.
+
+In every block, between attention and MLP: tokens are split into two alternating sets; each of the first set has an edge
+to the most similar of the second, by the cosine of keys averaged over heads; the r most similar edges stay; what they
+connect becomes its mean, weighted by cells; the sets are put together again.
+
+Source: the paper. Where this differs from it, and why:
+
+- r is a share of the image's cells, so that it means the same for images of any size;
+- tokens stay merged to the end, and logits are copied to the cells, as ALGM has it; the paper classifies images;
+- attention is not proportional to sizes, which the paper's is: the blocks here know no weights of keys;
+- with rotary positions keys are compared as attention compares them, rotated.
+
+The rows "ToMe" of comparisons on Segmenter (Expedit) are another algorithm, which merges before and unmerges after
+every attention and every MLP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from tokenexit.engine.ops import Ops
+from tokenexit.engine.tokens import Grid, Tokens
+from tokenexit.engine.vit import ViTConfig
+from tokenexit.reducers.base import Reducer, Site, check_number
+from tokenexit.reducers.matching import bipartite, bipartite_ops, most_alike
+
+
+@dataclass(frozen=True)
+class ToMe(Reducer):
+    """Token merging, the same number of tokens in every block.
+
+    Attributes:
+        ratio: share of an image's cells by which its tokens shrink in each block, rounded down; at most half of its
+            tokens do.
+
+    Raises:
+        ConfigError: for a ratio out of range.
+    """
+
+    name: ClassVar[str] = "tome"
+    title: ClassVar[str] = "ToMe"
+    main_option: ClassVar[str] = "ratio"
+
+    ratio: float = 0.02
+
+    def __post_init__(self) -> None:
+        check_number("ratio", self.ratio, 0, 0.5, "0 merges nothing, 0.5 half of the tokens")
+
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return tuple(Site(n, inside=True) for n in range(depth))
+
+    def reduce(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+        assert qkv is not None, "the site lies inside a block"
+        patches, rows = tokens.patches(), tokens.patch_index()
+        keys = qkv[:, 1].index_select(0, rows).float().mean(1)
+        best, partner = bipartite(keys, patches.packing, tokens.num_prefix)
+        count = torch.tensor([int(self.ratio * h * w + 1e-9) for h, w in tokens.grids], device=rows.device)
+        joins = most_alike(best, patches.packing.image_index(), count)
+        return tokens.merge(torch.where(joins, partner, torch.arange(len(partner), device=rows.device)))
+
+    def ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
+        return bipartite_ops(live, backbone.num_prefix_tokens, backbone.embed_dim // backbone.num_heads)
