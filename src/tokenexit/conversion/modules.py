@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from tokenexit.conversion.families import SOURCES, Normalisation, detect, not_plain
 from tokenexit.conversion.infer import backbone_config
 from tokenexit.conversion.rename import State, register_positions, under
+from tokenexit.engine.tokens import Grid
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 
@@ -42,8 +43,9 @@ class Reader:
         norm: the norm after the last block.
         projection: the convolution that embeds patches.
         features: images to all tokens `(B, N, C)` after that norm.
-        takes_any_size: whether it takes images of other sizes than its position table's.
+        takes_any_size: whether it takes images of other sizes than those of its grid.
         normalisation: mean and std it was trained with, None where it does not say.
+        rotary: whether positions are rotary; `settings` then says which.
     """
 
     settings: Callable[[Any], dict[str, Any]]
@@ -55,6 +57,7 @@ class Reader:
     features: Callable[[Any, Tensor], Tensor]
     takes_any_size: Callable[[Any], bool]
     normalisation: Callable[[Any], Normalisation | None]
+    rotary: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Backbone:
         config: what rebuilds it here.
         state: its weights under our names. What needs no new shape is the module's own parameter, or a view of it.
         normalisation: mean and std it was trained with, or those of its library.
+        grid: rows and columns of patches that it was built for.
     """
 
     module: nn.Module
@@ -74,6 +78,7 @@ class Backbone:
     config: ViTConfig
     state: State
     normalisation: Normalisation
+    grid: Grid
 
     @property
     def name(self) -> str:
@@ -102,11 +107,13 @@ def read_backbone(module: nn.Module) -> Backbone:
             raise ConfigError(f"{PLAIN}, and {name} is not built as theirs are ({error}).") from None
         normalisation = reader.normalisation(body) or SOURCES[kind].normalisation(state)
         state = under(state, "backbone.")
-        if "reg_token" in state and "pos_embed_grid" in settings:
-            rows, columns = settings["pos_embed_grid"]
-            state = register_positions(state, rows * columns)
+        grid = settings.get("pos_embed_grid")
+        if "pos_embed" not in state:
+            settings.pop("pos_embed_grid", None)
+        elif "reg_token" in state and grid is not None:
+            state = register_positions(state, grid[0] * grid[1])
         config, _ = backbone_config(state, settings, f"the weights of {name}")
-    return Backbone(body, reader, config, _fitting(state, config, name), normalisation)
+    return Backbone(body, reader, config, _fitting(state, config, name), normalisation, grid or config.pos_embed_grid)
 
 
 def _encoder(module: nn.Module) -> nn.Module:
@@ -115,6 +122,8 @@ def _encoder(module: nn.Module) -> nn.Module:
         if isinstance(inner := getattr(module, name, None), nn.Module):
             return _encoder(inner)
     inner = getattr(module, str(getattr(module, "base_model_prefix", "")), None)
+    if hasattr(module, "embeddings"):  # in DINOv3 of transformers the part of that name is the stack of blocks
+        return module
     return inner if isinstance(inner, nn.Module) else module
 
 
@@ -147,7 +156,7 @@ def _refuse_other_computations(reader: Reader, body: nn.Module, name: str) -> No
         window: Any = getattr(part, "window_size", None)
         if isinstance(window, int | list | tuple) and any(window if isinstance(window, list | tuple) else [window]):
             raise refuse("attention in windows, where a plain ViT has it over the whole grid")
-        if getattr(part, "rope", None) is not None:
+        if getattr(part, "rope", None) is not None and not reader.rotary:
             raise refuse("rotary positions, where a plain ViT has a table")
     blocks = reader.blocks(body)
     if not blocks:
@@ -208,7 +217,16 @@ def _timm_settings(body: Any) -> dict[str, Any]:
 
 def _timm_activation(body: Any, block: Any) -> str:
     mlp = block.mlp
-    return _activation(mlp.act, mlp.fc1.weight.shape[0] == 2 * mlp.fc2.weight.shape[1])
+    return _activation(mlp.act, hasattr(mlp, "fc1_g") or mlp.fc1.weight.shape[0] == 2 * mlp.fc2.weight.shape[1])
+
+
+def _timm_dinov3_settings(body: Any) -> dict[str, Any]:
+    if body.rope.temperature is None:
+        raise ConfigError(
+            f"{PLAIN}, and {type(body).__name__} has rotary positions between two periods, not of a base."
+        )
+    pairing = "half" if body.rope.rotate_half else "interleaved"
+    return _timm_settings(body) | {"rope": pairing, "rope_theta": float(body.rope.temperature)}
 
 
 def _timm_normalisation(body: Any) -> Normalisation | None:
@@ -262,6 +280,18 @@ def _pair(size: Any) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
 
+def _huggingface_dinov3_settings(body: Any) -> dict[str, Any]:
+    theta = getattr(body.config, "rope_theta", None)
+    settings = {"rope_theta": float(body.config.rope_parameters["rope_theta"] if theta is None else theta)}
+    return _huggingface_settings(body) | settings
+
+
+def _huggingface_dinov3_activation(body: Any, block: Any) -> str:
+    act, gated = str(body.config.hidden_act), bool(body.config.use_gated_mlp)
+    known = {"gelu": "GELU", "gelu_python": "GELU", "silu": "SiLU"}
+    return known.get(act, act) + (" of a gate" if gated else "")
+
+
 # ------------------------------------------------------------------------------------------------------ DINOv2's own
 
 
@@ -291,17 +321,32 @@ def _dinov2_features(body: Any, images: Tensor) -> Tensor:
     return torch.cat([*front, out["x_norm_patchtokens"]], dim=1)
 
 
+_TIMM = Reader(
+    settings=_timm_settings,
+    blocks=lambda body: list(body.blocks),
+    norms=lambda block: (block.norm1, block.norm2),
+    activation=_timm_activation,
+    norm=lambda body: body.norm,
+    projection=lambda body: body.patch_embed.proj,
+    features=lambda body, images: body.forward_features(images),
+    takes_any_size=lambda body: bool(getattr(body, "dynamic_img_size", False)),
+    normalisation=_timm_normalisation,
+)
+
 READERS: dict[str, Reader] = {
-    "timm": Reader(
-        settings=_timm_settings,
-        blocks=lambda body: list(body.blocks),
-        norms=lambda block: (block.norm1, block.norm2),
-        activation=_timm_activation,
+    "timm": _TIMM,
+    "dinov3_timm": replace(_TIMM, settings=_timm_dinov3_settings, rotary=True),
+    "dinov3_huggingface": Reader(
+        settings=_huggingface_dinov3_settings,
+        blocks=lambda body: body.model.layer,
+        norms=lambda layer: (layer.norm1, layer.norm2),
+        activation=_huggingface_dinov3_activation,
         norm=lambda body: body.norm,
-        projection=lambda body: body.patch_embed.proj,
-        features=lambda body, images: body.forward_features(images),
-        takes_any_size=lambda body: bool(getattr(body, "dynamic_img_size", False)),
-        normalisation=_timm_normalisation,
+        projection=lambda body: body.embeddings.patch_embeddings,
+        features=_huggingface_features,
+        takes_any_size=lambda body: True,
+        normalisation=lambda body: None,
+        rotary=True,
     ),
     "huggingface": Reader(
         settings=_huggingface_settings,

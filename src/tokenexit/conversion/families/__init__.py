@@ -14,7 +14,13 @@ from typing import Any
 from torch import Tensor
 
 from tokenexit.conversion.families.dinov2 import from_dinov2
-from tokenexit.conversion.families.dinov3 import from_dinov3, from_dinov3_huggingface, from_dinov3_timm
+from tokenexit.conversion.families.dinov3 import (
+    HEAD_FRONT,
+    from_dinov3,
+    from_dinov3_head,
+    from_dinov3_huggingface,
+    from_dinov3_timm,
+)
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
 from tokenexit.conversion.families.not_plain import not_plain
@@ -165,6 +171,13 @@ SOURCES: dict[str, Source] = {
         (r".*embeddings\.patch_embeddings\.weight", r".*layer\.0\.attention\.q_proj\.weight"),
         _dinov3,
         lacks=(r".*embeddings\.position_embeddings.*",),
+    ),
+    "dinov3_head": Source(
+        "DINOv3's linear head",
+        from_dinov3_head,
+        (HEAD_FRONT + r"batchnorm_layer\.weight", HEAD_FRONT + r"conv\.weight"),
+        _dinov3,
+        _dinov3_normalisation,
     ),
     "dovit": Source(
         "DoViT",
