@@ -64,6 +64,9 @@ def backbone_config(
         "patch_size": patch.shape[2],
         "mlp_ratio": ratio(hidden, dim),
         "mlp": "swiglu" if hidden == 2 * back else "gelu",
+        "sub_norm": "blocks.0.mlp.norm.weight" in state,
+        "attn_norm": "blocks.0.attn.norm.weight" in state,
+        "norm_pre": "norm_pre.weight" in state,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "class_token": class_token,
@@ -108,9 +111,9 @@ def ratio(hidden: int, dim: int) -> float:
 def preset_of(config: ViTConfig) -> str | None:
     """Return the name of the preset that this is, but for LayerScale's start value, which loaded weights replace."""
     for name, preset in PRESETS.items():
-        if (preset.layer_scale is None) == (config.layer_scale is None):
-            other = replace(preset, layer_scale=config.layer_scale, drop_path=config.drop_path)
-            if other == config:
+        if (preset.layer_scale is None) == (config.layer_scale is None) and preset.mlp_hidden == config.mlp_hidden:
+            changed = {"layer_scale", "drop_path", "mlp_ratio"}
+            if replace(preset, **{field: getattr(config, field) for field in changed}) == config:
                 return name
     return None
 

@@ -27,6 +27,8 @@ from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 
 PLAIN = "wrap takes plain ViTs of timm, transformers and DINOv2"
+TANH = "GELU (tanh)"
+"""Name of the approximation of GELU that SigLIP 2 has."""
 _INNER = ("_orig_mod", "module")
 """Where torch.compile and data parallel training keep the module that they wrap."""
 
@@ -46,6 +48,7 @@ class Reader:
         takes_any_size: whether it takes images of other sizes than those of its grid.
         normalisation: mean and std it was trained with, None where it does not say.
         rotary: whether positions are rotary; `settings` then says which.
+        activations: the activations that it may have; `settings` says which if several are ungated.
     """
 
     settings: Callable[[Any], dict[str, Any]]
@@ -58,6 +61,7 @@ class Reader:
     takes_any_size: Callable[[Any], bool]
     normalisation: Callable[[Any], Normalisation | None]
     rotary: bool = False
+    activations: tuple[str, ...] = ("GELU", "SiLU of a gate")
 
 
 @dataclass(frozen=True)
@@ -166,7 +170,7 @@ def _refuse_other_computations(reader: Reader, body: nn.Module, name: str) -> No
     if len(eps) != 1:
         raise refuse(f"norms of different epsilon ({', '.join(map(str, sorted(eps, key=str)))})")
     for found in {reader.activation(body, block) for block in blocks}:
-        if found not in ("GELU", "SiLU of a gate"):
+        if found not in reader.activations:
             raise refuse(f"the activation {found}, where tokenexit's blocks have GELU, or SiLU of a gate")
 
 
@@ -201,8 +205,8 @@ def _fitting(state: Mapping[str, Tensor], config: ViTConfig, name: str) -> State
 def _activation(layer: Any, gated: bool) -> str:
     """Return the name of an activation: its class without what libraries add to it."""
     name = type(layer).__name__.removesuffix("Activation")
-    if name == "GELU" and getattr(layer, "approximate", "none") != "none":
-        return "GELU (tanh)"
+    if name == "GELUTanh" or (name == "GELU" and getattr(layer, "approximate", "none") != "none"):
+        return TANH
     return f"{name} of a gate" if gated else name
 
 
@@ -220,13 +224,26 @@ def _timm_activation(body: Any, block: Any) -> str:
     return _activation(mlp.act, hasattr(mlp, "fc1_g") or mlp.fc1.weight.shape[0] == 2 * mlp.fc2.weight.shape[1])
 
 
-def _timm_dinov3_settings(body: Any) -> dict[str, Any]:
-    if body.rope.temperature is None:
-        raise ConfigError(
-            f"{PLAIN}, and {type(body).__name__} has rotary positions between two periods, not of a base."
-        )
-    pairing = "half" if body.rope.rotate_half else "interleaved"
-    return _timm_settings(body) | {"rope": pairing, "rope_theta": float(body.rope.temperature)}
+def _timm_activated_settings(body: Any) -> dict[str, Any]:
+    tanh = _timm_activation(body, body.blocks[0]) == TANH
+    return _timm_settings(body) | {"mlp": "gelu_tanh" if tanh else "gelu"}
+
+
+def _timm_rotary_settings(body: Any) -> dict[str, Any]:
+    """Read rotary positions; centres of patches have no reference, and what else there may be is found by features."""
+    rope = body.rope
+    if rope.temperature is None:
+        raise ConfigError(f"{PLAIN}, and {type(body).__name__} has rotary positions of no temperature.")
+    settings = _timm_settings(body) | {
+        "rope": "half" if rope.rotate_half else "interleaved",
+        "rope_theta": float(rope.temperature),
+        "rope_column_first": rope.grid_indexing == "xy",
+    }
+    if not hasattr(rope, "ref_feat_shape"):
+        return settings
+    if rope.ref_feat_shape is None or len(set(rope.ref_feat_shape)) != 1:
+        raise ConfigError(f"{PLAIN}, and {type(body).__name__} has rotary positions without a square reference grid.")
+    return settings | {"rope_reference": float(rope.ref_feat_shape[0]), "rope_offset": float(rope.grid_offset)}
 
 
 def _timm_normalisation(body: Any) -> Normalisation | None:
@@ -333,9 +350,12 @@ _TIMM = Reader(
     normalisation=_timm_normalisation,
 )
 
+_EVA = replace(_TIMM, settings=_timm_rotary_settings, rotary=True)
+
 READERS: dict[str, Reader] = {
     "timm": _TIMM,
-    "dinov3_timm": replace(_TIMM, settings=_timm_dinov3_settings, rotary=True),
+    **dict.fromkeys(("dinov3_timm", "eva02_timm", "pe_core", "pe_spatial"), _EVA),
+    "siglip": replace(_TIMM, settings=_timm_activated_settings, activations=("GELU", TANH)),
     "dinov3_huggingface": Reader(
         settings=_huggingface_dinov3_settings,
         blocks=lambda body: body.model.layer,
