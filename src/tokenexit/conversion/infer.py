@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenexit.conversion.rename import under
 from tokenexit.engine.vit import PRESETS, ViTConfig
-from tokenexit.errors import CheckpointError
+from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import HEADS
 
 Assumed = dict[str, Any]
@@ -38,6 +38,10 @@ def backbone_config(
     given: fields of `ViTConfig` that are known; they win over what is inferred.
     Returns the configuration and those of its fields that neither shapes nor `given` say.
     """
+    if unknown := set(given) - set(inspect.signature(ViTConfig).parameters):
+        raise ConfigError(f"a backbone has no option '{min(unknown)}': see ViTConfig.")
+    if "pos_embed_grid" in given:
+        ViTConfig(pos_embed_grid=given["pos_embed_grid"])  # is one, or is refused
     table, rope = state.get("pos_embed"), given.get("rope")
     needed = (*NEEDED, "blocks.0.mlp.fc2.weight", *(("pos_embed",) if rope is None else ()))
     missing = [name for name in needed if name not in state]
@@ -76,8 +80,6 @@ def backbone_config(
     assumed: Assumed = {}
     if "num_heads" not in given:
         assumed["num_heads"] = _HEADS_OF_WIDTH.get(dim, max(dim // 64, 1))
-    if unknown := set(given) - set(inspect.signature(ViTConfig).parameters):
-        raise CheckpointError(f"a backbone has no option '{min(unknown)}': see ViTConfig.")
     return ViTConfig(**{**inferred, **assumed, **given}), assumed
 
 
