@@ -21,6 +21,7 @@ from tests.helpers import assert_close, enliven, random_image
 from tokenexit.checkpoints import load_backbone
 from tokenexit.conversion.convert import ConversionReport, convert
 from tokenexit.conversion.families import HALF, IMAGENET
+from tokenexit.conversion.opening import open_source
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -349,6 +350,9 @@ def test_dinov3s_linear_head__joins_the_backbone_of_another_file(front, tmp_path
     assert report.kind == "dinov3_head"
     assert report.decode_head == {"kind": "dinov2_linear"}
     assert_same(model, report)
+    opened, image = open_source(tmp_path / "head.pth", backbone=body_file), random_image(12, 17)
+    with torch.no_grad():
+        assert torch.equal(opened([image]).grid_logits[0], model([image]).grid_logits[0])
 
 
 def test_dinov2s_linear_head__joins_the_backbone_of_another_file(tmp_path):

@@ -175,6 +175,42 @@ def test_embed__under_autocast_phases_stay_in_fp32():
     assert tokens.phases.dtype == torch.float32
 
 
+def drawn_factor(vit: ViT, seed: int) -> Tensor:
+    """By how much coordinates are longer in this call, from all angles that stay below a half turn."""
+    image = random_image(8, 12)
+    with torch.no_grad():
+        torch.manual_seed(seed)
+        drawn, plain = vit.train().embed([image]).phases, vit.eval().embed([image]).phases
+    assert drawn is not None
+    assert plain is not None
+    prefix, width = vit.config.num_prefix_tokens, vit.config.head_dim
+    assert torch.equal(drawn[:prefix], plain[:prefix])
+    found, expected = (torch.atan2(t[prefix:, width:], t[prefix:, :width]) for t in (drawn, plain))
+    return found / expected
+
+
+def test_rescale__one_factor_for_all_patches_of_a_call_drawn_in_training_alone():
+    vit = sharp(rope_rescale=2.0, rope_reference=1.0, rope_offset=0.5)  # all angles are short
+    factors = [drawn_factor(vit, seed) for seed in range(200)]
+    for factor in factors:
+        assert_close(factor, factor[0, 0].expand_as(factor))
+    means = torch.stack([factor.mean() for factor in factors]).log2()
+    assert means.min() < -0.9
+    assert means.max() > 0.9
+    assert means.abs().max() <= 1.0 + 1e-5
+    assert means.mean().abs() < 0.15
+    assert torch.equal(drawn_factor(vit, 3), factors[3])
+
+
+def test_rescale__none_leaves_the_random_numbers_of_training_as_they_were():
+    vit = sharp().train()
+    torch.manual_seed(0)
+    vit.embed([random_image(8, 12)])
+    after = torch.rand(())
+    torch.manual_seed(0)
+    assert torch.equal(after, torch.rand(()))
+
+
 def test_keys_without_bias__what_stands_in_their_third_neither_counts_nor_learns():
     vit, image = sharp(), random_image(8, 12)
     bias, dim = vit.blocks[0].attn.qkv.bias, vit.config.embed_dim

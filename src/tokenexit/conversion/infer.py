@@ -111,10 +111,10 @@ def ratio(hidden: int, dim: int) -> float:
 
 
 def preset_of(config: ViTConfig) -> str | None:
-    """Return the name of the preset that this is, but for LayerScale's start value, which loaded weights replace."""
+    """Return the name of the preset that this is, but for what loaded weights replace or training alone uses."""
     for name, preset in PRESETS.items():
         if (preset.layer_scale is None) == (config.layer_scale is None) and preset.mlp_hidden == config.mlp_hidden:
-            changed = {"layer_scale", "drop_path", "mlp_ratio"}
+            changed = ("layer_scale", "drop_path", "mlp_ratio", "rope_rescale")
             if replace(preset, **{field: getattr(config, field) for field in changed}) == config:
                 return name
     return None

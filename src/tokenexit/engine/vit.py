@@ -63,6 +63,8 @@ class ViTConfig:
         rope_column_first: the first half of each head's angles is the column's, not the row's (Perception Encoder).
         rope_periods: "bf16" rounds the periods as the files of DINOv3's release do, which its own code then reads;
             timm and transformers compute them in fp32.
+        rope_rescale: in training, coordinates of each call are multiplied by one factor, log-uniform between the
+            inverse of this and this; 1 for none (DINOv3 was trained with 2).
         pos_embed: a learned position table; DINOv3 has rotary positions alone.
         pos_embed_grid: rows and columns of the position table.
         pos_embed_prefix: whether the table's first row belongs to the class token (timm's `no_embed_class=False`).
@@ -99,6 +101,7 @@ class ViTConfig:
     rope_reference: Annotated[float, Between(1, 65535)] | None = None
     rope_offset: Annotated[float, Between(0, 65535)] = 0.0
     rope_column_first: bool = False
+    rope_rescale: Annotated[float, Between(1, 1000)] = 1.0
     pos_embed: bool = True
     pos_embed_grid: tuple[Side, Side] = (14, 14)
     pos_embed_prefix: bool = True
@@ -620,6 +623,8 @@ class ViT(nn.Module):
             return None
         like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
         periods = rope_periods(config.head_dim, config.rope_theta, config.rope_periods, like)
+        if self.training and config.rope_rescale > 1.0:
+            periods = periods / config.rope_rescale ** (2 * torch.rand((), device=x.device) - 1)
         images: list[Tensor] = [like] * len(grids)
         for members in group_equal(grids):
             table = rope_phases(grids[members[0]], config.num_prefix_tokens, periods, config.rope, config.places)
