@@ -24,7 +24,7 @@ from tokenexit.conversion.infer import backbone_config
 from tokenexit.conversion.rename import State, register_positions, under
 from tokenexit.engine.tokens import Grid
 from tokenexit.engine.vit import ViT, ViTConfig
-from tokenexit.errors import ConfigError
+from tokenexit.errors import CheckpointError, ConfigError
 
 PLAIN = "wrap takes plain ViTs of timm, transformers and DINOv2"
 TANH = "GELU (tanh)"
@@ -107,8 +107,10 @@ def read_backbone(module: nn.Module) -> Backbone:
         try:
             settings = SOURCES[kind].settings(state) | reader.settings(body)
             _refuse_other_computations(reader, body, name)
-        except AttributeError as error:
+        except (AttributeError, KeyError) as error:
             raise ConfigError(f"{PLAIN}, and {name} is not built as theirs are ({error}).") from None
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
         normalisation = reader.normalisation(body) or SOURCES[kind].normalisation(state)
         state = under(state, "backbone.")
         grid = settings.get("pos_embed_grid")
@@ -116,7 +118,10 @@ def read_backbone(module: nn.Module) -> Backbone:
             settings.pop("pos_embed_grid", None)
         elif "reg_token" in state and grid is not None:
             state = register_positions(state, grid[0] * grid[1])
-        config, _ = backbone_config(state, settings, f"the weights of {name}")
+        try:
+            config, _ = backbone_config(state, settings, f"the weights of {name}")
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
     return Backbone(body, reader, config, _fitting(state, config, name), normalisation, grid or config.pos_embed_grid)
 
 

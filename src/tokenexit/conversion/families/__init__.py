@@ -142,6 +142,7 @@ def _siglip(state: State) -> dict[str, Any]:
     return {"norm_eps": 1e-6, "pos_embed_antialias": True, "mlp": "gelu_tanh" if tanh else "gelu"}
 
 
+_PERCEPTION = (r"norm_pre\.weight", r"blocks\.0\.attn\.qkv\.bias", "pos_embed")
 _ROPE = ("rope", "rope_theta", "rope_reference")
 
 
@@ -250,7 +251,7 @@ SOURCES: dict[str, Source] = {
     "pe_core": Source(
         "Perception Encoder",
         from_eva_timm,
-        (FRONT + r"norm_pre\.weight", FRONT + r"blocks\.0\.attn\.qkv\.bias", FRONT + r"attn_pool\..+"),
+        tuple(FRONT + name for name in (*_PERCEPTION, r"attn_pool\..+")),
         _perception,
         lambda _: HALF,
         assumes=(*_ROPE, "rope_offset", "rope_column_first"),
@@ -258,7 +259,7 @@ SOURCES: dict[str, Source] = {
     "pe_spatial": Source(
         "Perception Encoder, spatial",
         from_eva_timm,
-        (FRONT + r"norm_pre\.weight", FRONT + r"blocks\.0\.attn\.qkv\.bias"),
+        tuple(FRONT + name for name in _PERCEPTION),
         _perception,
         lambda _: HALF,
         lacks=(FRONT + r"norm\.weight",),  # which CLIP has
