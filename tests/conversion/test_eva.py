@@ -127,6 +127,18 @@ def test_eva02__pretrained_and_segmenting_files_leave_out_what_has_no_place(tmp_
     assert_same(model, report.destination, report.backbone)
 
 
+@pytest.mark.parametrize("front", ["", "backbone."])
+def test_eva02__the_norm_of_pooled_patches_is_a_last_norm_where_that_is_asked_for(front, tmp_path):
+    model = lively(replace(EVA02, final_norm=True))
+    state = theirs(model, True)
+    state |= {f"fc_norm.{leaf}": state.pop(f"norm.{leaf}") for leaf in ("weight", "bias")}
+    source = save({front + key: value for key, value in state.items()}, tmp_path)
+    report = convert(source, tmp_path / "ours.safetensors", options={"final_norm": True})
+    assert report.unused == ()
+    assert torch.equal(read_state_dict(report.destination)["norm.weight"], model.norm.weight)
+    assert not convert(source, tmp_path / "ours.safetensors").backbone.final_norm
+
+
 @pytest.mark.parametrize(("core", "class_token"), [(True, True), (False, True), (False, False)])
 def test_perception__is_read_and_what_leaves_no_trace_is_said(core, class_token, tmp_path):
     changes: dict[str, Any] = (

@@ -19,7 +19,7 @@ from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, not_plain, source_named
 from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
-from tokenexit.conversion.rename import State, under
+from tokenexit.conversion.rename import State, rename, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
@@ -255,6 +255,8 @@ def _parts(
     with _readable(body.what):
         settings = body.source.settings(state)
     known = {**settings, **num_heads, **body.beside.settings, **(options or {})}
+    if known.get("final_norm"):
+        state = _pooled_norm_as_last(state)
     left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
     if backbone_only or (exits is not None and not exits):
         fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
@@ -268,6 +270,14 @@ def _parts(
     assumed |= {name: getattr(config, name) for name in body.source.assumes if name not in said}
     heads, num_exits = heads_of(state, main.what)
     return _Parts(main, body, state, config, assumed, heads, num_exits, left_out)
+
+
+def _pooled_norm_as_last(state: State) -> State:
+    """Let the norm of pooled patches stand for a last norm that is asked for and is not there, as in EVA-02."""
+    if "backbone.norm.weight" in state:
+        return state
+    pooled = r"(?:backbone\.|visual\.|model\.)?fc_norm\.(weight|bias)"
+    return rename(state, ((pooled, r"backbone.norm.\1"),))
 
 
 def _segmenter(
