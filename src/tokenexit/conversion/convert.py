@@ -19,7 +19,7 @@ from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, not_plain, source_named
 from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
-from tokenexit.conversion.rename import State, under
+from tokenexit.conversion.rename import State, rename, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
@@ -41,12 +41,14 @@ _UNUSED = (
         _CLASSIFIER,
     ),
     (r"(?:.*\.)?(?:dino_head|ibot_head)\..+", _CLASSIFIER),
-    (r"(?:.*\.)?pooler\..+", "pools for an image classifier"),
-    (r"(?:.*\.)?(?:mask_token|local_cls_norm\..+)", "used in pre-training alone"),
-    (r"(?:.*\.)?rope_embed\.periods", "computed here from their formula, in fp32"),
+    (r"(?:.*\.)?(?:pooler|attn_pool)\..+", "pools for an image classifier"),
+    (r"(?:.*\.)?(?:mask_token|(?:local_cls_norm|lm_head)\..+)", "used in pre-training alone"),
+    (r"(?:.*\.)?(?:rope_embed\.periods|rope\.freqs_(?:cos|sin))", "computed here from their formula, in fp32"),
+    (r"(?:.*\.)?fpn\d\..+", "a pyramid of features behind the backbone"),
     (r"decoder(?:_\w+)?(?:\..+)?", "the decoder of masked pre-training"),
     (r"decode_head\.conv_seg\..+", "made by the framework, never used by this head"),
     (r"(?:decode_head|exit_heads\.\d+)\.loss_decode\..+", "a constant of the loss, used in training alone"),
+    (r"(?:backbone\.)?norm\.(?:weight|bias)", "a last norm, which this model runs without"),
     (r"blocks\.\d+\..+", "a block beyond the depth that was asked for"),
     (r"(?:backbone\.)?(?:cls_token|pos_embed\[:, :1\])", "this model runs without class token"),
 )
@@ -250,7 +252,11 @@ def _parts(
     # The heads tell some sources apart, so their settings are read before any head is left out.
     heads_by_part = attention_heads_in(main.meta)
     num_heads = {"num_heads": heads_by_part["backbone"]} if "backbone" in heads_by_part and body is main else {}
-    known = {**body.source.settings(state), **num_heads, **body.beside.settings, **(options or {})}
+    with _readable(body.what):
+        settings = body.source.settings(state)
+    known = {**settings, **num_heads, **body.beside.settings, **(options or {})}
+    if known.get("final_norm"):
+        state = _pooled_norm_as_last(state)
     left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
     if backbone_only or (exits is not None and not exits):
         fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
@@ -260,8 +266,18 @@ def _parts(
         raise CheckpointError(f"{main.what} hold a head alone: give the weights of its backbone, too.")
     with _readable(body.what):
         config, assumed = backbone_config(under(state, "backbone."), known, body.what)
+    said = {*body.beside.settings, *(options or {})}
+    assumed |= {name: getattr(config, name) for name in body.source.assumes if name not in said}
     heads, num_exits = heads_of(state, main.what)
     return _Parts(main, body, state, config, assumed, heads, num_exits, left_out)
+
+
+def _pooled_norm_as_last(state: State) -> State:
+    """Let the norm of pooled patches stand for a last norm that is asked for and is not there, as in EVA-02."""
+    if "backbone.norm.weight" in state:
+        return state
+    pooled = r"(?:backbone\.|visual\.|model\.)?fc_norm\.(weight|bias)"
+    return rename(state, ((pooled, r"backbone.norm.\1"),))
 
 
 def _segmenter(

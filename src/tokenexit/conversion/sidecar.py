@@ -82,7 +82,7 @@ def read_sidecar(kind: str, find: Find) -> Sidecar:
     """Read the files that belong to weights of this kind. Raises `CheckpointError` for a damaged file."""
     readers = {
         "dinov3_huggingface": _dinov3_huggingface,
-        "dinov3_timm": _timm,
+        **dict.fromkeys(("dinov3_timm", "eva02_timm", "pe_core", "pe_spatial", "siglip"), _timm),
         "huggingface": _huggingface,
         "timm": _timm,
         "segmenter": _segmenter,
