@@ -199,6 +199,7 @@ class ExitSegmenter(PretrainedMixin):
         return SegmentationOutput(
             grid_logits=tuple(m.view(h * scale, w * scale, -1).permute(2, 0, 1) for m, (h, w) in zip(maps, grids)),
             value=result.value,
+            queries=() if result.queries is None else tuple(result.queries),
             exit_index=tuple(s.view(grid) for s, grid in zip(exit_index, grids)),
             num_exits=model.num_exits,
             ledger=write_ledger(

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
+from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores, query_classes
 
-Value = Literal["logits", "scores"]
-"""The kind of values in a result: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
+Value = Literal["logits", "scores", "masks"]
+"""The kind of values in a result: class logits, scores in [0, 1] (ATM heads, mixed heads), or logits of masks."""
 
 
 @dataclass(frozen=True)
@@ -81,17 +81,19 @@ class Result:
     """The finished map.
 
     Attributes:
-        logits: `(cells scale^2, K)`, class logits or scores as `value` says.
+        logits: `(cells scale^2, K)`, class logits or scores as `value` says; masks `(cells scale^2, Q)`.
         value: the kind of values in `logits`.
         exit_records: one for each exit, and last the decode head's, whose `logits` are those its loss is taken on;
             empty for a head that did not run.
         exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+        queries: with masks, each query's probabilities of the classes, `(B, Q, K)` fp32.
     """
 
     logits: Tensor
     value: Value
     exit_records: tuple[ExitRecord, ...]
     exit_index: Tensor
+    queries: Tensor | None = None
 
 
 Threshold = float | Sequence[float] | Tensor
@@ -271,13 +273,20 @@ def record_of(
     return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
 
 
-def decode_grid(patches: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
-    """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM."""
-    patches = patches.with_x(model.norm(patches.x))
+def decode_grid(tokens: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
+    """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM.
+
+    tokens: all tokens of all images, with prefix.
+    """
     head = model.decode_head
-    out = head(patches)
-    final = record_of(head, patches, out, out.logits, patches if model.with_records else None)
+    seen = tokens if head.takes_prefix else tokens.patches()
+    seen = seen.with_x(model.norm(seen.x))
+    out = head(seen)
+    final = record_of(head, seen, out, out.logits, seen if model.with_records else None)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*records, final), exit_index)
+    if head.kind == "masks":
+        assert out.presence is not None, "heads of masks always give class logits"
+        return Result(out.logits, "masks", (*records, final), exit_index, query_classes(out.presence))
     scores = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
     return Result(scores, "scores", (*records, final), exit_index)

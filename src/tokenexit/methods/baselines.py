@@ -140,7 +140,7 @@ class Truncated(Method[Result | None]):
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
         softmax = head.kind == "softmax"
-        scores = out.logits if softmax else class_scores("atm", out.logits, out.presence, out.packing.image_index())
+        scores = out.logits if softmax else class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
         records = [ExitRecord()] * (model.num_exits + 1)
         records[n] = record_of(head, patches, out, None)
         exit_index = torch.full((tokens.cells,), n, dtype=torch.int64, device=patches.x.device)

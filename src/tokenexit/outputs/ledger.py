@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -11,7 +11,8 @@ import torch
 from tokenexit.engine.ops import GIGA, Ops
 from tokenexit.engine.tokens import Grid
 from tokenexit.engine.vit import ViT, vit_config
-from tokenexit.heads import Head, HeadSpec, build_head
+from tokenexit.heads import Head, HeadSpec, build_head, eomt_spec
+from tokenexit.heads.eomt import PUBLISHED_JOINT
 from tokenexit.methods.base import ExitRecord
 
 Size = tuple[int, int]
@@ -134,6 +135,11 @@ def dense_gmacs(
     dtop = convention == "dtop"
     options = {"class_token": False, "final_norm": False} if dtop else {}
     config = vit_config(backbone, **options)
+    name = head if isinstance(head, str) else head["kind"]
+    if head == "eomt":  # as published: the head holds the last blocks of the preset
+        joint = PUBLISHED_JOINT.get(config.depth, 1)
+        config = replace(config, depth=config.depth - joint, final_norm=False)
+        head = eomt_spec(config, joint)
     with torch.device("meta"):
         vit, decode_head = ViT(config), build_head(head, config.embed_dim, num_classes)
     grid = vit.patch_embed.grid(*image_size)
@@ -145,7 +151,7 @@ def dense_gmacs(
     return {
         "gmacs": round(gmacs, 2),
         "backbone": backbone,
-        "head": head if isinstance(head, str) else head["kind"],
+        "head": name,
         "convention": convention,
         "tokens": grid[0] * grid[1],
         "parameters": parameters,

@@ -64,6 +64,11 @@ def segmentation_loss(
     """
     _check_masks(output, masks, ignore_index)
     *exits, final = output.exit_records
+    if final.kind == "masks":
+        raise ConfigError(
+            "head 'eomt' answers in masks, which no loss here is for: convert a trained EoMT, and fit exits to it with "
+            "tokenexit adapt."
+        )
     if final.logits is None:
         raise ConfigError("this output has no map of the decode head to take a loss of: run the model with Dense.")
     if aux_weight is None:
@@ -83,7 +88,7 @@ def _check_masks(output: SegmentationOutput, masks: Tensor, ignore_index: int) -
             f"masks of shape {tuple(masks.shape)} and type {masks.dtype} do not fit {len(output)} images: pass whole "
             f"numbers of shape ({len(output)}, height, width)."
         )
-    classes = len(output.grid_logits[0])
+    classes = output.num_classes
     if masks.device.type != "cpu":  # a look at every value would make the host wait for the device
         return
     foreign = masks[(masks != ignore_index) & ((masks < 0) | (masks >= classes))]

@@ -28,9 +28,11 @@ class SegmentationOutput:
     """The result for a batch of B images; indexing and iterating give outputs of one image.
 
     Attributes:
-        grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale).
+        grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale); of masks one
+            `(Q, h s, w s)`.
         value: "logits" before a softmax, or "scores" in [0, 1]: those of ATM heads (presence times sigmoid, not
-            normalised over classes) and of models that mix kinds of heads.
+            normalised over classes) and of models that mix kinds of heads; "masks" of queries before a sigmoid, which
+            full-size maps turn into scores.
         exit_index: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first; `num_exits`
             where it stayed to the end.
         num_exits: number of exits of the model.
@@ -41,6 +43,7 @@ class SegmentationOutput:
         upscale: factor of the decode head's bilinear step that is applied to `grid_logits` first.
         exit_records: records of the exits and, last, the decode head, from which losses are taken in training.
         loss: scalar loss of the batch, where the model was called with `labels`.
+        queries: of masks, one `(Q, K)` per image: each query's probabilities of the classes.
     """
 
     grid_logits: tuple[Tensor, ...]
@@ -54,6 +57,7 @@ class SegmentationOutput:
     upscale: int
     exit_records: tuple[ExitRecord, ...] = ()
     loss: Tensor | None = None
+    queries: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid_logits)
@@ -73,6 +77,7 @@ class SegmentationOutput:
             self.targets[one],
             self.patch_size,
             self.upscale,
+            queries=self.queries[one],
         )
 
     def __iter__(self) -> Iterator[SegmentationOutput]:
@@ -98,7 +103,7 @@ class SegmentationOutput:
 
         This is the largest tensor of all; use `labels` if the classes are all you need.
         """
-        return stack_equal([self.at_target(i, self.grid_logits[i]) for i in range(len(self))])
+        return stack_equal([self.maps(i)(slice(None)) for i in range(len(self))])
 
     @property
     def labels(self) -> Tensor | list[Tensor]:
@@ -129,23 +134,45 @@ class SegmentationOutput:
         h, w = self.exit_index[image].shape
         return h, w
 
-    def _maps(self, image: int) -> Callable[[slice], Tensor]:
-        """Return a function that makes the `(k, H, W)` maps of some classes at the target's size."""
-        return lambda classes: self.at_target(image, self.grid_logits[image][classes])
+    @property
+    def num_classes(self) -> int:
+        """Number K of classes."""
+        return self.queries[0].shape[1] if self.value == "masks" else len(self.grid_logits[0])
+
+    def maps(self, image: int) -> Callable[[slice], Tensor]:
+        """Return a function that makes the `(k, H, W)` maps of some classes at the target's size.
+
+        Of masks they are scores, made as EoMT's release does: masks are resized to the size that the network saw, and
+        each class sums their sigmoid times the queries' probability of it.
+        """
+        if self.value != "masks":
+            return lambda classes: self.at_target(image, self.grid_logits[image][classes])
+        size, target, queries = self.sizes[image], self.targets[image], self.queries[image]
+        masks = resize_maps(
+            self.grid_logits[image][None].float(), self.grid(image), self.patch_size, self.upscale, size
+        )
+        inside = torch.sigmoid(masks[0])
+
+        def composed(classes: slice) -> Tensor:
+            scores = torch.einsum("qk,qhw->khw", queries[:, classes], inside)
+            if target == size:
+                return scores
+            return F.interpolate(scores[None], target, mode="bilinear", align_corners=False)[0]
+
+        return composed
 
     def _labels(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])
         maps, size = self.grid_logits[image], self.sizes[image]
-        num_classes, scale = len(maps), maps.shape[1] // self.grid(image)[0]
+        num_classes, scale = self.num_classes, maps.shape[1] // self.grid(image)[0]
         cell, rest = divmod(self.patch_size, scale)
-        if rest == 0 and can_skip(cell, size, self.targets[image], self.upscale):
+        if self.value != "masks" and rest == 0 and can_skip(cell, size, self.targets[image], self.upscale):
             return labels_of_grid(maps, cell, size)
-        return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
+        return argmax_by_tiles(self.maps(image), num_classes, self.sizes[image], self.targets[image])
 
     def _scores(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])
-        num_classes = len(self.grid_logits[image])
-        return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
+        return scores_by_tiles(self.maps(image), self.num_classes, self.value, self.sizes[image], self.targets[image])
 
 
 def check_finite(*maps: Tensor) -> None:
@@ -183,7 +210,7 @@ def scores_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, value: Va
     for classes in rest:
         tile = maps(classes)
         best, total = torch.maximum(best, tile.amax(dim=0)), torch.logaddexp(total, tile.logsumexp(dim=0))
-    return (best - total).exp() if value == "logits" else best
+    return (best - total).exp() if value == "logits" else best.clamp(max=1.0)  # sums over queries may exceed it
 
 
 def _tiles(num_classes: int, sizes: Sequence[Size]) -> list[slice]:
@@ -233,6 +260,7 @@ def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
         sizes=_chained(out.sizes for out in outputs),
         targets=_chained(out.targets for out in outputs),
         exit_records=tuple(map(_concatenated_records, zip(*(out.exit_records for out in outputs)))),
+        queries=_chained(out.queries for out in outputs),
     )
 
 

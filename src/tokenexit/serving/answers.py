@@ -158,7 +158,7 @@ def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) 
     """Make the page's view of an image. The maps have the requested size, see `shown_size`."""
     maps = answer.output.logits[0]
     best, label = maps.max(dim=0)
-    scores = best if answer.output.value == "scores" else (best - maps.logsumexp(dim=0)).exp()
+    scores = best.clamp(max=1.0) if answer.output.value != "logits" else (best - maps.logsumexp(dim=0)).exp()
     labels = label.cpu().numpy()
     grid, extent = token_grid(model, answer)
     return View(
