@@ -20,7 +20,9 @@ from torch import Tensor
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import ExitRecord
+from tokenexit.outputs.mask_losses import dice_loss
 from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
+from tokenexit.runtime.distributed import mean_over_processes
 
 IgnoredPixels = Literal["left_out", "counted"]
 """How losses treat ignored pixels: see this module."""
@@ -163,7 +165,7 @@ def atm_loss(
     presence_loss = F.cross_entropy(presence.flatten(0, 1), (~present).long().flatten(), weight=weight)
     logits, target = mask_logits[present], truth[present].to(mask_logits.dtype)  # (M, H, W)
     pixels = judged[:, None].expand_as(truth)[present]
-    masks_per_process = _mean_over_processes(present.sum().float()).clamp(min=1.0)
+    masks_per_process = mean_over_processes(present.sum().float()).clamp(min=1.0)
     focal = focal_loss(logits, target, pixels).sum() / masks_per_process
     dice = dice_loss(logits, target, pixels).sum() / masks_per_process
     return presence_loss + FOCAL_WEIGHT * focal + DICE_WEIGHT * dice
@@ -184,19 +186,3 @@ def focal_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     loss = alpha * (1 - p_true) ** FOCAL_GAMMA * entropy * judged
     return loss.flatten(1).sum(1) / judged.flatten(1).sum(1).clamp(min=1)
-
-
-def dice_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
-    """Return the dice loss with smoothing 1 of each mask over its judged pixels: `(M, H, W)` to `(M,)`."""
-    probability = (torch.sigmoid(logits) * judged).flatten(1)
-    target = (target * judged).flatten(1)
-    overlap = (probability * target).sum(1)
-    return 1 - (2 * overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        return value / torch.distributed.get_world_size()
-    return value
