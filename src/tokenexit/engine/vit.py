@@ -55,6 +55,8 @@ class ViTConfig:
         rope_theta: longest period of theirs, in half sides of the image.
         rope_periods: "bf16" rounds the periods as the files of DINOv3's release do, which its own code then reads;
             timm and transformers compute them in fp32.
+        rope_rescale: largest factor R by which training stretches or shrinks all rotary positions of a call, drawn
+            log-uniformly in [1 / R, R]; 1 for none. DINOv3 and EoMT on it are trained with 2.
         pos_embed: a learned position table; DINOv3 has rotary positions alone.
         pos_embed_grid: rows and columns of the position table.
         pos_embed_prefix: whether the table's first row belongs to the class token (timm's `no_embed_class=False`).
@@ -85,6 +87,7 @@ class ViTConfig:
     rope: Pairing | None = None
     rope_theta: Annotated[float, Between(1, 1e6)] = 100.0
     rope_periods: PeriodPrecision = "fp32"
+    rope_rescale: Annotated[float, Between(1, 64)] = 1.0
     pos_embed: bool = True
     pos_embed_grid: tuple[Side, Side] = (14, 14)
     pos_embed_prefix: bool = True
@@ -524,6 +527,8 @@ class ViT(nn.Module):
             return None
         like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
         periods = rope_periods(config.head_dim, config.rope_theta, config.rope_periods, like)
+        if self.training and config.rope_rescale > 1.0:  # longer periods are closer places
+            periods = periods * config.rope_rescale ** like.new_empty(()).uniform_(-1.0, 1.0)
         images: list[Tensor] = [like] * len(grids)
         for members in group_equal(grids):
             table = rope_phases(grids[members[0]], config.num_prefix_tokens, periods, config.rope)

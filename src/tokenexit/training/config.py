@@ -36,7 +36,8 @@ class ModelConfig:
     new_exits: bool = False
     """Fresh exit heads, at `exits` and as `exit_head` says, on backbone and decode head of init_from."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path and drop_path_attention alone."""
+    """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path, drop_path_attention and
+    rope_rescale alone."""
 
 
 @dataclass
