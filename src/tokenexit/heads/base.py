@@ -49,6 +49,8 @@ class Head(nn.Module, ABC):
         pointwise: whether the head looks at one token at a time, so that a token's logits do not depend on the others.
         scale: number of logit cells per patch side.
         upscale: factor of the bilinear step that belongs to the head and is still to be applied to its logits.
+        joint_blocks: number of the backbone's last blocks that the head holds, as `blocks`, with its final norm as
+            `norm`; they are trained as the rest of the backbone.
     """
 
     kind: ClassVar[ScoreKind] = "softmax"
@@ -56,6 +58,7 @@ class Head(nn.Module, ABC):
     pointwise: ClassVar[bool] = False
     scale: int = 1
     upscale: int = 1
+    joint_blocks: int = 0
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

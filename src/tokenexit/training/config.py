@@ -94,6 +94,9 @@ class OptimConfig:
     """Learning rate of the backbone."""
     head_lr_factor: float = 10.0
     """Learning rate of the heads, as a multiple of that of the backbone."""
+    layer_decay: float = 1.0
+    """Learning rate of each block of the backbone as a share of that of the next (layer-wise decay); embeddings learn
+    as the first block, the last block and the final norm at lr."""
     weight_decay: float = 0.01
     """Weight decay of weight matrices; see decay_all."""
     decay_all: bool = False
@@ -104,8 +107,11 @@ class OptimConfig:
     """Momentum of SGD."""
     warmup_steps: int = 100
     """Steps of the linear warm-up."""
+    backbone_warmup_steps: int = 0
+    """Steps of a later warm-up of the backbone alone, which stands still during warmup_steps and decays after its own;
+    0 for one warm-up of all."""
     warmup_start: float = 1e-6
-    """Learning rate of the first step, as a share of lr."""
+    """Learning rate of the first step of a warm-up, as a share of lr."""
     power: float = 0.9
     """Power of the polynomial decay."""
     decay_start: int = 0
@@ -118,11 +124,12 @@ class OptimConfig:
     """Largest norm of the gradient (gradient clipping); no limit if not given."""
 
     def __post_init__(self) -> None:
-        _positive("optim", self, "lr", "head_lr_factor")
+        _positive("optim", self, "lr", "head_lr_factor", "layer_decay")
         _at_least("optim", self, weight_decay=0, warmup_steps=0, power=0, min_lr=0, decay_start=0)
+        _at_least("optim", self, backbone_warmup_steps=0)
         if self.decay_end is not None:
             _at_least("optim", self, decay_end=self.decay_start + 1)
-        _in_range("optim", self, 0.0, 1.0, "momentum", "warmup_start")
+        _in_range("optim", self, 0.0, 1.0, "momentum", "warmup_start", "layer_decay")
         if self.min_lr > self.lr:
             raise ConfigError(f"optim.min_lr must be at most optim.lr={self.lr}, got {self.min_lr}: lower it.")
         if self.clip_grad_norm is not None:

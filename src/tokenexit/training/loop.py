@@ -271,7 +271,8 @@ def _run_steps(run: TrainingRun, progress: bool) -> None:
         logged = run.step
         for batch in _loader(run):
             for group in prepared.param_groups:
-                group["lr"] = learning_rate(group["initial_lr"], run.step, config.steps, config.optim)
+                backbone = group.get("backbone", False)  # checkpoints of older versions do not say
+                group["lr"] = learning_rate(group["initial_lr"], run.step, config.steps, config.optim, backbone)
             method = draw_method(run.methods, config.seed, run.step).at(run.step / config.steps)
             loss = train_step(wrapped, prepared, batch, method, run)
             if not math.isfinite(loss):  # before anything is saved
@@ -286,7 +287,7 @@ def _run_steps(run: TrainingRun, progress: bool) -> None:
             if validation is not None and (run.step % every == 0 or run.step == config.steps):
                 miou = run.validate(validation, log.mean(), log.seconds())
             if miou is not None or is_row(run.step, config.steps):
-                rate = learning_rate(config.optim.lr, run.step - 1, config.steps, config.optim)
+                rate = learning_rate(config.optim.lr, run.step - 1, config.steps, config.optim, backbone=True)
                 write(Row(run.step, log.mean(run.step - logged), rate, miou))
                 logged = run.step
             due = config.checkpoint_every and run.step % config.checkpoint_every == 0

@@ -162,8 +162,12 @@ def _steps(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
     yield f"{config.steps} of {config.batch_size} images"
     yield f"{optim.name} at {optim.lr:g}, heads {optim.head_lr_factor:g} times that"
+    if optim.layer_decay != 1.0:
+        yield f"each block {optim.layer_decay:g} times the next"
     if optim.warmup_steps:
         yield f"warm-up over {optim.warmup_steps}"
+    if optim.backbone_warmup_steps:
+        yield f"then of the backbone over {optim.backbone_warmup_steps}"
     yield f"decay to {optim.min_lr:g} at step {optim.decay_end or config.steps}"
     if validation_steps(config):
         yield f"validated on {config.data.val_split} after every {validation_steps(config)}"
