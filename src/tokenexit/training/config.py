@@ -169,6 +169,35 @@ class DistillConfig:
             raise ConfigError("distill.teacher has nothing to teach: make one of features, logits and exits positive.")
 
 
+@dataclass
+class MaskConfig:
+    """Losses and mask attention of decode heads that predict masks (eomt)."""
+
+    points: int = 12544
+    """Points of an image at which queries are matched, and points of every mask at which its losses are taken."""
+    fade_start: list[int] | None = None
+    """Step, for each of n joint blocks, from which on its queries see beyond their own masks, more and more of them; at
+    1, 2, .. n of n + 2 parts of the run if not given, as EoMT is published; [] for no mask attention."""
+    fade_end: list[int] | None = None
+    """Step, for each joint block, from which on all its queries see everything; one part later if not given."""
+
+    def __post_init__(self) -> None:
+        _at_least("masks", self, points=1)
+        if (self.fade_start is None) != (self.fade_end is None):
+            raise ConfigError("masks.fade_start and masks.fade_end go together: give both, or neither.")
+        starts, ends = self.fade_start or [], self.fade_end or []
+        if len(starts) != len(ends):
+            raise ConfigError(
+                f"masks.fade_start has {len(starts)} steps and masks.fade_end {len(ends)}: give one of each for every "
+                "joint block."
+            )
+        for start, end in zip(starts, ends):
+            if not 0 <= start <= end:
+                raise ConfigError(
+                    f"masks.fade_end must not be before masks.fade_start, got {start} and {end}: raise the end."
+                )
+
+
 Freeze = Literal["none", "backbone", "all_but_exit_heads"]
 
 
@@ -182,6 +211,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
     freeze: Freeze = "none"
     """Frozen parts: none, the backbone, or all_but_exit_heads, which keeps the dense prediction as it was."""
     methods: list[Any] = field(default_factory=lambda: ["dense"])
@@ -339,7 +369,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     """Return all values by their dotted key, in the types that JSON gives back."""
     flattened: dict[str, Any] = {}
     for key, value in asdict(config).items():
-        if key in ("model", "data", "optim", "distill"):
+        if key in ("model", "data", "optim", "distill", "masks"):
             flattened |= {f"{key}.{name}": _plain(inner) for name, inner in value.items()}
         else:
             flattened[key] = _plain(value)
