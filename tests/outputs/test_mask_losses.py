@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tests.helpers import random_image, tiny_segmenter
 from tests.oracles import mask_losses as oracle
-from tokenexit.outputs.losses import IgnoredPixels
+from tokenexit.heads import MaskPrediction
+from tokenexit.outputs.losses import IgnoredPixels, exit_loss, segmentation_loss
 from tokenexit.outputs.mask_losses import (
     draw_points,
     mask_classification_loss,
@@ -135,3 +139,27 @@ def test_loss__is_the_same_for_the_same_random_state_and_another_for_another() -
         torch.manual_seed(seed)
         found.append(mask_classification_loss(mask_logits[None], class_logits[None], targets, POINTS).weighted())
     assert found[0] == found[1] != found[2]
+
+
+def test_loss_of_a_head_of_masks__is_the_sum_over_its_predictions_beside_weighted_exits() -> None:
+    model = tiny_segmenter("fcn").train()
+    patch, classes = model.config.backbone.patch_size, model.config.num_classes
+    size = (4 * patch, 3 * patch - 1)  # a column of padding, which is void
+    output = model(random_image(*size)[None])
+    predictions = tuple(
+        MaskPrediction(torch.randn(1, QUERIES, 16, 12), torch.randn(1, QUERIES, classes + 1)) for _ in range(3)
+    )
+    *exits, final = output.exit_records
+    output = replace(output, exit_records=(*exits, replace(final, logits=None, masks=predictions)))
+    labels = torch.randint(0, classes, (1, *size))
+    torch.manual_seed(5)
+    found = segmentation_loss(output, labels, VOID, aux_weight=0.3, points=POINTS)
+    padded = torch.cat([labels[0], torch.full((size[0], 1), VOID)], dim=1)
+    torch.manual_seed(5)
+    terms = [
+        mask_classification_loss(each.logits, each.classes, [mask_targets(padded, VOID)], POINTS).weighted()
+        for each in predictions
+    ]
+    expected = sum(term.item() for term in terms)
+    expected += 0.3 * sum(exit_loss(output, record, labels, VOID).item() for record in exits)
+    assert found.item() == pytest.approx(expected, rel=1e-5)

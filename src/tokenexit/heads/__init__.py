@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.heads.atm import ATMHead
-from tokenexit.heads.base import Head, HeadOutput, ScoreKind, class_scores, presence_probability
+from tokenexit.heads.base import Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, presence_probability
 from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.module import MODULE, HeadModule, ModuleHead, head_from, module_spec
 from tokenexit.heads.pointwise import DINOv2LinearHead, FCNHead, LinearHead, SETRNaiveHead
@@ -88,6 +88,7 @@ __all__ = [
     "HeadOutput",
     "HeadSpec",
     "LinearHead",
+    "MaskPrediction",
     "MaskTransformerHead",
     "ModuleHead",
     "SETRNaiveHead",

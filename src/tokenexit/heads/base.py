@@ -25,6 +25,19 @@ ScoreKind = Literal["softmax", "atm"]
 
 
 @dataclass(frozen=True)
+class MaskPrediction:
+    """What the queries of a head of masks predict for a batch of images of one grid.
+
+    Attributes:
+        logits: `(B, Q, s h, s w)` mask logits, before the sigmoid.
+        classes: `(B, Q, K + 1)` class logits, the last for "no object".
+    """
+
+    logits: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True)
 class HeadOutput:
     """The logits that a head gives for its tokens.
 

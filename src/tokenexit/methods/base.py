@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
+from tokenexit.heads import Head, HeadOutput, MaskPrediction, ScoreKind, class_scores
 
 Value = Literal["logits", "scores"]
 """The kind of values in a result: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
@@ -65,6 +65,7 @@ class ExitRecord:
         upscale: factor of the bilinear step that is still to be applied to `logits`.
         seen: with records, the tokens that the decode head ran on, after the final norm, for losses on features; only
             some methods record them of exit heads.
+        masks: with records, the predictions of a head of masks, the last that of its end; losses of all are summed.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -74,6 +75,7 @@ class ExitRecord:
     scale: int = 1
     upscale: int = 1
     seen: Tokens | None = None
+    masks: tuple[MaskPrediction, ...] = ()
 
 
 @dataclass(frozen=True)

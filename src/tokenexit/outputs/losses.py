@@ -20,8 +20,8 @@ from torch import Tensor
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import ExitRecord
-from tokenexit.outputs.mask_losses import dice_loss
-from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
+from tokenexit.outputs.mask_losses import POINTS, dice_loss, mask_classification_loss, mask_targets
+from tokenexit.outputs.segmentation import SegmentationOutput, padded_size, resize_maps
 from tokenexit.runtime.distributed import mean_over_processes
 
 IgnoredPixels = Literal["left_out", "counted"]
@@ -40,6 +40,7 @@ def segmentation_loss(
     stride: int = 1,
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
+    points: int = POINTS,
 ) -> Tensor:
     """Return the loss to train a model with: that of the decode head plus `aux_weight` times that of every exit.
 
@@ -56,6 +57,8 @@ def segmentation_loss(
         stride: take the loss on every n-th pixel of both axes; 1 as published, 2 saves most of its time on a CPU.
         class_weights: factor on the cross-entropy of each class, which ATM heads do not have.
         ignored: whether ignored pixels are "left_out" or "counted", see this module.
+        points: number of points of an image, and of every mask, at which losses of heads of masks are taken; drawn from
+            torch's random state.
 
     Returns:
         The loss, a scalar fp32 tensor.
@@ -66,14 +69,16 @@ def segmentation_loss(
     """
     _check_masks(output, masks, ignore_index)
     *exits, final = output.exit_records
-    if final.logits is None:
+    if final.logits is None and not final.masks:
         raise ConfigError("this output has no map of the decode head to take a loss of: run the model with Dense.")
     if aux_weight is None:
         aux_weight = 1.0 if any(record.kind == "atm" for record in exits) else 0.4
     recorded = [record for record in exits if record.logits is not None]
     _warn_without_gradient(len(exits), len(recorded), aux_weight)
     masks = masks[:, stride // 2 :: stride, stride // 2 :: stride].long()
-    losses = [exit_loss(output, record, masks, ignore_index, class_weights, ignored) for record in (*recorded, final)]
+    losses = [
+        exit_loss(output, record, masks, ignore_index, class_weights, ignored, points) for record in (*recorded, final)
+    ]
     return losses[-1] + aux_weight * torch.stack(losses[:-1]).sum() if len(losses) > 1 else losses[-1]
 
 
@@ -117,8 +122,14 @@ def exit_loss(
     ignore_index: int,
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
+    points: int = POINTS,
 ) -> Tensor:
-    """Return the loss on the full map of one exit, at the masks' resolution: cross-entropy, or the ATM loss."""
+    """Return the loss on the full map of one exit, at the masks' resolution: cross-entropy, or the ATM loss.
+
+    Heads of masks have none on a map but the sum of those of all their predictions (deep supervision).
+    """
+    if record.masks:
+        return masks_loss(output, record, masks, ignore_index, ignored, points)
     assert record.logits is not None, "losses are taken on outputs of a model in training mode"
     grids = [output.grid(i) for i in range(len(output))]
     ((_, maps),) = unpack_grids(record.logits, grids, record.scale)  # training crops have one size
@@ -128,6 +139,26 @@ def exit_loss(
         assert record.presence is not None
         return atm_loss(record.presence.float(), maps, masks, ignore_index, ignored)
     return cross_entropy(maps, masks, ignore_index, class_weights, ignored)
+
+
+def masks_loss(
+    output: SegmentationOutput,
+    record: ExitRecord,
+    masks: Tensor,
+    ignore_index: int,
+    ignored: IgnoredPixels = "left_out",
+    points: int = POINTS,
+) -> Tensor:
+    """Return the sum of the losses of all predictions of a head of masks; each is matched and judged at its own points.
+
+    Predictions cover whole patches: padding beyond the image is void.
+    """
+    size = (masks.shape[1], masks.shape[2])
+    height, width = padded_size(output.grid(0), output.patch_size, output.sizes[0], size)
+    masks = F.pad(masks, (0, width - size[1], 0, height - size[0]), value=ignore_index)
+    targets = [mask_targets(each, ignore_index, ignored) for each in masks]
+    terms = [mask_classification_loss(each.logits, each.classes, targets, points) for each in record.masks]
+    return torch.stack([each.weighted() for each in terms]).sum()
 
 
 def cross_entropy(

@@ -207,14 +207,17 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     maps = maps.contiguous()
     if upscale > 1:
         maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
-    padded = [cells * patch_size for cells in grid]
-    if out is None:
-        out = size
-    else:
-        padded = [-(-side * cells // whole) for side, cells, whole in zip(out, padded, size)]
-    if list(maps.shape[2:]) != padded:
+    out = size if out is None else out
+    padded = padded_size(grid, patch_size, size, out)
+    if maps.shape[2:] != padded:
         maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
     return maps[:, :, : out[0], : out[1]]
+
+
+def padded_size(grid: Grid, patch_size: int, size: Size, out: Size) -> Size:
+    """Return the size of the map of whole patches whose part of size `out` is the image of size `size`."""
+    height, width = (-(-side * cells * patch_size // whole) for side, cells, whole in zip(out, grid, size))
+    return height, width
 
 
 def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:

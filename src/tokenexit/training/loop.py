@@ -330,7 +330,8 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
         return distillation_loss(output, target, config.distill)
     void = run.data.labels.ignore_index
     loss = segmentation_loss(
-        *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels)
+        *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels),
+        config.masks.points,
     )
     return loss if target is None else loss + distillation_loss(output, target, config.distill)
 
