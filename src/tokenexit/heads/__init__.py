@@ -8,7 +8,15 @@ from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.heads.atm import ATMHead
-from tokenexit.heads.base import Head, HeadOutput, ScoreKind, class_scores, presence_probability, query_classes
+from tokenexit.heads.base import (
+    Head,
+    HeadOutput,
+    MaskPrediction,
+    ScoreKind,
+    class_scores,
+    presence_probability,
+    query_classes,
+)
 from tokenexit.heads.eomt import EoMTHead, eomt_spec
 from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.module import MODULE, HeadModule, ModuleHead, head_from, module_spec
@@ -91,6 +99,7 @@ __all__ = [
     "HeadOutput",
     "HeadSpec",
     "LinearHead",
+    "MaskPrediction",
     "MaskTransformerHead",
     "ModuleHead",
     "SETRNaiveHead",

@@ -26,6 +26,19 @@ ScoreKind = Literal["softmax", "atm", "masks"]
 
 
 @dataclass(frozen=True)
+class MaskPrediction:
+    """What the queries of a head of masks predict for a batch of images of one grid.
+
+    Attributes:
+        logits: `(B, Q, s h, s w)` mask logits, before the sigmoid.
+        classes: `(B, Q, K + 1)` class logits, the last for "no object".
+    """
+
+    logits: Tensor
+    classes: Tensor
+
+
+@dataclass(frozen=True)
 class HeadOutput:
     """The logits that a head gives for its tokens.
 
@@ -36,11 +49,13 @@ class HeadOutput:
         packing: which rows belong to which image.
         presence: ATM heads: `(B, K, 2)` logits of "class is present" and "class is absent". Heads of masks:
             `(B, Q, K + 1)` logits of each query's class, the last for "no object".
+        earlier: heads of masks, in training: what the queries predict before each of the joint blocks.
     """
 
     logits: Tensor
     packing: Packing
     presence: Tensor | None = None
+    earlier: tuple[MaskPrediction, ...] = ()
 
 
 class Head(nn.Module, ABC):
@@ -49,19 +64,25 @@ class Head(nn.Module, ABC):
     Attributes:
         kind: how logits become scores: "softmax" over classes, "atm", presence times sigmoid, or "masks", sums over
             queries.
+        takes_backdrop: whether the head, though it needs the grid, can do with live tokens and the features with which
+            the others left.
         takes_prefix: whether the head sees class token and registers, too, and the tokens as the last block left them.
         needs_grid: whether the head mixes neighbours and must see every patch of an image.
         pointwise: whether the head looks at one token at a time, so that a token's logits do not depend on the others.
         scale: number of logit cells per patch side.
         upscale: factor of the bilinear step that belongs to the head and is still to be applied to its logits.
+        joint_blocks: number of the backbone's last blocks that the head holds, as `blocks`, with its final norm as
+            `norm`; they are trained as the rest of the backbone.
     """
 
     kind: ClassVar[ScoreKind] = "softmax"
     needs_grid: ClassVar[bool] = False
     takes_prefix: ClassVar[bool] = False
+    takes_backdrop: ClassVar[bool] = False
     pointwise: ClassVar[bool] = False
     scale: int = 1
     upscale: int = 1
+    joint_blocks: int = 0
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

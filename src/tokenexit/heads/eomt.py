@@ -9,6 +9,7 @@ Legend: T tokens with prefix, C channels, Q queries, K classes, s x s = 4 x 4 ce
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
@@ -20,10 +21,19 @@ from tokenexit.engine import ops
 from tokenexit.engine.attention import segment_matmul
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing
-from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
-from tokenexit.engine.vit import Block, ViTConfig
+from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, scatter, unpack_grids
+from tokenexit.engine.vit import Block, ViT, ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.heads.base import Head, HeadOutput, ScoreKind, attention_heads, check_head_options, init_linear
+from tokenexit.heads.base import (
+    Head,
+    HeadOutput,
+    MaskPrediction,
+    ScoreKind,
+    attention_heads,
+    check_head_options,
+    init_linear,
+)
+from tokenexit.heads.mask_attention import mask_attention
 
 PUBLISHED_JOINT = {12: 3, 24: 4, 40: 5}
 """Joint blocks of the released models, by the number of blocks of the whole ViT."""
@@ -42,6 +52,7 @@ class EoMTHead(Head):
     kind: ClassVar[ScoreKind] = "masks"
     needs_grid: ClassVar[bool] = True
     takes_prefix: ClassVar[bool] = True
+    takes_backdrop: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -63,7 +74,7 @@ class EoMTHead(Head):
         super().__init__(num_classes)
         check_head_options("eomt", layers=layers, queries=queries, steps=steps)
         hidden = 4 * embed_dim if mlp_hidden is None else mlp_hidden
-        self.scale, self.prefix, d = 2**steps, prefix, embed_dim
+        self.scale, self.prefix, self.joint_blocks, d = 2**steps, prefix, layers, embed_dim
         self.queries = nn.Embedding(queries, d)
         self.blocks = nn.ModuleList(
             Block(
@@ -85,17 +96,29 @@ class EoMTHead(Head):
         self.upscale_steps = nn.ModuleList(Upscale(d) for _ in range(steps))
         init_linear(self.blocks)
 
-    def forward(self, tokens: Tokens) -> HeadOutput:
-        """Answer for whole images: all tokens with prefix, before any final norm.
+    def forward(self, tokens: Tokens, mask_shares: Sequence[float] = (), backdrop: Tensor | None = None) -> HeadOutput:
+        """Answer for whole images: all tokens with prefix, before any final norm; or live ones and a backdrop.
+
+        backdrop: `(cells, C)` features of all patches, of which those of live ones do not count. The blocks see live
+        tokens alone, masks are made of the grid with the last features of live tokens put in their places.
+
+        mask_shares: in training, for each joint block the probability with which a query sees the patches of its own
+        mask alone. The queries then predict before each of them, too; the images must be of one size.
 
         Returns mask logits `(P s^2, Q)`, and in `presence` the queries' class logits `(B, Q, K + 1)`, the last of
         which says "no object".
         """
-        joined = self._join(tokens)
-        x = joined.x
-        for block in self.blocks:
-            x = block(x, joined.packing, joined.phases)
-        return self._predict(joined.with_x(x))
+        joined, earlier = self._join(tokens), []
+        for n, block in enumerate(self.blocks):
+            masked = None
+            if mask_shares:
+                earlier.append(prediction(self._predict(joined, backdrop), joined.grids, self.scale))
+                if mask_shares[n] > 0:
+                    masked = mask_attention(
+                        list(earlier[-1].logits), joined, self.queries.num_embeddings, mask_shares[n]
+                    )
+            joined = joined.with_x(block(joined.x, joined.packing, joined.phases, masked))
+        return replace(self._predict(joined, backdrop), earlier=tuple(earlier))
 
     def _join(self, tokens: Tokens) -> Tokens:
         """Put the queries between prefix and patches of every image.
@@ -129,13 +152,16 @@ class EoMTHead(Head):
             phases=phases,
         )
 
-    def _predict(self, joined: Tokens) -> HeadOutput:
-        x, count = self.norm(joined.x), self.queries.num_embeddings
+    def _predict(self, joined: Tokens, backdrop: Tensor | None) -> HeadOutput:
+        x, count = joined.x, self.queries.num_embeddings
         queries = x.index_select(0, joined.prefix_index()).unflatten(0, (-1, self.prefix + count))[:, self.prefix :]
+        queries, patches = self.norm(queries), x.index_select(0, joined.patch_index())
+        if backdrop is not None:
+            patches = scatter(backdrop, joined.position.index_select(0, joined.patch_index()), patches)
         masks = queries
         for n, linear in enumerate(self.mask):
             masks = linear(F.gelu(masks) if n else masks)
-        batches = unpack_grids(x.index_select(0, joined.patch_index()), joined.grids)
+        batches = unpack_grids(self.norm(patches), joined.grids)
         cells = pack_grids([(members, self._upscaled(maps)) for members, maps in batches])
         packing = Packing.of([h * w * self.scale**2 for h, w in joined.grids], x.device)
         return HeadOutput(segment_matmul(cells, masks, packing), packing, self.classifier(queries))
@@ -163,6 +189,13 @@ class EoMTHead(Head):
             total += ops.linear(4 * cells, d, d) + Ops(macs=9 * d * 4 * cells) + ops.layer_norm(4 * cells, d)
             cells *= 4
         return total + ops.linear(cells, d, count)
+
+
+def prediction(out: HeadOutput, grids: Sequence[Grid], scale: int) -> MaskPrediction:
+    """Return what a head of masks answers for images of one grid as maps."""
+    ((_, maps),) = unpack_grids(out.logits, grids, scale)
+    assert out.presence is not None, "heads of masks always give class logits"
+    return MaskPrediction(maps, out.presence)
 
 
 class Upscale(nn.Module):
@@ -207,3 +240,28 @@ def eomt_spec(backbone: ViTConfig, layers: int, queries: int = 100, steps: int |
         "norm_eps": backbone.norm_eps,
         "rope": backbone.rope,
     }
+
+
+def take_joint_blocks(whole: ViTConfig, spec: Mapping[str, Any]) -> tuple[ViTConfig, dict[str, Any]]:
+    """Split a whole ViT into the backbone below the queries and the specification of an `eomt` head that ends it.
+
+    Args:
+        whole: configuration with all blocks and its final norm.
+        spec: of the head: `layers`, as published for this depth if not given, `queries` and `steps`.
+    """
+    chosen = {name: spec[name] for name in ("layers", "queries", "steps") if name in spec}
+    layers = chosen.setdefault("layers", PUBLISHED_JOINT.get(whole.depth, 1))
+    check_head_options("eomt", layers=layers)
+    if layers >= whole.depth:
+        raise ConfigError(f"layers of head 'eomt' must be below {whole.depth}, the backbone's blocks, got {layers}.")
+    return replace(whole, depth=whole.depth - layers, final_norm=False), eomt_spec(whole, **chosen)
+
+
+@torch.no_grad()
+def hand_over(whole: ViT, backbone: ViT, head: EoMTHead) -> None:
+    """Copy the weights of a whole ViT to the two parts that `take_joint_blocks` has made of it."""
+    state, last = whole.state_dict(), len(backbone.blocks)
+    backbone.load_state_dict({name: state[name] for name in backbone.state_dict()})
+    for block, source in zip(head.blocks, whole.blocks[last:]):
+        block.load_state_dict(source.state_dict())
+    head.norm.load_state_dict(whole.norm.state_dict())

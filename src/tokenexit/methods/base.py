@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores, query_classes
+from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
+from tokenexit.heads.eomt import prediction
 
 Value = Literal["logits", "scores", "masks"]
 """The kind of values in a result: class logits, scores in [0, 1] (ATM heads, mixed heads), or logits of masks."""
@@ -36,6 +37,7 @@ class ModelView:
         num_classes: number K of classes.
         has_class_token: whether the first prefix token is a class token.
         with_records: record the full map of every exit, for losses and studies.
+        mask_shares: in training of a decode head of masks, see `EoMTHead.forward`.
     """
 
     exit_heads: Sequence[Head]
@@ -44,6 +46,7 @@ class ModelView:
     num_classes: int
     has_class_token: bool
     with_records: bool
+    mask_shares: tuple[float, ...] = ()
 
     @property
     def num_exits(self) -> int:
@@ -65,6 +68,8 @@ class ExitRecord:
         upscale: factor of the bilinear step that is still to be applied to `logits`.
         seen: with records, the tokens that the decode head ran on, after the final norm, for losses on features; only
             some methods record them of exit heads.
+        masks: of a head of masks on images of one size, its predictions, the last that of its end; losses of all are
+            summed.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -74,6 +79,7 @@ class ExitRecord:
     scale: int = 1
     upscale: int = 1
     seen: Tokens | None = None
+    masks: tuple[MaskPrediction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -87,6 +93,8 @@ class Result:
             empty for a head that did not run.
         exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
         queries: with masks, each query's probabilities of the classes, `(B, Q, K)` fp32.
+        frozen: with masks, `(cells, K)` scores that stand in place of theirs where tokens have exited; None where masks
+            answer for all.
     """
 
     logits: Tensor
@@ -94,6 +102,7 @@ class Result:
     exit_records: tuple[ExitRecord, ...]
     exit_index: Tensor
     queries: Tensor | None = None
+    frozen: Tensor | None = None
 
 
 Threshold = float | Sequence[float] | Tensor
@@ -270,18 +279,27 @@ def record_of(
     head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None
 ) -> ExitRecord:
     """Return the record of one run of `head` on `tokens`, with the map its loss is taken on."""
-    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
+    masks: tuple[MaskPrediction, ...] = ()
+    if head.kind == "masks" and len(set(tokens.grids)) == 1:
+        masks = (*out.earlier, prediction(out, tokens.grids, head.scale))
+    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen, masks)
 
 
-def decode_grid(tokens: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
+def decode_grid(
+    tokens: Tokens,
+    records: tuple[ExitRecord, ...],
+    exit_index: Tensor,
+    model: ModelView,
+    backdrop: Tensor | None = None,
+) -> Result:
     """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM.
 
-    tokens: all tokens of all images, with prefix.
+    tokens: all tokens of all images, with prefix; with a backdrop, see `EoMTHead.forward`, live ones.
     """
     head = model.decode_head
     seen = tokens if head.takes_prefix else tokens.patches()
     seen = seen.with_x(model.norm(seen.x))
-    out = head(seen)
+    out = head(seen, model.mask_shares, backdrop) if isinstance(head, EoMTHead) else head(seen)
     final = record_of(head, seen, out, out.logits, seen if model.with_records else None)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*records, final), exit_index)

@@ -47,7 +47,7 @@ class FixedRatio(Method[DToPState]):
     )
     temperature: PerExit = option(1.0, "temperature of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")
     finish: Finish = option(
-        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
+        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
 
     def __post_init__(self) -> None:

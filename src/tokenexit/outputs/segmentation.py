@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid
 from tokenexit.errors import DataError
+from tokenexit.heads import MaskPrediction
 from tokenexit.methods.base import ExitRecord, Value
 from tokenexit.outputs.ledger import Ledger, Size
 from tokenexit.outputs.upsampling import can_skip, labels_of_grid
@@ -44,6 +45,8 @@ class SegmentationOutput:
         exit_records: records of the exits and, last, the decode head, from which losses are taken in training.
         loss: scalar loss of the batch, where the model was called with `labels`.
         queries: of masks, one `(Q, K)` per image: each query's probabilities of the classes.
+        frozen: of masks, one `(K, h, w)` per image: scores that stand in place of theirs where tokens have exited;
+            empty where masks answer for all.
     """
 
     grid_logits: tuple[Tensor, ...]
@@ -58,6 +61,7 @@ class SegmentationOutput:
     exit_records: tuple[ExitRecord, ...] = ()
     loss: Tensor | None = None
     queries: tuple[Tensor, ...] = ()
+    frozen: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid_logits)
@@ -78,6 +82,7 @@ class SegmentationOutput:
             self.patch_size,
             self.upscale,
             queries=self.queries[one],
+            frozen=self.frozen[one],
         )
 
     def __iter__(self) -> Iterator[SegmentationOutput]:
@@ -143,7 +148,8 @@ class SegmentationOutput:
         """Return a function that makes the `(k, H, W)` maps of some classes at the target's size.
 
         Of masks they are scores, made as EoMT's release does: masks are resized to the size that the network saw, and
-        each class sums their sigmoid times the queries' probability of it.
+        each class sums their sigmoid times the queries' probability of it. In patches that have exited stand the scores
+        that they left with.
         """
         if self.value != "masks":
             return lambda classes: self.at_target(image, self.grid_logits[image][classes])
@@ -152,14 +158,23 @@ class SegmentationOutput:
             self.grid_logits[image][None].float(), self.grid(image), self.patch_size, self.upscale, size
         )
         inside = torch.sigmoid(masks[0])
+        left = self._left(image) if self.frozen else None
 
         def composed(classes: slice) -> Tensor:
             scores = torch.einsum("qk,qhw->khw", queries[:, classes], inside)
+            if left is not None:
+                frozen = resize_maps(self.frozen[image][None, classes], self.grid(image), self.patch_size, 1, size)
+                scores = torch.where(left, frozen[0], scores)
             if target == size:
                 return scores
             return F.interpolate(scores[None], target, mode="bilinear", align_corners=False)[0]
 
         return composed
+
+    def _left(self, image: int) -> Tensor:
+        """Return which pixels of the network's input belong to patches that have exited, `(H, W)` bool."""
+        left, (height, width) = self.exit_index[image] < self.num_exits, self.sizes[image]
+        return left.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)[:height, :width]
 
     def _labels(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])
@@ -234,14 +249,17 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     maps = maps.contiguous()
     if upscale > 1:
         maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
-    padded = [cells * patch_size for cells in grid]
-    if out is None:
-        out = size
-    else:
-        padded = [-(-side * cells // whole) for side, cells, whole in zip(out, padded, size)]
-    if list(maps.shape[2:]) != padded:
+    out = size if out is None else out
+    padded = padded_size(grid, patch_size, size, out)
+    if maps.shape[2:] != padded:
         maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
     return maps[:, :, : out[0], : out[1]]
+
+
+def padded_size(grid: Grid, patch_size: int, size: Size, out: Size) -> Size:
+    """Return the size of the map of whole patches whose part of size `out` is the image of size `size`."""
+    height, width = (-(-side * cells * patch_size // whole) for side, cells, whole in zip(out, grid, size))
+    return height, width
 
 
 def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
@@ -254,6 +272,7 @@ def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
         ledger=Ledger(
             live=_chained(ledger.live for ledger in ledgers),
             tokens=_chained(ledger.tokens for ledger in ledgers),
+            ended=_chained(ledger.ended for ledger in ledgers),
             parts=_chained(ledger.parts for ledger in ledgers),
             dense_macs=_chained(ledger.dense_macs for ledger in ledgers),
         ),
@@ -261,6 +280,7 @@ def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
         targets=_chained(out.targets for out in outputs),
         exit_records=tuple(map(_concatenated_records, zip(*(out.exit_records for out in outputs)))),
         queries=_chained(out.queries for out in outputs),
+        frozen=_chained(out.frozen for out in outputs),
     )
 
 
@@ -273,7 +293,19 @@ def _concatenated_records(records: Sequence[ExitRecord]) -> ExitRecord:
         head_tokens=_chained(record.head_tokens for record in records),
         logits=torch.cat(logits) if logits else None,
         presence=torch.cat(presence) if presence else None,
+        masks=_concatenated_masks(records),
         seen=None,  # features of overlapping windows are not one map
+    )
+
+
+def _concatenated_masks(records: Sequence[ExitRecord]) -> tuple[MaskPrediction, ...]:
+    """Join predictions of masks; none where sizes differ, as they have no loss in common."""
+    calls = list(zip(*(record.masks for record in records)))
+    if any(len({each.logits.shape[1:] for each in call}) > 1 for call in calls):
+        return ()
+    return tuple(
+        MaskPrediction(torch.cat([each.logits for each in call]), torch.cat([each.classes for each in call]))
+        for call in calls
     )
 
 

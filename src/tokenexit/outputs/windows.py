@@ -170,6 +170,7 @@ class WindowedOutput:
         return Ledger(
             live=tuple(tuple(map(sum, zip(*windows.live[part]))) for part in parts),
             tokens=tuple(sum(windows.tokens[part]) for part in parts),
+            ended=tuple(sum(windows.ended[part]) for part in parts),
             parts=tuple(MacsByPart(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in parts),
             dense_macs=tuple(sum(windows.dense_macs[part]) for part in parts),
         )

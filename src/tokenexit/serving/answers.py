@@ -109,7 +109,7 @@ def _figures(
     model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], size: Size
 ) -> dict[str, Any]:
     ledger, exits = answer.output.ledger, model.config.exits
-    live = [ledger.tokens[0], *(ledger.live[0][n] for n in exits)]
+    live = [ledger.tokens[0], *ledger.live_after(exits)]
     threshold = method.thresholds
     pixels = np.bincount(labels.ravel(), minlength=model.config.num_classes)
     names = labels_of(model).names
