@@ -88,6 +88,11 @@ class Head(nn.Module, ABC):
         super().__init__()
         self.num_classes = num_classes
 
+    @property
+    def takes_live_tokens(self) -> bool:
+        """Whether the head can do without the tokens that have left, as DToP asks of it."""
+        return self.takes_backdrop or not self.needs_grid
+
     @abstractmethod
     def forward(self, tokens: Tokens) -> HeadOutput:
         """Classify tokens: patches alone (`Tokens.patches()`) unless `takes_prefix`, any subset unless `needs_grid`."""

@@ -148,7 +148,7 @@ class DToP(ThresholdMethod[DToPState]):
                 "scores of ATM heads are no distribution over classes, and this model has an ATM exit head: "
                 "leave temperature at 1, and choose score='probability' or 'margin'."
             )
-        if any(head.needs_grid and not head.takes_backdrop for head in heads):
+        if not all(head.takes_live_tokens for head in heads):
             raise ConfigError(
                 "DToP runs its heads on live tokens only, and this model has a head that needs the whole grid: "
                 "use DoViT, or token heads (linear, fcn, setr_naive, atm, mask_transformer)."
