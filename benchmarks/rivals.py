@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenexit.engine.rope import Pairing, rotate
 from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.methods import Dense
 from tokenexit.runtime.precision import LOWERED, Precision
@@ -26,16 +27,25 @@ class PlainViT(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """`(B, 3, H, W)` to `(B, prefix + h w, C)`, final norm included."""
         vit: Any = self.backbone
-        x = vit._embed_grid(vit.patch_embed(images))
+        patches = vit.patch_embed(images)
+        x = vit._embed_grid(patches)
+        phases = vit._phases([(patches.shape[2], patches.shape[3])], x[0])
         for block in vit.blocks:
             batch, tokens, channels = x.shape
             qkv = block.attn.qkv(block.norm1(x)).view(batch, tokens, 3, block.attn.num_heads, -1)
             q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+            if phases is not None:
+                q, k = (_rotated(part, phases, block.attn.rope) for part in (q, k))
             attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, channels)
-            x = x + block.ls1(block.attn.proj(attended))
+            x = x + block.ls1(block.attn.proj(block.attn.norm(attended)))
             x = x + block.ls2(block.mlp(block.norm2(x)))
         normed: Tensor = vit.norm(x)
         return normed
+
+
+def _rotated(x: Tensor, phases: Tensor, pairing: Pairing) -> Tensor:
+    """`(b, N, T, H)` rotated by `(T, 2 H)`, every image alike."""
+    return rotate(x.permute(2, 0, 1, 3).flatten(1, 2), phases, pairing).unflatten(1, x.shape[:2]).permute(1, 2, 0, 3)
 
 
 def plain(

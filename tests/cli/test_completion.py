@@ -73,14 +73,16 @@ def test_bash__completes_options_and_what_they_take(program: dict[str, str]) -> 
         "tokenexit evaluate m --split t": ["train", "test"],
         "tokenexit predict m i --method cal": ["calibrated"],
         "tokenexit calibrate m --method d": ["dtop", "dovit"],
-        "tokenexit convert --kind dino": ["dinov3", "dinov3_timm", "dinov3_huggingface", "dinov2_head", "dinov2"],
+        "tokenexit convert --kind dino": [
+            *("dinov3", "dinov3_timm", "dinov3_huggingface", "dinov3_head", "dinov2_head", "dinov2")
+        ],
         "tokenexit cost --backbone vit_t": ["vit_tiny_patch16"],
         "tokenexit cost --head s": ["setr_naive", "setr_pup"],
         "tokenexit train --data.name camv": ["camvid"],
         "tokenexit train --model.backbone vit_t": ["vit_tiny_patch16"],
         "tokenexit train --method do": ["dovit"],
         "tokenexit train --config dtop/setr": ["dtop/setr_ade20k_base"],
-        "tokenexit train --optim.l": ["--optim.lr"],
+        "tokenexit train --optim.la": ["--optim.layer_decay"],
         "tokenexit train --dry": ["--dry-run"],
         "tokenexit train --freeze ": ["none", "backbone", "all_but_exit_heads"],
         "tokenexit train --resume ": ["true", "false"],

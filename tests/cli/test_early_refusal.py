@@ -58,7 +58,12 @@ WRONG: dict[str, list[list[str]]] = {
     "export": [METHOD, ["--threads", "two"], ["--format", "nope"], ["--method", "dense", "--score", "margin"]],
     "cost": [["--backbone", "nope"], ["--head", "nope"], ["--num-classes", "0"], ["--image-size", "1", "2", "3"]],
     "gate": [METHOD, MACHINE, ["--image-size", "0"], ["--method", "dense", "--score", "margin"]],
-    "convert": [["--kind", "nope"], ["--exits", "two"], ["--head-options", "num_heads"]],
+    "convert": [
+        ["--kind", "nope"],
+        ["--exits", "two"],
+        ["--head-options", "num_heads"],
+        ["--backbone-options", "rope"],
+    ],
     "data": [["--split"]],
     "doctor": [["now"]],
     "completion": [["fish"]],

@@ -75,6 +75,12 @@ def dinov2_linear(head: State) -> State:
     return conv_seg(head) | moved(head, "norm", "bn", BN)
 
 
+def dinov3_linear(head: State) -> State:
+    """LinearHead of DINOv3's linear evaluation."""
+    out = {"conv.weight": head["classifier.weight"][..., None, None], "conv.bias": head["classifier.bias"]}
+    return out | moved(head, "norm", "batchnorm_layer", BN)
+
+
 def fcn(head: State) -> State:
     """FCNHead with one 1x1 convolution and no concatenation."""
     convolution = {"convs.0.conv.weight": head["proj.weight"][..., None, None]}

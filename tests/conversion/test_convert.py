@@ -21,6 +21,7 @@ from tests.helpers import assert_close, enliven, random_image
 from tokenexit.checkpoints import load_backbone
 from tokenexit.conversion.convert import ConversionReport, convert
 from tokenexit.conversion.families import HALF, IMAGENET
+from tokenexit.conversion.opening import open_source
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -334,6 +335,26 @@ def dinov2_files(folder: Path, width: int = 1) -> tuple[ExitSegmenter, Path, Pat
     return model, folder / "head.pth", save(backbone, folder, "backbone.safetensors")
 
 
+@pytest.mark.parametrize("front", ["segmentation_model.1.", "1.", ""])
+def test_dinov3s_linear_head__joins_the_backbone_of_another_file(front, tmp_path):
+    body = replace(BODY, layer_scale=1.0, rope="half", pos_embed=False, k_bias=False, norm_eps=1e-5, num_registers=2)
+    model = build(replace(body, pos_embed_grid=(14, 14)), "dinov2_linear")
+    backbone = part(model.state_dict(), "backbone.")
+    backbone["storage_tokens"] = backbone.pop("reg_token")
+    for i in range(body.depth):
+        backbone[f"blocks.{i}.attn.qkv.bias_mask"] = torch.ones(3 * body.embed_dim)
+    head = foreign.dinov3_linear(part(model.state_dict(), "decode_head."))
+    torch.save({"model": under(front, head)}, tmp_path / "head.pth")
+    body_file = save(backbone, tmp_path, "backbone.safetensors")
+    report = convert(tmp_path / "head.pth", tmp_path / "ours", backbone=body_file)
+    assert report.kind == "dinov3_head"
+    assert report.decode_head == {"kind": "dinov2_linear"}
+    assert_same(model, report)
+    opened, image = open_source(tmp_path / "head.pth", backbone=body_file), random_image(12, 17)
+    with torch.no_grad():
+        assert torch.equal(opened([image]).grid_logits[0], model([image]).grid_logits[0])
+
+
 def test_dinov2s_linear_head__joins_the_backbone_of_another_file(tmp_path):
     model, head, backbone = dinov2_files(tmp_path)
     report = convert(head, tmp_path / "ours", backbone=backbone)
@@ -610,9 +631,7 @@ def test_names_of_no_source_are_refused_with_the_sources(tmp_path):
 
 
 def test_a_kind_that_does_not_exist_is_refused(tmp_path):
-    assert "kind 'keras' is unknown: choose auto or one of huggingface" in refusal(
-        mmseg_state(), tmp_path, kind="keras"
-    )
+    assert "kind 'keras' is unknown: choose auto or one of eomt" in refusal(mmseg_state(), tmp_path, kind="keras")
 
 
 def test_a_kind_that_does_not_fit_finds_no_plain_vit(tmp_path):

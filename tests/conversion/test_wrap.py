@@ -25,7 +25,7 @@ from tests.conversion.doubles import (
 from tests.heads import own_heads
 from tests.helpers import assert_close, distance, random_image
 from tokenexit.conversion.wrap import wrap
-from tokenexit.errors import ConfigError, DataError, TokenExitError
+from tokenexit.errors import CheckpointError, ConfigError, DataError, TokenExitError
 from tokenexit.heads import ModuleHead
 from tokenexit.inputs.labels import Labels
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -68,6 +68,7 @@ def maps_of(module: Any, image: Tensor) -> Tensor:
 def refusal(*arguments: Any, **options: Any) -> str:
     with pytest.raises(TokenExitError) as caught:
         wrap(*arguments, **options)
+    assert not isinstance(caught.value, CheckpointError), "there is no file"
     message = str(caught.value)
     assert "\n" not in message
     assert message.endswith(".")

@@ -55,9 +55,17 @@ def packed(
 
 
 @settings(max_examples=20, deadline=None)
-@given(batches=st.lists(st.lists(st.integers(1, 21), min_size=1, max_size=3), min_size=1, max_size=4))
-def test_run__rotary_positions_are_those_of_each_call(batches: list[list[int]]) -> None:
-    own, recorder = blocks(rope="half"), Recorder()
+@given(
+    batches=st.lists(st.lists(st.integers(1, 21), min_size=1, max_size=3), min_size=1, max_size=4),
+    options=st.sampled_from(
+        [
+            {"rope": "half"},
+            {"rope": "interleaved", "mlp": "swiglu", "sub_norm": True, "attn_norm": True, "k_bias": False},
+        ]
+    ),
+)
+def test_run__rotary_positions_are_those_of_each_call(batches: list[list[int]], options: dict[str, Any]) -> None:
+    own, recorder = blocks(**options), Recorder()
     graphs = CapturedBlocks(own, step=8, record=recorder)
     with torch.no_grad():
         for seed, lengths in enumerate(batches):

@@ -33,6 +33,10 @@ VARIANTS = [
     {"pos_embed_mode": "bilinear", "pos_embed_antialias": False, "norm_eps": 1e-5},
     {"rope": "half", "pos_embed": False, "num_registers": 2, "k_bias": False, "layer_scale": 1.0, "norm_eps": 1e-5},
     {"rope": "interleaved", "rope_theta": 10.0},
+    {"rope": "interleaved", "rope_theta": 1e4, "rope_reference": 16.0, "mlp": "swiglu", "sub_norm": True},
+    {"rope": "interleaved", "rope_reference": 4.0, "attn_norm": True, "k_bias": False, "final_norm": False},
+    {"rope": "half", "rope_reference": 5.0, "rope_offset": 1.0, "rope_column_first": True, "norm_pre": True},
+    {"mlp": "gelu_tanh", "class_token": False, "pos_embed_prefix": False},
 ]
 
 
@@ -314,7 +318,12 @@ def test_vit_config__unknown_option_is_refused_by_name():
         ({"embed_dim": 32, "num_heads": 3}, r"embed_dim must be a multiple of num_heads=3, got 32"),
         ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
         ({"drop_path": -0.1}, r"drop_path must be a number from 0 to 1, got -0.1"),
-        ({"mlp": "relu"}, r"mlp must be one of gelu, swiglu, got 'relu'"),
+        ({"sub_norm": True}, r"sub_norm stands behind a gate, and mlp is 'gelu': set mlp to swiglu"),
+        (
+            {"rope": "half", "rope_offset": 1.0},
+            r"rope_offset=1.0 moves patches of a reference grid: set rope_reference",
+        ),
+        ({"mlp": "relu"}, r"mlp must be one of gelu, gelu_tanh, swiglu, got 'relu'"),
         ({"pos_embed_mode": "nearest"}, r"pos_embed_mode must be one of bicubic, bilinear, got 'nearest'"),
         ({"num_registers": -1}, r"num_registers must be a whole number from 0 to 1024, got -1"),
         (

@@ -49,7 +49,8 @@ def embed(state: State, config, image: Tensor) -> Tensor:
             patch = torch.zeros(3, size, size, dtype=torch.float64)
             part = image[:, i * size : (i + 1) * size, j * size : (j + 1) * size]
             patch[:, : part.shape[1], : part.shape[2]] = part
-            rows.append(weight @ patch.flatten() + state["patch_embed.proj.bias"])
+            bias = 0.0 if config.norm_pre else state["patch_embed.proj.bias"]
+            rows.append(weight @ patch.flatten() + bias)
     patches = torch.stack(rows)
 
     table = state["pos_embed"][0] if config.pos_embed else torch.zeros(h * w, config.embed_dim).double()
@@ -64,7 +65,8 @@ def embed(state: State, config, image: Tensor) -> Tensor:
     if config.class_token:
         prefix.append(state["cls_token"][0, 0] + class_row)
     prefix += [state["reg_token"][0, i] for i in range(config.num_registers)]
-    return torch.stack([*prefix, *(patches + table)])
+    x = torch.stack([*prefix, *(patches + table)])
+    return layer_norm(state, "norm_pre", x, config.norm_eps) if config.norm_pre else x
 
 
 def angles(config, grid: tuple[int, int]) -> Tensor:
@@ -74,8 +76,14 @@ def angles(config, grid: tuple[int, int]) -> Tensor:
     rows = [[0.0] * (2 * quarter) for _ in range(config.num_prefix_tokens)]
     for i in range(grid[0]):
         for j in range(grid[1]):
-            y, x = 2 * (i + 0.5) / grid[0] - 1, 2 * (j + 0.5) / grid[1] - 1
-            rows.append([2 * math.pi * at / period for at in (y, x) for period in periods])
+            if config.rope_reference is None:
+                y, x = (2 * math.pi * (2 * (n + 0.5) / side - 1) for n, side in ((i, grid[0]), (j, grid[1])))
+            else:
+                y, x = (
+                    (n + config.rope_offset) / side * config.rope_reference for n, side in ((i, grid[0]), (j, grid[1]))
+                )
+            axes = (x, y) if config.rope_column_first else (y, x)
+            rows.append([at / period for at in axes for period in periods])
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -93,7 +101,14 @@ def turned(head: Tensor, by: Tensor, pairing: str) -> Tensor:
     return out
 
 
-def attention(state: State, x: Tensor, alive: Tensor, num_heads: int, rope: tuple[Tensor, str] | None = None) -> Tensor:
+def attention(
+    state: State,
+    x: Tensor,
+    alive: Tensor,
+    num_heads: int,
+    rope: tuple[Tensor, str] | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
     """Softmax attention of every row over the living rows; rope: angles of the rows, and which channels are pairs."""
     q, k, v = linear(state, "qkv", x).chunk(3, dim=-1)
     width = q.shape[1] // num_heads
@@ -104,14 +119,24 @@ def attention(state: State, x: Tensor, alive: Tensor, num_heads: int, rope: tupl
         score = q_n @ k_n.T / math.sqrt(width)
         score = score.masked_fill(~alive[None, :], -math.inf)
         heads.append(torch.softmax(score, dim=1) @ v[:, part])
-    return linear(state, "proj", torch.cat(heads, dim=1))
+    joined = torch.cat(heads, dim=1)
+    if "norm.weight" in state:
+        joined = layer_norm(state, "norm", joined, eps)
+    return linear(state, "proj", joined)
 
 
-def mlp(state: State, x: Tensor, kind: str) -> Tensor:
-    if kind == "gelu":
-        return linear(state, "fc2", gelu(linear(state, "fc1", x)))
+def gelu_tanh(x: Tensor) -> Tensor:
+    return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def mlp(state: State, x: Tensor, kind: str, eps: float = 1e-6) -> Tensor:
+    if kind != "swiglu":
+        return linear(state, "fc2", (gelu_tanh if kind == "gelu_tanh" else gelu)(linear(state, "fc1", x)))
     gate, value = linear(state, "fc1", x).chunk(2, dim=-1)
-    return linear(state, "fc2", gate * torch.sigmoid(gate) * value)
+    hidden = gate * torch.sigmoid(gate) * value
+    if "norm.weight" in state:
+        hidden = layer_norm(state, "norm", hidden, eps)
+    return linear(state, "fc2", hidden)
 
 
 def block(
@@ -127,9 +152,9 @@ def block(
         return x
     one = torch.ones(x.shape[1], dtype=torch.float64)
     y = x + state.get("ls1.gamma", one) * attention(
-        under(state, "attn."), layer_norm(state, "norm1", x, eps), alive, num_heads, rope
+        under(state, "attn."), layer_norm(state, "norm1", x, eps), alive, num_heads, rope, eps
     )
-    y = y + state.get("ls2.gamma", one) * mlp(under(state, "mlp."), layer_norm(state, "norm2", y, eps), kind)
+    y = y + state.get("ls2.gamma", one) * mlp(under(state, "mlp."), layer_norm(state, "norm2", y, eps), kind, eps)
     return torch.where(alive[:, None], y, x)
 
 

@@ -6,12 +6,13 @@ Exited tokens are masked as keys in the library's blocks and their rows ignored,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from tests.helpers import distance, random_image
+from tokenexit.engine.tokens import Tokens
 from tokenexit.engine.vit import ViT
 
 TOLERANCE = 1e-5
@@ -41,9 +42,30 @@ def randomise(model: nn.Module) -> None:
             value.normal_(std=0.3)
 
 
+def unchanged(tokens: Tokens) -> Tokens:
+    return tokens
+
+
+def phases_of_others(tokens: Tokens) -> Tokens:
+    """The mistake that comparisons must see: every patch has the phases of its neighbour among the live."""
+    assert tokens.phases is not None
+    rolled = tokens.phases.clone()
+    rolled[tokens.num_prefix :] = tokens.phases[tokens.num_prefix :].roll(1, 0)
+    return replace(tokens, phases=rolled)
+
+
 @torch.no_grad()
-def largest_distance(ours: ViT, theirs: Reference, size: tuple[int, int], exits: Sequence[int] = ()) -> float:
-    """Over embedding, every block and the last norm; after each of `exits` a random part of the patches leaves."""
+def largest_distance(
+    ours: ViT,
+    theirs: Reference,
+    size: tuple[int, int],
+    exits: Sequence[int] = (),
+    change: Callable[[Tokens], Tokens] = unchanged,
+) -> float:
+    """Over embedding, every block and the last norm; after each of `exits` a random part of the patches leaves.
+
+    change: what happens to our tokens whenever some have left.
+    """
     image = random_image(*size, seed=size[0])
     tokens = ours.embed([image])
     x = theirs.embed(image[None])
@@ -54,7 +76,7 @@ def largest_distance(ours: ViT, theirs: Reference, size: tuple[int, int], exits:
     for i, block in enumerate(theirs.blocks):
         if i in exits:
             stays = torch.rand(int(alive[prefix:].sum()), generator=generator) < 0.6
-            tokens = tokens.keep(stays)
+            tokens = change(tokens.keep(stays))
             alive[prefix:] = alive[prefix:].masked_scatter(alive[prefix:], stays)
         mask = torch.zeros(1, 1, len(alive), len(alive)).masked_fill(~alive, -torch.inf)
         x = block(x, mask)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.parity.compare import TOLERANCE, Reference, largest_distance, randomise
+from tests.engine.test_cuda_graphs import Recorder
+from tests.parity.compare import TOLERANCE, Reference, largest_distance, phases_of_others, randomise
 from tokenexit.checkpoints import load_backbone, read_state_dict
 from tokenexit.conversion.convert import ConversionReport, convert
 from tokenexit.engine.vit import ViT
@@ -128,10 +129,21 @@ def loaded(report: ConversionReport) -> tuple[ViT, ConversionReport]:
 
 
 def compare(ours: ViT, theirs: Reference, exits: tuple[int, ...], record: Any) -> None:
+    """At two sizes, and with exits also in padded graphs; phases of other tokens must be seen."""
     for size in SIZES:
         found = largest_distance(ours, theirs, size, exits)
         record(f"{size}", found)
         assert found <= TOLERANCE, f"{found:.1e} at {size}"
+        if exits and ours.config.rope is not None:
+            assert largest_distance(ours, theirs, size, exits, phases_of_others) > 0.01
+    if exits:
+        recorder = Recorder()
+        ours.capture_blocks(step=8, record=recorder)
+        for size in SIZES:
+            found = largest_distance(ours, theirs, size, exits)
+            record(f"{size} in graphs", found)
+            assert found <= TOLERANCE, f"{found:.1e} at {size} in graphs"
+        assert recorder.replayed >= len(SIZES) * ours.config.depth
 
 
 @pytest.mark.library("timm", "torchvision")

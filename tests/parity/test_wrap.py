@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.helpers import distance, random_image
-from tests.parity import test_timm, test_transformers
+from tests.parity import test_dinov3, test_timm, test_transformers
 from tests.parity.compare import TOLERANCE, randomise
 from tokenexit.conversion.wrap import wrap
 from tokenexit.errors import TokenExitError
@@ -73,6 +73,46 @@ def test_transformers__is_wrapped_and_gives_the_librarys_features(family: str, s
     assert model.config.backbone.norm_eps == module.config.layer_norm_eps
 
 
+@timm
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_timm__dinov3_is_wrapped_and_gives_the_librarys_features(gated: bool, share: bool) -> None:
+    model = check(test_dinov3.timm_model(gated), lambda m, x: m.forward_features(x), 4, share)
+    config = model.config.backbone
+    assert (config.rope, config.rope_theta, config.k_bias, config.num_heads) == ("half", 100.0, False, 3)
+    assert config.pos_embed_grid == (14, 14), "the module's size is no part of a model without table"
+
+
+@timm
+def test_timm__dinov3_of_other_periods_and_pairs_or_of_one_size_is_wrapped() -> None:
+    from timm.models.eva import Eva
+
+    sizes: dict[str, Any] = {"img_size": 32, "patch_size": 8, "embed_dim": 48, "depth": 4, "num_heads": 3}
+    made = sizes | {"use_abs_pos_emb": False, "use_rot_pos_emb": True, "rope_type": "dinov3", "num_reg_tokens": 4}
+    made |= {"init_values": 1.0, "num_classes": 0}
+    for dynamic in (False, True):
+        module = Eva(**made, rope_temperature=50, use_fc_norm=False, dynamic_img_size=dynamic).eval()
+        test_dinov3.sharpen(module)
+        config = wrap(module, HEAD).config.backbone
+        assert (config.rope, config.rope_theta) == ("interleaved", 50.0)
+
+
+@transformers
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_transformers__dinov3_is_wrapped_and_gives_the_librarys_features(gated: bool, share: bool) -> None:
+    module = test_dinov3.transformers_model(gated)
+    model = check(module, lambda m, x: m(x).last_hidden_state, 4, share)
+    assert (model.config.backbone.rope, model.config.backbone.rope_theta) == ("half", 100.0)
+
+
+@transformers
+def test_transformers__dinov3_of_another_activation_is_refused() -> None:
+    module = test_dinov3.transformers_model(False)
+    module.config.hidden_act = "relu"
+    assert "has the activation relu" in refusal(module)
+
+
 @transformers
 @pytest.mark.parametrize("family", ["vit", "dinov2", "dinov2_registers"])
 def test_transformers__the_encoder_of_an_image_classifier_is_wrapped_and_runs_with_exits(family: str) -> None:
@@ -112,8 +152,8 @@ def refusal(module: nn.Module) -> str:
         ("resnet18", "is a ResNet"),
         ("beit_base_patch16_224", "relative positions"),
         ("vit_tiny_r_s16_p8_224", "is a hybrid"),
-        ("eva02_tiny_patch14_224", "rotary"),
-        ("vit_small_patch16_dinov3", "VisionTransformer|Eva"),
+        ("eva02_enormous_patch14_clip_224", "another generation than EVA-02"),
+        ("vit_medium_patch16_rope_reg1_gap_256", "rotary"),
         ("samvit_base_patch16", "windows and relative positions"),
         ("vit_base_patch16_clip_224", "a norm before its first block|activation"),
         ("pvt_v2_b0", "is a SegFormer"),
@@ -150,7 +190,6 @@ def test_timm__blocks_that_compute_something_else_are_found_by_their_features() 
         ("Segformer", "is a SegFormer"),
         ("Beit", "lack pos_embed: only plain ViTs with a position table"),
         ("ConvNext", "is a ConvNeXt"),
-        ("DINOv3ViT", "DINOv3ViTModel"),
         ("CLIPVision", "CLIPVision"),
     ],
 )

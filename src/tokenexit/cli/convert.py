@@ -10,14 +10,29 @@ from tokenexit.cli.options import command_parser
 from tokenexit.errors import ConfigError
 
 KINDS = (
-    *("auto", "huggingface", "dinov3", "dinov3_timm", "dinov3_huggingface", "dovit", "dtop", "segvit", "mmseg"),
-    *("segmenter", "dinov2_head", "dinov2", "timm"),
+    *("auto", "eomt", "eomt_huggingface", "huggingface", "dinov3", "dinov3_timm", "dinov3_huggingface", "dinov3_head"),
+    *(
+        "eva02",
+        "eva02_timm",
+        "pe_core",
+        "pe_spatial",
+        "siglip",
+        "dovit",
+        "dtop",
+        "segvit",
+        "mmseg",
+        "segmenter",
+        "dinov2_head",
+        "dinov2",
+    ),
+    "timm",
 )
 """auto, and the names of `tokenexit.conversion.families.SOURCES`, which would import torch."""
 
 
 def convert(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
+    backbone_options = _named_values("--backbone-options", options.backbone_options or [])
     head_options = _named_values("--head-options", options.head_options or [])
     from tokenexit.conversion.convert import convert as run
 
@@ -28,6 +43,7 @@ def convert(arguments: list[str]) -> int:
         backbone=options.backbone,
         backbone_only=options.backbone_only,
         exits=options.exits,
+        options=backbone_options,
         head_options=head_options,
     )
     print(report.summary())
@@ -43,9 +59,15 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind", choices=KINDS, default="auto", help="source of the weights; auto: told by their names"
     )
-    parser.add_argument("--backbone", help="file of backbone weights, for DINOv2's released linear heads")
+    parser.add_argument("--backbone", help="file of backbone weights, for the linear heads of DINOv2 and DINOv3")
     parser.add_argument("--backbone-only", action="store_true", help="the backbone without the heads")
     parser.add_argument("--exits", type=int, nargs="*", help="numbers of blocks after which auxiliary heads stand")
+    parser.add_argument(
+        "--backbone-options",
+        nargs="+",
+        metavar="NAME=VALUE",
+        help="fields of ViTConfig that the weights do not say, such as rope_reference=14",
+    )
     parser.add_argument(
         "--head-options",
         nargs="+",

@@ -14,9 +14,12 @@ BACKBONES = (
     "dinov2_giant_patch14_reg4",
     *("dinov3_vits16", "dinov3_vits16plus", "dinov3_vitb16", "dinov3_vitl16", "dinov3_vitl16plus"),
     *("dinov3_vith16plus", "dinov3_vit7b16"),
+    *("eva02_tiny_patch14", "eva02_small_patch14", "eva02_base_patch14", "eva02_large_patch14"),
+    *("pe_spatial_tiny_patch16", "pe_spatial_small_patch16", "pe_spatial_base_patch16", "pe_spatial_large_patch14"),
+    *("pe_core_base_patch16", "pe_core_large_patch14", "siglip2_so400m_patch16"),
 )
 """The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
-HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear")
+HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt")
 """The names of `tokenexit.heads.HEADS`, likewise."""
 
 

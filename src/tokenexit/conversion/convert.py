@@ -19,11 +19,11 @@ from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, not_plain, source_named
 from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
-from tokenexit.conversion.rename import State, under
+from tokenexit.conversion.rename import State, rename, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
-from tokenexit.heads import HEADS
+from tokenexit.heads import HEADS, eomt_spec
 from tokenexit.hub.fetch import DEFAULT_FILES, HUB_PREFIX, resolve_weights
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -36,17 +36,20 @@ FOLDER_FILES = (*DEFAULT_FILES, "checkpoint.pth")
 
 _CLASSIFIER = "an image classifier or projection head"
 _UNUSED = (
+    (r"criterion\..+|(?:network\.)?encoder\.pixel_(?:mean|std)", "used in training alone, or the known mean and std"),
     (
         r"(?:.*\.)?(?:head|head_dist|fc|fc_norm|pre_logits|cls_classifier|distillation_classifier|classifier)\..+",
         _CLASSIFIER,
     ),
     (r"(?:.*\.)?(?:dino_head|ibot_head)\..+", _CLASSIFIER),
-    (r"(?:.*\.)?pooler\..+", "pools for an image classifier"),
-    (r"(?:.*\.)?(?:mask_token|local_cls_norm\..+)", "used in pre-training alone"),
-    (r"(?:.*\.)?rope_embed\.periods", "computed here from their formula, in fp32"),
+    (r"(?:.*\.)?(?:pooler|attn_pool)\..+", "pools for an image classifier"),
+    (r"(?:.*\.)?(?:mask_token|(?:local_cls_norm|lm_head)\..+)", "used in pre-training alone"),
+    (r"(?:.*\.)?(?:rope_embed\.periods|rope\.freqs_(?:cos|sin))", "computed here from their formula, in fp32"),
+    (r"(?:.*\.)?fpn\d\..+", "a pyramid of features behind the backbone"),
     (r"decoder(?:_\w+)?(?:\..+)?", "the decoder of masked pre-training"),
     (r"decode_head\.conv_seg\..+", "made by the framework, never used by this head"),
     (r"(?:decode_head|exit_heads\.\d+)\.loss_decode\..+", "a constant of the loss, used in training alone"),
+    (r"(?:backbone\.)?norm\.(?:weight|bias)", "a last norm, which this model runs without"),
     (r"blocks\.\d+\..+", "a block beyond the depth that was asked for"),
     (r"(?:backbone\.)?(?:cls_token|pos_embed\[:, :1\])", "this model runs without class token"),
 )
@@ -250,7 +253,11 @@ def _parts(
     # The heads tell some sources apart, so their settings are read before any head is left out.
     heads_by_part = attention_heads_in(main.meta)
     num_heads = {"num_heads": heads_by_part["backbone"]} if "backbone" in heads_by_part and body is main else {}
-    known = {**body.source.settings(state), **num_heads, **body.beside.settings, **(options or {})}
+    with _readable(body.what):
+        settings = body.source.settings(state)
+    known = {**settings, **num_heads, **body.beside.settings, **(options or {})}
+    if known.get("final_norm"):
+        state = _pooled_norm_as_last(state)
     left_out = [] if body is main else [key for key in body.state if key.startswith(HEADS_IN_STATE)]
     if backbone_only or (exits is not None and not exits):
         fronts = HEADS_IN_STATE if backbone_only else HEADS_IN_STATE[1:]
@@ -260,8 +267,18 @@ def _parts(
         raise CheckpointError(f"{main.what} hold a head alone: give the weights of its backbone, too.")
     with _readable(body.what):
         config, assumed = backbone_config(under(state, "backbone."), known, body.what)
+    said = {*body.beside.settings, *(options or {})}
+    assumed |= {name: getattr(config, name) for name in body.source.assumes if name not in said}
     heads, num_exits = heads_of(state, main.what)
     return _Parts(main, body, state, config, assumed, heads, num_exits, left_out)
+
+
+def _pooled_norm_as_last(state: State) -> State:
+    """Let the norm of pooled patches stand for a last norm that is asked for and is not there, as in EVA-02."""
+    if "backbone.norm.weight" in state:
+        return state
+    pooled = r"(?:backbone\.|visual\.|model\.)?fc_norm\.(weight|bias)"
+    return rename(state, ((pooled, r"backbone.norm.\1"),))
 
 
 def _segmenter(
@@ -273,7 +290,7 @@ def _segmenter(
     """Build the model with its weights, and the report without a destination."""
     main, config, num_exits = parts.main, parts.config, parts.num_exits
     with _readable(main.what):
-        specs, num_classes, more = _head_specs(parts.heads, config.embed_dim, dict(head_options or {}), main)
+        specs, num_classes, more = _head_specs(parts.heads, config, dict(head_options or {}), main)
     positions, assumed_exits = _exit_positions(main, config.depth, num_exits, exits)
     preprocessing, normalisation = _preprocessing(main, parts.body, parts.state, num_classes, preprocessing)
     model = ExitSegmenter(config, num_classes, positions, specs[:num_exits], specs[-1], preprocessing)
@@ -375,7 +392,7 @@ def _joined(main: _Weights, body: _Weights) -> State:
 
 
 def _head_specs(
-    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], main: _Weights
+    heads: Mapping[str, State], backbone: ViTConfig, given: dict[str, Any], main: _Weights
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     """Return a specification for each head, the number of classes, and what was assumed."""
     what, heads_by_part = main.what, attention_heads_in(main.meta)
@@ -384,7 +401,9 @@ def _head_specs(
     assumed: dict[str, Any] = {}
     for name, head in heads.items():
         known = ({"num_heads": heads_by_part[name]} if name in heads_by_part else {}) | given
-        spec, classes[name], more = head_spec(head, embed_dim, known, f"the {name} of {what}")
+        spec, classes[name], more = head_spec(head, backbone.embed_dim, known, f"the {name} of {what}")
+        if spec["kind"] == "eomt":
+            spec = eomt_spec(backbone, **{key: spec[key] for key in ("layers", "queries", "steps")})
         if spec["kind"] == "atm" and "num_heads" in more:
             published = main.source.atm_heads.get((spec["channels"], classes[name]), more["num_heads"])
             spec["num_heads"] = more["num_heads"] = published

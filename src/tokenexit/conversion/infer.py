@@ -18,7 +18,7 @@ from torch import Tensor
 
 from tokenexit.conversion.rename import under
 from tokenexit.engine.vit import PRESETS, ViTConfig
-from tokenexit.errors import CheckpointError
+from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import HEADS
 
 Assumed = dict[str, Any]
@@ -38,6 +38,10 @@ def backbone_config(
     given: fields of `ViTConfig` that are known; they win over what is inferred.
     Returns the configuration and those of its fields that neither shapes nor `given` say.
     """
+    if unknown := set(given) - set(inspect.signature(ViTConfig).parameters):
+        raise ConfigError(f"a backbone has no option '{min(unknown)}': see ViTConfig.")
+    if "pos_embed_grid" in given:
+        ViTConfig(pos_embed_grid=given["pos_embed_grid"])  # is one, or is refused
     table, rope = state.get("pos_embed"), given.get("rope")
     needed = (*NEEDED, "blocks.0.mlp.fc2.weight", *(("pos_embed",) if rope is None else ()))
     missing = [name for name in needed if name not in state]
@@ -64,6 +68,9 @@ def backbone_config(
         "patch_size": patch.shape[2],
         "mlp_ratio": ratio(hidden, dim),
         "mlp": "swiglu" if hidden == 2 * back else "gelu",
+        "sub_norm": "blocks.0.mlp.norm.weight" in state,
+        "attn_norm": "blocks.0.attn.norm.weight" in state,
+        "norm_pre": "norm_pre.weight" in state,
         "qkv_bias": "blocks.0.attn.qkv.bias" in state,
         "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in state else None,
         "class_token": class_token,
@@ -73,8 +80,6 @@ def backbone_config(
     assumed: Assumed = {}
     if "num_heads" not in given:
         assumed["num_heads"] = _HEADS_OF_WIDTH.get(dim, max(dim // 64, 1))
-    if unknown := set(given) - set(inspect.signature(ViTConfig).parameters):
-        raise CheckpointError(f"a backbone has no option '{min(unknown)}': see ViTConfig.")
     return ViTConfig(**{**inferred, **assumed, **given}), assumed
 
 
@@ -106,11 +111,11 @@ def ratio(hidden: int, dim: int) -> float:
 
 
 def preset_of(config: ViTConfig) -> str | None:
-    """Return the name of the preset that this is, but for LayerScale's start value, which loaded weights replace."""
+    """Return the name of the preset that this is, but for what loaded weights replace or training alone uses."""
     for name, preset in PRESETS.items():
-        if (preset.layer_scale is None) == (config.layer_scale is None):
-            other = replace(preset, layer_scale=config.layer_scale, drop_path=config.drop_path)
-            if other == config:
+        if (preset.layer_scale is None) == (config.layer_scale is None) and preset.mlp_hidden == config.mlp_hidden:
+            changed = ("layer_scale", "drop_path", "mlp_ratio", "rope_rescale")
+            if replace(preset, **{field: getattr(config, field) for field in changed}) == config:
                 return name
     return None
 
@@ -124,7 +129,9 @@ def head_spec(
     Returns its specification, K, and what neither shapes nor `given` say.
     """
     _refuse_segvit(head, what)
-    if "input_proj.weight" in head and "presence.weight" in head:
+    if "queries.weight" in head and "upscale_steps.0.up.weight" in head:
+        spec, classes, width, assumed = _eomt(head)
+    elif "input_proj.weight" in head and "presence.weight" in head:
         spec, classes, width, assumed = _atm(head)
     elif "queries.weight" in head and "mask_norm.weight" in head:
         spec, classes, width, assumed = _mask_transformer(head)
@@ -180,6 +187,14 @@ def _refuse_segvit(head: Mapping[str, Tensor], what: str) -> None:
             f"{head['queries.weight'].shape[0] if 'queries.weight' in head else 'learned'} queries; {atm}: convert the "
             "backbone alone (backbone_only, --backbone-only)."
         )
+
+
+def _eomt(head: Mapping[str, Tensor]) -> Inferred:
+    """What its blocks are like is known from those of the backbone."""
+    queries, width = head["queries.weight"].shape
+    steps, layers = _layers(head, "upscale_steps"), _layers(head, "blocks")
+    spec = {"kind": "eomt", "layers": layers, "queries": queries, "steps": steps}
+    return spec, head["classifier.weight"].shape[0] - 1, width, {}
 
 
 def _mask_transformer(head: Mapping[str, Tensor]) -> Inferred:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -22,10 +22,13 @@ from torch import Tensor, nn
 from tokenexit.conversion.families import SOURCES, Normalisation, detect, not_plain
 from tokenexit.conversion.infer import backbone_config
 from tokenexit.conversion.rename import State, register_positions, under
+from tokenexit.engine.tokens import Grid
 from tokenexit.engine.vit import ViT, ViTConfig
-from tokenexit.errors import ConfigError
+from tokenexit.errors import CheckpointError, ConfigError
 
 PLAIN = "wrap takes plain ViTs of timm, transformers and DINOv2"
+TANH = "GELU (tanh)"
+"""Name of the approximation of GELU that SigLIP 2 has."""
 _INNER = ("_orig_mod", "module")
 """Where torch.compile and data parallel training keep the module that they wrap."""
 
@@ -42,8 +45,10 @@ class Reader:
         norm: the norm after the last block.
         projection: the convolution that embeds patches.
         features: images to all tokens `(B, N, C)` after that norm.
-        takes_any_size: whether it takes images of other sizes than its position table's.
+        takes_any_size: whether it takes images of other sizes than those of its grid.
         normalisation: mean and std it was trained with, None where it does not say.
+        rotary: whether positions are rotary; `settings` then says which.
+        activations: the activations that it may have; `settings` says which if several are ungated.
     """
 
     settings: Callable[[Any], dict[str, Any]]
@@ -55,6 +60,8 @@ class Reader:
     features: Callable[[Any, Tensor], Tensor]
     takes_any_size: Callable[[Any], bool]
     normalisation: Callable[[Any], Normalisation | None]
+    rotary: bool = False
+    activations: tuple[str, ...] = ("GELU", "SiLU of a gate")
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,7 @@ class Backbone:
         config: what rebuilds it here.
         state: its weights under our names. What needs no new shape is the module's own parameter, or a view of it.
         normalisation: mean and std it was trained with, or those of its library.
+        grid: rows and columns of patches that it was built for.
     """
 
     module: nn.Module
@@ -74,6 +82,7 @@ class Backbone:
     config: ViTConfig
     state: State
     normalisation: Normalisation
+    grid: Grid
 
     @property
     def name(self) -> str:
@@ -98,15 +107,22 @@ def read_backbone(module: nn.Module) -> Backbone:
         try:
             settings = SOURCES[kind].settings(state) | reader.settings(body)
             _refuse_other_computations(reader, body, name)
-        except AttributeError as error:
+        except (AttributeError, KeyError) as error:
             raise ConfigError(f"{PLAIN}, and {name} is not built as theirs are ({error}).") from None
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
         normalisation = reader.normalisation(body) or SOURCES[kind].normalisation(state)
         state = under(state, "backbone.")
-        if "reg_token" in state and "pos_embed_grid" in settings:
-            rows, columns = settings["pos_embed_grid"]
-            state = register_positions(state, rows * columns)
-        config, _ = backbone_config(state, settings, f"the weights of {name}")
-    return Backbone(body, reader, config, _fitting(state, config, name), normalisation)
+        grid = settings.get("pos_embed_grid")
+        if "pos_embed" not in state:
+            settings.pop("pos_embed_grid", None)
+        elif "reg_token" in state and grid is not None:
+            state = register_positions(state, grid[0] * grid[1])
+        try:
+            config, _ = backbone_config(state, settings, f"the weights of {name}")
+        except CheckpointError as error:
+            raise ConfigError(str(error)) from None
+    return Backbone(body, reader, config, _fitting(state, config, name), normalisation, grid or config.pos_embed_grid)
 
 
 def _encoder(module: nn.Module) -> nn.Module:
@@ -115,6 +131,8 @@ def _encoder(module: nn.Module) -> nn.Module:
         if isinstance(inner := getattr(module, name, None), nn.Module):
             return _encoder(inner)
     inner = getattr(module, str(getattr(module, "base_model_prefix", "")), None)
+    if hasattr(module, "embeddings"):  # in DINOv3 of transformers the part of that name is the stack of blocks
+        return module
     return inner if isinstance(inner, nn.Module) else module
 
 
@@ -147,7 +165,7 @@ def _refuse_other_computations(reader: Reader, body: nn.Module, name: str) -> No
         window: Any = getattr(part, "window_size", None)
         if isinstance(window, int | list | tuple) and any(window if isinstance(window, list | tuple) else [window]):
             raise refuse("attention in windows, where a plain ViT has it over the whole grid")
-        if getattr(part, "rope", None) is not None:
+        if getattr(part, "rope", None) is not None and not reader.rotary:
             raise refuse("rotary positions, where a plain ViT has a table")
     blocks = reader.blocks(body)
     if not blocks:
@@ -157,7 +175,7 @@ def _refuse_other_computations(reader: Reader, body: nn.Module, name: str) -> No
     if len(eps) != 1:
         raise refuse(f"norms of different epsilon ({', '.join(map(str, sorted(eps, key=str)))})")
     for found in {reader.activation(body, block) for block in blocks}:
-        if found not in ("GELU", "SiLU of a gate"):
+        if found not in reader.activations:
             raise refuse(f"the activation {found}, where tokenexit's blocks have GELU, or SiLU of a gate")
 
 
@@ -192,8 +210,8 @@ def _fitting(state: Mapping[str, Tensor], config: ViTConfig, name: str) -> State
 def _activation(layer: Any, gated: bool) -> str:
     """Return the name of an activation: its class without what libraries add to it."""
     name = type(layer).__name__.removesuffix("Activation")
-    if name == "GELU" and getattr(layer, "approximate", "none") != "none":
-        return "GELU (tanh)"
+    if name == "GELUTanh" or (name == "GELU" and getattr(layer, "approximate", "none") != "none"):
+        return TANH
     return f"{name} of a gate" if gated else name
 
 
@@ -208,7 +226,29 @@ def _timm_settings(body: Any) -> dict[str, Any]:
 
 def _timm_activation(body: Any, block: Any) -> str:
     mlp = block.mlp
-    return _activation(mlp.act, mlp.fc1.weight.shape[0] == 2 * mlp.fc2.weight.shape[1])
+    return _activation(mlp.act, hasattr(mlp, "fc1_g") or mlp.fc1.weight.shape[0] == 2 * mlp.fc2.weight.shape[1])
+
+
+def _timm_activated_settings(body: Any) -> dict[str, Any]:
+    tanh = _timm_activation(body, body.blocks[0]) == TANH
+    return _timm_settings(body) | {"mlp": "gelu_tanh" if tanh else "gelu"}
+
+
+def _timm_rotary_settings(body: Any) -> dict[str, Any]:
+    """Read rotary positions; centres of patches have no reference, and what else there may be is found by features."""
+    rope = body.rope
+    if rope.temperature is None:
+        raise ConfigError(f"{PLAIN}, and {type(body).__name__} has rotary positions of no temperature.")
+    settings = _timm_settings(body) | {
+        "rope": "half" if rope.rotate_half else "interleaved",
+        "rope_theta": float(rope.temperature),
+        "rope_column_first": rope.grid_indexing == "xy",
+    }
+    if not hasattr(rope, "ref_feat_shape"):
+        return settings
+    if rope.ref_feat_shape is None or len(set(rope.ref_feat_shape)) != 1:
+        raise ConfigError(f"{PLAIN}, and {type(body).__name__} has rotary positions without a square reference grid.")
+    return settings | {"rope_reference": float(rope.ref_feat_shape[0]), "rope_offset": float(rope.grid_offset)}
 
 
 def _timm_normalisation(body: Any) -> Normalisation | None:
@@ -262,6 +302,18 @@ def _pair(size: Any) -> tuple[int, int]:
     return (int(size[0]), int(size[1])) if isinstance(size, list | tuple) else (int(size), int(size))
 
 
+def _huggingface_dinov3_settings(body: Any) -> dict[str, Any]:
+    theta = getattr(body.config, "rope_theta", None)
+    settings = {"rope_theta": float(body.config.rope_parameters["rope_theta"] if theta is None else theta)}
+    return _huggingface_settings(body) | settings
+
+
+def _huggingface_dinov3_activation(body: Any, block: Any) -> str:
+    act, gated = str(body.config.hidden_act), bool(body.config.use_gated_mlp)
+    known = {"gelu": "GELU", "gelu_python": "GELU", "silu": "SiLU"}
+    return known.get(act, act) + (" of a gate" if gated else "")
+
+
 # ------------------------------------------------------------------------------------------------------ DINOv2's own
 
 
@@ -291,17 +343,35 @@ def _dinov2_features(body: Any, images: Tensor) -> Tensor:
     return torch.cat([*front, out["x_norm_patchtokens"]], dim=1)
 
 
+_TIMM = Reader(
+    settings=_timm_settings,
+    blocks=lambda body: list(body.blocks),
+    norms=lambda block: (block.norm1, block.norm2),
+    activation=_timm_activation,
+    norm=lambda body: body.norm,
+    projection=lambda body: body.patch_embed.proj,
+    features=lambda body, images: body.forward_features(images),
+    takes_any_size=lambda body: bool(getattr(body, "dynamic_img_size", False)),
+    normalisation=_timm_normalisation,
+)
+
+_EVA = replace(_TIMM, settings=_timm_rotary_settings, rotary=True)
+
 READERS: dict[str, Reader] = {
-    "timm": Reader(
-        settings=_timm_settings,
-        blocks=lambda body: list(body.blocks),
-        norms=lambda block: (block.norm1, block.norm2),
-        activation=_timm_activation,
+    "timm": _TIMM,
+    **dict.fromkeys(("dinov3_timm", "eva02_timm", "pe_core", "pe_spatial"), _EVA),
+    "siglip": replace(_TIMM, settings=_timm_activated_settings, activations=("GELU", TANH)),
+    "dinov3_huggingface": Reader(
+        settings=_huggingface_dinov3_settings,
+        blocks=lambda body: body.model.layer,
+        norms=lambda layer: (layer.norm1, layer.norm2),
+        activation=_huggingface_dinov3_activation,
         norm=lambda body: body.norm,
-        projection=lambda body: body.patch_embed.proj,
-        features=lambda body, images: body.forward_features(images),
-        takes_any_size=lambda body: bool(getattr(body, "dynamic_img_size", False)),
-        normalisation=_timm_normalisation,
+        projection=lambda body: body.embeddings.patch_embeddings,
+        features=_huggingface_features,
+        takes_any_size=lambda body: True,
+        normalisation=lambda body: None,
+        rotary=True,
     ),
     "huggingface": Reader(
         settings=_huggingface_settings,

@@ -46,9 +46,10 @@ def wrap(
 ) -> ExitSegmenter:
     """Turn a plain ViT of another library and its decode head into a segmenter without exits, in evaluation mode.
 
-    Of timm it takes ViT, DeiT, DeiT-3 and DINOv2, of transformers ViT, DeiT and DINOv2 with and without registers, and
-    the modules of DINOv2's own code. Original and result are run on the first images in fp32, and features of all
-    patches must agree to 1e-5 of the largest one (in fp64, where a deep network's rounding alone is more).
+    Of timm it takes ViT, DeiT, DeiT-3, DINOv2 and DINOv3, of transformers ViT, DeiT, DINOv2 with and without registers
+    and DINOv3, and the modules of DINOv2's own code. Original and result are run on the first images in fp32, and
+    features of all patches must agree to 1e-5 of the largest one (in fp64, where a deep network's rounding alone is
+    more).
 
     Args:
         backbone: the module; that of an image classifier is taken out of it.
@@ -108,7 +109,7 @@ def _decode_head(
     options: Mapping[str, Any] | None,
 ) -> tuple[Head, State]:
     """Return the decode head, and the weights that are still to be put in it."""
-    dim, (rows, columns) = read.config.embed_dim, read.config.pos_embed_grid
+    dim, (rows, columns) = read.config.embed_dim, read.grid
     if head is None:
         if num_classes is None:
             raise ConfigError("wrap needs a decode head: give it with its weights, or num_classes for a fresh one.")
@@ -248,8 +249,8 @@ def _inputs(images: Sequence[ImageSource | Tensor] | None, preprocessing: Prepro
 
 
 def _check_same(read: Backbone, model: ExitSegmenter, normed: bool, images: Sequence[Tensor]) -> None:
-    """Raise `ConfigError` where features of patches differ, at the size of the position table and at another one."""
-    (rows, columns), patch = read.config.pos_embed_grid, read.config.patch_size
+    """Raise `ConfigError` where features of patches differ, at the size it was built for and at another one."""
+    (rows, columns), patch = read.grid, read.config.patch_size
     grids = [(rows, columns)]
     if read.reader.takes_any_size(read.module):
         grids.append((rows // 2 + 1, columns // 2 + 2))

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., 2021; on two axes as in DINOv3, Siméoni et al., 2025) as data that travels with tokens.
+"""Rotary positions (Su et al., 2021; on two axes as in EVA-02 and DINOv3) as data that travels with tokens.
 
 Every token carries one row of cosines and sines, its phases, gathered whenever tokens are. Attention rotates queries
 and keys by them, so that place counts by difference, whichever tokens are left. Phases come from the patch's place in
@@ -10,6 +10,7 @@ Legend: T tokens, N heads, H channels per head (a multiple of 4), h x w patches.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -22,8 +23,34 @@ Pairing = Literal["half", "interleaved"]
 PeriodPrecision = Literal["fp32", "bf16"]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Where patches lie: the coordinates that are turned into angles, and which axis comes first.
+
+    Attributes:
+        reference: None for centres of patches in [-1, 1], times 2 pi (DINOv3). Else the side of a grid to which every
+            axis is stretched: patch i of n lies at `(i + offset) / n * reference`, in radians (EVA-02).
+        offset: number of patches before the first.
+        column_first: the first half of the angles is that of the column, else that of the row.
+    """
+
+    reference: float | None = None
+    offset: float = 0.0
+    column_first: bool = False
+
+    def along(self, side: int, like: Tensor) -> Tensor:
+        """Return the coordinates `(side,)` of one axis, in radians of the shortest period's angle."""
+        index = torch.arange(side, dtype=like.dtype, device=like.device)
+        if self.reference is None:
+            return 2 * math.pi * (2 * (index + 0.5) / side - 1)
+        return (index + self.offset) / side * self.reference
+
+
+CENTRES = Places()
+
+
 def rope_periods(head_dim: int, theta: float, precision: PeriodPrecision, like: Tensor) -> Tensor:
-    """Return the periods `(H / 4,)` of each axis, from 1 to almost `theta`, in units of half a side.
+    """Return the periods `(H / 4,)` of each axis, from 1 to almost `theta`: what coordinates are divided by.
 
     precision: "bf16" rounds them as the files of DINOv3's release do. like: gives dtype and device.
     """
@@ -32,31 +59,21 @@ def rope_periods(head_dim: int, theta: float, precision: PeriodPrecision, like: 
     return periods.to(torch.bfloat16).to(like.dtype) if precision == "bf16" else periods
 
 
-def rope_phases(grid: Grid, prefix: int, periods: Tensor, pairing: Pairing) -> Tensor:
+def rope_phases(grid: Grid, prefix: int, periods: Tensor, pairing: Pairing, places: Places = CENTRES) -> Tensor:
     """Return the phases of one image's tokens, `(prefix + h w, 2 H)`: cosines of all channels, then sines.
 
-    The centre of a patch lies in [-1, 1] on each axis by that axis's own length. The first half of the angles is that
-    of the row, the second that of the column.
+    Each axis counts by its own length. The first half of the angles is that of the row, the second that of the column,
+    or the other way round.
     """
     height, width = grid
-    rows, columns = (_angles(side, periods) for side in grid)
-    angles = torch.cat(
-        [
-            rows[:, None, :].expand(height, width, -1),
-            columns[None, :, :].expand(height, width, -1),
-        ],
-        dim=-1,
-    ).flatten(0, 1)  # (h w, H / 2)
+    rows, columns = (places.along(side, periods)[:, None] / periods for side in grid)
+    axes = [rows[:, None, :].expand(height, width, -1), columns[None, :, :].expand(height, width, -1)]
+    angles = torch.cat(axes[::-1] if places.column_first else axes, dim=-1).flatten(0, 1)  # (h w, H / 2)
     angles = angles.repeat(1, 2) if pairing == "half" else angles.repeat_interleave(2, dim=1)
     phases = torch.cat([angles.cos(), angles.sin()], dim=1)
-    width = 4 * len(periods)
-    identity = torch.cat([periods.new_ones(prefix, width), periods.new_zeros(prefix, width)], dim=1)
+    channels = 4 * len(periods)
+    identity = torch.cat([periods.new_ones(prefix, channels), periods.new_zeros(prefix, channels)], dim=1)
     return torch.cat([identity, phases])
-
-
-def _angles(side: int, periods: Tensor) -> Tensor:
-    centres = (torch.arange(side, dtype=periods.dtype, device=periods.device) + 0.5) / side
-    return 2 * math.pi * (2 * centres - 1)[:, None] / periods
 
 
 def rotate(x: Tensor, phases: Tensor, pairing: Pairing) -> Tensor:

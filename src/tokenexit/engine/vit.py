@@ -19,15 +19,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenexit.engine import ops
-from tokenexit.engine.attention import packed_attention
+from tokenexit.engine.attention import MaskedRows, masked_attention, packed_attention
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.rope import Pairing, PeriodPrecision, rope_periods, rope_phases, rotate
+from tokenexit.engine.rope import Pairing, PeriodPrecision, Places, rope_periods, rope_phases, rotate
 from tokenexit.engine.tokens import Grid, Packing, Tokens, group_equal
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, Share, check_fields
 
 Side = Annotated[int, Between(1, 1024)]
+MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,28 @@ class ViTConfig:
         num_heads: number of attention heads.
         patch_size: side of a square patch in pixels.
         mlp_ratio: hidden width of the MLP over `embed_dim`.
-        mlp: "gelu", or "swiglu" (DINOv2 giant; `mlp_ratio` then counts both gates).
+        mlp: "gelu", "gelu_tanh" (SigLIP 2), or "swiglu" (DINOv2 giant, EVA-02; `mlp_ratio` then counts both gates).
+        sub_norm: LayerNorm before the MLP's last layer (EVA-02 B and L), with "swiglu" alone.
         qkv_bias: biases in the projection to queries, keys and values.
         k_bias: off, that of keys stays zero (DINOv3). It would cancel in the softmax, but for rotary positions.
+        attn_norm: LayerNorm before the last projection of attention (the CLIP towers of EVA-02).
         layer_scale: start value of LayerScale (timm's `init_values`), None without it (DeiT-3, DINOv2 have it).
         class_token: a class token in front of the patches; DoViT needs one, DToP runs without.
         num_registers: number of register tokens (timm's `reg_tokens`).
+        norm_pre: LayerNorm before the first block; patches then have no bias (Perception Encoder).
         final_norm: LayerNorm after the last block, before the decode head.
         norm_eps: epsilon of all LayerNorms.
         rope: rotary positions in every block, None without them (DINOv3 has "half"): which channels of a head make a
             pair, "half" (j and j + H / 2) or "interleaved" (2 j and 2 j + 1).
-        rope_theta: longest period of theirs, in half sides of the image.
+        rope_theta: longest period of theirs, over the shortest.
+        rope_reference: None for centres of patches in [-1, 1], of which the shortest period is one half of the side
+            (DINOv3); else the side of a grid to which each axis is stretched, with a patch as radian (EVA-02: 16).
+        rope_offset: with a reference, number of patches before the first (Perception Encoder: 1).
+        rope_column_first: the first half of each head's angles is the column's, not the row's (Perception Encoder).
         rope_periods: "bf16" rounds the periods as the files of DINOv3's release do, which its own code then reads;
             timm and transformers compute them in fp32.
+        rope_rescale: in training, coordinates of each call are multiplied by one factor, log-uniform between the
+            inverse of this and this; 1 for none (DINOv3 was trained with 2).
         pos_embed: a learned position table; DINOv3 has rotary positions alone.
         pos_embed_grid: rows and columns of the position table.
         pos_embed_prefix: whether the table's first row belongs to the class token (timm's `no_embed_class=False`).
@@ -74,17 +84,24 @@ class ViTConfig:
     num_heads: Annotated[int, Between(1, 512)] = 3
     patch_size: Annotated[int, Between(1, 256)] = 16
     mlp_ratio: Annotated[float, Between(0, 64)] = 4.0
-    mlp: Literal["gelu", "swiglu"] = "gelu"
+    mlp: MlpKind = "gelu"
+    sub_norm: bool = False
     qkv_bias: bool = True
     k_bias: bool = True
+    attn_norm: bool = False
     layer_scale: float | None = None
     class_token: bool = True
     num_registers: Annotated[int, Between(0, 1024)] = 0
+    norm_pre: bool = False
     final_norm: bool = True
     norm_eps: Annotated[float, Between(0, 1)] = 1e-6
     rope: Pairing | None = None
     rope_theta: Annotated[float, Between(1, 1e6)] = 100.0
     rope_periods: PeriodPrecision = "fp32"
+    rope_reference: Annotated[float, Between(1, 65535)] | None = None
+    rope_offset: Annotated[float, Between(0, 65535)] = 0.0
+    rope_column_first: bool = False
+    rope_rescale: Annotated[float, Between(1, 1000)] = 1.0
     pos_embed: bool = True
     pos_embed_grid: tuple[Side, Side] = (14, 14)
     pos_embed_prefix: bool = True
@@ -108,6 +125,12 @@ class ViTConfig:
             )
         if self.rope is None and not self.pos_embed:
             raise ConfigError("pos_embed=False leaves tokens without a place: set rope, or leave the table on.")
+        if self.rope_offset and self.rope_reference is None:
+            raise ConfigError(
+                f"rope_offset={self.rope_offset} moves patches of a reference grid: set rope_reference, or leave it 0."
+            )
+        if self.sub_norm and self.mlp != "swiglu":
+            raise ConfigError(f"sub_norm stands behind a gate, and mlp is '{self.mlp}': set mlp to swiglu.")
         for name in ("mlp_ratio", "norm_eps"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name} must be above 0, got {getattr(self, name)}: leave it at its default.")
@@ -128,6 +151,11 @@ class ViTConfig:
     def head_dim(self) -> int:
         """Number of channels per attention head."""
         return self.embed_dim // self.num_heads
+
+    @property
+    def places(self) -> Places:
+        """Coordinates of rotary positions."""
+        return Places(self.rope_reference, self.rope_offset, self.rope_column_first)
 
     @property
     def mlp_hidden(self) -> int:
@@ -183,9 +211,52 @@ def _dinov3(size: ViTConfig, **changes: Any) -> ViTConfig:
     )
 
 
+def _eva02(size: ViTConfig, hidden: int, **changes: Any) -> ViTConfig:
+    """Return EVA-02 at 224 px; `hidden` of each gate."""
+    return replace(
+        size,
+        patch_size=14,
+        mlp="swiglu",
+        mlp_ratio=2 * hidden / size.embed_dim,
+        k_bias=False,
+        final_norm=False,
+        rope="interleaved",
+        rope_theta=10000.0,
+        rope_reference=16.0,
+        pos_embed_grid=(16, 16),
+        **changes,
+    )
+
+
+def _pe(size: ViTConfig, side: int, **changes: Any) -> ViTConfig:
+    """Return a Perception Encoder (Bolya et al., 2025), whose table and reference grid have this side."""
+    return replace(
+        size,
+        norm_pre=True,
+        norm_eps=1e-5,
+        rope="interleaved",
+        rope_theta=10000.0,
+        rope_reference=float(side),
+        rope_offset=1.0,
+        rope_column_first=True,
+        pos_embed_grid=(side, side),
+        **changes,
+    )
+
+
 _GATED: dict[str, Any] = {"mlp": "swiglu", "mlp_ratio": 8.0}
 _HUGE = ViTConfig(embed_dim=1280, num_heads=20, depth=32)
 _7B = ViTConfig(embed_dim=4096, num_heads=32, depth=40, qkv_bias=False)
+_SO400M = ViTConfig(
+    embed_dim=1152,
+    num_heads=16,
+    depth=27,
+    mlp="gelu_tanh",
+    mlp_ratio=3.7362,
+    class_token=False,
+    pos_embed_prefix=False,
+    pos_embed_grid=(16, 16),
+)
 _GIANT = ViTConfig(embed_dim=1536, num_heads=24, depth=40, mlp="swiglu", mlp_ratio=2.66667 * 2)
 
 PRESETS: dict[str, ViTConfig] = {
@@ -211,6 +282,17 @@ PRESETS: dict[str, ViTConfig] = {
     "dinov3_vitl16plus": _dinov3(_LARGE, **_GATED),
     "dinov3_vith16plus": _dinov3(_HUGE, **_GATED),
     "dinov3_vit7b16": _dinov3(_7B, mlp="swiglu", mlp_ratio=4.0),
+    "eva02_tiny_patch14": _eva02(_TINY, 512),
+    "eva02_small_patch14": _eva02(_SMALL, 1024),
+    "eva02_base_patch14": _eva02(_BASE, 2048, sub_norm=True),
+    "eva02_large_patch14": _eva02(_LARGE, 2730, sub_norm=True),
+    "pe_spatial_tiny_patch16": _pe(_TINY, 32, final_norm=False),
+    "pe_spatial_small_patch16": _pe(_SMALL, 32, final_norm=False),
+    "pe_spatial_base_patch16": _pe(_BASE, 32, final_norm=False),
+    "pe_spatial_large_patch14": _pe(_LARGE, 32, final_norm=False, patch_size=14),
+    "pe_core_base_patch16": _pe(_BASE, 14),
+    "pe_core_large_patch14": _pe(_LARGE, 24, patch_size=14),
+    "siglip2_so400m_patch16": _SO400M,
 }
 
 
@@ -265,7 +347,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
         self.patch_size = config.patch_size
-        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size)
+        self.proj = nn.Conv2d(3, config.embed_dim, config.patch_size, config.patch_size, bias=not config.norm_pre)
 
     def grid(self, height: int, width: int) -> Grid:
         """Return (rows, columns) of patches of an image of this size in pixels."""
@@ -298,11 +380,13 @@ class Attention(nn.Module):
         qkv_bias: bool = True,
         k_bias: bool = True,
         rope: Pairing | None = None,
+        norm_eps: float | None = None,
     ) -> None:
         super().__init__()
         self.num_heads, self.rope = num_heads, rope
         linear = nn.Linear if k_bias or not qkv_bias else KeysUnbiased
         self.qkv = linear(dim, 3 * dim, bias=qkv_bias)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, norm_eps)
         self.proj = nn.Linear(dim, dim)
 
     def rotate(self, qkv: Tensor, phases: Tensor) -> Tensor:
@@ -312,35 +396,45 @@ class Attention(nn.Module):
         q, k = (rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in (q, k))
         return torch.cat([q, k, v], dim=1)
 
-    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection."""
+    def attend(self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None) -> Tensor:
+        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only."""
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if masked is not None:
+            return masked_attention(q_TNH, k_TNH, v_TNH, packing, masked).flatten(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
 
 
 class Mlp(nn.Module):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between, exact or by its tanh approximation."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, approximate: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(dim, hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))  # type: ignore[no-any-return]
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))  # type: ignore[no-any-return]
 
 
 class SwiGlu(nn.Module):
-    """The gated MLP of DINOv2 giant: `fc2(silu(a) * b)` with `a, b = fc1(x)`."""
+    """The gated MLP of DINOv2 giant: `fc2(silu(a) * b)` with `a, b = fc1(x)`; EVA-02 may norm what enters `fc2`."""
 
-    def __init__(self, dim: int, hidden: int) -> None:
+    def __init__(self, dim: int, hidden: int, norm_eps: float | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
+        self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(hidden // 2, norm_eps)
         self.fc2 = nn.Linear(hidden // 2, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)  # type: ignore[no-any-return]
+        return self.fc2(self.norm(F.silu(gate) * value))  # type: ignore[no-any-return]
+
+
+def _mlp(kind: MlpKind, dim: int, hidden: int, sub_norm_eps: float | None) -> Mlp | SwiGlu:
+    if kind == "swiglu":
+        return SwiGlu(dim, hidden, sub_norm_eps)
+    return Mlp(dim, hidden, "tanh" if kind == "gelu_tanh" else "none")
 
 
 class LayerScale(nn.Module):
@@ -374,9 +468,11 @@ class Block(nn.Module):
         num_heads: int,
         mlp_hidden: int,
         *,
-        mlp: Literal["gelu", "swiglu"] = "gelu",
+        mlp: MlpKind = "gelu",
+        sub_norm: bool = False,
         qkv_bias: bool = True,
         k_bias: bool = True,
+        attn_norm: bool = False,
         rope: Pairing | None = None,
         layer_scale: float | None = None,
         norm_eps: float = 1e-6,
@@ -387,15 +483,20 @@ class Block(nn.Module):
         self.dim, self.mlp_hidden = dim, mlp_hidden
         self.drop_path, self.drop_path_attention = drop_path, drop_path_attention
         self.norm1 = nn.LayerNorm(dim, norm_eps)
-        self.attn = Attention(dim, num_heads, qkv_bias, k_bias, rope)
+        self.attn = Attention(dim, num_heads, qkv_bias, k_bias, rope, norm_eps if attn_norm else None)
         self.ls1 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
         self.norm2 = nn.LayerNorm(dim, norm_eps)
-        self.mlp = Mlp(dim, mlp_hidden) if mlp == "gelu" else SwiGlu(dim, mlp_hidden)
+        self.mlp = _mlp(mlp, dim, mlp_hidden, norm_eps if sub_norm else None)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, packing: Packing, phases: Tensor | None = None) -> Tensor:
-        """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary."""
-        attended = self.attn.attend(self.before(x, phases), packing)
+    def forward(
+        self, x: Tensor, packing: Packing, phases: Tensor | None = None, masked: MaskedRows | None = None
+    ) -> Tensor:
+        """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary.
+
+        masked: rows that see some keys only.
+        """
+        attended = self.attn.attend(self.before(x, phases), packing, masked)
         if not (self.training and self.drop_path > 0.0):
             return self.after(x, attended)
         first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
@@ -428,7 +529,7 @@ class Block(nn.Module):
 
     def mix(self, x: Tensor, attended: Tensor, factor: Tensor | None = None) -> Tensor:
         """Add the residual branch of attention."""
-        branch = self.ls1(self.attn.proj(attended))
+        branch = self.ls1(self.attn.proj(self.attn.norm(attended)))
         return x + (branch if factor is None else branch * factor)  # type: ignore[no-any-return]
 
     def feed(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
@@ -443,9 +544,12 @@ class Block(nn.Module):
         """
         gated = isinstance(self.mlp, SwiGlu)
         fed = tokens if fed is None else fed
+        inner = (self.attn.norm, *((self.mlp.norm,) if isinstance(self.mlp, SwiGlu) else ()))
+        attended = [self.dim, *(norm.normalized_shape[0] for norm in inner[:1] if isinstance(norm, nn.LayerNorm))]
+        processed = [self.dim, *(norm.normalized_shape[0] for norm in inner[1:] if isinstance(norm, nn.LayerNorm))]
         return (
-            ops.layer_norm(tokens, self.dim)
-            + ops.layer_norm(fed, self.dim)
+            ops.layer_norm(tokens, sum(attended))
+            + ops.layer_norm(fed, sum(processed))
             + ops.linear(tokens, self.dim, 3 * self.dim)
             + ops.attention(tokens, tokens, self.dim)
             + ops.linear(tokens, self.dim, self.dim)
@@ -477,8 +581,10 @@ class ViT(nn.Module):
                 config.num_heads,
                 config.mlp_hidden,
                 mlp=config.mlp,
+                sub_norm=config.sub_norm,
                 qkv_bias=config.qkv_bias,
                 k_bias=config.k_bias,
+                attn_norm=config.attn_norm,
                 rope=config.rope,
                 layer_scale=config.layer_scale,
                 norm_eps=config.norm_eps,
@@ -487,6 +593,7 @@ class ViT(nn.Module):
             )
             for i in range(config.depth)
         )
+        self.norm_pre = nn.LayerNorm(dim, config.norm_eps) if config.norm_pre else nn.Identity()
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
         self.grad_checkpointing = False
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -536,9 +643,11 @@ class ViT(nn.Module):
             return None
         like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
         periods = rope_periods(config.head_dim, config.rope_theta, config.rope_periods, like)
+        if self.training and config.rope_rescale > 1.0:
+            periods = periods / config.rope_rescale ** (2 * torch.rand((), device=x.device) - 1)
         images: list[Tensor] = [like] * len(grids)
         for members in group_equal(grids):
-            table = rope_phases(grids[members[0]], config.num_prefix_tokens, periods, config.rope)
+            table = rope_phases(grids[members[0]], config.num_prefix_tokens, periods, config.rope, config.places)
             for i in members:
                 images[i] = table
         return torch.cat(images)
@@ -563,7 +672,8 @@ class ViT(nn.Module):
             prefix.append(self.cls_token + self.pos_embed[:, :prefix_rows] if with_place else self.cls_token)
         if config.num_registers:
             prefix.append(self.reg_token)
-        return torch.cat([*(p.to(x.dtype).expand(x.shape[0], -1, -1) for p in prefix), x], dim=1)
+        joined = torch.cat([*(p.to(x.dtype).expand(x.shape[0], -1, -1) for p in prefix), x], dim=1)
+        return self.norm_pre(joined)  # type: ignore[no-any-return]
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` (inclusive) to `stop` (exclusive) on the live tokens."""
@@ -625,9 +735,12 @@ class ViT(nn.Module):
         self.captured = CapturedBlocks(blocks, cuda_graphs(device) if record is None else record, step)
 
     def embed_ops(self, grid: Grid) -> Ops:
-        """Count the work of the patch embedding on one image."""
-        patch = self.config.patch_size
-        return ops.conv2d(*grid, 3, self.config.embed_dim, patch)
+        """Count the work of the patch embedding on one image, and of the norm before the first block."""
+        config = self.config
+        embedded = ops.conv2d(*grid, 3, config.embed_dim, config.patch_size)
+        if not config.norm_pre:
+            return embedded
+        return embedded + ops.layer_norm(config.num_prefix_tokens + grid[0] * grid[1], config.embed_dim)
 
     def block_ops(self, tokens: int, fed: int | None = None) -> Ops:
         """Count the work of any one block (all are alike) on one image, see `Block.ops`."""

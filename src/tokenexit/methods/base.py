@@ -21,11 +21,12 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
+from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
+from tokenexit.heads.eomt import prediction
 from tokenexit.reducers.base import Site
 
-Value = Literal["logits", "scores"]
-"""The kind of values in a result: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
+Value = Literal["logits", "scores", "masks"]
+"""The kind of values in a result: class logits, scores in [0, 1] (ATM heads, mixed heads), or logits of masks."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class ModelView:
         num_classes: number K of classes.
         has_class_token: whether the first prefix token is a class token.
         with_records: record the full map of every exit, for losses and studies.
+        mask_shares: in training of a decode head of masks, see `EoMTHead.forward`.
     """
 
     exit_heads: Sequence[Head]
@@ -49,6 +51,7 @@ class ModelView:
     num_classes: int
     has_class_token: bool
     with_records: bool
+    mask_shares: tuple[float, ...] = ()
 
     @property
     def num_exits(self) -> int:
@@ -70,6 +73,8 @@ class ExitRecord:
         upscale: factor of the bilinear step that is still to be applied to `logits`.
         seen: with records, the tokens that the decode head ran on, after the final norm, for losses on features; only
             some methods record them of exit heads.
+        masks: of a head of masks on images of one size, its predictions, the last that of its end; losses of all are
+            summed.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -79,6 +84,7 @@ class ExitRecord:
     scale: int = 1
     upscale: int = 1
     seen: Tokens | None = None
+    masks: tuple[MaskPrediction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -86,17 +92,22 @@ class Result:
     """The finished map.
 
     Attributes:
-        logits: `(cells scale^2, K)`, class logits or scores as `value` says.
+        logits: `(cells scale^2, K)`, class logits or scores as `value` says; masks `(cells scale^2, Q)`.
         value: the kind of values in `logits`.
         exit_records: one for each exit, and last the decode head's, whose `logits` are those its loss is taken on;
             empty for a head that did not run.
         exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+        queries: with masks, each query's probabilities of the classes, `(B, Q, K)` fp32.
+        frozen: with masks, `(cells, K)` scores that stand in place of theirs where tokens have exited; None where masks
+            answer for all.
     """
 
     logits: Tensor
     value: Value
     exit_records: tuple[ExitRecord, ...]
     exit_index: Tensor
+    queries: Tensor | None = None
+    frozen: Tensor | None = None
 
 
 Threshold = float | Sequence[float] | Tensor
@@ -293,7 +304,10 @@ def record_of(
     head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None
 ) -> ExitRecord:
     """Return the record of one run of `head` on `tokens`, with the map its loss is taken on."""
-    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
+    masks: tuple[MaskPrediction, ...] = ()
+    if head.kind == "masks" and len(set(tokens.grids)) == 1:
+        masks = (*out.earlier, prediction(out, tokens.grids, head.scale))
+    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen, masks)
 
 
 def on_all_cells(head: Head, patches: Tokens) -> tuple[HeadOutput, Tokens]:
@@ -312,13 +326,29 @@ def on_all_cells(head: Head, patches: Tokens) -> tuple[HeadOutput, Tokens]:
     return replace(out, logits=patches.spread(canvas), packing=cell_packing(patches)), patches
 
 
-def decode_grid(patches: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
-    """Run the decode head for the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM."""
-    patches = patches.with_x(model.norm(patches.x))
+def decode_grid(
+    tokens: Tokens,
+    records: tuple[ExitRecord, ...],
+    exit_index: Tensor,
+    model: ModelView,
+    backdrop: Tensor | None = None,
+) -> Result:
+    """Run the decode head for the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM.
+
+    tokens: all tokens of all images, with prefix; with a backdrop, see `EoMTHead.forward`, live ones.
+    """
     head = model.decode_head
-    out, patches = on_all_cells(head, patches)
-    final = record_of(head, patches, out, out.logits, patches if model.with_records else None)
+    seen = tokens if head.takes_prefix else tokens.patches()
+    seen = seen.with_x(model.norm(seen.x))
+    if isinstance(head, EoMTHead):
+        out = head(seen, model.mask_shares, backdrop)
+    else:
+        out, seen = on_all_cells(head, seen)
+    final = record_of(head, seen, out, out.logits, seen if model.with_records else None)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*records, final), exit_index)
+    if head.kind == "masks":
+        assert out.presence is not None, "heads of masks always give class logits"
+        return Result(out.logits, "masks", (*records, final), exit_index, query_classes(out.presence))
     scores = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
     return Result(scores, "scores", (*records, final), exit_index)

@@ -64,6 +64,8 @@ class Reduced(Wrapper):
             )
         if not self.batch_independent:
             raise ConfigError("batch_mode='mean' counts the tokens of complete grids: merge with batch_mode='exact'.")
+        if model.decode_head.kind == "masks":
+            raise ConfigError("the decode head 'eomt' takes no merged tokens yet: run this model with exits alone.")
         self.by.check(model.backbone)
         super().check(model)
 

@@ -6,6 +6,7 @@ A source's rename function is pure. It gives timm's names under `backbone.`, our
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,19 +15,28 @@ from typing import Any
 from torch import Tensor
 
 from tokenexit.conversion.families.dinov2 import from_dinov2
-from tokenexit.conversion.families.dinov3 import from_dinov3, from_dinov3_huggingface, from_dinov3_timm
+from tokenexit.conversion.families.dinov3 import (
+    HEAD_FRONT,
+    from_dinov3,
+    from_dinov3_head,
+    from_dinov3_huggingface,
+    from_dinov3_timm,
+)
+from tokenexit.conversion.families.eomt import from_eomt, from_eomt_huggingface
+from tokenexit.conversion.families.eva import FRONT, from_eva02, from_eva_timm
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
 from tokenexit.conversion.families.not_plain import not_plain
 from tokenexit.conversion.families.segmenter import from_segmenter
 from tokenexit.conversion.families.timm import from_timm
 from tokenexit.conversion.rename import State
-from tokenexit.errors import ConfigError
+from tokenexit.errors import CheckpointError, ConfigError
 
 Colour = tuple[float, float, float]
 Normalisation = tuple[Colour, Colour]
 IMAGENET: Normalisation = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+CLIP: Normalisation = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 SATELLITE: Normalisation = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
 """Mean and std of DINOv3's models of satellite images."""
 
@@ -44,6 +54,7 @@ class Source:
         exits: number of blocks before each auxiliary head, by (depth, number of heads), as published.
         atm_heads: number of attention heads of ATM decoders, by (width, classes), as published.
         lacks: patterns of names that no entry matches.
+        assumes: those of its settings that no name and no shape shows, to be reported.
     """
 
     title: str
@@ -54,6 +65,7 @@ class Source:
     exits: Mapping[tuple[int, int], tuple[int, ...]] = field(default_factory=dict)
     atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
+    assumes: tuple[str, ...] = ()
 
     def matches(self, names: Iterable[str]) -> bool:
         """Return whether names of entries are those of this source."""
@@ -66,6 +78,11 @@ class Source:
 
 
 def _timm(state: State) -> dict[str, Any]:
+    if "backbone.norm_pre.weight" in state:
+        raise CheckpointError(
+            "a ViT of timm that has a norm before its first block is CLIP's, whose activation no name tells: take "
+            "another model."
+        )
     return {"norm_eps": 1e-6, "pos_embed_antialias": True}
 
 
@@ -85,10 +102,53 @@ def _dinov3(state: State) -> dict[str, Any]:
     }
 
 
+def _eomt(state: State) -> dict[str, Any]:
+    return {"norm_eps": 1e-6, "pos_embed_antialias": True} if "backbone.pos_embed" in state else _dinov3(state)
+
+
 def _dinov3_normalisation(state: State) -> Normalisation:
     """Return the satellite model's where it is known by what the release leaves in it: of ViT-L, that one alone."""
     width = state["backbone.patch_embed.proj.weight"].shape[0]
     return SATELLITE if width == 1024 and "local_cls_norm.weight" in state else IMAGENET
+
+
+def _eva02(state: State) -> dict[str, Any]:
+    wide, back = (state[f"backbone.blocks.0.mlp.{name}.weight"] for name in ("fc1", "fc2"))
+    if wide.shape[0] != 2 * back.shape[1]:
+        raise CheckpointError("an EVA without gates in its MLP is of another generation than EVA-02: take an EVA-02.")
+    pretrained = {"final_norm": False} if "mask_token" in state else {}  # it norms the target of pre-training
+    rope = {"rope": "interleaved", "rope_theta": 10000.0, "rope_reference": 16.0}
+    return {"norm_eps": 1e-6, "k_bias": False, "pos_embed_antialias": True} | rope | pretrained
+
+
+def _eva02_normalisation(state: State) -> Normalisation:
+    """Return ImageNet's for the release's segmenters, which are known by the pyramid behind their backbone."""
+    return IMAGENET if any(name.startswith("backbone.fpn") for name in state) else CLIP
+
+
+def _perception(state: State) -> dict[str, Any]:
+    """Return the settings of a Perception Encoder, whose reference grid is that of its table."""
+    table, class_token = state["backbone.pos_embed"], "backbone.cls_token" in state
+    dim = table.shape[2]
+    return {
+        "norm_eps": 1e-5,
+        "num_heads": 16 if dim == 1536 else max(dim // 64, 1),
+        "pos_embed_antialias": True,
+        "rope": "interleaved",
+        "rope_theta": 10000.0,
+        "rope_reference": float(math.isqrt(table.shape[1] - class_token)),
+        "rope_offset": 1.0 if class_token else 0.0,  # the gigantic models have neither
+        "rope_column_first": True,
+    }
+
+
+def _siglip(state: State) -> dict[str, Any]:
+    tanh = tuple(state["backbone.patch_embed.proj.weight"].shape) == (1152, 3, 16, 16)
+    return {"norm_eps": 1e-6, "pos_embed_antialias": True, "mlp": "gelu_tanh" if tanh else "gelu"}
+
+
+_PERCEPTION = (r"norm_pre\.weight", r"blocks\.0\.attn\.qkv\.bias", "pos_embed")
+_ROPE = ("rope", "rope_theta", "rope_reference")
 
 
 def _huggingface(state: State) -> dict[str, Any]:
@@ -139,6 +199,18 @@ def _segmenter_normalisation(state: State) -> Normalisation:
 _MMSEG_LAYER = r"(?:backbone\.)?layers\.0\.attn\.attn\.in_proj_weight"
 
 SOURCES: dict[str, Source] = {
+    "eomt": Source(
+        "EoMT",
+        from_eomt,
+        (r"(?:network\.)?q\.weight", r"(?:network\.)?class_head\.weight", r"(?:network\.)?upscale\.0\.conv1\.weight"),
+        _eomt,
+    ),
+    "eomt_huggingface": Source(
+        "EoMT in Hugging Face transformers",
+        from_eomt_huggingface,
+        (r"query\.weight", r"class_predictor\.weight", r"upscale_block\.block\.0\.conv1\.weight"),
+        _eomt,
+    ),
     "huggingface": Source(
         "Hugging Face transformers",
         from_huggingface,
@@ -155,7 +227,7 @@ SOURCES: dict[str, Source] = {
     "dinov3_timm": Source(
         "DINOv3 in timm",
         from_dinov3_timm,
-        (r"(?:backbone\.|model\.)?reg_token", r"(?:backbone\.|model\.)?blocks\.0\.gamma_1"),
+        tuple(r"(?:backbone\.|model\.)?" + name for name in ("cls_token", "reg_token", r"blocks\.0\.gamma_1")),
         _dinov3,
         lacks=(r"(?:backbone\.|model\.)?pos_embed",),
     ),
@@ -165,6 +237,59 @@ SOURCES: dict[str, Source] = {
         (r".*embeddings\.patch_embeddings\.weight", r".*layer\.0\.attention\.q_proj\.weight"),
         _dinov3,
         lacks=(r".*embeddings\.position_embeddings.*",),
+    ),
+    "dinov3_head": Source(
+        "DINOv3's linear head",
+        from_dinov3_head,
+        (HEAD_FRONT + r"batchnorm_layer\.weight", HEAD_FRONT + r"conv\.weight"),
+        _dinov3,
+        _dinov3_normalisation,
+    ),
+    "eva02": Source(
+        "EVA-02",
+        from_eva02,
+        tuple(FRONT + name for name in (r"blocks\.0\.attn\.q_bias", r"blocks\.0\.mlp\.w3\.weight", "pos_embed")),
+        _eva02,
+        _eva02_normalisation,
+        assumes=_ROPE,
+    ),
+    "eva02_timm": Source(
+        "EVA-02 in timm",
+        from_eva_timm,
+        (
+            FRONT + r"blocks\.0\.attn\.(?:q_bias|q_proj\.weight)",
+            FRONT + r"blocks\.0\.mlp\.(?:fc1|fc1_g)\.weight",
+            FRONT + "pos_embed",
+        ),
+        _eva02,
+        _eva02_normalisation,
+        assumes=_ROPE,
+    ),
+    "pe_core": Source(
+        "Perception Encoder",
+        from_eva_timm,
+        tuple(FRONT + name for name in (*_PERCEPTION, r"attn_pool\..+")),
+        _perception,
+        lambda _: HALF,
+        assumes=(*_ROPE, "rope_offset", "rope_column_first"),
+    ),
+    "pe_spatial": Source(
+        "Perception Encoder, spatial",
+        from_eva_timm,
+        tuple(FRONT + name for name in _PERCEPTION),
+        _perception,
+        lambda _: HALF,
+        lacks=(FRONT + r"norm\.weight",),  # which CLIP has
+        assumes=(*_ROPE, "rope_offset", "rope_column_first"),
+    ),
+    "siglip": Source(
+        "SigLIP",
+        from_timm,
+        (FRONT + r"patch_embed\.proj\.bias", FRONT + r"blocks\.0\.attn\.qkv\.bias", FRONT + r"attn_pool\.latent"),
+        _siglip,
+        lambda _: HALF,
+        lacks=(FRONT + "cls_token", FRONT + r"norm_pre\.weight"),
+        assumes=("mlp",),
     ),
     "dovit": Source(
         "DoViT",

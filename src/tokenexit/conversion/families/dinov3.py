@@ -1,7 +1,8 @@
 """DINOv3 has rotary positions and no table; its release, timm and transformers name its parts differently.
 
 Keys have no bias. The release keeps a mask over a fused one, timm and transformers keep those of queries and values
-alone; zeros stand for it here.
+alone; zeros stand for it here. The release trains linear segmentation heads on the normed last block, and saves them
+alone, or behind the backbone in one list.
 
 Legend: C channels.
 """
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tokenexit.conversion.families.mmseg_heads import rename_heads
 from tokenexit.conversion.rename import State, fuse, rename
 
 _FRONT = r"(?:backbone\.)?"
@@ -53,8 +55,21 @@ HUGGINGFACE = (
 )
 
 
+HEAD_FRONT = r"(?:segmentation_model\.1\.|1\.)?"
+HEAD = (
+    (HEAD_FRONT + r"batchnorm_layer\.(.+)", r"decode_head.norm.\1"),
+    (HEAD_FRONT + r"conv\.(weight|bias)", r"decode_head.classifier.\1"),
+)
+
+
+def from_dinov3_head(state: Mapping[str, Tensor]) -> State:
+    renamed = rename(state, HEAD)
+    weight = renamed["decode_head.classifier.weight"]
+    return renamed | {"decode_head.classifier.weight": weight.flatten(1)}  # a convolution of kernel 1
+
+
 def from_dinov3(state: Mapping[str, Tensor]) -> State:
-    renamed = fuse(rename(state, RELEASE), ("mlp.w1", "mlp.w2"), "mlp.fc1")
+    renamed = fuse(rename(rename_heads(state), RELEASE), ("mlp.w1", "mlp.w2"), "mlp.fc1")
     for name in [name for name in renamed if name.endswith(".attn.qkv.bias_mask")]:
         del renamed[name]
         bias = renamed[name.removesuffix("_mask")]
@@ -63,19 +78,19 @@ def from_dinov3(state: Mapping[str, Tensor]) -> State:
 
 
 def from_dinov3_timm(state: Mapping[str, Tensor]) -> State:
-    return fuse(_fused_biases(rename(state, TIMM)), ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc1")
+    return fuse(fused_biases(rename(rename_heads(state), TIMM)), ("mlp.fc1_g", "mlp.fc1_x"), "mlp.fc1")
 
 
 def from_dinov3_huggingface(state: Mapping[str, Tensor]) -> State:
     renamed = rename(state, HUGGINGFACE)
-    renamed = fuse(_fused_biases(renamed), ("attn.q", "attn.k", "attn.v"), "attn.qkv")
+    renamed = fuse(fused_biases(renamed), ("attn.q", "attn.k", "attn.v"), "attn.qkv")
     renamed = fuse(renamed, ("mlp.gate_proj", "mlp.up_proj"), "mlp.fc1")
     only = rename(renamed, ((r"(backbone\.blocks\.\d+\.mlp\.)up_proj\.(.+)", r"\1fc1.\2"),))  # without gates
     registers = only.get("backbone.reg_token")
     return {k: v for k, v in only.items() if k != "backbone.reg_token" or (registers is not None and registers.numel())}
 
 
-def _fused_biases(state: Mapping[str, Tensor]) -> State:
+def fused_biases(state: Mapping[str, Tensor]) -> State:
     """Stack biases of queries and values with zeros for keys between, where keys have none of their own."""
     fused = dict(state)
     for name in state:
