@@ -292,6 +292,42 @@ def test_evaluate_takes_scores_rules_and_rivals(model: Path, tmp_path: Path, cap
     assert rows[-1]["share_of_dense"] < 1.0
 
 
+def test_evaluate_merges_tokens_beside_exits(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    fine(
+        *(capsys, "evaluate", model, "--limit", "1", "--json", tmp_path / "figures.json", "--method", "dense", "dtop"),
+        *("--threshold", "0.6", "--merge", "none", "g2tm:0.2", "mpm:1/2", "tome", "--device", "cpu"),
+    )
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [row["label"] for row in rows] == [
+        *("dense", "dtop 0.6", "dense + g2tm threshold=0.2", "dtop 0.6 + g2tm threshold=0.2"),
+        *("dense + mpm after=1/2", "dtop 0.6 + mpm after=1/2", "dense + tome ratio=0.02", "dtop 0.6 + tome ratio=0.02"),
+    ]
+    assert rows[4]["gmacs_mean"] < rows[0]["gmacs_mean"]
+    assert rows[2]["method"]["by"] == {"name": "g2tm", "threshold": 0.2, "block": 2}
+
+
+@pytest.mark.parametrize(
+    ("merge", "sentence"),
+    [
+        ("algn:0.9", "--merge algn:0.9 is unknown: choose algm, mpm, tome, g2tm, or none for no merging."),
+        ("algm:high", "--merge high is no number"),
+        ("mpm:0.5", "--merge takes numbers of blocks here, got 0.5"),
+        ("tome:0.7", "ratio must be a number from 0 to 0.5, got 0.7"),
+        ("mpm:1/40", "reduces tokens at block 41 and this backbone has"),
+    ],
+)
+def test_a_merge_that_cannot_be__is_refused(merge: str, sentence: str, model: Path, capsys: Captured) -> None:
+    assert sentence in wrong(capsys, "evaluate", model, "--limit", "1", "--method", "dense", "--merge", merge)
+
+
+def test_predict_merges_tokens_beside_exits(model: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:
+    photos, out, method = data / "images" / "test", tmp_path / "out", ("--method", "dtop", "--threshold", "0.6")
+    fine(capsys, "predict", model, photos, "--out", out, *method, "--merge", "g2tm:0.2")
+    assert len(list(out.glob("*.png"))) == 6  # masks and exit maps
+    refused = wrong(capsys, "predict", model, photos, "--out", tmp_path / "b", *method, "--merge", "mpm:1", "--gate")
+    assert refused == "--gate closes exits by times without merging: leave it or --merge out."
+
+
 def test_evaluate_gates_if_asked(
     model: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -14,6 +14,7 @@ from tokenexit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from tokenexit.methods import Method, MethodSpec
+    from tokenexit.reducers import Reducer
     from tokenexit.segmenter import ExitSegmenter
 
 UNCALIBRATED = "tokenexit: the model is not calibrated: running dense; run `tokenexit calibrate`, or name --method."
@@ -101,6 +102,55 @@ def chosen_methods(
     if needs_exits:
         raise ConfigError(f"{needs_exits}, and this model is not calibrated: calibrate it, or name --method.")
     return [_build("dense")]
+
+
+NO_MERGING = "none"
+
+
+def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
+    """What merges tokens beside a method, for every `--merge`; None alone if it was not given.
+
+    A text is a reducer's name, or `NAME:VALUE` with its main option. Raises `ConfigError`.
+    """
+    if texts is None:
+        return [None]
+    from tokenexit.reducers import REDUCERS, build_reducer
+    from tokenexit.runtime.schema import hints
+
+    found: list[Reducer | None] = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        name, colon, value = text.partition(":")
+        if text == NO_MERGING:
+            found.append(None)
+            continue
+        if name not in REDUCERS:
+            raise ConfigError(
+                f"--merge {text} is unknown: choose {', '.join(REDUCERS)}, or {NO_MERGING} for no merging."
+            )
+        kind, spec = REDUCERS[name], dict[str, Any](name=name)
+        if colon:
+            several = hints(kind)[kind.main_option] is not float
+            given = numbers("merge", value)
+            spec[kind.main_option] = given if not several else tuple(map(_whole, given if "/" in value else (given,)))
+        found.append(build_reducer(spec))
+    return list(dict.fromkeys(found))
+
+
+def _whole(value: float) -> int:
+    if value != int(value):
+        raise ConfigError(f"--merge takes numbers of blocks here, got {value:g}: write mpm:2/5.")
+    return int(value)
+
+
+def merged(model: ExitSegmenter, method: Method[Any], by: Reducer | None) -> Method[Any]:
+    """The method with a reducer beside its exits, checked on the model."""
+    if by is None:
+        return method
+    from tokenexit.methods import Reduced
+
+    reduced = Reduced(method, by)
+    model.check(reduced)
+    return reduced
 
 
 def say_if_uncalibrated(model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None) -> None:

@@ -9,8 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, is_calibrated, say_if_uncalibrated
-from tokenexit.cli.method_options import CALIBRATED, add_method_choice
+from tokenexit.cli.chosen_methods import (
+    asked_methods,
+    chosen_methods,
+    is_calibrated,
+    merged,
+    reducers_of,
+    say_if_uncalibrated,
+)
+from tokenexit.cli.method_options import CALIBRATED, add_merge_option, add_method_choice
 from tokenexit.cli.options import (
     add_data_options,
     add_model_argument,
@@ -37,7 +44,7 @@ if TYPE_CHECKING:
 def evaluate(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     _check(options)
-    asked = asked_methods(options.method, options)
+    asked, reducers = asked_methods(options.method, options), reducers_of(options.merge)
     from tokenexit.evaluation.evaluate import evaluate as run
     from tokenexit.runtime.distributed import all_or_none, from_first, process_group, rank_and_size
 
@@ -47,6 +54,8 @@ def evaluate(arguments: list[str]) -> int:
             model = open_model(options)
             name, data = dataset_of(options)
             methods, notes = _methods(model, asked, options, measures=first)
+            methods = [merged(model, method, by) for by in reducers for method in methods]
+            notes *= len(reducers)
         rows = _rows(from_first(methods), notes, options.input_scale)
         results = run(
             model,
@@ -87,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         "--references", action="store_true", help="rows of random exits, an agreement oracle and a stop after each exit"
     )
     add_method_choice(parser, several=True)
+    add_merge_option(parser, several=True)
     add_running_options(parser)
     return parser
 

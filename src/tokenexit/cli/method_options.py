@@ -84,6 +84,18 @@ def add_method_choice(parser: Any, default: str = f"{CALIBRATED} one, else dense
     add_method_options(parser, several)
 
 
+def add_merge_option(parser: Any, *, several: bool = False) -> None:
+    """Add `--merge`, what merges tokens beside the method's exits."""
+    rows = ", none among them for a row without" if several else ""
+    parser.add_argument(
+        "--merge",
+        nargs="+" if several else None,
+        default=None,
+        metavar="NAME[:VALUE]",
+        help=f"merge tokens between exits, too, with algm:THRESHOLD, mpm, tome:RATIO or g2tm:THRESHOLD{rows}",
+    )
+
+
 def add_method_options(
     parser: Any, several: bool = False, without: tuple[str, ...] = (), only: tuple[str, ...] | None = None
 ) -> None:

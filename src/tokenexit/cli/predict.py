@@ -9,8 +9,15 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, is_calibrated, say_if_uncalibrated
-from tokenexit.cli.method_options import add_method_choice
+from tokenexit.cli.chosen_methods import (
+    asked_methods,
+    chosen_methods,
+    is_calibrated,
+    merged,
+    reducers_of,
+    say_if_uncalibrated,
+)
+from tokenexit.cli.method_options import add_merge_option, add_method_choice
 from tokenexit.cli.options import (
     add_model_argument,
     add_running_options,
@@ -93,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
         "thresholds are the calibration's",
     )
     add_method_choice(parser)
+    add_merge_option(parser)
     add_running_options(parser)
     return parser
 
@@ -118,6 +126,11 @@ def _run_of(
     from tokenexit.calibration.store import reference_statistics_of
 
     (method,) = chosen_methods(model, asked)
+    (by,) = reducers_of(options.merge)
+    if by is not None:  # what was calibrated and timed without it is not what suits it
+        if options.gate:
+            raise ConfigError("--gate closes exits by times without merging: leave it or --merge out.")
+        return merged(model, method, by), False, None
     calibrated = is_calibrated(model, method)
     gate = method.may_gate and not calibrated if options.gate is None else options.gate
     watched = calibrated and not gate and bool(model.config.exits)  # without exits there are no scores to watch
