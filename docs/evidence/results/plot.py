@@ -31,21 +31,32 @@ CURVES = {  # file, label begins with: name, colour, marker, line
     ("dense_truncated", "truncated"): ("Dense, stopped after 6, 9 blocks", "#777777", "^", "--"),
     ("dense_references", "random"): ("random exits at DToP's counts", "#999999", "x", ""),
     ("dense_references", "agreement"): ("agreement oracle", "#0f7f6b", "*", ""),
+    ("eomt", "dtop"): ("EoMT, DToP Direct (1 seed, 1200 steps)", "#7b4fa3", "o", ":"),
+    ("eomt", "dense"): ("EoMT (1 seed, 1200 steps)", "#7b4fa3", "D", ""),
 }
 LOWEST = 52.0
 """mIoU below which nothing is drawn."""
 
 
 def points(files: list[Path]) -> dict[tuple[str, str], dict[str, list[tuple[float, float]]]]:
-    """(share of dense, mIoU) of every seed, by curve and label."""
+    """(share of Dense's multiply-adds, mIoU) of every seed, by curve and label. EoMT costs more than Dense itself."""
+    dense = {
+        row["gmacs_mean"] for file in files if file.stem.startswith("dense_seed") for row in rows_of(file, "dense")
+    }
     found: dict[tuple[str, str], dict[str, list[tuple[float, float]]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
         name = re.sub(r"\d*_seed\d+$", "", file.stem)
-        for row in json.loads(file.read_text())["results"]:
+        for row in rows_of(file):
             key = next(((n, word) for n, word in CURVES if n == name and row["label"].startswith(word)), None)
             if key is not None:
-                found[key][row["label"]].append((100 * row["share_of_dense"], row["mIoU"]))
+                share = row["gmacs_mean"] / max(dense) if name == "eomt" else row["share_of_dense"]
+                found[key][row["label"]].append((100 * share, row["mIoU"]))
     return found
+
+
+def rows_of(file: Path, label: str | None = None) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+    return [row for row in rows if label is None or row["label"] == label]
 
 
 def draw(files: list[Path], out: Path) -> None:
