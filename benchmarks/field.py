@@ -3,7 +3,7 @@
     python -m benchmarks.field runs/camvid-dense --data camvid --data-root data/camvid --json FILE
 
 Rows are exits, merging, both, and what needs neither: smaller images and a stop. mIoU, multiply-adds and the time of
-one image at a time are of `tokenexit.evaluate`, whose methods run in turn; batches of `--batch` images run in turn, too.
+one image at a time are of `tokenexit.evaluate`, whose methods run in turn; so do batches of `--batch` images.
 conversion = (speed-up - 1) / (MAC ratio - 1), from medians over images; batches have the interval over rounds.
 Agreement is the share of pixels with the dense model's class. Merging and thresholds are used as they are, on a model
 that was trained with neither.
