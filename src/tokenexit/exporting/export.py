@@ -49,7 +49,7 @@ INPUT_STEPS = {
 `preprocessing`."""
 OUTPUT_STEPS = {
     "labels": "class of every pixel of the graph's input: of the image itself only where nothing is resized or cut",
-    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_index), both "
+    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_stage), both "
     "bilinear without aligned corners, cut to the window's size; windows are added up and divided by how many see a "
     "pixel; then bilinear to the image's own size, and the largest class",
     "exit_stage": "the exit at which each token left; the number of exits for those that stayed",
@@ -158,6 +158,7 @@ def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], pa
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(f"export to ONNX needs the package {error.name}: pip install 'tokenexit[export]'.") from None
+    from tokenexit.exporting.annotations import annotate
     from tokenexit.exporting.translations import TRANSLATIONS
 
     with _quiet():
@@ -173,6 +174,7 @@ def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], pa
         assert made is not None
         made.model.metadata_props["tokenexit"] = json.dumps(about)
         made.save(path)
+        annotate(path)
 
 
 def _write_torch(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
