@@ -42,7 +42,7 @@ def cpu_rows() -> list[Row]:
     rows += dovit_rows(BASE, "setr_naive", [3], "bf16", LIVE_SHARES)
     rows += dovit_rows(BASE, "mask_transformer", [3], "bf16", LIVE_SHARES)
     rows += dovit_rows(LARGE, "setr_naive", [6], "bf16", LIVE_SHARES)
-    return rows + rotary_rows()
+    return rows + rotary_rows() + eomt_rows()
 
 
 def rotary_rows() -> list[Row]:
@@ -54,6 +54,18 @@ def rotary_rows() -> list[Row]:
                 rivals = [] if (size, precision) == (1024, "fp32") else ["--rivals"]
                 rows.append((f"half-{backbone}-{size}-{precision}", _settings(backbone, precision, size) + rivals))
     return rows
+
+
+def eomt_rows() -> list[Row]:
+    """EoMT with half leaving after a quarter of its blocks; the queries' blocks and masks are in dense and dynamic."""
+    return [
+        (
+            f"half-eomt-{method}-512-{precision}",
+            [*_settings("dinov3_vits16", precision, 512), "--head", "eomt", "--method", method, "--num-classes", "150"],
+        )
+        for method in ("dovit", "dtop")
+        for precision in ("bf16", "fp32")
+    ]
 
 
 def gpu_rows() -> list[Row]:

@@ -29,6 +29,7 @@ SMALL_HEADS: dict[str, dict[str, Any]] = {
     "atm": {"kind": "atm", "channels": 16, "layers": 2, "num_heads": 2},
     "mask_transformer": {"kind": "mask_transformer", "channels": 24, "layers": 2, "num_heads": 3},
     "setr_pup": {"kind": "setr_pup", "channels": 12, "steps": 2, "kernel": 3, "up": 2},
+    "eomt": {"kind": "eomt", "layers": 1, "queries": 5, "steps": 1, "prefix": 0, "num_heads": 2},
 }
 TOKEN_HEADS = ("linear", "dinov2_linear", "fcn", "setr_naive", "atm", "mask_transformer")
 SOFTMAX_TOKEN_HEADS = ("linear", "dinov2_linear", "fcn", "setr_naive", "mask_transformer")

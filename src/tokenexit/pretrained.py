@@ -95,11 +95,18 @@ class SegmenterConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        depth = self.backbone.depth
-        if any(not 0 < n < depth for n in self.exits) or list(self.exits) != sorted(set(self.exits)):
+        joint = self.decode_head.get("kind") == "eomt"  # its head holds blocks of its own, which exits save
+        last = self.backbone.depth if joint else self.backbone.depth - 1
+        if any(not 0 < n <= last for n in self.exits) or list(self.exits) != sorted(set(self.exits)):
             raise ConfigError(
-                f"exits={self.exits} must be increasing numbers of blocks between 1 and {depth - 1}: "
-                f"this backbone has {depth} blocks."
+                f"exits={self.exits} must be increasing numbers of blocks between 1 and {last}: "
+                f"this backbone has {self.backbone.depth} blocks."
+            )
+        if joint and self.backbone.final_norm:
+            raise ConfigError("final_norm must be off where the decode head is eomt, which has it: set it to False.")
+        if any(head.get("kind") == "eomt" for head in self.exit_heads):
+            raise ConfigError(
+                "exit_head must be another than eomt, whose blocks are the end of the network: choose fcn."
             )
 
     def to_dict(self) -> dict[str, Any]:

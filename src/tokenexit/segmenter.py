@@ -21,10 +21,11 @@ from torch import Tensor, nn
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.checkpoints.files import read_state_dict
 from tokenexit.checkpoints.load import LoadReport, load_backbone
-from tokenexit.engine.tokens import Tokens
+from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadSpec, ModuleHead, build_head, normalize_head
+from tokenexit.heads import EoMTHead, Head, HeadSpec, ModuleHead, build_head, normalize_head
+from tokenexit.heads.eomt import hand_over, take_joint_blocks
 from tokenexit.hub.fetch import resolve_weights
 from tokenexit.inputs.images import ImageSource, load_image
 from tokenexit.inputs.labels import Labels, default_labels
@@ -46,21 +47,20 @@ def run_tokens(
 
     It ends at the method's `last_exit`, if there is one: nothing runs behind it, prefix tokens neither.
 
-    exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and, for every block,
-    the number of tokens of each image that ran through it.
+    exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and, for every block
+    and for what comes after the last, the number of tokens of each image.
     """
     state = method.start(tokens, model)
     lengths: list[tuple[int, ...]] = []
     depth, last = backbone.config.depth, method.last_exit
     for n, (start, stop) in enumerate(pairwise((0, *exits, depth))):
         if last is not None and n > last:
-            lengths += [(0,) * len(tokens.grids)] * (depth - start)
-            break
+            return method.result(tokens, state, model), lengths + [(0,) * len(tokens.grids)] * (depth - start + 1)
         tokens = backbone.run(tokens, start, stop)
         lengths += [tokens.packing.lengths] * (stop - start)
         if n < len(exits):
             tokens, state = method.at_exit(n, tokens, state, model)
-    return method.result(tokens, state, model), lengths
+    return method.result(tokens, state, model), [*lengths, tokens.packing.lengths]
 
 
 class ExitSegmenter(PretrainedMixin):
@@ -72,7 +72,9 @@ class ExitSegmenter(PretrainedMixin):
         exits: number of blocks before each exit, increasing.
         exit_head: a head for all exits, or a list with one for each; a name of `tokenexit.heads.HEADS`, or a mapping
             with `kind` and options.
-        decode_head: the head at the end, likewise; or a `ModuleHead`, which `tokenexit.wrap` makes of your own module.
+        decode_head: the head at the end, likewise. "eomt" takes the last blocks of the backbone and its final norm;
+            `exits` may then be as deep as what is left. Or a `ModuleHead`, which `tokenexit.wrap` makes of your own
+            module.
         preprocessing: how images become inputs; saved with the model.
         weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`.
         **backbone_options: fields of `ViTConfig` to change, for example `class_token=False`.
@@ -104,30 +106,37 @@ class ExitSegmenter(PretrainedMixin):
         **backbone_options: Any,
     ) -> None:
         super().__init__()
+        vit, spec, whole = vit_config(backbone, **backbone_options), normalize_head(decode_head), None
+        if spec["kind"] == "eomt" and vit.final_norm:  # a whole ViT, whose end becomes the head
+            whole = vit
+            vit, spec = take_joint_blocks(whole, spec)
         specs = [exit_head] * len(exits) if isinstance(exit_head, str | Mapping) else list(exit_head)
         if len(specs) != len(exits):
             raise ConfigError(
                 f"exit_head has {len(specs)} heads for {len(exits)} exits: give one head, or one for each exit."
             )
         self.config = SegmenterConfig(
-            backbone=vit_config(backbone, **backbone_options),
+            backbone=vit,
             num_classes=num_classes,
             exits=tuple(exits),
             exit_heads=tuple(normalize_head(spec) for spec in specs),
-            decode_head=normalize_head(decode_head),
+            decode_head=spec,
         )
         self.preprocessing = preprocessing or Preprocessing(labels=default_labels(num_classes))
         check_labels(self.preprocessing, num_classes)
         dim = self.config.backbone.embed_dim
         self.backbone = ViT(self.config.backbone)
         self.exit_heads = nn.ModuleList(build_head(spec, dim, num_classes) for spec in specs)
-        self.decode_head = build_head(decode_head, dim, num_classes)
+        self.decode_head = build_head(decode_head if whole is None else spec, dim, num_classes)
         self.load_report: LoadReport | None = None
         self.calibration: Calibration | None = None
         self.records: dict[str, Any] = {}
         if weights is not None:
             path = resolve_weights(weights)
-            self.load_report = load_backbone(self.backbone, read_state_dict(path), source=f"weights '{path}'")
+            loaded = self.backbone if whole is None else ViT(whole)
+            self.load_report = load_backbone(loaded, read_state_dict(path), source=f"weights '{path}'")
+            if isinstance(self.decode_head, EoMTHead) and loaded is not self.backbone:
+                hand_over(loaded, self.backbone, self.decode_head)
 
     @property
     def device(self) -> torch.device:
@@ -141,6 +150,7 @@ class ExitSegmenter(PretrainedMixin):
         targets: Sequence[Size] | None = None,
         with_records: bool = False,
         labels: Tensor | None = None,
+        mask_shares: Sequence[float] = (),
     ) -> SegmentationOutput:
         """Segment a batch of tensors; `model(images)` calls it.
 
@@ -152,6 +162,8 @@ class ExitSegmenter(PretrainedMixin):
             with_records: record the full map of every exit, as training always does for its losses.
             labels: masks `(B, H, W)` int64, for the output's `loss`: `segmentation_loss` with its defaults and the
                 `ignore_index` of the preprocessing's labels.
+            mask_shares: in training of an `eomt` head, for each of its blocks the probability with which a query sees
+                its own mask alone; it then predicts, and learns, before each of them, too.
 
         Returns:
             Maps, exit indices and ledger of all images.
@@ -164,7 +176,12 @@ class ExitSegmenter(PretrainedMixin):
         if targets is not None and len(targets) != len(images):
             raise ConfigError(f"targets has {len(targets)} sizes for {len(images)} images: give one for each.")
         method = Dense() if method is None else as_method(method)
-        model = self.view(self.training or with_records or labels is not None)
+        if mask_shares and len(mask_shares) != self.decode_head.joint_blocks:
+            raise ConfigError(
+                f"mask_shares has {len(mask_shares)} values for {self.decode_head.joint_blocks} blocks of the decode "
+                "head: give one for each, and none to a head other than eomt."
+            )
+        model = replace(self.view(self.training or with_records or labels is not None), mask_shares=tuple(mask_shares))
         method.check(model)
         full = _sizes(images)
         targets = full if targets is None else tuple(targets)
@@ -194,11 +211,12 @@ class ExitSegmenter(PretrainedMixin):
         scale, grids = self.decode_head.scale, tokens.grids
         full_grids = [self.backbone.patch_embed.grid(*size) for size in full]
         heads = model.exit_heads
-        maps = torch.split(result.logits, [h * w * scale * scale for h, w in grids])
         exit_index = torch.split(result.exit_index, [h * w for h, w in grids])
         return SegmentationOutput(
-            grid_logits=tuple(m.view(h * scale, w * scale, -1).permute(2, 0, 1) for m, (h, w) in zip(maps, grids)),
+            grid_logits=_maps(result.logits, grids, scale),
             value=result.value,
+            queries=() if result.queries is None else tuple(result.queries),
+            frozen=() if result.frozen is None else _maps(result.frozen, grids),
             exit_index=tuple(s.view(grid) for s, grid in zip(exit_index, grids)),
             num_exits=model.num_exits,
             ledger=write_ledger(
@@ -395,6 +413,12 @@ def check_labels(preprocessing: Preprocessing, num_classes: int) -> None:
 def _sizes(images: Sequence[Tensor]) -> tuple[Size, ...]:
     """Return heights and widths in pixels."""
     return tuple((image.shape[1], image.shape[2]) for image in images)
+
+
+def _maps(rows: Tensor, grids: Sequence[Grid], scale: int = 1) -> tuple[Tensor, ...]:
+    """Split rows of all images, `(cells scale^2, K)`, into one map `(K, h scale, w scale)` for each."""
+    parts = torch.split(rows, [h * w * scale * scale for h, w in grids])
+    return tuple(part.view(h * scale, w * scale, -1).permute(2, 0, 1) for part, (h, w) in zip(parts, grids))
 
 
 def _as_list(images: Tensor | Sequence[Tensor]) -> list[Tensor]:

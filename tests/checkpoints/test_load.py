@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.checkpoints import load_backbone, read_state_dict
+from tokenexit.checkpoints.load import resize_patches
 from tokenexit.engine.vit import ViT, ViTConfig, resize_pos_embed, vit_config
 from tokenexit.errors import CheckpointError
 
@@ -87,6 +89,35 @@ def test_a_table_of_another_grid_is_resized_as_at_run_time() -> None:
     assert report.resized == (("pos_embed", (1, 10, 8), (1, 21, 8)),)
     assert "resized pos_embed: (1, 10, 8) to (1, 21, 8)" in report.summary()
     torch.testing.assert_close(features(resized, (20, 16)), features(original, (20, 16)))
+
+
+@pytest.mark.parametrize("side", [6, 8, 3])
+def test_patches_of_another_size__say_of_a_resized_patch_what_the_old_ones_said(side: int) -> None:
+    torch.manual_seed(0)
+    kernel = torch.randn(7, 3, 4, 4)
+    resized = resize_patches(kernel, side)
+    assert resized.shape == (7, 3, side, side)
+    patch = torch.randn(1, 3, 4, 4)
+    if side < 4:  # what a smaller patch cannot show is lost: a plane stays a plane
+        patch = torch.full_like(patch, 0.7)
+    large = F.interpolate(patch, (side, side), mode="bicubic", antialias=True)
+    wanted = F.conv2d(patch, kernel).flatten()
+    found = F.conv2d(large, resized).flatten()
+    if side > 4:
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+    else:  # the least-squares answer: no kernel of this size is nearer on patches drawn at random
+        pixels = F.interpolate(torch.eye(16).view(-1, 1, 4, 4), (side, side), mode="bicubic", antialias=True).flatten(1)
+        best = torch.linalg.lstsq(pixels.double(), kernel.double().flatten(2).flatten(0, 1).T).solution
+        torch.testing.assert_close(resized.double().flatten(2).flatten(0, 1).T, best, rtol=1e-4, atol=1e-4)
+
+
+def test_patches_of_another_size__are_loaded_resized_and_reported() -> None:
+    state = random_state(SMALL)
+    model = ViT(replace(SMALL, patch_size=8))
+    report = load_backbone(model, state)
+    assert [name for name, *_ in report.resized] == ["patch_embed.proj.weight"]
+    wanted = resize_patches(state["patch_embed.proj.weight"], 8)
+    assert torch.equal(model.patch_embed.proj.weight, wanted)
 
 
 def test_the_presets_way_of_resizing_is_used() -> None:

@@ -415,7 +415,7 @@ def test_evaluate_asks_for_data_where_the_model_does_not_say_what_it_knows(
         (["--method", "dtop", "--keep-per-class", "-1"], "keep_per_class must be at least 0, got -1"),
         (
             ["--method", "dtop", "--finish", "soon"],
-            "--finish soon is unknown: choose one of auto, presence_last, frozen.",
+            "--finish soon is unknown: choose one of auto, presence_last, frozen, masks.",
         ),
         (["--method", "dtop", "--finish", "presence_last"], "finish='presence_last' needs ATM heads"),
         (["--method", "dovit", "--blend-weight", "2"], "blend_weight must be in [0, 1], got 2.0"),

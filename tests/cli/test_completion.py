@@ -82,7 +82,7 @@ def test_bash__completes_options_and_what_they_take(program: dict[str, str]) -> 
         "tokenexit train --model.backbone vit_t": ["vit_tiny_patch16"],
         "tokenexit train --method do": ["dovit"],
         "tokenexit train --config dtop/setr": ["dtop/setr_ade20k_base"],
-        "tokenexit train --optim.l": ["--optim.lr"],
+        "tokenexit train --optim.la": ["--optim.layer_decay"],
         "tokenexit train --dry": ["--dry-run"],
         "tokenexit train --freeze ": ["none", "backbone", "all_but_exit_heads"],
         "tokenexit train --resume ": ["true", "false"],

@@ -631,9 +631,7 @@ def test_names_of_no_source_are_refused_with_the_sources(tmp_path):
 
 
 def test_a_kind_that_does_not_exist_is_refused(tmp_path):
-    assert "kind 'keras' is unknown: choose auto or one of huggingface" in refusal(
-        mmseg_state(), tmp_path, kind="keras"
-    )
+    assert "kind 'keras' is unknown: choose auto or one of eomt" in refusal(mmseg_state(), tmp_path, kind="keras")
 
 
 def test_a_kind_that_does_not_fit_finds_no_plain_vit(tmp_path):

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close
 from tokenexit.engine import attention
-from tokenexit.engine.attention import attention_path, packed_attention, pad, padded_attention, segment_matmul, unpad
+from tokenexit.engine.attention import (
+    MaskedRows,
+    attention_path,
+    masked_attention,
+    packed_attention,
+    pad,
+    padded_attention,
+    segment_matmul,
+    unpad,
+)
 from tokenexit.engine.tokens import Packing
 
 CPU = torch.device("cpu")
@@ -184,3 +193,32 @@ def test_attention__on_a_cpu_multiplies_bf16_plainly_unless_it_has_matrix_tiles(
         packed_attention(q.to(dtype), k.to(dtype), v.to(dtype), Packing.of([3], CPU), Packing.of([3], CPU))
     attention._products_are_faster.cache_clear()
     assert called == ["_fused", "_fused" if has_tiles else "_products"]
+
+
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=3), st.integers(1, 3), st.integers(0, 1000))
+def test_masked_rows__see_their_keys_alone_and_all_others_see_all(patches, queries, seed):
+    lengths = [1 + queries + n for n in patches]  # a prefix token, the masked rows, patches
+    q, k, v = drawn(lengths, lengths, seed=seed)
+    packing = Packing.of(lengths, q.device)
+    starts = [sum(lengths[:i]) for i in range(len(lengths))]
+    rows = torch.tensor([start + 1 + i for start in starts for i in range(queries)])
+    visible = torch.rand(len(lengths), queries, max(lengths)) < 0.4
+    visible[:, :, 0] = True
+    visible &= torch.arange(max(lengths)) < torch.tensor(lengths)[:, None, None]
+    found = masked_attention(q, k, v, packing, MaskedRows(rows, visible))
+    for image, (start, length) in enumerate(zip(starts, lengths)):
+        mask = torch.ones(length, length, dtype=torch.bool)
+        mask[1 : 1 + queries] = visible[image, :, :length]
+        own = slice(start, start + length)
+        scores = torch.einsum("qnh,knh->nqk", q[own], k[own]) / math.sqrt(q.shape[2])
+        weights = scores.masked_fill(~mask, -math.inf).softmax(-1)
+        assert_close(found[own], torch.einsum("nqk,knh->qnh", weights, v[own]))
+
+
+def test_masked_rows__that_see_all_are_as_if_there_were_no_mask():
+    lengths = [4, 7]
+    q, k, v = drawn(lengths, lengths)
+    packing = Packing.of(lengths, q.device)
+    visible = (torch.arange(7) < torch.tensor(lengths)[:, None])[:, None].expand(2, 2, 7)
+    masked = MaskedRows(torch.tensor([0, 1, 4, 5]), visible)
+    assert_close(masked_attention(q, k, v, packing, masked), packed_attention(q, k, v, packing, packing))

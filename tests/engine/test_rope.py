@@ -311,3 +311,36 @@ def test_config__refuses_heads_that_cannot_be_turned_and_tokens_without_a_place(
         ViTConfig(pos_embed=False)
     with pytest.raises(ConfigError, match=r"rope must be"):
         ViTConfig(rope="quarter")  # type: ignore[arg-type]
+
+
+def drawn_phases(vit: ViT, seed: int) -> Tensor:
+    torch.manual_seed(seed)
+    phases = vit.embed([random_image(24, 40), random_image(16, 16)]).phases
+    assert phases is not None
+    return phases
+
+
+def test_rescale__draws_one_factor_for_all_images_in_training_and_is_a_function_of_the_seed():
+    vit = sharp(rope_rescale=2.0)
+    resting = drawn_phases(vit, 0)
+    assert torch.equal(resting, drawn_phases(sharp(), 0))
+    vit.train()
+    assert torch.equal(drawn_phases(vit, 1), drawn_phases(vit, 1))
+    assert not torch.equal(drawn_phases(vit, 1), drawn_phases(vit, 2))
+    config = vit.config
+    for seed in range(20):
+        phases, prefix = drawn_phases(vit, seed), config.num_prefix_tokens
+        assert torch.equal(phases[:prefix], resting[:prefix])
+        # The longest period turns the first patch least: its angle does not wrap, whatever the factor.
+        quarter, half = config.head_dim // 4 - 1, config.head_dim
+        angles = torch.atan2(phases[..., half + quarter], phases[..., quarter])
+        before = torch.atan2(resting[..., half + quarter], resting[..., quarter])
+        placed = before.abs() > 1e-3
+        factors = (angles / before)[placed]
+        assert_close(factors, factors[:1].expand_as(factors))
+        assert 0.5 <= factors[0] <= 2.0
+
+
+def test_rescale__below_one_is_refused():
+    with pytest.raises(ConfigError, match="rope_rescale"):
+        tiny_config(**(DINOV3 | {"rope_rescale": 0.5}))

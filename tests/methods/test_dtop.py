@@ -366,7 +366,7 @@ def test_defaults__are_the_published_ones():
     ("options", "words"),
     [
         ({"keep_per_class": -1}, r"keep_per_class must be at least 0, got -1: use 0"),
-        ({"finish": "early"}, r"finish must be auto, presence_last or frozen, got 'early'"),
+        ({"finish": "early"}, r"finish must be auto, presence_last, frozen or masks, got 'early'"),
         ({"threshold": 1.2}, r"threshold must be in \[0, 1\], got 1.2"),
         ({"threshold": "high"}, r"threshold must be a number, got 'high'"),
         ({"threshold": None}, r"threshold must be a number, got None"),

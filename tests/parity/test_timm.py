@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tests.parity.compare import TOLERANCE, Reference, largest_distance, randomise
 from tokenexit.checkpoints import load_backbone, read_state_dict
+from tokenexit.checkpoints.load import resize_patches
 from tokenexit.conversion.convert import ConversionReport, convert
 from tokenexit.engine.vit import ViT
 
@@ -74,6 +75,15 @@ def test_timm__every_block_gives_the_librarys_features_at_two_sizes(family, exit
         found = largest_distance(ours, reference(model), size, exits)
         record_property(f"{family} {size}", found)
         assert found <= TOLERANCE, f"{found:.1e} at {size}"
+
+
+@pytest.mark.parametrize("side", [16, 12, 32])
+def test_patches_of_another_size__are_resized_as_timm_does(side):
+    from timm.layers import resample_patch_embed
+
+    torch.manual_seed(0)
+    kernel = torch.randn(8, 3, 14, 14)
+    torch.testing.assert_close(resize_patches(kernel, side), resample_patch_embed(kernel, [side, side]))
 
 
 @pytest.mark.parametrize("family", ["dinov2", "dinov2_reg4", "dinov2_giant", "dinov2_giant_reg4"])

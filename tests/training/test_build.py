@@ -109,6 +109,25 @@ def test_init_from_changes_stochastic_depth_and_nothing_else(saved: Path) -> Non
         build_model(config(init_from=str(saved), options={"drop_path": 1.5}), DataConfig(), LABELS)
 
 
+def test_init_from__may_stretch_rotary_positions_which_is_saved_with_the_model(tmp_path: Path) -> None:
+    options = config().options | {"rope": "half", "pos_embed": False}
+    build_model(config(options=options), DataConfig(), LABELS)[0].save_pretrained(tmp_path)
+    model, _ = build_model(config(init_from=str(tmp_path), options={"rope_rescale": 2.0}), DataConfig(), LABELS)
+    assert model.config.backbone.rope_rescale == model.backbone.config.rope_rescale == 2.0
+    image = [torch.randn(3, 24, 32)]
+    first, second = (model.backbone.embed(image).phases for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert not torch.equal(first, second)
+    model.save_pretrained(tmp_path)
+    resting = ExitSegmenter.from_pretrained(tmp_path).backbone
+    assert resting.config.rope_rescale == 2.0
+    first, second = (resting.embed(image).phases for _ in range(2))
+    assert first is not None
+    assert second is not None
+    assert torch.equal(first, second)
+
+
 def test_init_from_may_spare_attention_from_stochastic_depth(saved: Path) -> None:
     """As the releases do; a converted model drops both branches, as its source says nothing."""
     options = {"drop_path": 0.4, "drop_path_attention": False}

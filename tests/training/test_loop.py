@@ -26,10 +26,11 @@ from tests.training.tiny import (
     write_dataset,
 )
 from tokenexit.errors import CheckpointError, ConfigError, DataError
+from tokenexit.heads import EoMTHead
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.runtime import precision as inference
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.config import TrainConfig
+from tokenexit.training.config import MaskConfig, TrainConfig
 from tokenexit.training.log import is_row
 from tokenexit.training.loop import draw_method, train
 
@@ -139,13 +140,40 @@ def test_a_run_killed_again_and_again_gets_there(
     assert same_weights(run(config), whole)
 
 
-@pytest.mark.parametrize("head", ["atm", "setr_pup"])
+@pytest.mark.parametrize("head", ["atm", "setr_pup", "eomt"])
 def test_other_heads_resume_exactly_too(head: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    methods = ["dense", "dtop"] if head == "atm" else ["dense", "dovit"]
+    methods = ["dense", "dovit"] if head == "setr_pup" else ["dense", "dtop"]
     never = run(tiny_run(data, tmp_path / "never", head, methods=methods, steps=4))
     config = tiny_run(data, tmp_path / "killed", head, methods=methods, steps=4)
     run_until(4, config, monkeypatch)
     assert same_weights(run(config), never)
+
+
+def test_masks__are_attended_to_and_let_go_as_the_step_says(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, ...]] = []
+    forward = EoMTHead.forward
+
+    def spied(self: EoMTHead, tokens: Any, mask_shares: Any = (), backdrop: Any = None) -> Any:
+        seen.append(tuple(mask_shares))
+        return forward(self, tokens, mask_shares, backdrop)
+
+    monkeypatch.setattr(EoMTHead, "forward", spied)
+    config = tiny_run(data, tmp_path / "a", "eomt", methods=["dense"])
+    config.masks = MaskConfig(fade_start=[2], fade_end=[4], points=20)
+    run(config)
+    assert seen == [(1.0,), (1.0,), (1.0,), (pytest.approx(0.5**0.9),), (0.0,), (0.0,)]
+    seen.clear()
+    config = tiny_run(data, tmp_path / "b", "eomt", methods=["dense"], steps=1)
+    config.masks = MaskConfig(fade_start=[], fade_end=[])
+    run(config)
+    assert seen == [()]
+    config = tiny_run(data, tmp_path / "c", "eomt", methods=["dense"])
+    config.masks = MaskConfig(fade_start=[1, 2], fade_end=[2, 3])
+    with pytest.raises(ConfigError, match="must have 1 steps, one for each joint block, got 2"):
+        run(config)
+    assert not (tmp_path / "c").exists()
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])

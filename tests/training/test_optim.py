@@ -105,3 +105,32 @@ def test_rate_only_falls_after_the_warm_up() -> None:
     factors = rates(OptimConfig(warmup_steps=20), 200, range(200))
     assert all(a < b for a, b in pairwise(factors[:16]))
     assert all(a > b for a, b in pairwise(factors[20:]))
+
+
+def test_layer_decay__slows_each_block_against_the_next_and_spares_heads_and_the_final_norm() -> None:
+    found = rates_and_decays("fcn", OptimConfig(lr=1e-3, head_lr_factor=7.0, layer_decay=0.5))
+    depth = 1 + max(int(name.split(".")[2]) for name in found if name.startswith("backbone.blocks."))
+    for name, (rate, _) in found.items():
+        if name.startswith("backbone.blocks."):
+            expected = 1e-3 * 0.5 ** (depth - 1 - int(name.split(".")[2]))
+        elif name.startswith("backbone.norm."):
+            expected = 1e-3
+        elif name.startswith("backbone."):
+            expected = 1e-3 * 0.5 ** (depth - 1)  # embeddings, as the first block
+        else:
+            expected = 7e-3
+        assert rate == pytest.approx(expected), name
+
+
+def test_backbone__stands_still_in_the_first_warm_up_and_rises_and_decays_after_it() -> None:
+    config = OptimConfig(warmup_steps=10, backbone_warmup_steps=20, warmup_start=0.1, power=1.0, decay_start=10)
+    heads = [learning_rate(1.0, step, 110, config) for step in (0, 5, 10, 60, 110)]
+    assert heads == pytest.approx([0.1, 0.55, 1.0, 0.5, 0.0])
+    backbone = [learning_rate(1.0, step, 110, config, backbone=True) for step in (0, 9, 10, 20, 30, 70, 110)]
+    assert backbone == pytest.approx([0.0, 0.0, 0.1, 0.55, 1.0, 0.5, 0.0])
+
+
+@pytest.mark.parametrize("step", [0, 50, 99, 100, 300])
+def test_one_warm_up__is_that_of_backbone_and_heads_alike(step: int) -> None:
+    config = OptimConfig(warmup_steps=100)
+    assert learning_rate(1.0, step, 400, config, backbone=True) == learning_rate(1.0, step, 400, config)

@@ -17,6 +17,7 @@ from tokenexit.data.registry import dataset_labels
 from tokenexit.methods import DoViT, DToP, build_method
 from tokenexit.outputs.ledger import dtop_convention_gmacs
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.training.annealing import fades
 from tokenexit.training.config import TrainConfig, flat
 from tokenexit.training.optim import learning_rate
 from tokenexit.training.parsing import RECIPES as RECIPES_FOLDER
@@ -26,7 +27,7 @@ from tokenexit.training.plan import plan, skeleton
 CONFIGS = RECIPES_FOLDER
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
 RECIPES = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-PUBLISHED = [name for name in RECIPES if "/" in name]
+PUBLISHED = [name for name in RECIPES if name.startswith(("dtop/", "dovit/"))]
 IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 SIZES = {"small": 384, "base": 768, "large": 1024}
@@ -96,10 +97,49 @@ def test_recipes__ask_no_processor_for_what_it_may_not_have(name: str) -> None:
 
 def test_recipes_page__names_every_recipe_and_none_that_is_not_there() -> None:
     text = PAGE.read_text()
-    named = {f"{name}.yaml" for name in re.findall(r"(?:--config |`)((?:dtop|dovit)/\w+)", text)}
+    named = {f"{name}.yaml" for name in re.findall(r"(?:--config |`)((?:dtop|dovit|eomt)/\w+)", text)}
     dynamic = {name for name in PUBLISHED if "_dense" not in name}
-    assert named == dynamic
+    assert named == dynamic | {f"eomt/{name}.yaml" for name in EOMT}
     assert "None of them was trained here" in text
+
+
+EOMT: dict[str, dict[str, Any]] = {
+    "ade20k_large": {"steps": 31 * 1262, "size": 512, "lr": 1e-4, "decay": 0.8, "miou": "58.4"},
+    "cityscapes_large": {"steps": 107 * 186, "size": 1024, "lr": 1e-4, "decay": 0.8, "miou": "84.2"},
+    "ade20k_large_dinov3": {"steps": 16 * 1263, "size": 512, "lr": 2e-4, "decay": 1.0, "miou": "59.5"},
+}
+FADES = {
+    "ade20k_large": ([6520, 13040, 19560, 26080], [13040, 19560, 26080, 32600]),
+    "cityscapes_large": ([3317, 6634, 9951, 13268], [6634, 9951, 13268, 16585]),
+    "ade20k_large_dinov3": ([0, 6520, 9780, 13040], [3000, 9780, 13040, 16300]),
+}
+
+
+@pytest.mark.parametrize("name", EOMT)
+def test_eomt_recipes__hold_the_published_values(name: str) -> None:
+    run, published = recipe(f"eomt/{name}.yaml"), EOMT[name]
+    optim, size = run.optim, (published["size"],) * 2
+    assert f"Published: {published['miou']} mIoU" in (CONFIGS / f"eomt/{name}.yaml").read_text()
+    assert run.steps == pytest.approx(published["steps"], abs=40)
+    assert run.batch_size == 16
+    assert (tuple(run.data.crop), run.data.window, run.data.ratio) == (size, size, (0.5, 2.0))
+    assert (optim.lr, optim.layer_decay, optim.head_lr_factor) == (published["lr"], published["decay"], 1.0)
+    assert (optim.warmup_steps, optim.backbone_warmup_steps) == ((2000, 3000) if "dinov3" in name else (500, 1000))
+    assert (optim.weight_decay, optim.decay_all, optim.clip_grad_norm, optim.power) == (0.05, True, 0.01, 0.9)
+    assert (run.ignored_pixels, run.masks.points) == ("counted", 12544)
+    assert list(zip(*FADES[name])) == list(fades(run.masks, 4, run.steps))
+
+
+@pytest.mark.parametrize("name", EOMT)
+def test_eomt_recipes__give_the_last_four_of_24_blocks_to_100_queries(name: str) -> None:
+    model = model_of(recipe(f"eomt/{name}.yaml"))
+    backbone, head = model.config.backbone, model.config.decode_head
+    assert (backbone.depth, backbone.patch_size, backbone.num_registers) == (20, 16, 4)
+    assert {key: head[key] for key in ("layers", "queries", "steps", "prefix")} == {
+        "layers": 4, "queries": 100, "steps": 2, "prefix": 5,
+    }  # fmt: skip
+    assert backbone.rope_rescale == (2.0 if "dinov3" in name else 1.0)
+    assert recipe(f"eomt/{name}.yaml").data.mean == IMAGENET[0]
 
 
 def test_recipes__are_all_that_were_published() -> None:

@@ -18,6 +18,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "fcn": {"kind": "fcn", "channels": 8},
     "atm": {"kind": "atm", "channels": 8, "layers": 1, "num_heads": 2},
     "setr_pup": {"kind": "setr_pup", "channels": 8, "steps": 1, "kernel": 3, "up": 2},
+    "eomt": {"kind": "eomt", "layers": 1, "queries": 5, "steps": 1},
 }
 
 
@@ -56,7 +57,7 @@ def tiny_run(root: Path, out: Path, head: str = "fcn", **changes: Any) -> TrainC
         out=str(out),
         model=ModelConfig(
             exits=[1, 2],
-            exit_head=HEADS[head],
+            exit_head=HEADS["fcn" if head == "eomt" else head],
             decode_head=HEADS[head],
             options={
                 "embed_dim": 16,

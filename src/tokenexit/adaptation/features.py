@@ -156,10 +156,11 @@ def _window(model: ExitSegmenter, image: Tensor, blocks: Sequence[int]) -> tuple
     for block in blocks:
         tokens, start = model.backbone.run(tokens, start, block), block
         features.append(tokens.patches().x.float().cpu())
-    patches = model.backbone.run(tokens, start, model.config.backbone.depth).patches()
-    patches = patches.with_x(model.backbone.norm(patches.x))
-    out = model.decode_head(patches)
-    scores = token_scores(record_of(model.decode_head, patches, out, out.logits), patches.grids)
+    tokens = model.backbone.run(tokens, start, model.config.backbone.depth)
+    seen = tokens if model.decode_head.takes_prefix else tokens.patches()
+    seen = seen.with_x(model.backbone.norm(seen.x))
+    out = model.decode_head(seen)
+    scores = token_scores(record_of(model.decode_head, seen, out, out.logits), seen.grids)
     return features, (scores / scores.sum(1, keepdim=True).clamp(min=1e-12)).cpu()
 
 

@@ -107,7 +107,7 @@ def places(dense: ExitSegmenter, held: Held) -> tuple[int, ...]:
 def method_of(dense: ExitSegmenter) -> ThresholdMethod[Any]:
     """Return what exits do: DToP, and DoViT where the decode head reads the whole grid."""
     method: ThresholdMethod[Any] = DToP()
-    if dense.decode_head.needs_grid:
+    if not dense.decode_head.takes_live_tokens:
         method = DoViT() if dense.config.backbone.class_token else DoViT(blend_weight=0.0)
     dense.check(method)
     return method

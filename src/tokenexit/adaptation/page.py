@@ -246,7 +246,7 @@ def _budgets(found: Adaptation, judge: Judge, out: Path) -> Iterator[Block]:
             "For another point with the exits that are there, choose size, stop and thresholds anew. With `--out` a "
             "copy is calibrated, and this model stays as it is:"
         )
-        method = " --method dovit" if found.dense.decode_head.needs_grid else ""
+        method = "" if found.dense.decode_head.takes_live_tokens else " --method dovit"
         yield Code(f"tokenexit calibrate {_as_word(out)} \\\n  {words} --plan dense{method}")
         yield "For a plan with exits elsewhere, adapt the source again with another budget:"
     else:

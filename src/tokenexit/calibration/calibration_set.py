@@ -182,7 +182,7 @@ def true_run(
             macs += ledger.macs
             dense += ledger.dense_macs
             tokens += ledger.tokens
-            live += [[image[n] for n in exits] for image in ledger.live]
+            live += [ledger.live_after(exits, image) for image in range(len(ledger.live))]
             for position, labels in zip(positions, output.labels):
                 confusion.append(_confusion(reference[position], labels.cpu(), classes, reference.ignore_index))
     histograms = seen.histograms(windows)

@@ -172,13 +172,14 @@ class _Recorder(Dense):
         patches = tokens.patches()
         state = (*state, _record(model.exit_heads[n], patches))
         if self.decoded:
-            state = (*state, _record(model.decode_head, patches.with_x(model.norm(patches.x))))
+            seen = tokens if model.decode_head.takes_prefix else patches
+            state = (*state, _record(model.decode_head, seen.with_x(model.norm(seen.x))))
         return tokens, state
 
 
-def _record(head: Head, patches: Tokens) -> ExitRecord:
-    out = head(patches)
-    return record_of(head, patches, out, out.logits)
+def _record(head: Head, seen: Tokens) -> ExitRecord:
+    out = head(seen)
+    return record_of(head, seen, out, out.logits)
 
 
 def context_price(exits: Sequence[int], depth: int) -> Tensor:
@@ -203,7 +204,7 @@ def _label(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
 def _samples(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """Classes at S places of every token, `(cells, S)`: the map interpolated as for the full size, sampled."""
     assert record.logits is not None, "the recorder keeps every map"
-    maps = record.logits.float() if record.kind == "softmax" else token_scores(replace(record, scale=1), grids)
+    maps = record.logits.float() if record.kind == "softmax" else _cell_scores(record, grids)
     batches = []
     for members, grid_maps in unpack_grids(maps, grids, record.scale):
         side = [cells * SAMPLES // record.scale for cells in grid_maps.shape[2:]]
@@ -233,12 +234,17 @@ def sampled(labels: Tensor, grid: Grid, size: tuple[int, int], patch_size: int) 
 
 def token_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """`(cells, K)`, averaged over each token where the head speaks of a finer grid."""
-    answer = _answer(record, grids)
-    scores = class_scores(record.kind, answer.logits, answer.presence, answer.packing.image_index())
+    scores = _cell_scores(record, grids)
     if record.scale == 1:
         return scores
     batches = unpack_grids(scores, grids, record.scale)
     return pack_grids([(members, F.avg_pool2d(maps, record.scale)) for members, maps in batches])
+
+
+def _cell_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
+    """`(cells scale^2, K)`, one row for each cell that the head speaks of."""
+    answer = _answer(record, grids)
+    return class_scores(record.kind, answer.logits, answer.presence, answer.packing.image_index())
 
 
 def _grouped(group: Tensor, uncertainty: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.engine.tokens import Grid
@@ -46,7 +47,8 @@ class LoadReport:
         loaded: entries of the backbone that took a value from the weights.
         missing: entries of the backbone that the weights lack; they keep their start values.
         unexpected: entries of the weights that were not used; `classifier` are those of an image classifier.
-        resized: position tables that were interpolated, as (name, shape in the weights, shape in the backbone).
+        resized: position tables and patch kernels that were interpolated, as (name, shape in the weights, shape in the
+            backbone).
     """
 
     loaded: int
@@ -83,8 +85,8 @@ def load_backbone(
 
     The position table is brought to the model's grid, resized the way the model resizes at run time. Its class
     token row is added to the class token where the model keeps none, is zero where only the model has one (both
-    leave the result as it was), and is dropped where the model has no class token. Blocks beyond the model's depth
-    are left out.
+    leave the result as it was), and is dropped where the model has no class token. Patches of another size are resized,
+    see `resize_patches`. Blocks beyond the model's depth are left out.
 
     source: how messages call the weights, in the plural: `weights 'vit.pth'`.
     pos_embed_grid: (rows, columns) of the table in `state`, needed only where it is neither square nor the
@@ -109,11 +111,32 @@ def load_backbone(
             unexpected.append(_CLASS_POSITION)
         elif class_row is not None and ready["cls_token"].shape == class_row.shape:
             ready["cls_token"] = ready["cls_token"].detach() + class_row
+    name = "patch_embed.proj.weight"
+    if name in ready and ready[name].ndim == 4 and ready[name].shape[:2] == target[name].shape[:2]:
+        height, width = ready[name].shape[2:]
+        side = model.config.patch_size
+        if height == width != side:
+            resized.append((name, tuple(ready[name].shape), tuple(target[name].shape)))
+            ready[name] = resize_patches(ready[name].detach(), side)
     _refuse_mismatched(ready, target, source)
     with torch.no_grad():
         for key, value in ready.items():
             target[key].copy_(value)
     return LoadReport(len(ready), tuple(missing), tuple(unexpected), tuple(resized))
+
+
+def resize_patches(kernel: Tensor, side: int) -> Tensor:
+    """Resize the kernel of a patch embedding, `(C, 3, p, p)` to `(C, 3, side, side)`, by a pseudo-inverse.
+
+    What it says of an enlarged patch is what the old one said of the patch itself (FlexiViT, Beyer et al., CVPR 2023,
+    section 3.4); bicubic with antialiasing, as timm. So DINOv2, trained at 14 pixels, runs at 16 (EoMT).
+    """
+    old = kernel.shape[-1]
+    pixels = torch.eye(old * old, dtype=torch.float32, device=kernel.device).view(-1, 1, old, old)
+    enlarged = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False).flatten(1)
+    inverse = torch.linalg.pinv(enlarged.double())  # (side^2, p^2)
+    resized = kernel.double().flatten(2) @ inverse.T
+    return torch.Tensor.to(resized.view(*kernel.shape[:2], side, side), kernel.dtype)
 
 
 def _is_table(table: Tensor, target: Tensor) -> bool:

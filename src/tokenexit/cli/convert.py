@@ -10,8 +10,21 @@ from tokenexit.cli.options import command_parser
 from tokenexit.errors import ConfigError
 
 KINDS = (
-    *("auto", "huggingface", "dinov3", "dinov3_timm", "dinov3_huggingface", "dinov3_head", "eva02", "eva02_timm"),
-    *("pe_core", "pe_spatial", "siglip", "dovit", "dtop", "segvit", "mmseg", "segmenter", "dinov2_head", "dinov2"),
+    *("auto", "eomt", "eomt_huggingface", "huggingface", "dinov3", "dinov3_timm", "dinov3_huggingface", "dinov3_head"),
+    *(
+        "eva02",
+        "eva02_timm",
+        "pe_core",
+        "pe_spatial",
+        "siglip",
+        "dovit",
+        "dtop",
+        "segvit",
+        "mmseg",
+        "segmenter",
+        "dinov2_head",
+        "dinov2",
+    ),
     "timm",
 )
 """auto, and the names of `tokenexit.conversion.families.SOURCES`, which would import torch."""

@@ -19,7 +19,7 @@ BACKBONES = (
     *("pe_core_base_patch16", "pe_core_large_patch14", "siglip2_so400m_patch16"),
 )
 """The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
-HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear")
+HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt")
 """The names of `tokenexit.heads.HEADS`, likewise."""
 
 

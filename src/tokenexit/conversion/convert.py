@@ -23,7 +23,7 @@ from tokenexit.conversion.rename import State, rename, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
-from tokenexit.heads import HEADS
+from tokenexit.heads import HEADS, eomt_spec
 from tokenexit.hub.fetch import DEFAULT_FILES, HUB_PREFIX, resolve_weights
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
@@ -36,6 +36,7 @@ FOLDER_FILES = (*DEFAULT_FILES, "checkpoint.pth")
 
 _CLASSIFIER = "an image classifier or projection head"
 _UNUSED = (
+    (r"criterion\..+|(?:network\.)?encoder\.pixel_(?:mean|std)", "used in training alone, or the known mean and std"),
     (
         r"(?:.*\.)?(?:head|head_dist|fc|fc_norm|pre_logits|cls_classifier|distillation_classifier|classifier)\..+",
         _CLASSIFIER,
@@ -289,7 +290,7 @@ def _segmenter(
     """Build the model with its weights, and the report without a destination."""
     main, config, num_exits = parts.main, parts.config, parts.num_exits
     with _readable(main.what):
-        specs, num_classes, more = _head_specs(parts.heads, config.embed_dim, dict(head_options or {}), main)
+        specs, num_classes, more = _head_specs(parts.heads, config, dict(head_options or {}), main)
     positions, assumed_exits = _exit_positions(main, config.depth, num_exits, exits)
     preprocessing, normalisation = _preprocessing(main, parts.body, parts.state, num_classes, preprocessing)
     model = ExitSegmenter(config, num_classes, positions, specs[:num_exits], specs[-1], preprocessing)
@@ -391,7 +392,7 @@ def _joined(main: _Weights, body: _Weights) -> State:
 
 
 def _head_specs(
-    heads: Mapping[str, State], embed_dim: int, given: dict[str, Any], main: _Weights
+    heads: Mapping[str, State], backbone: ViTConfig, given: dict[str, Any], main: _Weights
 ) -> tuple[list[dict[str, Any]], int, dict[str, Any]]:
     """Return a specification for each head, the number of classes, and what was assumed."""
     what, heads_by_part = main.what, attention_heads_in(main.meta)
@@ -400,7 +401,9 @@ def _head_specs(
     assumed: dict[str, Any] = {}
     for name, head in heads.items():
         known = ({"num_heads": heads_by_part[name]} if name in heads_by_part else {}) | given
-        spec, classes[name], more = head_spec(head, embed_dim, known, f"the {name} of {what}")
+        spec, classes[name], more = head_spec(head, backbone.embed_dim, known, f"the {name} of {what}")
+        if spec["kind"] == "eomt":
+            spec = eomt_spec(backbone, **{key: spec[key] for key in ("layers", "queries", "steps")})
         if spec["kind"] == "atm" and "num_heads" in more:
             published = main.source.atm_heads.get((spec["channels"], classes[name]), more["num_heads"])
             spec["num_heads"] = more["num_heads"] = published

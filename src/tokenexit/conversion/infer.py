@@ -129,7 +129,9 @@ def head_spec(
     Returns its specification, K, and what neither shapes nor `given` say.
     """
     _refuse_segvit(head, what)
-    if "input_proj.weight" in head and "presence.weight" in head:
+    if "queries.weight" in head and "upscale_steps.0.up.weight" in head:
+        spec, classes, width, assumed = _eomt(head)
+    elif "input_proj.weight" in head and "presence.weight" in head:
         spec, classes, width, assumed = _atm(head)
     elif "queries.weight" in head and "mask_norm.weight" in head:
         spec, classes, width, assumed = _mask_transformer(head)
@@ -185,6 +187,14 @@ def _refuse_segvit(head: Mapping[str, Tensor], what: str) -> None:
             f"{head['queries.weight'].shape[0] if 'queries.weight' in head else 'learned'} queries; {atm}: convert the "
             "backbone alone (backbone_only, --backbone-only)."
         )
+
+
+def _eomt(head: Mapping[str, Tensor]) -> Inferred:
+    """What its blocks are like is known from those of the backbone."""
+    queries, width = head["queries.weight"].shape
+    steps, layers = _layers(head, "upscale_steps"), _layers(head, "blocks")
+    spec = {"kind": "eomt", "layers": layers, "queries": queries, "steps": steps}
+    return spec, head["classifier.weight"].shape[0] - 1, width, {}
 
 
 def _mask_transformer(head: Mapping[str, Tensor]) -> Inferred:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
@@ -82,6 +82,7 @@ def read_sidecar(kind: str, find: Find) -> Sidecar:
     """Read the files that belong to weights of this kind. Raises `CheckpointError` for a damaged file."""
     readers = {
         "dinov3_huggingface": _dinov3_huggingface,
+        "eomt_huggingface": _eomt,
         **dict.fromkeys(("dinov3_timm", "eva02_timm", "pe_core", "pe_spatial", "siglip"), _timm),
         "huggingface": _huggingface,
         "timm": _timm,
@@ -128,6 +129,16 @@ def _dinov3_huggingface(find: Find) -> Sidecar:
         settings["rope_theta"] = float(theta)
     files = ([HF_CONFIG] if config else []) + ([HF_PREPROCESSOR] if beside is not None else [])
     return Sidecar(settings, beside, tuple(files))
+
+
+def _eomt(find: Find) -> Sidecar:
+    """As DINOv3's, and DINOv2's table has the grid of the training size."""
+    with_rope, config = _dinov3_huggingface(find), _read(find(HF_CONFIG), _HFConfig) or {}
+    if "image_size" not in config or "patch_size" not in config or "rope_theta" in with_rope.settings:
+        return with_rope
+    image, patch = _pair(config["image_size"]), _pair(config["patch_size"])
+    grid = (image[0] // patch[0], image[1] // patch[1])
+    return replace(with_rope, settings={**with_rope.settings, "pos_embed_grid": grid})
 
 
 def _normalisation(find: Find) -> tuple[tuple[float, ...], tuple[float, ...]] | None:

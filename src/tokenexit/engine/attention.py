@@ -14,13 +14,14 @@ frozen ones. Four ways lead to the same result; `attention_path` names the one t
 from __future__ import annotations
 
 import functools
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.engine.tokens import Packing
+from tokenexit.engine.tokens import Packing, rows_where
 
 SCORES_IN_CACHE = 2**20
 """Attention scores that one piece of `_products` holds: 2 MiB in bf16, about a core's own cache."""
@@ -61,6 +62,37 @@ def packed_attention(
     if path == "varlen" and dropout == 0.0:
         return _varlen(q_TNH, k_TNH, v_TNH, packing_q, packing_k)
     return padded_attention(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout)
+
+
+@dataclass(frozen=True)
+class MaskedRows:
+    """Rows of a packed batch that see some keys of their image only, equally many of each image.
+
+    Attributes:
+        rows: `(B R,)` int64, R packed rows of each image, image after image.
+        visible: `(B, R, longest)` bool, the keys that each sees, by their place in the image.
+    """
+
+    rows: Tensor
+    visible: Tensor
+
+
+def masked_attention(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packing, masked: MaskedRows) -> Tensor:
+    """Apply self-attention within each image in which some rows see some keys only; they must see one at least.
+
+    These rows run padded with their mask, all others by the fastest path without any, so that no mask of all rows by
+    all keys is made. Shapes as in `packed_attention`.
+    """
+    images, rows, _ = masked.visible.shape
+    q = q_TNH.index_select(0, masked.rows).unflatten(0, (images, rows)).transpose(1, 2)  # (B, N, R, H)
+    k, v = (pad(t, packing).transpose(1, 2) for t in (k_TNH, v_TNH))
+    some = F.scaled_dot_product_attention(q, k, v, attn_mask=masked.visible[:, None])
+    rest = torch.ones(packing.total, dtype=torch.bool, device=q.device).index_fill(0, masked.rows, False)
+    others = rows_where(rest, packing.total - images * rows)
+    packing_others = Packing.of([length - rows for length in packing.lengths], q.device)
+    unmasked = packed_attention(q_TNH.index_select(0, others), k_TNH, v_TNH, packing_others, packing)
+    out = torch.empty_like(q_TNH).index_copy(0, masked.rows, some.transpose(1, 2).flatten(0, 1).to(q_TNH.dtype))
+    return out.index_copy(0, others, unmasked.to(q_TNH.dtype))
 
 
 def _batched(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: float) -> Tensor:

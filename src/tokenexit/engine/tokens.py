@@ -100,7 +100,7 @@ class Tokens:
 
     def patch_index(self) -> Tensor:
         """Return the rows of the patch tokens among the T, `(P,)` int64."""
-        return _rows_where(self.position >= 0, sum(self.live))
+        return rows_where(self.position >= 0, sum(self.live))
 
     def prefix_index(self) -> Tensor:
         """Return the rows of the prefix tokens, `(B * num_prefix,)` int64."""
@@ -134,7 +134,7 @@ class Tokens:
         counts = torch.zeros(len(self.grids), dtype=torch.int64, device=mask.device)
         counts.index_add_(0, self.packing.image_index(), stays.long())
         lengths = counts.tolist()  # the one host read of an exit: buffer sizes and CPU attention need it
-        index = _rows_where(stays, sum(lengths))
+        index = rows_where(stays, sum(lengths))
         return Tokens(
             x=self.x.index_select(0, index),
             position=self.position.index_select(0, index),
@@ -196,7 +196,7 @@ def pack_grids(batches: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
     return torch.cat([rows[i] for i in sorted(rows)])
 
 
-def _rows_where(mask: Tensor, total: int) -> Tensor:
+def rows_where(mask: Tensor, total: int) -> Tensor:
     """Return the indices of the true rows, `(total,)` int64; the host knows `total`, so CUDA need not synchronise."""
     if mask.device.type == "cpu":
         return mask.nonzero().squeeze(1)

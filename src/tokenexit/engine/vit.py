@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenexit.engine import ops
-from tokenexit.engine.attention import packed_attention
+from tokenexit.engine.attention import MaskedRows, masked_attention, packed_attention
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing, PeriodPrecision, Places, rope_periods, rope_phases, rotate
@@ -396,9 +396,11 @@ class Attention(nn.Module):
         q, k = (rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in (q, k))
         return torch.cat([q, k, v], dim=1)
 
-    def attend(self, qkv: Tensor, packing: Packing) -> Tensor:
-        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection."""
+    def attend(self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None) -> Tensor:
+        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only."""
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if masked is not None:
+            return masked_attention(q_TNH, k_TNH, v_TNH, packing, masked).flatten(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
 
 
@@ -487,9 +489,14 @@ class Block(nn.Module):
         self.mlp = _mlp(mlp, dim, mlp_hidden, norm_eps if sub_norm else None)
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
-    def forward(self, x: Tensor, packing: Packing, phases: Tensor | None = None) -> Tensor:
-        """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary."""
-        attended = self.attn.attend(self.before(x, phases), packing)
+    def forward(
+        self, x: Tensor, packing: Packing, phases: Tensor | None = None, masked: MaskedRows | None = None
+    ) -> Tensor:
+        """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary.
+
+        masked: rows that see some keys only.
+        """
+        attended = self.attn.attend(self.before(x, phases), packing, masked)
         if not (self.training and self.drop_path > 0.0):
             return self.after(x, attended)
         first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None

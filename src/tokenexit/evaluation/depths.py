@@ -40,7 +40,8 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
             for m in range(len(dense.exit_records))
         ]
         blocks = exits[n] if n < len(exits) else depth
-        lengths = [[count + prefix for count in tokens]] * blocks + [[0] * len(tokens)] * (depth - blocks)
+        all_tokens, none = [count + prefix for count in tokens], [0] * len(tokens)
+        lengths = [all_tokens] * blocks + [none] * (depth - blocks) + [all_tokens if n == len(exits) else none]
         heads = model.view().exit_heads
         out = replace(
             dense,
@@ -59,6 +60,6 @@ def _stopped(model: ExitSegmenter, dense: SegmentationOutput) -> list[Segmentati
                 for own, (h, w) in zip(torch.split(scores, cells), grids)
             ]
             value: Value = "logits" if softmax else "scores"
-            out = replace(out, grid_logits=tuple(maps), value=value, upscale=record.upscale)
+            out = replace(out, grid_logits=tuple(maps), value=value, upscale=record.upscale, queries=())
         outputs.append(out)
     return outputs

@@ -68,7 +68,7 @@ class Tally:
         self.confusion += confusion
         self.boundary += torch.stack(boundary_counts(label.cpu(), image.truth, classes, ignore_index))
         ledger = output.ledger
-        live = tuple(ledger.live[0][n] / ledger.tokens[0] for n in exits)
+        live = tuple(after / ledger.tokens[0] for after in ledger.live_after(exits))
         dense = image.dense_macs / GIGA
         self.images[image.index] = ImageFigures(ledger.gmacs[0], dense, live, ms, class_counts(confusion))
 

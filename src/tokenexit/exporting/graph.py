@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit.engine.tokens import Packing, Tokens
+from tokenexit.errors import ConfigError
 from tokenexit.methods import Method
 from tokenexit.methods.thresholded import per_class, per_exit
 from tokenexit.outputs.segmentation import resize_maps
@@ -100,6 +101,8 @@ def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
     """Raise `ConfigError`, in one sentence, for a model or method that a graph cannot hold."""
     model.check(method)
     method.for_export()
+    if model.decode_head.kind == "masks":
+        raise ConfigError("a graph holds class maps, and head 'eomt' gives masks of queries: run this model in Python.")
 
 
 def threshold_table(model: ExitSegmenter, method: Method[Any]) -> Tensor:

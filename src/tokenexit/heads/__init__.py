@@ -8,7 +8,16 @@ from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.heads.atm import ATMHead
-from tokenexit.heads.base import Head, HeadOutput, ScoreKind, class_scores, presence_probability
+from tokenexit.heads.base import (
+    Head,
+    HeadOutput,
+    MaskPrediction,
+    ScoreKind,
+    class_scores,
+    presence_probability,
+    query_classes,
+)
+from tokenexit.heads.eomt import EoMTHead, eomt_spec
 from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.module import MODULE, HeadModule, ModuleHead, head_from, module_spec
 from tokenexit.heads.pointwise import DINOv2LinearHead, FCNHead, LinearHead, SETRNaiveHead
@@ -23,6 +32,7 @@ HEADS: dict[str, Callable[..., Head]] = {
     "atm": ATMHead,
     "mask_transformer": MaskTransformerHead,
     "dinov2_linear": DINOv2LinearHead,
+    "eomt": EoMTHead,
 }
 
 HeadSpec = str | Mapping[str, Any]
@@ -82,12 +92,14 @@ __all__ = [
     "HEADS",
     "ATMHead",
     "DINOv2LinearHead",
+    "EoMTHead",
     "FCNHead",
     "Head",
     "HeadModule",
     "HeadOutput",
     "HeadSpec",
     "LinearHead",
+    "MaskPrediction",
     "MaskTransformerHead",
     "ModuleHead",
     "SETRNaiveHead",
@@ -95,7 +107,9 @@ __all__ = [
     "ScoreKind",
     "build_head",
     "class_scores",
+    "eomt_spec",
     "head_from",
     "normalize_head",
     "presence_probability",
+    "query_classes",
 ]

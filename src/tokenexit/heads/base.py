@@ -16,12 +16,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tokenexit.engine.attention import segment_matmul
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, check
 
-ScoreKind = Literal["softmax", "atm"]
+ScoreKind = Literal["softmax", "atm", "masks"]
+
+
+@dataclass(frozen=True)
+class MaskPrediction:
+    """What the queries of a head of masks predict for a batch of images of one grid.
+
+    Attributes:
+        logits: `(B, Q, s h, s w)` mask logits, before the sigmoid.
+        classes: `(B, Q, K + 1)` class logits, the last for "no object".
+    """
+
+    logits: Tensor
+    classes: Tensor
 
 
 @dataclass(frozen=True)
@@ -30,40 +44,58 @@ class HeadOutput:
 
     Attributes:
         logits: `(P, K)`, one row per token; a grid head with `scale` s gives s x s rows per patch, in raster order of
-            the finer grid. Softmax heads: class logits. ATM heads: mask logits, before the sigmoid.
+            the finer grid. Softmax heads: class logits. ATM heads: mask logits, before the sigmoid. Heads of masks:
+            logits of the masks of Q queries, `(P, Q)`.
         packing: which rows belong to which image.
-        presence: ATM heads only, `(B, K, 2)` logits of "class is present" and "class is absent".
+        presence: ATM heads: `(B, K, 2)` logits of "class is present" and "class is absent". Heads of masks:
+            `(B, Q, K + 1)` logits of each query's class, the last for "no object".
+        earlier: heads of masks, in training: what the queries predict before each of the joint blocks.
     """
 
     logits: Tensor
     packing: Packing
     presence: Tensor | None = None
+    earlier: tuple[MaskPrediction, ...] = ()
 
 
 class Head(nn.Module, ABC):
     """The base of all heads.
 
     Attributes:
-        kind: how logits become scores: "softmax" over classes, or "atm", presence times sigmoid.
+        kind: how logits become scores: "softmax" over classes, "atm", presence times sigmoid, or "masks", sums over
+            queries.
+        takes_backdrop: whether the head, though it needs the grid, can do with live tokens and the features with which
+            the others left.
+        takes_prefix: whether the head sees class token and registers, too, and the tokens as the last block left them.
         needs_grid: whether the head mixes neighbours and must see every patch of an image.
         pointwise: whether the head looks at one token at a time, so that a token's logits do not depend on the others.
         scale: number of logit cells per patch side.
         upscale: factor of the bilinear step that belongs to the head and is still to be applied to its logits.
+        joint_blocks: number of the backbone's last blocks that the head holds, as `blocks`, with its final norm as
+            `norm`; they are trained as the rest of the backbone.
     """
 
     kind: ClassVar[ScoreKind] = "softmax"
     needs_grid: ClassVar[bool] = False
+    takes_prefix: ClassVar[bool] = False
+    takes_backdrop: ClassVar[bool] = False
     pointwise: ClassVar[bool] = False
     scale: int = 1
     upscale: int = 1
+    joint_blocks: int = 0
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
         self.num_classes = num_classes
 
+    @property
+    def takes_live_tokens(self) -> bool:
+        """Whether the head can do without the tokens that have left, as DToP asks of it."""
+        return self.takes_backdrop or not self.needs_grid
+
     @abstractmethod
     def forward(self, tokens: Tokens) -> HeadOutput:
-        """Classify tokens: patch tokens only (`Tokens.patches()`), any subset unless `needs_grid`."""
+        """Classify tokens: patches alone (`Tokens.patches()`) unless `takes_prefix`, any subset unless `needs_grid`."""
 
     @abstractmethod
     def ops(self, tokens: int, grid: Grid) -> Ops:
@@ -99,7 +131,7 @@ def _with_running_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d, input: Tenso
     return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-MAX_SIZES = {"channels": 8192, "layers": 32, "steps": 8, "up": 16}
+MAX_SIZES = {"channels": 8192, "layers": 32, "steps": 8, "up": 16, "queries": 1024}
 """Sizes of heads, with room beyond any published one."""
 
 
@@ -149,14 +181,26 @@ def presence_probability(presence: Tensor) -> Tensor:
     return presence.float().softmax(dim=-1)[..., 0]
 
 
+def query_classes(presence: Tensor) -> Tensor:
+    """Turn logits `(B, Q, K + 1)` into each query's probabilities of the classes, `(B, Q, K)` in fp32."""
+    return presence.float().softmax(dim=-1)[..., :-1]
+
+
 def class_scores(kind: ScoreKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
-    """Return scores of the classes in [0, 1], fp32: softmax, or for ATM heads presence times sigmoid.
+    """Return scores of the classes, fp32: softmax, for ATM heads presence times sigmoid, for masks a sum over queries.
 
-    The latter is the score of DToP's release (`PruneHead`).
+    The second is the score of DToP's release (`PruneHead`). The third is EoMT's, cell by cell: each query's probability
+    of the class times its mask; it may exceed 1.
 
-    logits: `(P, K)`; presence: `(B, K, 2)` or None; image: `(P,)` image of each row.
+    logits: `(P, K)`, masks `(P, Q)`; presence: `(B, K, 2)`, masks `(B, Q, K + 1)`, or None; image: `(P,)` image of each
+    row, in order.
     """
     if kind == "softmax":
         return logits.float().softmax(dim=-1)
     assert presence is not None, "ATM heads always give presence logits"
+    if kind == "masks":
+        lengths = torch.bincount(image, minlength=len(presence)).tolist()
+        return segment_matmul(
+            torch.sigmoid(logits.float()), query_classes(presence).transpose(1, 2), Packing.of(lengths, logits.device)
+        )
     return presence_probability(presence).index_select(0, image) * torch.sigmoid(logits.float())

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
-from tokenexit.heads import Head, HeadOutput, ScoreKind, class_scores
+from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
+from tokenexit.heads.eomt import prediction
 
-Value = Literal["logits", "scores"]
-"""The kind of values in a result: class logits, or scores in [0, 1] (ATM heads, mixed heads)."""
+Value = Literal["logits", "scores", "masks"]
+"""The kind of values in a result: class logits, scores in [0, 1] (ATM heads, mixed heads), or logits of masks."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class ModelView:
         num_classes: number K of classes.
         has_class_token: whether the first prefix token is a class token.
         with_records: record the full map of every exit, for losses and studies.
+        mask_shares: in training of a decode head of masks, see `EoMTHead.forward`.
     """
 
     exit_heads: Sequence[Head]
@@ -44,6 +46,7 @@ class ModelView:
     num_classes: int
     has_class_token: bool
     with_records: bool
+    mask_shares: tuple[float, ...] = ()
 
     @property
     def num_exits(self) -> int:
@@ -65,6 +68,8 @@ class ExitRecord:
         upscale: factor of the bilinear step that is still to be applied to `logits`.
         seen: with records, the tokens that the decode head ran on, after the final norm, for losses on features; only
             some methods record them of exit heads.
+        masks: of a head of masks on images of one size, its predictions, the last that of its end; losses of all are
+            summed.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -74,6 +79,7 @@ class ExitRecord:
     scale: int = 1
     upscale: int = 1
     seen: Tokens | None = None
+    masks: tuple[MaskPrediction, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -81,17 +87,22 @@ class Result:
     """The finished map.
 
     Attributes:
-        logits: `(cells scale^2, K)`, class logits or scores as `value` says.
+        logits: `(cells scale^2, K)`, class logits or scores as `value` says; masks `(cells scale^2, Q)`.
         value: the kind of values in `logits`.
         exit_records: one for each exit, and last the decode head's, whose `logits` are those its loss is taken on;
             empty for a head that did not run.
         exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
+        queries: with masks, each query's probabilities of the classes, `(B, Q, K)` fp32.
+        frozen: with masks, `(cells, K)` scores that stand in place of theirs where tokens have exited; None where masks
+            answer for all.
     """
 
     logits: Tensor
     value: Value
     exit_records: tuple[ExitRecord, ...]
     exit_index: Tensor
+    queries: Tensor | None = None
+    frozen: Tensor | None = None
 
 
 Threshold = float | Sequence[float] | Tensor
@@ -268,16 +279,32 @@ def record_of(
     head: Head, tokens: Tokens, out: HeadOutput, logits: Tensor | None, seen: Tokens | None = None
 ) -> ExitRecord:
     """Return the record of one run of `head` on `tokens`, with the map its loss is taken on."""
-    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen)
+    masks: tuple[MaskPrediction, ...] = ()
+    if head.kind == "masks" and len(set(tokens.grids)) == 1:
+        masks = (*out.earlier, prediction(out, tokens.grids, head.scale))
+    return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen, masks)
 
 
-def decode_grid(patches: Tokens, records: tuple[ExitRecord, ...], exit_index: Tensor, model: ModelView) -> Result:
-    """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM."""
-    patches = patches.with_x(model.norm(patches.x))
+def decode_grid(
+    tokens: Tokens,
+    records: tuple[ExitRecord, ...],
+    exit_index: Tensor,
+    model: ModelView,
+    backdrop: Tensor | None = None,
+) -> Result:
+    """Run the decode head on the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM.
+
+    tokens: all tokens of all images, with prefix; with a backdrop, see `EoMTHead.forward`, live ones.
+    """
     head = model.decode_head
-    out = head(patches)
-    final = record_of(head, patches, out, out.logits, patches if model.with_records else None)
+    seen = tokens if head.takes_prefix else tokens.patches()
+    seen = seen.with_x(model.norm(seen.x))
+    out = head(seen, model.mask_shares, backdrop) if isinstance(head, EoMTHead) else head(seen)
+    final = record_of(head, seen, out, out.logits, seen if model.with_records else None)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*records, final), exit_index)
+    if head.kind == "masks":
+        assert out.presence is not None, "heads of masks always give class logits"
+        return Result(out.logits, "masks", (*records, final), exit_index, query_classes(out.presence))
     scores = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
     return Result(scores, "scores", (*records, final), exit_index)

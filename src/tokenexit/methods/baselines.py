@@ -47,7 +47,7 @@ class FixedRatio(Method[DToPState]):
     )
     temperature: PerExit = option(1.0, "temperature of the exit heads' softmax: 1.5, or 1.8/1.5/1.2")
     finish: Finish = option(
-        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
+        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
 
     def __post_init__(self) -> None:
@@ -140,7 +140,7 @@ class Truncated(Method[Result | None]):
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
         softmax = head.kind == "softmax"
-        scores = out.logits if softmax else class_scores("atm", out.logits, out.presence, out.packing.image_index())
+        scores = out.logits if softmax else class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
         records = [ExitRecord()] * (model.num_exits + 1)
         records[n] = record_of(head, patches, out, None)
         exit_index = torch.full((tokens.cells,), n, dtype=torch.int64, device=patches.x.device)

@@ -37,4 +37,4 @@ class Dense(Method[tuple[ExitRecord, ...]]):
         return tokens, (*state, record_of(head, patches, out, out.logits))
 
     def result(self, tokens: Tokens, state: tuple[ExitRecord, ...], model: ModelView) -> Result:
-        return decode_grid(tokens.patches(), state, all_stay(tokens, model.num_exits), model)
+        return decode_grid(tokens, state, all_stay(tokens, model.num_exits), model)

@@ -193,7 +193,7 @@ class DoViT(ThresholdMethod[DoViTState]):
 
     def result(self, tokens: Tokens, state: DoViTState, model: ModelView) -> Result:
         full = _put_back(state.full, tokens)
-        return decode_grid(full.patches(), state.exit_records, state.exit_index, model)
+        return decode_grid(full, state.exit_records, state.exit_index, model)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Stop patches above tau, and those whose score no longer grows (`do_vit.py` of the release)."""

@@ -11,7 +11,10 @@ differs from the release, and why:
 - images are packed, not looped over; the result of an image does not depend on its batch;
 - prefix tokens are never scored and never leave; the paper runs without any, so does `class_token=False`;
 - features of exited tokens are dropped, not set to zero; nobody reads them either way;
-- `finish="frozen"` is offered beside the published finish, in which a later head's presence re-weighs what left.
+- `finish="frozen"` is offered beside the published finish, in which a later head's presence re-weighs what left;
+- a decode head of masks (EoMT), which is younger than the paper, sees live tokens in its blocks, and the features with
+  which others left where it makes masks of the whole grid: the backdrop. `finish="masks"`, ours, takes its answer for
+  exited tokens, too.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, K classes, B images.
 """
@@ -27,11 +30,21 @@ from torch import Tensor
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput, class_scores
-from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, Value, all_stay, option, record_of
+from tokenexit.methods.base import (
+    ExitRecord,
+    Method,
+    ModelView,
+    Result,
+    Value,
+    all_stay,
+    decode_grid,
+    option,
+    record_of,
+)
 from tokenexit.methods.selection import confidence, scale_logits
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, of_exit, per_exit
 
-Finish = Literal["auto", "presence_last", "frozen"]
+Finish = Literal["auto", "presence_last", "frozen", "masks"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +58,7 @@ class DToPState:
         exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
         label: `(cells,)` int64, the class that the last head to see a token predicted, for the boundary guard.
         exit_records: one for each exit so far.
+        backdrop: for a decode head of masks, `(cells, C)`: features of each token when an exit last saw it; else None.
     """
 
     logits: Tensor
@@ -53,6 +67,7 @@ class DToPState:
     exit_index: Tensor
     label: Tensor
     exit_records: tuple[ExitRecord, ...] = ()
+    backdrop: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -65,8 +80,8 @@ class DToP(ThresholdMethod[DToPState]):
         keep_per_class: k of the paper, how many tokens of each predicted class stay at every exit; 5 as published, 0
             keeps none.
         finish: "presence_last" scores exited tokens with the presence of the last head, as the release does with ATM
-            heads throughout; "frozen" keeps the scores a token left with; "auto" is presence_last where all heads are
-            ATM, else frozen.
+            heads throughout; "frozen" keeps the scores a token left with; "masks" takes the masks of a decode head that
+            has them for exited tokens, too; "auto" is presence_last where all heads are ATM, else frozen.
         detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no).
         threshold_warmup: share of the training over which thresholds fall from 1 to their value.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
@@ -87,7 +102,7 @@ class DToP(ThresholdMethod[DToPState]):
 
     keep_per_class: int = option(5, "most confident tokens of each predicted class that stay at every exit")
     finish: Finish = option(
-        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen")
+        "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
     detach_canvas: bool = option(False, "no gradient of later losses into tokens that exited earlier")
     stop: int | None = option(
@@ -99,7 +114,7 @@ class DToP(ThresholdMethod[DToPState]):
         if self.keep_per_class < 0:
             raise ConfigError(f"keep_per_class must be at least 0, got {self.keep_per_class}: use 0 to keep none.")
         if self.finish not in get_args(Finish):
-            raise ConfigError(f"finish must be auto, presence_last or frozen, got '{self.finish}': choose one.")
+            raise ConfigError(f"finish must be auto, presence_last, frozen or masks, got '{self.finish}': choose one.")
         if self.stop is not None and self.stop < 1:
             raise ConfigError(f"stop must be at least 1, got {self.stop}: it counts exits, 1 is the first.")
 
@@ -133,16 +148,23 @@ class DToP(ThresholdMethod[DToPState]):
                 "scores of ATM heads are no distribution over classes, and this model has an ATM exit head: "
                 "leave temperature at 1, and choose score='probability' or 'margin'."
             )
-        if any(head.needs_grid for head in heads):
+        if not all(head.takes_live_tokens for head in heads):
             raise ConfigError(
                 "DToP runs its heads on live tokens only, and this model has a head that needs the whole grid: "
                 "use DoViT, or token heads (linear, fcn, setr_naive, atm, mask_transformer)."
+            )
+        if self.finish == "masks" and model.decode_head.kind != "masks":
+            raise ConfigError("finish='masks' needs a decode head of masks (eomt): use finish='frozen'.")
+        if self.stop is not None and model.decode_head.kind == "masks":
+            raise ConfigError(
+                "stop ends the network before a decode head of masks, whose answers are finer than those of exits: "
+                "leave it out."
             )
         if self.finish == "presence_last" and _kinds(model) != {"atm"}:
             raise ConfigError(
                 "finish='presence_last' needs ATM heads at every exit and at the end: use finish='frozen'."
             )
-        if model.with_records and len(_kinds(model)) > 1:
+        if model.with_records and len(_kinds(model) - {"masks"}) > 1:
             raise ConfigError(
                 "DToP cannot record exits of a model that mixes ATM and softmax heads, as training does: "
                 "use one kind of head throughout."
@@ -157,6 +179,7 @@ class DToP(ThresholdMethod[DToPState]):
             presence=None,
             exit_index=all_stay(tokens, model.num_exits),
             label=torch.zeros(tokens.cells, dtype=torch.int64, device=tokens.x.device),
+            backdrop=tokens.patches().x if model.decode_head.takes_backdrop else None,
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
@@ -164,6 +187,8 @@ class DToP(ThresholdMethod[DToPState]):
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
         state = self._write(head, patches, out, state, model)
+        if state.backdrop is not None:
+            state = replace(state, backdrop=scatter(state.backdrop, patches.position, patches.x))
 
         # Rule: candidates are above p0; the k most confident of each class stay.
         with torch.no_grad():
@@ -197,6 +222,8 @@ class DToP(ThresholdMethod[DToPState]):
         return best if self.score == "probability" else confidence(probabilities, self.score), label
 
     def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
+        if state.backdrop is not None:
+            return self._masks(tokens, state, model)
         if self.last_exit is None:
             patches = tokens.patches()
             patches = patches.with_x(model.norm(patches.x))
@@ -212,6 +239,11 @@ class DToP(ThresholdMethod[DToPState]):
             return Result(scores, "scores", state.exit_records, state.exit_index)
         canvas = state.logits if state.scores is None else state.scores
         return Result(canvas, value, state.exit_records, state.exit_index)
+
+    def _masks(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
+        """Finish with a decode head of masks, which sees the backdrop behind live tokens."""
+        result = decode_grid(tokens, state.exit_records, state.exit_index, model, state.backdrop)
+        return result if self.finish == "masks" else replace(result, frozen=state.scores)
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
         """Write a head's output to the live cells of the canvas; exited cells stay as they are."""

@@ -12,6 +12,7 @@ from tokenexit.engine.ops import GIGA, Ops
 from tokenexit.engine.tokens import Grid
 from tokenexit.engine.vit import ViT, vit_config
 from tokenexit.heads import Head, HeadSpec, build_head
+from tokenexit.heads.eomt import take_joint_blocks
 from tokenexit.methods.base import ExitRecord
 
 Size = tuple[int, int]
@@ -47,6 +48,7 @@ class Ledger:
     Attributes:
         live: `[image][block]` patch tokens computed; prefix tokens are not counted here but are in the multiply-adds.
         tokens: number of patches of each image as the network saw it.
+        ended: patch tokens of each image that were live after the last block.
         parts: multiply-adds of each image by part of the network.
         dense_macs: multiply-adds of the same image without exits (backbone and decode head), at its full size where a
             method resizes it.
@@ -54,6 +56,7 @@ class Ledger:
 
     live: tuple[tuple[int, ...], ...]
     tokens: tuple[int, ...]
+    ended: tuple[int, ...]
     parts: tuple[MacsByPart, ...]
     dense_macs: tuple[int, ...]
 
@@ -74,7 +77,12 @@ class Ledger:
 
     def __getitem__(self, image: int) -> Ledger:
         one = slice(image, image + 1)
-        return Ledger(self.live[one], self.tokens[one], self.parts[one], self.dense_macs[one])
+        return Ledger(self.live[one], self.tokens[one], self.ended[one], self.parts[one], self.dense_macs[one])
+
+    def live_after(self, exits: Sequence[int], image: int = 0) -> tuple[int, ...]:
+        """Return how many patch tokens of an image went on behind each exit. exits: number of blocks before each."""
+        after = (*self.live[image], self.ended[image])
+        return tuple(after[n] for n in exits)
 
 
 def write_ledger(
@@ -88,24 +96,30 @@ def write_ledger(
 ) -> Ledger:
     """Add up the cost of one call.
 
-    lengths: `[block][image]` tokens in every block, prefix included; 0 in blocks that did not run. records: one for
-        each exit, then the decode head's. full_grids: of the images before a method resized them, for `dense_macs`;
-        `grids` if not given.
+    lengths: `[block][image]` tokens in every block and, last, after it, prefix included; 0 where nothing ran. records:
+        one for each exit, then the decode head's. full_grids: of the images before a method resized them, for
+        `dense_macs`; `grids` if not given.
     """
     prefix = backbone.config.num_prefix_tokens
     live, parts, dense = [], [], []
     for i, (grid, full) in enumerate(zip(grids, grids if full_grids is None else full_grids)):
-        blocks = sum((backbone.block_ops(block[i]) for block in lengths), Ops())
+        blocks = sum((backbone.block_ops(block[i]) for block in lengths[:-1]), Ops())
         heads = Ops()
         for head, record in zip(exit_heads, records):
             if record.head_tokens:
                 heads += head.ops(record.head_tokens[i], grid)
         final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
         embed = backbone.embed_ops(grid)
-        live.append(tuple(max(0, block[i] - prefix) for block in lengths))
+        live.append(tuple(max(0, block[i] - prefix) for block in lengths))  # and those after the last block
         parts.append(MacsByPart(embed.macs, blocks.macs, heads.macs, final.macs))
         dense.append(dense_ops(backbone, decode_head, full).macs)
-    return Ledger(tuple(live), tuple(h * w for h, w in grids), tuple(parts), tuple(dense))
+    return Ledger(
+        live=tuple(one[:-1] for one in live),
+        tokens=tuple(h * w for h, w in grids),
+        ended=tuple(one[-1] for one in live),
+        parts=tuple(parts),
+        dense_macs=tuple(dense),
+    )
 
 
 def dense_ops(backbone: ViT, decode_head: Head, grid: Grid) -> Ops:
@@ -134,6 +148,9 @@ def dense_gmacs(
     dtop = convention == "dtop"
     options = {"class_token": False, "final_norm": False} if dtop else {}
     config = vit_config(backbone, **options)
+    name = head if isinstance(head, str) else head["kind"]
+    if head == "eomt":  # as published: the head holds the last blocks of the preset
+        config, head = take_joint_blocks(config, {})
     with torch.device("meta"):
         vit, decode_head = ViT(config), build_head(head, config.embed_dim, num_classes)
     grid = vit.patch_embed.grid(*image_size)
@@ -145,7 +162,7 @@ def dense_gmacs(
     return {
         "gmacs": round(gmacs, 2),
         "backbone": backbone,
-        "head": head if isinstance(head, str) else head["kind"],
+        "head": name,
         "convention": convention,
         "tokens": grid[0] * grid[1],
         "parameters": parameters,

@@ -20,7 +20,9 @@ from torch import Tensor
 from tokenexit.engine.tokens import unpack_grids
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.methods import ExitRecord
-from tokenexit.outputs.segmentation import SegmentationOutput, resize_maps
+from tokenexit.outputs.mask_losses import POINTS, dice_loss, mask_classification_loss, mask_targets
+from tokenexit.outputs.segmentation import SegmentationOutput, padded_size, resize_maps
+from tokenexit.runtime.distributed import mean_over_processes
 
 IgnoredPixels = Literal["left_out", "counted"]
 """How losses treat ignored pixels: see this module."""
@@ -38,6 +40,7 @@ def segmentation_loss(
     stride: int = 1,
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
+    points: int = POINTS,
 ) -> Tensor:
     """Return the loss to train a model with: that of the decode head plus `aux_weight` times that of every exit.
 
@@ -54,6 +57,8 @@ def segmentation_loss(
         stride: take the loss on every n-th pixel of both axes; 1 as published, 2 saves most of its time on a CPU.
         class_weights: factor on the cross-entropy of each class, which ATM heads do not have.
         ignored: whether ignored pixels are "left_out" or "counted", see this module.
+        points: number of points of an image, and of every mask, at which losses of heads of masks are taken; drawn from
+            torch's random state.
 
     Returns:
         The loss, a scalar fp32 tensor.
@@ -64,14 +69,16 @@ def segmentation_loss(
     """
     _check_masks(output, masks, ignore_index)
     *exits, final = output.exit_records
-    if final.logits is None:
+    if final.logits is None and not final.masks:
         raise ConfigError("this output has no map of the decode head to take a loss of: run the model with Dense.")
     if aux_weight is None:
         aux_weight = 1.0 if any(record.kind == "atm" for record in exits) else 0.4
     recorded = [record for record in exits if record.logits is not None]
     _warn_without_gradient(len(exits), len(recorded), aux_weight)
     masks = masks[:, stride // 2 :: stride, stride // 2 :: stride].long()
-    losses = [exit_loss(output, record, masks, ignore_index, class_weights, ignored) for record in (*recorded, final)]
+    losses = [
+        exit_loss(output, record, masks, ignore_index, class_weights, ignored, points) for record in (*recorded, final)
+    ]
     return losses[-1] + aux_weight * torch.stack(losses[:-1]).sum() if len(losses) > 1 else losses[-1]
 
 
@@ -83,7 +90,7 @@ def _check_masks(output: SegmentationOutput, masks: Tensor, ignore_index: int) -
             f"masks of shape {tuple(masks.shape)} and type {masks.dtype} do not fit {len(output)} images: pass whole "
             f"numbers of shape ({len(output)}, height, width)."
         )
-    classes = len(output.grid_logits[0])
+    classes = output.num_classes
     if masks.device.type != "cpu":  # a look at every value would make the host wait for the device
         return
     foreign = masks[(masks != ignore_index) & ((masks < 0) | (masks >= classes))]
@@ -115,8 +122,14 @@ def exit_loss(
     ignore_index: int,
     class_weights: Sequence[float] | None = None,
     ignored: IgnoredPixels = "left_out",
+    points: int = POINTS,
 ) -> Tensor:
-    """Return the loss on the full map of one exit, at the masks' resolution: cross-entropy, or the ATM loss."""
+    """Return the loss on the full map of one exit, at the masks' resolution: cross-entropy, or the ATM loss.
+
+    Heads of masks have none on a map but the sum of those of all their predictions (deep supervision).
+    """
+    if record.masks:
+        return masks_loss(output, record, masks, ignore_index, ignored, points)
     assert record.logits is not None, "losses are taken on outputs of a model in training mode"
     grids = [output.grid(i) for i in range(len(output))]
     ((_, maps),) = unpack_grids(record.logits, grids, record.scale)  # training crops have one size
@@ -126,6 +139,26 @@ def exit_loss(
         assert record.presence is not None
         return atm_loss(record.presence.float(), maps, masks, ignore_index, ignored)
     return cross_entropy(maps, masks, ignore_index, class_weights, ignored)
+
+
+def masks_loss(
+    output: SegmentationOutput,
+    record: ExitRecord,
+    masks: Tensor,
+    ignore_index: int,
+    ignored: IgnoredPixels = "left_out",
+    points: int = POINTS,
+) -> Tensor:
+    """Return the sum of the losses of all predictions of a head of masks; each is matched and judged at its own points.
+
+    Predictions cover whole patches: padding beyond the image is void.
+    """
+    size = (masks.shape[1], masks.shape[2])
+    height, width = padded_size(output.grid(0), output.patch_size, output.sizes[0], size)
+    masks = F.pad(masks, (0, width - size[1], 0, height - size[0]), value=ignore_index)
+    targets = [mask_targets(each, ignore_index, ignored) for each in masks]
+    terms = [mask_classification_loss(each.logits, each.classes, targets, points) for each in record.masks]
+    return torch.stack([each.weighted() for each in terms]).sum()
 
 
 def cross_entropy(
@@ -163,7 +196,7 @@ def atm_loss(
     presence_loss = F.cross_entropy(presence.flatten(0, 1), (~present).long().flatten(), weight=weight)
     logits, target = mask_logits[present], truth[present].to(mask_logits.dtype)  # (M, H, W)
     pixels = judged[:, None].expand_as(truth)[present]
-    masks_per_process = _mean_over_processes(present.sum().float()).clamp(min=1.0)
+    masks_per_process = mean_over_processes(present.sum().float()).clamp(min=1.0)
     focal = focal_loss(logits, target, pixels).sum() / masks_per_process
     dice = dice_loss(logits, target, pixels).sum() / masks_per_process
     return presence_loss + FOCAL_WEIGHT * focal + DICE_WEIGHT * dice
@@ -184,19 +217,3 @@ def focal_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
     entropy = F.binary_cross_entropy_with_logits(logits, target, reduction="none")
     loss = alpha * (1 - p_true) ** FOCAL_GAMMA * entropy * judged
     return loss.flatten(1).sum(1) / judged.flatten(1).sum(1).clamp(min=1)
-
-
-def dice_loss(logits: Tensor, target: Tensor, judged: Tensor) -> Tensor:
-    """Return the dice loss with smoothing 1 of each mask over its judged pixels: `(M, H, W)` to `(M,)`."""
-    probability = (torch.sigmoid(logits) * judged).flatten(1)
-    target = (target * judged).flatten(1)
-    overlap = (probability * target).sum(1)
-    return 1 - (2 * overlap + 1) / (probability.sum(1) + target.sum(1) + 1)
-
-
-def _mean_over_processes(value: Tensor) -> Tensor:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        value = value.clone()
-        torch.distributed.all_reduce(value)
-        return value / torch.distributed.get_world_size()
-    return value

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tokenexit.engine.tokens import Grid
 from tokenexit.errors import DataError
+from tokenexit.heads import MaskPrediction
 from tokenexit.methods.base import ExitRecord, Value
 from tokenexit.outputs.ledger import Ledger, Size
 from tokenexit.outputs.upsampling import can_skip, labels_of_grid
@@ -28,9 +29,11 @@ class SegmentationOutput:
     """The result for a batch of B images; indexing and iterating give outputs of one image.
 
     Attributes:
-        grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale).
+        grid_logits: one `(K, h s, w s)` map per image on the patch grid (s is the decode head's scale); of masks one
+            `(Q, h s, w s)`.
         value: "logits" before a softmax, or "scores" in [0, 1]: those of ATM heads (presence times sigmoid, not
-            normalised over classes) and of models that mix kinds of heads.
+            normalised over classes) and of models that mix kinds of heads; "masks" of queries before a sigmoid, which
+            full-size maps turn into scores.
         exit_index: one `(h, w)` int64 map per image: the exit at which each token left, 0 for the first; `num_exits`
             where it stayed to the end.
         num_exits: number of exits of the model.
@@ -41,6 +44,9 @@ class SegmentationOutput:
         upscale: factor of the decode head's bilinear step that is applied to `grid_logits` first.
         exit_records: records of the exits and, last, the decode head, from which losses are taken in training.
         loss: scalar loss of the batch, where the model was called with `labels`.
+        queries: of masks, one `(Q, K)` per image: each query's probabilities of the classes.
+        frozen: of masks, one `(K, h, w)` per image: scores that stand in place of theirs where tokens have exited;
+            empty where masks answer for all.
     """
 
     grid_logits: tuple[Tensor, ...]
@@ -54,6 +60,8 @@ class SegmentationOutput:
     upscale: int
     exit_records: tuple[ExitRecord, ...] = ()
     loss: Tensor | None = None
+    queries: tuple[Tensor, ...] = ()
+    frozen: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid_logits)
@@ -73,6 +81,8 @@ class SegmentationOutput:
             self.targets[one],
             self.patch_size,
             self.upscale,
+            queries=self.queries[one],
+            frozen=self.frozen[one],
         )
 
     def __iter__(self) -> Iterator[SegmentationOutput]:
@@ -98,7 +108,7 @@ class SegmentationOutput:
 
         This is the largest tensor of all; use `labels` if the classes are all you need.
         """
-        return stack_equal([self.at_target(i, self.grid_logits[i]) for i in range(len(self))])
+        return stack_equal([self.maps(i)(slice(None)) for i in range(len(self))])
 
     @property
     def labels(self) -> Tensor | list[Tensor]:
@@ -129,23 +139,55 @@ class SegmentationOutput:
         h, w = self.exit_index[image].shape
         return h, w
 
-    def _maps(self, image: int) -> Callable[[slice], Tensor]:
-        """Return a function that makes the `(k, H, W)` maps of some classes at the target's size."""
-        return lambda classes: self.at_target(image, self.grid_logits[image][classes])
+    @property
+    def num_classes(self) -> int:
+        """Number K of classes."""
+        return self.queries[0].shape[1] if self.value == "masks" else len(self.grid_logits[0])
+
+    def maps(self, image: int) -> Callable[[slice], Tensor]:
+        """Return a function that makes the `(k, H, W)` maps of some classes at the target's size.
+
+        Of masks they are scores, made as EoMT's release does: masks are resized to the size that the network saw, and
+        each class sums their sigmoid times the queries' probability of it. In patches that have exited stand the scores
+        that they left with.
+        """
+        if self.value != "masks":
+            return lambda classes: self.at_target(image, self.grid_logits[image][classes])
+        size, target, queries = self.sizes[image], self.targets[image], self.queries[image]
+        masks = resize_maps(
+            self.grid_logits[image][None].float(), self.grid(image), self.patch_size, self.upscale, size
+        )
+        inside = torch.sigmoid(masks[0])
+        left = self._left(image) if self.frozen else None
+
+        def composed(classes: slice) -> Tensor:
+            scores = torch.einsum("qk,qhw->khw", queries[:, classes], inside)
+            if left is not None:
+                frozen = resize_maps(self.frozen[image][None, classes], self.grid(image), self.patch_size, 1, size)
+                scores = torch.where(left, frozen[0], scores)
+            if target == size:
+                return scores
+            return F.interpolate(scores[None], target, mode="bilinear", align_corners=False)[0]
+
+        return composed
+
+    def _left(self, image: int) -> Tensor:
+        """Return which pixels of the network's input belong to patches that have exited, `(H, W)` bool."""
+        left, (height, width) = self.exit_index[image] < self.num_exits, self.sizes[image]
+        return left.repeat_interleave(self.patch_size, 0).repeat_interleave(self.patch_size, 1)[:height, :width]
 
     def _labels(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])
         maps, size = self.grid_logits[image], self.sizes[image]
-        num_classes, scale = len(maps), maps.shape[1] // self.grid(image)[0]
+        num_classes, scale = self.num_classes, maps.shape[1] // self.grid(image)[0]
         cell, rest = divmod(self.patch_size, scale)
-        if rest == 0 and can_skip(cell, size, self.targets[image], self.upscale):
+        if self.value != "masks" and rest == 0 and can_skip(cell, size, self.targets[image], self.upscale):
             return labels_of_grid(maps, cell, size)
-        return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
+        return argmax_by_tiles(self.maps(image), num_classes, self.sizes[image], self.targets[image])
 
     def _scores(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])
-        num_classes = len(self.grid_logits[image])
-        return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
+        return scores_by_tiles(self.maps(image), self.num_classes, self.value, self.sizes[image], self.targets[image])
 
 
 def check_finite(*maps: Tensor) -> None:
@@ -183,7 +225,7 @@ def scores_by_tiles(maps: Callable[[slice], Tensor], num_classes: int, value: Va
     for classes in rest:
         tile = maps(classes)
         best, total = torch.maximum(best, tile.amax(dim=0)), torch.logaddexp(total, tile.logsumexp(dim=0))
-    return (best - total).exp() if value == "logits" else best
+    return (best - total).exp() if value == "logits" else best.clamp(max=1.0)  # sums over queries may exceed it
 
 
 def _tiles(num_classes: int, sizes: Sequence[Size]) -> list[slice]:
@@ -207,14 +249,17 @@ def resize_maps(maps: Tensor, grid: Grid, patch_size: int, upscale: int, size: S
     maps = maps.contiguous()
     if upscale > 1:
         maps = F.interpolate(maps, scale_factor=upscale, mode="bilinear", align_corners=False)
-    padded = [cells * patch_size for cells in grid]
-    if out is None:
-        out = size
-    else:
-        padded = [-(-side * cells // whole) for side, cells, whole in zip(out, padded, size)]
-    if list(maps.shape[2:]) != padded:
+    out = size if out is None else out
+    padded = padded_size(grid, patch_size, size, out)
+    if maps.shape[2:] != padded:
         maps = F.interpolate(maps, padded, mode="bilinear", align_corners=False)
     return maps[:, :, : out[0], : out[1]]
+
+
+def padded_size(grid: Grid, patch_size: int, size: Size, out: Size) -> Size:
+    """Return the size of the map of whole patches whose part of size `out` is the image of size `size`."""
+    height, width = (-(-side * cells * patch_size // whole) for side, cells, whole in zip(out, grid, size))
+    return height, width
 
 
 def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
@@ -227,12 +272,15 @@ def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
         ledger=Ledger(
             live=_chained(ledger.live for ledger in ledgers),
             tokens=_chained(ledger.tokens for ledger in ledgers),
+            ended=_chained(ledger.ended for ledger in ledgers),
             parts=_chained(ledger.parts for ledger in ledgers),
             dense_macs=_chained(ledger.dense_macs for ledger in ledgers),
         ),
         sizes=_chained(out.sizes for out in outputs),
         targets=_chained(out.targets for out in outputs),
         exit_records=tuple(map(_concatenated_records, zip(*(out.exit_records for out in outputs)))),
+        queries=_chained(out.queries for out in outputs),
+        frozen=_chained(out.frozen for out in outputs),
     )
 
 
@@ -245,7 +293,19 @@ def _concatenated_records(records: Sequence[ExitRecord]) -> ExitRecord:
         head_tokens=_chained(record.head_tokens for record in records),
         logits=torch.cat(logits) if logits else None,
         presence=torch.cat(presence) if presence else None,
+        masks=_concatenated_masks(records),
         seen=None,  # features of overlapping windows are not one map
+    )
+
+
+def _concatenated_masks(records: Sequence[ExitRecord]) -> tuple[MaskPrediction, ...]:
+    """Join predictions of masks; none where sizes differ, as they have no loss in common."""
+    calls = list(zip(*(record.masks for record in records)))
+    if any(len({each.logits.shape[1:] for each in call}) > 1 for call in calls):
+        return ()
+    return tuple(
+        MaskPrediction(torch.cat([each.logits for each in call]), torch.cat([each.classes for each in call]))
+        for call in calls
     )
 
 

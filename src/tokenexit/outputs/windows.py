@@ -170,6 +170,7 @@ class WindowedOutput:
         return Ledger(
             live=tuple(tuple(map(sum, zip(*windows.live[part]))) for part in parts),
             tokens=tuple(sum(windows.tokens[part]) for part in parts),
+            ended=tuple(sum(windows.ended[part]) for part in parts),
             parts=tuple(MacsByPart(*map(sum, zip(*map(astuple, windows.parts[part])))) for part in parts),
             dense_macs=tuple(sum(windows.dense_macs[part]) for part in parts),
         )
@@ -199,12 +200,12 @@ class WindowedOutput:
 
     def _labels(self, image: int) -> Tensor:
         check_finite(*self.windows.grid_logits[self._windows_of(image)])
-        num_classes = self.windows.grid_logits[0].shape[0]
+        num_classes = self.windows.num_classes
         return argmax_by_tiles(self._maps(image), num_classes, self.sizes[image], self.targets[image])
 
     def _scores(self, image: int) -> Tensor:
         check_finite(*self.windows.grid_logits[self._windows_of(image)])
-        num_classes = self.windows.grid_logits[0].shape[0]
+        num_classes = self.windows.num_classes
         return scores_by_tiles(self._maps(image), num_classes, self.value, self.sizes[image], self.targets[image])
 
     def _maps(self, image: int) -> Callable[[slice], Tensor]:
@@ -212,11 +213,13 @@ class WindowedOutput:
         part, out, seen = self._windows_of(image), self.windows, self._seen(image)
         numbers = range(part.start, part.stop)
 
+        windows = [out.maps(n) for n in numbers]
+
         def maps(classes: slice) -> Tensor:
-            chosen = [out.grid_logits[n][classes] for n in numbers]
-            canvas = torch.zeros(len(chosen[0]), *seen.shape, device=seen.device)
-            for box, n, values in zip(self.boxes[image], numbers, chosen):
-                _inside(canvas, box).add_(out.at_target(n, values))
+            count = len(range(*classes.indices(out.num_classes)))
+            canvas = torch.zeros(count, *seen.shape, device=seen.device)
+            for box, window in zip(self.boxes[image], windows):
+                _inside(canvas, box).add_(window(classes))
             canvas /= seen
             if self.targets[image] == self.sizes[image]:
                 return canvas

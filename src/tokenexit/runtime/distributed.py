@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from typing import TypeVar, cast
 
-from torch import distributed
+from torch import Tensor, distributed
 
 from tokenexit.errors import ConfigError, TokenExitError
 
@@ -53,6 +53,16 @@ def from_first(value: T) -> T:
     except RuntimeError:
         raise _ended() from None
     return cast(T, values[0])
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """Return the mean of a tensor over all processes; all must call it."""
+    _, count = rank_and_size()
+    if count == 1:
+        return value
+    total = value.clone()
+    distributed.all_reduce(total)
+    return total / count
 
 
 @contextmanager

@@ -109,7 +109,7 @@ def _figures(
     model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], size: Size
 ) -> dict[str, Any]:
     ledger, exits = answer.output.ledger, model.config.exits
-    live = [ledger.tokens[0], *(ledger.live[0][n] for n in exits)]
+    live = [ledger.tokens[0], *ledger.live_after(exits)]
     threshold = method.thresholds
     pixels = np.bincount(labels.ravel(), minlength=model.config.num_classes)
     names = labels_of(model).names
@@ -158,7 +158,7 @@ def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) 
     """Make the page's view of an image. The maps have the requested size, see `shown_size`."""
     maps = answer.output.logits[0]
     best, label = maps.max(dim=0)
-    scores = best if answer.output.value == "scores" else (best - maps.logsumexp(dim=0)).exp()
+    scores = best.clamp(max=1.0) if answer.output.value != "logits" else (best - maps.logsumexp(dim=0)).exp()
     labels = label.cpu().numpy()
     grid, extent = token_grid(model, answer)
     return View(

@@ -401,7 +401,7 @@ class Service:
         add("tokenexit_pictures_total", method=method.name)
         add("tokenexit_macs_total", ledger.macs[0], method=method.name)
         add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)
-        live = [ledger.tokens[0], *(ledger.live[0][n] for n in self.model.config.exits), 0]
+        live = [ledger.tokens[0], *ledger.live_after(self.model.config.exits), 0]
         exits = [*map(str, range(1, len(live) - 1)), "end"]
         for exit_name, before, after in zip(exits, live, live[1:]):
             add("tokenexit_tokens_total", before - after, method=method.name, exit=exit_name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from tokenexit.checkpoints.load import LoadReport
@@ -97,7 +98,7 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
         if config.new_exits:
             model = _with_new_exits(model, config)
         model.calibration = None  # thresholds belong to the weights they were chosen for
-        _apply_stochastic_depth(model, config)
+        _apply_augmentation(model, config)
         return model.train(), None
     model = ExitSegmenter(
         config.backbone,
@@ -126,12 +127,14 @@ def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
     return model
 
 
-def _apply_stochastic_depth(model: ExitSegmenter, config: ModelConfig) -> None:
-    """Change stochastic depth, which is not part of the saved architecture, and reject changes of anything else."""
-    unknown = set(config.options) - {"drop_path", "drop_path_attention"}
+def _apply_augmentation(model: ExitSegmenter, config: ModelConfig) -> None:
+    """Change what the backbone draws in training alone, which loads no weights, and reject changes of anything else."""
+    unknown = set(config.options) - {"drop_path", "drop_path_attention", "rope_rescale"}
     if unknown:
         raise ConfigError(f"model.options.{min(unknown)} cannot change with init_from: it is part of the saved model.")
     asked = vit_config(model.config.backbone, **config.options)  # which checks the rate
+    model.config = replace(model.config, backbone=replace(model.config.backbone, rope_rescale=asked.rope_rescale))
+    model.backbone.config = model.config.backbone
     blocks: list[Any] = list(model.backbone.blocks)
     for i, block in enumerate(blocks):
         block.drop_path = asked.drop_path * i / max(len(blocks) - 1, 1)

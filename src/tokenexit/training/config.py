@@ -36,7 +36,8 @@ class ModelConfig:
     new_exits: bool = False
     """Fresh exit heads, at `exits` and as `exit_head` says, on backbone and decode head of init_from."""
     options: dict[str, Any] = field(default_factory=dict)
-    """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path and drop_path_attention alone."""
+    """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path, drop_path_attention and
+    rope_rescale alone."""
 
 
 @dataclass
@@ -93,6 +94,9 @@ class OptimConfig:
     """Learning rate of the backbone."""
     head_lr_factor: float = 10.0
     """Learning rate of the heads, as a multiple of that of the backbone."""
+    layer_decay: float = 1.0
+    """Learning rate of each block of the backbone as a share of that of the next (layer-wise decay); embeddings learn
+    as the first block, the last block and the final norm at lr."""
     weight_decay: float = 0.01
     """Weight decay of weight matrices; see decay_all."""
     decay_all: bool = False
@@ -103,8 +107,11 @@ class OptimConfig:
     """Momentum of SGD."""
     warmup_steps: int = 100
     """Steps of the linear warm-up."""
+    backbone_warmup_steps: int = 0
+    """Steps of a later warm-up of the backbone alone, which stands still during warmup_steps and decays after its own;
+    0 for one warm-up of all."""
     warmup_start: float = 1e-6
-    """Learning rate of the first step, as a share of lr."""
+    """Learning rate of the first step of a warm-up, as a share of lr."""
     power: float = 0.9
     """Power of the polynomial decay."""
     decay_start: int = 0
@@ -117,11 +124,12 @@ class OptimConfig:
     """Largest norm of the gradient (gradient clipping); no limit if not given."""
 
     def __post_init__(self) -> None:
-        _positive("optim", self, "lr", "head_lr_factor")
+        _positive("optim", self, "lr", "head_lr_factor", "layer_decay")
         _at_least("optim", self, weight_decay=0, warmup_steps=0, power=0, min_lr=0, decay_start=0)
+        _at_least("optim", self, backbone_warmup_steps=0)
         if self.decay_end is not None:
             _at_least("optim", self, decay_end=self.decay_start + 1)
-        _in_range("optim", self, 0.0, 1.0, "momentum", "warmup_start")
+        _in_range("optim", self, 0.0, 1.0, "momentum", "warmup_start", "layer_decay")
         if self.min_lr > self.lr:
             raise ConfigError(f"optim.min_lr must be at most optim.lr={self.lr}, got {self.min_lr}: lower it.")
         if self.clip_grad_norm is not None:
@@ -161,6 +169,35 @@ class DistillConfig:
             raise ConfigError("distill.teacher has nothing to teach: make one of features, logits and exits positive.")
 
 
+@dataclass
+class MaskConfig:
+    """Losses and mask attention of decode heads that predict masks (eomt)."""
+
+    points: int = 12544
+    """Points of an image at which queries are matched, and points of every mask at which its losses are taken."""
+    fade_start: list[int] | None = None
+    """Step, for each of n joint blocks, from which on its queries see beyond their own masks, more and more of them; at
+    1, 2, .. n of n + 2 parts of the run if not given, as EoMT is published; [] for no mask attention."""
+    fade_end: list[int] | None = None
+    """Step, for each joint block, from which on all its queries see everything; one part later if not given."""
+
+    def __post_init__(self) -> None:
+        _at_least("masks", self, points=1)
+        if (self.fade_start is None) != (self.fade_end is None):
+            raise ConfigError("masks.fade_start and masks.fade_end go together: give both, or neither.")
+        starts, ends = self.fade_start or [], self.fade_end or []
+        if len(starts) != len(ends):
+            raise ConfigError(
+                f"masks.fade_start has {len(starts)} steps and masks.fade_end {len(ends)}: give one of each for every "
+                "joint block."
+            )
+        for start, end in zip(starts, ends):
+            if not 0 <= start <= end:
+                raise ConfigError(
+                    f"masks.fade_end must not be before masks.fade_start, got {start} and {end}: raise the end."
+                )
+
+
 Freeze = Literal["none", "backbone", "all_but_exit_heads"]
 
 
@@ -174,6 +211,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     distill: DistillConfig = field(default_factory=DistillConfig)
+    masks: MaskConfig = field(default_factory=MaskConfig)
     freeze: Freeze = "none"
     """Frozen parts: none, the backbone, or all_but_exit_heads, which keeps the dense prediction as it was."""
     methods: list[Any] = field(default_factory=lambda: ["dense"])
@@ -331,7 +369,7 @@ def flat(config: TrainConfig) -> dict[str, Any]:
     """Return all values by their dotted key, in the types that JSON gives back."""
     flattened: dict[str, Any] = {}
     for key, value in asdict(config).items():
-        if key in ("model", "data", "optim", "distill"):
+        if key in ("model", "data", "optim", "distill", "masks"):
             flattened |= {f"{key}.{name}": _plain(inner) for name, inner in value.items()}
         else:
             flattened[key] = _plain(value)

@@ -166,6 +166,11 @@ def _check(teacher: ExitSegmenter, student: ExitSegmenter, config: DistillConfig
             f"distill.teacher={config.teacher} has features of {width} channels, not {wanted}: set distill.features=0, "
             "or choose a teacher of this width."
         )
+    if "masks" in (teacher.decode_head.kind, student.decode_head.kind) and (config.features or config.logits):
+        raise ConfigError(
+            "distill.features and distill.logits compare class maps, and a decode head of masks gives none: set both "
+            "to 0, or train on labels."
+        )
     for key, heads, shape in (("logits", [student.decode_head], _map), ("exits", list(student.exit_heads), _kind)):
         wrong = [head for head in heads if isinstance(head, Head) and shape(head) != shape(teacher.decode_head)]
         if getattr(config, key) and wrong:

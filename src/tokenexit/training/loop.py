@@ -35,6 +35,7 @@ from tokenexit.runtime.distributed import all_or_none, gather
 from tokenexit.runtime.folder import current
 from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.training.annealing import fades, mask_shares
 from tokenexit.training.batch_norm import synchronise_batch_norms
 from tokenexit.training.build import build_dataset, build_model, build_transform, open_validation, taught_labels
 from tokenexit.training.checkpoint import (
@@ -154,6 +155,7 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Tr
         synchronise_batch_norms(model)
     training_mode(model, config.freeze)
     check_taught_exits(config, model.config.exits)
+    fades(config.masks, model.decode_head.joint_blocks, config.steps)  # which checks them
     run = TrainingRun(
         config=config,
         out=_checked_out(config),
@@ -271,7 +273,8 @@ def _run_steps(run: TrainingRun, progress: bool) -> None:
         logged = run.step
         for batch in _loader(run):
             for group in prepared.param_groups:
-                group["lr"] = learning_rate(group["initial_lr"], run.step, config.steps, config.optim)
+                backbone = group.get("backbone", False)  # checkpoints of older versions do not say
+                group["lr"] = learning_rate(group["initial_lr"], run.step, config.steps, config.optim, backbone)
             method = draw_method(run.methods, config.seed, run.step).at(run.step / config.steps)
             loss = train_step(wrapped, prepared, batch, method, run)
             if not math.isfinite(loss):  # before anything is saved
@@ -286,7 +289,7 @@ def _run_steps(run: TrainingRun, progress: bool) -> None:
             if validation is not None and (run.step % every == 0 or run.step == config.steps):
                 miou = run.validate(validation, log.mean(), log.seconds())
             if miou is not None or is_row(run.step, config.steps):
-                rate = learning_rate(config.optim.lr, run.step - 1, config.steps, config.optim)
+                rate = learning_rate(config.optim.lr, run.step - 1, config.steps, config.optim, backbone=True)
                 write(Row(run.step, log.mean(run.step - logged), rate, miou))
                 logged = run.step
             due = config.checkpoint_every and run.step % config.checkpoint_every == 0
@@ -319,8 +322,10 @@ def train_step(
 def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[Any], run: TrainingRun) -> Tensor:
     """Compute the loss of one part of a batch."""
     config, target = run.config, None
+    joint = run.model.decode_head.joint_blocks
+    shares = mask_shares(config.masks, joint, run.step, config.steps) if joint else ()
     with torch.autocast(images.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
-        output = model(images, method)
+        output = model(images, method, mask_shares=shares)
         if run.teacher is not None:
             with torch.no_grad():
                 target = run.teacher(images, with_records=True)
@@ -329,7 +334,8 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
         return distillation_loss(output, target, config.distill)
     void = run.data.labels.ignore_index
     loss = segmentation_loss(
-        *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels)
+        *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels),
+        config.masks.points,
     )
     return loss if target is None else loss + distillation_loss(output, target, config.distill)
 

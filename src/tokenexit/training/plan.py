@@ -21,6 +21,7 @@ from tokenexit.pretrained import CONFIG_FILE
 from tokenexit.runtime.folder import current
 from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
+from tokenexit.training.annealing import fades
 from tokenexit.training.build import (
     build_dataset,
     build_model,
@@ -80,6 +81,7 @@ def plan(config: TrainConfig) -> str:
         model = skeleton(config, labels)
     if model is not None:
         check_taught_exits(config, model.config.exits)
+        fades(config.masks, model.decode_head.joint_blocks, config.steps)  # which checks them
         for method in methods:
             method.check(model.view(with_records=True))  # as training runs it
         if _saved(config.distill.teacher):
@@ -162,8 +164,12 @@ def _steps(config: TrainConfig) -> Iterator[str]:
     optim = config.optim
     yield f"{config.steps} of {config.batch_size} images"
     yield f"{optim.name} at {optim.lr:g}, heads {optim.head_lr_factor:g} times that"
+    if optim.layer_decay != 1.0:
+        yield f"each block {optim.layer_decay:g} times the next"
     if optim.warmup_steps:
         yield f"warm-up over {optim.warmup_steps}"
+    if optim.backbone_warmup_steps:
+        yield f"then of the backbone over {optim.backbone_warmup_steps}"
     yield f"decay to {optim.min_lr:g} at step {optim.decay_end or config.steps}"
     if validation_steps(config):
         yield f"validated on {config.data.val_split} after every {validation_steps(config)}"

@@ -22,6 +22,7 @@ from tokenexit.conversion.families.dinov3 import (
     from_dinov3_huggingface,
     from_dinov3_timm,
 )
+from tokenexit.conversion.families.eomt import from_eomt, from_eomt_huggingface
 from tokenexit.conversion.families.eva import FRONT, from_eva02, from_eva_timm
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
@@ -99,6 +100,10 @@ def _dinov3(state: State) -> dict[str, Any]:
         "k_bias": any(bool(bias.chunk(3)[1].any()) for bias in biases),
         "num_heads": 32 if dim == 4096 else max(dim // 64, 1),
     }
+
+
+def _eomt(state: State) -> dict[str, Any]:
+    return {"norm_eps": 1e-6, "pos_embed_antialias": True} if "backbone.pos_embed" in state else _dinov3(state)
 
 
 def _dinov3_normalisation(state: State) -> Normalisation:
@@ -194,6 +199,18 @@ def _segmenter_normalisation(state: State) -> Normalisation:
 _MMSEG_LAYER = r"(?:backbone\.)?layers\.0\.attn\.attn\.in_proj_weight"
 
 SOURCES: dict[str, Source] = {
+    "eomt": Source(
+        "EoMT",
+        from_eomt,
+        (r"(?:network\.)?q\.weight", r"(?:network\.)?class_head\.weight", r"(?:network\.)?upscale\.0\.conv1\.weight"),
+        _eomt,
+    ),
+    "eomt_huggingface": Source(
+        "EoMT in Hugging Face transformers",
+        from_eomt_huggingface,
+        (r"query\.weight", r"class_predictor\.weight", r"upscale_block\.block\.0\.conv1\.weight"),
+        _eomt,
+    ),
     "huggingface": Source(
         "Hugging Face transformers",
         from_huggingface,
