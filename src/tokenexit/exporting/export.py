@@ -112,7 +112,7 @@ def export_model(
         program = trace(model, method)
     about = metadata(model, method)
     with _explained(model), atomic_write(path) as unfinished:
-        write, open_file = (_write_onnx, _open_onnx) if format == "onnx" else (_write_torch, _open_torch)
+        write, open_file = (_write_onnx, open_onnx) if format == "onnx" else (_write_torch, _open_torch)
         write(program, about, unfinished)
         runs = _compare(model, method, images, open_file(unfinished))
     worst = max(runs, key=lambda run: run.error)
@@ -182,7 +182,8 @@ def _write_torch(program: torch.export.ExportedProgram, about: dict[str, Any], p
         torch.export.save(program, path, extra_files={"tokenexit.json": json.dumps(about)})
 
 
-def _open_onnx(path: Path) -> Runner:
+def open_onnx(path: Path) -> Runner:
+    """Return a function that runs an ONNX file in onnxruntime. Raises `ConfigError` where that is not installed."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:
