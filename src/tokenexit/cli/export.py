@@ -15,20 +15,37 @@ def export(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file: name a folder.")
+    if options.quantize and options.format != "onnx":
+        raise ConfigError(f"--quantize is for --format onnx, got {options.format}: leave one of them out.")
+    if options.agreement is not None and not options.quantize:
+        raise ConfigError("--agreement is of an INT8 file with the float one: add --quantize int8.")
     asked = asked_methods(options.method, options)
     from tokenexit.exporting.export import export_model
     from tokenexit.exporting.pictures import compared_images
+    from tokenexit.exporting.quantize import AGREEMENT, check_agreement, quantize_int8
+
+    agreement = AGREEMENT if options.agreement is None else options.agreement
+    check_agreement(agreement)
 
     start_threads(options)
     model = load_model(options)
     (method,) = chosen_methods(model, asked)
-    made = export_model(model, method, compared_images(model, options.images), options.out, options.format)
+    images = compared_images(model, options.images)
+    made = export_model(model, method, images, options.out, options.format)
     say_if_uncalibrated(model, asked)
     print(
         f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\nin {made.runs} runs beside the model exits were the "
         f"same, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at least "
         f"{made.same_pixels:.3%} of the pixels of the same class"
     )
+    if options.quantize:
+        small = quantize_int8(made.path, images, agreement)
+        (size, new_size), (ms, new_ms), (left, new_left) = small.megabytes, small.milliseconds, small.left
+        print(
+            f"{small.path}: {new_size:.1f} MB of {size:.1f}, {new_ms:.1f} ms an image of {ms:.1f}\n"
+            f"{small.same_labels:.2%} of the labels and {small.same_exits:.2%} of the exits are the float file's; "
+            f"{new_left:.1%} of the tokens leave, {left:.1%} in the float file"
+        )
     return 0
 
 
@@ -44,6 +61,15 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="IMAGE|DIR",
         help="images on which file and model are compared, three at most; drawn ones if not given",
+    )
+    parser.add_argument(
+        "--quantize", choices=("int8",), help="model.int8.onnx beside the file: weights in INT8, exit heads in fp32"
+    )
+    parser.add_argument(
+        "--agreement",
+        type=float,
+        metavar="SHARE",
+        help="least share of labels, and of exits, in which the INT8 file must be the float one (default: 0.9)",
     )
     add_threads_option(parser)
     return parser

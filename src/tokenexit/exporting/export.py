@@ -49,7 +49,7 @@ INPUT_STEPS = {
 `preprocessing`."""
 OUTPUT_STEPS = {
     "labels": "class of every pixel of the graph's input: of the image itself only where nothing is resized or cut",
-    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_index), both "
+    "maps": "of grid_logits: upscale times as large, then to patch_size pixels a token (the grid of exit_stage), both "
     "bilinear without aligned corners, cut to the window's size; windows are added up and divided by how many see a "
     "pixel; then bilinear to the image's own size, and the largest class",
     "exit_stage": "the exit at which each token left; the number of exits for those that stayed",
@@ -112,7 +112,7 @@ def export_model(
         program = trace(model, method)
     about = metadata(model, method)
     with _explained(model), atomic_write(path) as unfinished:
-        write, open_file = (_write_onnx, _open_onnx) if format == "onnx" else (_write_torch, _open_torch)
+        write, open_file = (_write_onnx, open_onnx) if format == "onnx" else (_write_torch, _open_torch)
         write(program, about, unfinished)
         runs = _compare(model, method, images, open_file(unfinished))
     worst = max(runs, key=lambda run: run.error)
@@ -158,6 +158,7 @@ def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], pa
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ConfigError(f"export to ONNX needs the package {error.name}: pip install 'tokenexit[export]'.") from None
+    from tokenexit.exporting.annotations import annotate
     from tokenexit.exporting.translations import TRANSLATIONS
 
     with _quiet():
@@ -173,6 +174,7 @@ def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], pa
         assert made is not None
         made.model.metadata_props["tokenexit"] = json.dumps(about)
         made.save(path)
+        annotate(path)
 
 
 def _write_torch(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
@@ -180,7 +182,8 @@ def _write_torch(program: torch.export.ExportedProgram, about: dict[str, Any], p
         torch.export.save(program, path, extra_files={"tokenexit.json": json.dumps(about)})
 
 
-def _open_onnx(path: Path) -> Runner:
+def open_onnx(path: Path) -> Runner:
+    """Return a function that runs an ONNX file in onnxruntime. Raises `ConfigError` where that is not installed."""
     try:
         import onnxruntime
     except ModuleNotFoundError as error:

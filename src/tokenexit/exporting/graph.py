@@ -82,9 +82,19 @@ class ExitGraph(nn.Module):
         ((h, w),) = tokens.grids
         head = model.decode_head
         maps = result.logits.view(1, h * head.scale, w * head.scale, -1).permute(0, 3, 1, 2).float()
-        size = (image.shape[2], image.shape[3])
-        labels = resize_maps(maps, (h, w), backbone.config.patch_size, head.upscale, size).argmax(dim=1)
-        return labels, maps.contiguous(), result.exit_index.view(1, h, w)
+        patch = backbone.config.patch_size
+        labels = resize_maps(maps, (h, w), patch, head.upscale, (h * patch, w * patch)).argmax(dim=1)
+        return _cropped(labels, image.shape[2], image.shape[3]), maps.contiguous(), result.exit_index.view(1, h, w)
+
+
+def _cropped(labels: Tensor, height: int, width: int) -> Tensor:
+    """Cut the padding off labels `(1, H', W')` by index.
+
+    It is no slice, since onnxruntime's `quant_pre_process` cannot prove that a slice's end lies within the padded size,
+    and notes the padded size as that of the labels.
+    """
+    rows, columns = (torch.arange(side, device=labels.device) for side in (height, width))
+    return labels.index_select(1, rows).index_select(2, columns)
 
 
 def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
