@@ -135,8 +135,8 @@ def resize_patches(kernel: Tensor, side: int) -> Tensor:
     pixels = torch.eye(old * old, dtype=torch.float32, device=kernel.device).view(-1, 1, old, old)
     enlarged = F.interpolate(pixels, (side, side), mode="bicubic", antialias=True, align_corners=False).flatten(1)
     inverse = torch.linalg.pinv(enlarged.double())  # (side^2, p^2)
-    resized = kernel.double().flatten(2) @ inverse.T
-    return torch.Tensor.to(resized.view(*kernel.shape[:2], side, side), kernel.dtype)
+    resized: Tensor = kernel.double().flatten(2) @ inverse.T
+    return resized.view(*kernel.shape[:2], side, side).to(kernel.dtype)
 
 
 def _is_table(table: Tensor, target: Tensor) -> bool:

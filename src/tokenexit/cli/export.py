@@ -33,9 +33,11 @@ def export(arguments: list[str]) -> int:
     images = compared_images(model, options.images)
     made = export_model(model, method, images, options.out, options.format)
     say_if_uncalibrated(model, asked)
+    few = f" but for at most {made.elsewhere:.1%} of an image's tokens, whose scores are equal to rounding"
+    other = few if made.elsewhere else ""
     print(
         f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\nin {made.runs} runs beside the model exits were the "
-        f"same, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at least "
+        f"same{other}, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at least "
         f"{made.same_pixels:.3%} of the pixels of the same class"
     )
     if options.quantize:

@@ -8,7 +8,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,9 +35,9 @@ TOLERANCE, ROUNDING = 1e-5, 8.0
 """Logits may be so far from those in fp64, times the larger of 1 and the largest logit, or so many times as far as the
 model's own in fp32: after twelve blocks rounding alone is 1e-5, and runtimes have kernels of their own."""
 NUDGES = (0.0, 3e-4, -3e-4, 7e-4)
+"""Where a score lies within rounding of a threshold, runtimes may decide differently: then another is tried."""
 SWAPPED = 0.02
 """Share of tokens of an image that may leave at another exit than in the model, where scores are equal to rounding."""
-"""Where a score lies within rounding of a threshold, runtimes may decide differently: then another is tried."""
 INPUT_STEPS = {
     "image": "(1, 3, H, W) float32 of one window, or of the whole image where preprocessing.window is null",
     "colour": "RGB of 8 bits; 16-bit grey is (value + 128) // 257, float grey in [0, 1] is int(255 value + 0.5)",
@@ -74,6 +74,7 @@ class Exported:
         error: largest difference of its logits from those in fp64, over the larger of 1 and the largest logit.
         own_error: the same of the model's logits in fp32, in that run.
         same_pixels: least share of pixels with the model's class.
+        elsewhere: largest share of an image's tokens that leave at another exit than in the model.
     """
 
     path: Path
@@ -81,6 +82,7 @@ class Exported:
     error: float
     own_error: float
     same_pixels: float
+    elsewhere: float = 0.0
 
 
 def export_model(
@@ -120,7 +122,14 @@ def export_model(
         write(program, about, unfinished)
         runs = _compare(model, method, images, open_file(unfinished))
     worst = max(runs, key=lambda run: run.error)
-    return Exported(path, len(runs), worst.error, worst.own_error, min(run.same_pixels for run in runs))
+    return Exported(
+        path=path,
+        runs=len(runs),
+        error=worst.error,
+        own_error=worst.own_error,
+        same_pixels=min(run.same_pixels for run in runs),
+        elsewhere=max(run.elsewhere for run in runs),
+    )
 
 
 def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedProgram:
@@ -218,6 +227,7 @@ class _Run:
     error: float
     own_error: float
     same_pixels: float
+    elsewhere: float = 0.0
 
 
 def _compare(model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], run: Runner) -> list[_Run]:
@@ -264,7 +274,8 @@ def _run(
         exits = torch.from_numpy(np.ascontiguousarray(file[2][0])).long().flatten()
         same = PrescribedExits(finish=inner.finish, stop=inner.stop, exit_index=exits)
         with torch.no_grad():
-            return _compared(file, model([image], same), exact([image.double()], same))
+            compared = _compared(file, model([image], same), exact([image.double()], same))
+        return replace(compared, elsewhere=_swapped(file, ours))
     raise CheckpointError(
         f"the exported graph lets other tokens leave than the model at thresholds near {thresholds.tolist()}: nothing "
         "was written; please report this with the versions of torch and onnxruntime."
