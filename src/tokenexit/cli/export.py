@@ -37,8 +37,8 @@ def export(arguments: list[str]) -> int:
     other = few if made.elsewhere else ""
     print(
         f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\nin {made.runs} runs beside the model exits were the "
-        f"same{other}, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at least "
-        f"{made.same_pixels:.3%} of the pixels of the same class"
+        f"same{other}, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at "
+        f"least {made.same_pixels:.3%} of the pixels of the same class"
     )
     if options.quantize:
         small = quantize_int8(made.path, images, agreement)
