@@ -313,11 +313,14 @@ def test_evaluate_merges_tokens_beside_exits(model: Path, tmp_path: Path, capsys
         ("algm:high", "--merge high is no number"),
         ("mpm:0.5", "--merge takes numbers of blocks here, got 0.5"),
         ("tome:0.7", "ratio must be a number from 0 to 0.5, got 0.7"),
+        ("mpm:1 --references", "--references are rows without merged tokens: leave it or --merge out."),
+        ("mpm:1 --gate", "--gate closes exits by times without merged tokens: leave it or --merge out."),
         ("mpm:1/40", "reduces tokens at block 41 and this backbone has"),
     ],
 )
 def test_a_merge_that_cannot_be__is_refused(merge: str, sentence: str, model: Path, capsys: Captured) -> None:
-    assert sentence in wrong(capsys, "evaluate", model, "--limit", "1", "--method", "dense", "--merge", merge)
+    words = ("--method", "dense", "--merge", *merge.split())
+    assert sentence in wrong(capsys, "evaluate", model, "--limit", "1", *words)
 
 
 def test_predict_merges_tokens_beside_exits(model: Path, data: Path, tmp_path: Path, capsys: Captured) -> None:

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 import tokenexit
-from tests.helpers import assert_close, gently_varied, random_image, tiny_segmenter
+from tests.helpers import assert_close, gently_varied, random_image, tiny_config, tiny_segmenter
 from tests.methods.test_behaviours import counted_macs
+from tokenexit.calibration.gating import gated_by_size
+from tokenexit.cli import method_options
 from tokenexit.methods import (
     PAUMER,
     Dense,
@@ -169,6 +171,20 @@ def refusals():
 def test_reduced__refuses_in_one_sentence(sentence, wrong):
     with pytest.raises(tokenexit.ConfigError, match=sentence):
         wrong(tiny_segmenter("fcn", depth=4))
+
+
+def test_reduced__does_not_go_with_a_head_of_masks_or_with_gating():
+    model = tiny_segmenter("fcn", depth=4)
+    with pytest.raises(tokenexit.ConfigError, match="measured without merged tokens"):
+        gated_by_size(model, Reduced(DToP(0.6), MPM((1,))), "fp32")
+    spec = {"kind": "eomt", "layers": 1, "queries": 5}
+    masks = tokenexit.ExitSegmenter(tiny_config(depth=4), 5, (1,), "fcn", spec)
+    with pytest.raises(tokenexit.ConfigError, match="takes no merged tokens"):
+        masks.check(Reduced(DToP(0.6), MPM((1,))))
+
+
+def test_names_on_the_command_line__are_those_of_the_reducers():
+    assert set(method_options.REDUCERS) == set(REDUCERS)
 
 
 def test_plan__exits_come_before_sites_and_a_site_inside_is_its_block():

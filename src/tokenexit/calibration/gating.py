@@ -15,7 +15,8 @@ from typing import Any
 
 from tokenexit.calibration.latency import Latency, latency_on_this_machine
 from tokenexit.engine.tokens import Grid
-from tokenexit.methods import Method, MethodLike, as_method
+from tokenexit.errors import ConfigError
+from tokenexit.methods import Method, MethodLike, Reduced, as_method
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.runtime.precision import Precision
 from tokenexit.segmenter import ExitSegmenter
@@ -114,6 +115,8 @@ def gated_by_size(model: ExitSegmenter, method: MethodLike, precision: Precision
     """
     method = as_method(method)
     model.check(method)
+    if isinstance(method, Reduced):
+        raise ConfigError("which exits pay is measured without merged tokens: close exits of the method inside.")
     if not method.may_gate:
         return method
     choose = _choices(model, method, precision)

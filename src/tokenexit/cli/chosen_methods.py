@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.method_options import CALIBRATED, method_names, method_options, options_of
+from tokenexit.cli.method_options import CALIBRATED, NO_MERGING, REDUCERS, method_names, method_options, options_of
 from tokenexit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -104,9 +104,6 @@ def chosen_methods(
     return [_build("dense")]
 
 
-NO_MERGING = "none"
-
-
 def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
     """What merges tokens beside a method, for every `--merge`; None alone if it was not given.
 
@@ -114,20 +111,23 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
     """
     if texts is None:
         return [None]
-    from tokenexit.reducers import REDUCERS, build_reducer
+    given_texts = [texts] if isinstance(texts, str) else texts
+    for text in given_texts:
+        if text != NO_MERGING and text.partition(":")[0] not in REDUCERS:
+            raise ConfigError(
+                f"--merge {text} is unknown: choose {', '.join(REDUCERS)}, or {NO_MERGING} for no merging."
+            )
+    from tokenexit.reducers import REDUCERS as KINDS
+    from tokenexit.reducers import build_reducer
     from tokenexit.runtime.schema import hints
 
     found: list[Reducer | None] = []
-    for text in [texts] if isinstance(texts, str) else texts:
+    for text in given_texts:
         name, colon, value = text.partition(":")
         if text == NO_MERGING:
             found.append(None)
             continue
-        if name not in REDUCERS:
-            raise ConfigError(
-                f"--merge {text} is unknown: choose {', '.join(REDUCERS)}, or {NO_MERGING} for no merging."
-            )
-        kind, spec = REDUCERS[name], dict[str, Any](name=name)
+        kind, spec = KINDS[name], dict[str, Any](name=name)
         if colon:
             several = hints(kind)[kind.main_option] is not float
             given = numbers("merge", value)

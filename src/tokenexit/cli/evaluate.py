@@ -103,6 +103,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def _check(options: argparse.Namespace) -> None:
     check_counts(options, "limit")
+    if options.merge is not None and (options.references or options.gate):
+        which = "references are rows" if options.references else "gate closes exits by times"
+        raise ConfigError(f"--{which} without merged tokens: leave it or --merge out.")
     path = options.json
     if path is not None and (path.is_dir() or not os.access(existing_folder(path.parent), os.W_OK)):
         raise ConfigError(f"--json {path} cannot be written: name a file in a folder of yours.")

@@ -16,6 +16,9 @@ from typing import Any
 
 CALIBRATED = "calibrated"
 """The name of the method that a model was calibrated for, at the calibration's thresholds."""
+REDUCERS = ("algm", "mpm", "tome", "g2tm")
+"""The names of `tokenexit.reducers.REDUCERS`, which would import torch."""
+NO_MERGING = "none"
 FOLDER = Path(__file__).parents[1] / "methods"
 TYPES: dict[str, type] = {"int": int, "int | None": int, "float": float, "float | None": float}
 """Annotations that are one number on the command line; others are text such as `0.98/0.9/0.8`."""

@@ -544,18 +544,20 @@ class Block(nn.Module):
         """
         gated = isinstance(self.mlp, SwiGlu)
         fed = tokens if fed is None else fed
-        inner = (self.attn.norm, *((self.mlp.norm,) if isinstance(self.mlp, SwiGlu) else ()))
-        attended = [self.dim, *(norm.normalized_shape[0] for norm in inner[:1] if isinstance(norm, nn.LayerNorm))]
-        processed = [self.dim, *(norm.normalized_shape[0] for norm in inner[1:] if isinstance(norm, nn.LayerNorm))]
         return (
-            ops.layer_norm(tokens, sum(attended))
-            + ops.layer_norm(fed, sum(processed))
+            ops.layer_norm(tokens, self.dim + _width(self.attn.norm))
+            + ops.layer_norm(fed, self.dim + (_width(self.mlp.norm) if isinstance(self.mlp, SwiGlu) else 0))
             + ops.linear(tokens, self.dim, 3 * self.dim)
             + ops.attention(tokens, tokens, self.dim)
             + ops.linear(tokens, self.dim, self.dim)
             + ops.linear(fed, self.dim, self.mlp_hidden)
             + ops.linear(fed, self.mlp_hidden // 2 if gated else self.mlp_hidden, self.dim)
         )
+
+
+def _width(norm: nn.Module) -> int:
+    """Return the channels that a norm inside a branch works on, 0 for none."""
+    return norm.normalized_shape[0] if isinstance(norm, nn.LayerNorm) else 0
 
 
 class ViT(nn.Module):
