@@ -31,7 +31,9 @@ CURVES = {  # file, label begins with: name, colour, marker, line
     ("dense_truncated", "truncated"): ("Dense, stopped after 6, 9 blocks", "#777777", "^", "--"),
     ("dense_references", "random"): ("random exits at DToP's counts", "#999999", "x", ""),
     ("dense_references", "agreement"): ("agreement oracle", "#0f7f6b", "*", ""),
-    ("eomt", "dtop"): ("EoMT, DToP Direct (1 seed, 1200 steps)", "#7b4fa3", "o", ":"),
+    ("eomt_exits", "dtop"): ("EoMT, DToP Finetune (1 seed)", "#7b4fa3", "o", "-"),
+    ("eomt_exits", "dovit"): ("EoMT, DoViT Finetune (1 seed)", "#7b4fa3", "s", "-"),
+    ("eomt", "dtop"): ("EoMT, DToP Direct (1 seed)", "#7b4fa3", "o", ":"),
     ("eomt", "dense"): ("EoMT (1 seed, 1200 steps)", "#7b4fa3", "D", ""),
 }
 LOWEST = 52.0
@@ -49,7 +51,7 @@ def points(files: list[Path]) -> dict[tuple[str, str], dict[str, list[tuple[floa
         for row in rows_of(file):
             key = next(((n, word) for n, word in CURVES if n == name and row["label"].startswith(word)), None)
             if key is not None:
-                share = row["gmacs_mean"] / max(dense) if name == "eomt" else row["share_of_dense"]
+                share = row["gmacs_mean"] / max(dense) if name.startswith("eomt") else row["share_of_dense"]
                 found[key][row["label"]].append((100 * share, row["mIoU"]))
     return found
 
