@@ -268,14 +268,15 @@ def _run(
         if all(np.array_equal(file[2][0], other.exit_index[0].numpy()) for other in (ours, truth)):
             return _compared(file, ours, truth)
         answers.append((file, ours))
-    file, ours = min(answers, key=lambda each: _swapped(*each))
-    inner = method.inner
-    if isinstance(inner, DToP) and _swapped(file, ours) <= SWAPPED:
+    shares = [_swapped(*each) for each in answers]
+    elsewhere, inner = min(shares), method.inner
+    file, _ = answers[shares.index(elsewhere)]
+    if isinstance(inner, DToP) and elsewhere <= SWAPPED:
         exits = torch.from_numpy(np.ascontiguousarray(file[2][0])).long().flatten()
         same = PrescribedExits(finish=inner.finish, stop=inner.stop, exit_index=exits)
         with torch.no_grad():
             compared = _compared(file, model([image], same), exact([image.double()], same))
-        return replace(compared, elsewhere=_swapped(file, ours))
+        return replace(compared, elsewhere=elsewhere)
     raise CheckpointError(
         f"the exported graph lets other tokens leave than the model at thresholds near {thresholds.tolist()}: nothing "
         "was written; please report this with the versions of torch and onnxruntime."

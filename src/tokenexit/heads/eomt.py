@@ -155,9 +155,10 @@ class EoMTHead(Head):
     def _predict(self, joined: Tokens, backdrop: Tensor | None) -> HeadOutput:
         x, count = joined.x, self.queries.num_embeddings
         queries = x.index_select(0, joined.prefix_index()).unflatten(0, (-1, self.prefix + count))[:, self.prefix :]
-        queries, patches = self.norm(queries), x.index_select(0, joined.patch_index())
+        rows = joined.patch_index()
+        queries, patches = self.norm(queries), x.index_select(0, rows)
         if backdrop is not None:
-            patches = scatter(backdrop, joined.position.index_select(0, joined.patch_index()), patches)
+            patches = scatter(backdrop, joined.position.index_select(0, rows), patches)
         masks = queries
         for n, linear in enumerate(self.mask):
             masks = linear(F.gelu(masks) if n else masks)

@@ -73,8 +73,8 @@ class ExitRecord:
         upscale: factor of the bilinear step that is still to be applied to `logits`.
         seen: with records, the tokens that the decode head ran on, after the final norm, for losses on features; only
             some methods record them of exit heads.
-        masks: of a head of masks on images of one size, its predictions, the last that of its end; losses of all are
-            summed.
+        masks: with records, of a head of masks on images of one size, its predictions, the last that of its end; losses
+            of all are summed.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -305,7 +305,7 @@ def record_of(
 ) -> ExitRecord:
     """Return the record of one run of `head` on `tokens`, with the map its loss is taken on."""
     masks: tuple[MaskPrediction, ...] = ()
-    if head.kind == "masks" and len(set(tokens.grids)) == 1:
+    if head.kind == "masks" and seen is not None and len(set(tokens.grids)) == 1:
         masks = (*out.earlier, prediction(out, tokens.grids, head.scale))
     return ExitRecord(tokens.live, logits, out.presence, head.kind, head.scale, head.upscale, seen, masks)
 
