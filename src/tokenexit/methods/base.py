@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
 from tokenexit.heads.eomt import prediction
@@ -257,14 +257,6 @@ class Method(ABC, Generic[State]):
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         """Count what a site's decision costs one image with so many live patch tokens."""
-        return Ops()
-
-    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
-        """Turn images `(3, H, W)` into the tokens that the first block gets."""
-        return backbone.embed(images)
-
-    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
-        """Count what `embed` does beyond `ViT.embed` on one image."""
         return Ops()
 
     @abstractmethod

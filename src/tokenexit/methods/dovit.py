@@ -156,7 +156,6 @@ class DoViT(ThresholdMethod[DoViTState]):
             )
 
     def start(self, tokens: Tokens, model: ModelView) -> DoViTState:
-        tokens = tokens.unmerged()
         if self.batch_mode == "mean" and not tokens.packing.uniform:
             raise ConfigError(
                 "batch_mode='mean' needs images of one size in a batch: resize them, or use batch_mode='exact'."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView
 from tokenexit.methods.wrapper import Wrapper
@@ -80,9 +80,3 @@ class Reduced(Wrapper):
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         return self.by.ops(site, live, grid, backbone)
-
-    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
-        return self.by.embed(images, backbone)
-
-    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
-        return self.by.embed_ops(grid, backbone)

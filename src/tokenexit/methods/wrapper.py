@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView, Result, Thresholds
 from tokenexit.reducers.base import Site
@@ -74,12 +73,6 @@ class Wrapper(Method[Any]):
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         return self.method.site_ops(site, live, grid, backbone)
-
-    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
-        return self.method.embed(images, backbone)
-
-    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
-        return self.method.embed_ops(grid, backbone)
 
     def check(self, model: ModelView) -> None:
         self.method.check(model)

@@ -7,7 +7,6 @@ stays answered: the cover of `Tokens` names, for every cell, the token that stan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
 
 
@@ -77,14 +76,6 @@ class Reducer(ABC):
     @abstractmethod
     def ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         """Count the comparisons of a site on one image that arrives with so many live patch tokens."""
-
-    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
-        """Turn images `(3, H, W)` into the tokens that the first block gets; `ViT.embed` unless pixels decide."""
-        return backbone.embed(images)
-
-    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
-        """Count what `embed` does beyond `ViT.embed` on one image."""
-        return Ops()
 
 
 def check_number(name: str, value: float, low: float, high: float, meaning: str) -> None:
