@@ -149,10 +149,22 @@ def test_adapt__without_exits_is_a_smaller_image(photos: Path, tmp_path: Path) -
     assert ExitSegmenter.from_pretrained(tmp_path / "out").calibrated_method() == found.method
 
 
-def test_adapt__in_windows(photos: Path) -> None:
+def in_windows() -> ExitSegmenter:
     model = dense_model()
     model.preprocessing = replace(model.preprocessing, window=(16, 20), stride=(8, 16))
-    found = adapted(photos, model=model)
+    return model
+
+
+def test_adapt__within_milliseconds_keeps_what_was_asked(photos: Path, tmp_path: Path) -> None:
+    found = adapted(photos, tmp_path / "out", Budget("latency_ms", 1e4))
+    assert found.model.calibration is not None
+    assert found.model.calibration.asked["latency_ms"] == 1e4
+    assert found.tried[0].loss == 0.0  # there is time for everything
+    found.model.predict(image_of(photos))
+
+
+def test_adapt__in_windows(photos: Path) -> None:
+    found = adapted(photos, model=in_windows())
     assert found.tried[0].run.mac_ratio <= 0.6
     assert found.measured.tokens == 4 * 20
 
@@ -371,7 +383,8 @@ def test_out__of_an_earlier_adapt_is_replaced(photos: Path, tmp_path: Path) -> N
         ({"held": Held(depth=7)}, "exits and depth must be between 1 and 2, got 7"),
         ({"exit_head": "mask_transformer"}, "exit_head must look at one token at a time"),
         ({"exit_head": "atm"}, "exit_head must look at one token at a time"),
-        ({"target": Budget("latency_ms", 5.0)}, "adapt takes a budget as a share of dense, got latency_ms"),
+        ({"target": Budget("latency_ms", 5.0), "model": in_windows()}, "this model takes windows: ask for a budget"),
+        ({"target": Budget("latency_ms", 1e-3)}, "latency_ms=0.001 is out of reach: the cheapest plan takes"),
         ({"target": Bound("max_miou_drop", 1.0)}, "adapt bounds the mean share of pixels unlike dense alone"),
         ({"target": Bound("max_disagreement", 0.1, images_above=0.1)}, "adapt bounds the mean share"),
         ({"target": Bound("max_disagreement", 0.5), "finetune": 4}, "finetune goes with a budget"),

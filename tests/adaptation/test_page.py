@@ -130,8 +130,8 @@ def test_page__has_a_point_of_the_curve_and_a_row_for_every_budget(found: Adapta
     assert len(found.curve) > 2
     for budget, plan in found.curve:
         figure = f"{100 * max(0, 1 - plan.loss):.1f}"
-        assert cells(page, f"{budget:.0%}") == [f"{plan.mac_ratio:.0%}", figure, str(plan)]
-        assert f"percent {100 * plan.mac_ratio:g}, class agreement" in page
+        assert cells(page, f"{budget:.0%}") == [f"{plan.price:.0%}", figure, str(plan)]
+        assert f"percent {100 * plan.price:g}, class agreement" in page
     (tail,) = re.findall(r"tokenexit calibrate (.*?) \\\n", html.unescape(page))
     assert tail.endswith("cheaper")
 

@@ -82,7 +82,7 @@ def test_path__loses_no_more_than_one_threshold_for_all_exits() -> None:
 
     def lost_at(path: ThresholdPath, share: float) -> float:
         def cost(position: float) -> float:
-            return costs.mac_ratio(live_counts(dense, compose(dense, method, path.limits_at(position))))
+            return costs.share(live_counts(dense, compose(dense, method, path.limits_at(position))))
 
         exit_index = compose(dense, method, path.limits_at(position_where(cost, share, path.end)))
         return losses.gather(0, exit_index[None]).sum().item()

@@ -276,7 +276,7 @@ def test_true_run__of_windows_counts_images() -> None:
     assert (run.histograms.counts[:, 0].sum(1) == run.tokens).all()  # the first exit sees every token
     dense = DensePass.of(images, method)
     assert len(dense) > 3
-    never = MacTable(images.model, method, dense.grids).mac_ratio(torch.tensor([[h * w] * 3 for h, w in dense.grids]))
+    never = MacTable(images.model, method, dense.grids).share(torch.tensor([[h * w] * 3 for h, w in dense.grids]))
     assert never == pytest.approx(true_run(images, DToP(threshold=1.0), dense_reference(images)).mac_ratio)
 
 
@@ -364,5 +364,5 @@ def test_mac_table__of_some_exits_is_the_ledger_of_the_model_with_these_alone(
     live = torch.cat([run.tokens[:, None], run.live], dim=1)
     assert torch.equal(table.macs(live), run.macs)
     assert torch.equal(table.dense, run.dense_macs)
-    assert table.mac_ratio(live) == run.mac_ratio
+    assert table.share(live) == run.mac_ratio
     assert torch.equal(table.first(2).macs(live[:2]), run.macs[:2])

@@ -36,6 +36,12 @@ def test_calibrate__with_a_plan_meets_the_budget_by_a_method_that_the_model_runs
     some.model([random_image(24, 32)], build_method(found.method))
 
 
+def test_calibrate__with_a_plan_for_milliseconds_says_what_it_takes() -> None:
+    found = calibrate(images(), DToP(), Budget("latency_ms", 1e4), plan="dense")
+    assert 0.0 < found.reached["latency_ms_mean"] < 1e4
+    assert "ms on this machine, with 100.00% of pixels as dense" in found.guarantee
+
+
 @pytest.mark.parametrize(
     "plan", [Plan(exits=(2,)), Plan(stop=3, exits=(1,)), Plan(scale=0.7, exits=(1, 3)), Plan(stop=2), Plan(scale=0.5)]
 )
@@ -55,8 +61,8 @@ def test_plan__is_refused_where_it_cannot_be_made() -> None:
     some = images()
     with pytest.raises(ConfigError, match="a plan is made for a budget"):
         calibrate(some, DToP(), Bound("max_disagreement", 0.5), plan="dense")
-    with pytest.raises(ConfigError, match="made for multiply-adds"):
-        calibrate(some, DToP(), Budget("latency_ms", 5.0), plan="dense")
+    with pytest.raises(ConfigError, match="latency_ms=1e-06 is out of reach"):
+        calibrate(some, DToP(), Budget("latency_ms", 1e-6), plan="dense")
     bare = CalibrationSet(some.model.with_exits(()), some.data, some.indices)
     with pytest.raises(ConfigError, match="no exits to plan with"):
         calibrate(bare, DToP(), Budget("budget", 0.5), plan="dense")

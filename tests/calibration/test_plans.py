@@ -89,7 +89,7 @@ def test_static_plans__lose_least_of_all_sizes_within_the_budget(survey: Survey,
     assert len(plans) >= 1
     for plan in plans:
         n = survey.blocks.index(plan.stop or survey.blocks[-1])
-        assert plan.mac_ratio <= budget + 1e-9
+        assert plan.price <= budget + 1e-9
         assert all(
             survey.static_costs[scale][n] > budget or survey.static_losses[scale][n] >= plan.loss
             for scale in survey.scales
@@ -116,7 +116,7 @@ def test_static_plans__of_a_grid_head_never_stop(grid_survey: Survey) -> None:
 @pytest.mark.parametrize("budget", [0.25, 0.5, 0.75])
 def test_search__finds_no_plan_above_the_budget_and_the_best_one_first(survey: Survey, budget: float) -> None:
     plans = search_plans(survey, budget)
-    assert all(plan.mac_ratio <= budget + 1e-9 for plan in plans)
+    assert all(plan.price <= budget + 1e-9 for plan in plans)
     assert [plan.loss for plan in plans] == sorted(plan.loss for plan in plans)
     assert any(plan.exits for plan in plans)
     for plan in plans:
@@ -174,7 +174,7 @@ def test_choose__runs_within_the_budget_and_ends_with_the_least_loss_or_a_simple
         again = true_run(images, one.method, survey.reference)
         assert torch.equal(again.macs, one.run.macs)
         assert one.loss == pytest.approx(survey.loss_of(again))
-        assert one.plan.mac_ratio == one.run.mac_ratio
+        assert one.plan.price == one.run.mac_ratio
     least = min(one.loss for one in (best, *others))
     assert best.loss <= least * (1 + module.AS_GOOD)
     assert [one.loss for one in others] == sorted(one.loss for one in others)

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,11 @@ import torch
 
 from tokenexit.adaptation.adapt import WORK, Adaptation, adapt_model
 from tokenexit.adaptation.heads import fitted_heads, settings
+from tokenexit.adaptation.measure import TIMED_PHOTOS
 from tokenexit.adaptation.options import Options
 from tokenexit.adaptation.photos import split_photos, usable_photos
 from tokenexit.calibration.calibration_set import CalibrationSet
+from tokenexit.calibration.latency import timed_in_turn
 from tokenexit.calibration.plans import Held
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget
 from tokenexit.data.photos import UnlabelledImages
@@ -39,6 +41,7 @@ from tokenexit.segmenter import ExitSegmenter
 BUDGETS = (0.5, 0.4, 0.6, 0.7)
 BY_HAND = Held(scale=1.0, depth=12, exits=(3, 6, 9))
 FEWEST = 20
+TIMES = (0.5, 0.35)
 PHOTOS = (25, 50, 100, 200, 367)
 SCENES = 200
 
@@ -46,7 +49,7 @@ Run = tuple[str, CalibrationTarget, Options, str]
 """Name, target, options, and which photos: "train", or "scenes"."""
 
 
-def runs(kinds: list[str]) -> Iterator[Run]:
+def runs(kinds: list[str], dense_ms: Callable[[], float]) -> Iterator[Run]:
     for kind in kinds:
         if kind == "budgets":
             for budget in BUDGETS:
@@ -59,6 +62,10 @@ def runs(kinds: list[str]) -> Iterator[Run]:
                 yield f"auto 0.5, {count} photos", Budget("budget", 0.5), Options(limit=count), "train"
         if kind == "elsewhere":
             yield "auto 0.5, photos of scenes", Budget("budget", 0.5), Options(), "scenes"
+        if kind == "time":
+            whole = dense_ms()
+            for share in TIMES:
+                yield f"auto, {share:.0%} of dense time", Budget("latency_ms", share * whole), Options(), "train"
         if kind == "bound":
             yield "at most 3 % unlike", Bound("max_disagreement", 0.03), Options(), "train"
 
@@ -109,6 +116,8 @@ def _about(found: Adaptation) -> dict[str, Any]:
                 "kind": one.kind,
                 "plan": str(one.plan),
                 "mac_ratio": one.run.mac_ratio,
+                "price": one.plan.price,
+                "ms": one.ms,
                 "agreement": one.agreement,
                 "loss": one.loss,
             }
@@ -120,6 +129,14 @@ def _about(found: Adaptation) -> dict[str, Any]:
         "sentence": found.measured.sentence(),
         "shortfall": found.shortfall,
     }
+
+
+def milliseconds(dense: ExitSegmenter, photos: Path) -> float:
+    """Return the mean time of the dense model on an image."""
+    paths = list(list_images([photos]))
+    images = CalibrationSet(dense, UnlabelledImages(paths, dense.classes), range(len(paths)))
+    (times,) = timed_in_turn(images, [(dense, Dense())], TIMED_PHOTOS)
+    return sum(times) / len(times)
 
 
 def draw_scenes(folder: Path) -> Path:
@@ -138,15 +155,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--work", type=Path, help="folder for fitted heads, which a second call finds")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("kinds", nargs="+", choices=("budgets", "finetune", "photos", "elsewhere", "bound"))
+    parser.add_argument("kinds", nargs="+", choices=("budgets", "finetune", "photos", "elsewhere", "bound", "time"))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     dense = ExitSegmenter.from_pretrained(options.model).with_exits(())
     notebook = Notebook(options.out, {"model": dense.fingerprint(), "threads": options.threads})
     with tempfile.TemporaryDirectory() as temporary:
         work = options.work or Path(temporary)
-        for run in runs(options.kinds):
-            photos = options.camvid / "images" / "train" if run[3] == "train" else draw_scenes(work / "scenes")
+        train = options.camvid / "images" / "train"
+        for run in runs(options.kinds, lambda: milliseconds(dense, train)):
+            photos = train if run[3] == "train" else draw_scenes(work / "scenes")
             row = notebook.once(run[0], lambda: measured(dense, run, photos, options.camvid, work))  # noqa: B023
             print(f"{run[0]}: mIoU {row['miou']:.2f} (dense {row['miou_dense']:.2f}): {row['sentence']}", flush=True)
 

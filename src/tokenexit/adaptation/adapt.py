@@ -98,6 +98,7 @@ def adapt(
     images: str | Path | Sequence[str | Path],
     budget: float | None = None,
     *,
+    latency_ms: float | None = None,
     max_disagreement: float | None = None,
     confidence: float = 0.9,
     out: str | Path | None = None,
@@ -123,6 +124,7 @@ def adapt(
             `tokenexit.convert` reads.
         images: photos, folders of them, or lists; at least 60.
         budget: largest mean multiply-adds, as a share of the dense model's.
+        latency_ms: in place of a budget, the largest mean milliseconds of an image on this machine.
         max_disagreement: in place of a budget, the largest share of pixels unlike the dense model's.
         confidence: probability with which that bound holds.
         out: folder for the model; with it, an interrupted call goes on. Without it nothing is saved.
@@ -148,7 +150,9 @@ def adapt(
         CheckpointError: for a source that cannot be opened.
         DataError: if there are no photos.
     """
-    target = target_of({"budget": budget, "max_disagreement": max_disagreement, "confidence": confidence})
+    target = target_of(
+        {"budget": budget, "latency_ms": latency_ms, "max_disagreement": max_disagreement, "confidence": confidence}
+    )
     held = Held(size, depth, None if exits is None else tuple(sorted(set(exits))))
     options = Options(held, exit_head, keep, limit, seed, precision, finetune)
     if out is not None:
@@ -366,8 +370,8 @@ def _calibration(
     labels: bool,
     about: Mapping[str, Any],
 ) -> Calibration:
-    asked = (
-        {"budget": target.value}
+    asked: dict[str, Any] = (
+        {target.unit: target.value}
         if isinstance(target, Budget)
         else {target.what: target.value, "confidence": target.confidence}
     )

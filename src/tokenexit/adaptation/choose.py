@@ -12,7 +12,7 @@ from tokenexit.adaptation.measure import Measured
 from tokenexit.adaptation.options import Options
 from tokenexit.calibration.agreement import FALL_OFF
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, error, true_run
-from tokenexit.calibration.plans import Held, Plan, TriedPlan, choose_plan, search_plans, try_plan
+from tokenexit.calibration.plans import Held, Plan, TriedPlan, choose_plan, priced_by, search_plans, try_plan
 from tokenexit.calibration.risk_control import best_bet, betting
 from tokenexit.calibration.survey import Survey
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget
@@ -62,7 +62,8 @@ def chosen(
         ConfigError: where no plan meets the budget, or none is cheaper than dense.
     """
     if isinstance(target, Budget):
-        tried, shortfall = choose_plan(survey, target.value, options.held, timed=True), ""
+        priced, share = priced_by(survey, target)
+        tried, shortfall = choose_plan(priced, share, options.held, timed=True), ""
     else:
         tried, shortfall = _within_bound(survey, pilot, tested_on, target, options, say)
     unit = "pixels that are right" if survey.labels else "pixels as dense has them"

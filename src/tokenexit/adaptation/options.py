@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tokenexit.calibration.latency import check_timed
 from tokenexit.calibration.plans import Held
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget
 from tokenexit.errors import ConfigError
@@ -62,6 +63,8 @@ def check_options(options: Options, target: CalibrationTarget, dense: ExitSegmen
     if depth < 2:
         raise ConfigError("the backbone must have at least 2 blocks, got 1: there is no place for an exit.")
     _check_target(target, options)
+    if isinstance(target, Budget) and target.unit == "latency_ms":
+        check_timed(dense)
     places(dense, options.held)
     head = build_head(options.exit_head, dense.config.backbone.embed_dim, dense.config.num_classes)
     if not head.pointwise or head.kind != "softmax":
@@ -77,8 +80,6 @@ def check_options(options: Options, target: CalibrationTarget, dense: ExitSegmen
 def _check_target(target: CalibrationTarget, options: Options) -> None:
     """Reject targets that plans are not made for, and a bound on a model that goes on changing."""
     if isinstance(target, Budget):
-        if target.unit != "budget":
-            raise ConfigError(f"adapt takes a budget as a share of dense, got {target.unit}: calibrate afterwards.")
         return
     if target.what != "max_disagreement" or target != Bound("max_disagreement", target.value, target.confidence):
         raise ConfigError("adapt bounds the mean share of pixels unlike dense alone: calibrate afterwards for others.")

@@ -20,7 +20,7 @@ from tokenexit.adaptation.adapt import Adaptation
 from tokenexit.adaptation.choose import NONE_PASSES
 from tokenexit.calibration.calibration_set import TrueRun, mean_error
 from tokenexit.calibration.plans import AS_GOOD, Plan, TriedPlan, listed
-from tokenexit.calibration.targets import Average
+from tokenexit.calibration.targets import UNITS, Average
 from tokenexit.inputs.images import load_image
 from tokenexit.methods import Dense
 from tokenexit.outputs.windows import Segmentation
@@ -215,7 +215,7 @@ def _why(found: Adaptation, judge: Judge) -> str:
 
 def _within_budget(found: Adaptation) -> bool:
     """Return whether a budget was asked for, and not a bound."""
-    return found.model.calibration is not None and "budget" in found.model.calibration.asked
+    return found.model.calibration is not None and not {*UNITS}.isdisjoint(found.model.calibration.asked)
 
 
 def _kind(one: TriedPlan) -> str:
@@ -236,7 +236,7 @@ def _budgets(found: Adaptation, judge: Judge, out: Path) -> Iterator[Block]:
         Column(judge.figure, "{:.1f}", "right", f"Predicted, not run. {judge.help}"),
         Column("best plan"),
     ]
-    rows = [[budget, plan.mac_ratio, _percent(plan.loss), str(plan)] for budget, plan in found.curve]
+    rows = [[budget, plan.price, _percent(plan.loss), str(plan)] for budget, plan in found.curve]
     yield Table(columns, rows, caption="Best plan at each budget, predicted")
     budget = _another(found)
     photos = _photo_words(found)
@@ -268,7 +268,7 @@ def _photo_words(found: Adaptation) -> str:
 
 def _chart(found: Adaptation, judge: Judge) -> Chart:
     """Draw the figure of plans against their cost: the predicted curve, and every kind of plan that was run."""
-    curve = {(plan.mac_ratio, plan.loss): Point(100 * plan.mac_ratio, _percent(plan.loss)) for _, plan in found.curve}
+    curve = {(plan.price, plan.loss): Point(100 * plan.price, _percent(plan.loss)) for _, plan in found.curve}
     series = [Series("best plan, predicted", sorted(curve.values()))] if curve else []
     best, *rivals = found.tried
     patch_size = found.dense.config.backbone.patch_size

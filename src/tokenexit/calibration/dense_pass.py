@@ -387,7 +387,7 @@ class MacTable:
             total[rows] = macs
         return total
 
-    def mac_ratio(self, live: Tensor) -> float:
+    def share(self, live: Tensor) -> float:
         """Multiply-adds over dense ones, both summed over images."""
         return self.macs(live).sum().item() / self.dense.sum().item()
 

@@ -17,7 +17,7 @@ from tokenexit.calibration.calibration_set import (
     mean_error,
     true_run,
 )
-from tokenexit.calibration.latency import latency_on_this_machine, timed_runs
+from tokenexit.calibration.latency import check_timed, latency_on_this_machine, timed_runs
 from tokenexit.calibration.planner import Outcome, Planner, cap_sentence, figures_of
 from tokenexit.calibration.search import BudgetFit, meet_budget
 from tokenexit.calibration.targets import Average, Budget
@@ -96,8 +96,7 @@ def _in_macs(planner: Planner, calibration_set: CalibrationSet, reference: Refer
 def _in_ms(planner: Planner, calibration_set: CalibrationSet) -> CostModel:
     """Milliseconds on this machine. Raises `ConfigError` for a model that takes windows."""
     model = calibration_set.model
-    if model.preprocessing.window is not None:
-        raise ConfigError("latency_ms is for images taken whole, and this model takes windows: ask for a budget.")
+    check_timed(model)
     exits, depth = model.config.exits, model.config.backbone.depth
     latency = latency_on_this_machine(model, planner.method, calibration_set.precision)
 

@@ -7,10 +7,9 @@ from typing import Any
 
 from tokenexit.calibration.calibration_set import CalibrationSet, mean_error, true_run
 from tokenexit.calibration.planner import Outcome, costs_of
-from tokenexit.calibration.plans import Plan, TriedPlan, choose_plan, stopping
+from tokenexit.calibration.plans import Plan, TriedPlan, choose_plan, priced_by, stopping
 from tokenexit.calibration.survey import Survey
 from tokenexit.calibration.targets import Average, Budget
-from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Method, Resized, ThresholdMethod, Truncated
 from tokenexit.methods.gated import Gated
@@ -29,29 +28,30 @@ def for_plan(
 
     labels: judge plans by the images' labels, and not by the dense model.
 
-    Raises `ConfigError` for a budget of milliseconds, for a model without exits, and where no plan meets the budget.
+    Raises `ConfigError` for a model without exits, for milliseconds of one that takes windows, and where no plan meets
+    the budget.
     """
     exits = calibration_set.model.config.exits
-    if target.unit == "latency_ms":
-        raise ConfigError("a plan is made for multiply-adds: ask for a budget, or leave the plan out.")
     if not exits:
         raise ConfigError("the model has no exits to plan with: run tokenexit adapt on it.")
     survey = Survey(calibration_set, method, average, labels=labels)
-    dense_mean = survey.costs[1.0].dense.double().mean().item() / GIGA
-    share = target.value if target.unit == "budget" else target.value / dense_mean
-    best, *others = choose_plan(survey, share)
+    priced, share = priced_by(survey, target)
+    best, *others = choose_plan(priced, share)
     unit = "right" if labels else "as dense has them"
     for one in (best, *others):
         say(f"{one.plan}: {one.agreement:.1%} of pixels {unit} at {one.run.mac_ratio:.0%} of dense multiply-adds")
     chosen = on_all_exits(exits, best)
     run = true_run(calibration_set, chosen, survey.reference, "true run")
     unlike = mean_error(run, "pixels")
+    ms = None if priced.clock is None else best.plan.price * priced.clock.dense_ms
     key = "pixels_wrong" if labels else "pixels_unlike_dense"
     guarantee = (
-        f"The mean over these {len(calibration_set)} images is {run.mac_ratio:.4g} of dense multiply-adds, with "
+        f"The mean over these {len(calibration_set)} images is {run.mac_ratio:.4g} of dense multiply-adds"
+        f"{'' if ms is None else f' and {ms:.4g} ms on this machine'}, with "
         f"{1 - unlike:.2%} of pixels {unit} ({best.plan}). A figure of these images: others differ by sampling."
     )
-    return Outcome(chosen, run, {**costs_of(run), key: unlike}, {"count": len(calibration_set)}, guarantee)
+    reached = {**costs_of(run), key: unlike, **({} if ms is None else {"latency_ms_mean": ms})}
+    return Outcome(chosen, run, reached, {"count": len(calibration_set)}, guarantee)
 
 
 def on_all_exits(exits: Sequence[int], tried: TriedPlan) -> Method[Any]:

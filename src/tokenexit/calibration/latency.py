@@ -27,6 +27,7 @@ from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.engine.tokens import Tokens
+from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import ModelView
@@ -119,6 +120,16 @@ class Latency:
             if n < len(exits):
                 total = total + self.exits[n](counts[:, n])
         return total
+
+
+def check_timed(model: ExitSegmenter) -> None:
+    """Reject a model that takes windows: what an image takes here is a function of its tokens, taken whole.
+
+    Raises:
+        ConfigError: in one sentence.
+    """
+    if model.preprocessing.window is not None:
+        raise ConfigError("latency_ms is for images taken whole, and this model takes windows: ask for a budget.")
 
 
 def measure_latency(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:

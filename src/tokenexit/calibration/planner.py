@@ -77,7 +77,7 @@ class Planner:
         return live_counts(self.dense, compose(self.dense, self.method, self.path.limits_at(position)))
 
     def mac_ratio(self, position: float) -> float:
-        return self.costs.mac_ratio(self.live(position))
+        return self.costs.share(self.live(position))
 
     def method_at(self, position: float) -> Method[Any]:
         return self._sized(with_thresholds(self.method, self.path.limits_at(position)))

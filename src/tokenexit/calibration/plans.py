@@ -19,12 +19,15 @@ from statistics import median
 from typing import Any
 
 from tokenexit.calibration.calibration_set import TrueRun, mean_error, true_run
+from tokenexit.calibration.clock import TIMED_IMAGES
 from tokenexit.calibration.dense_pass import compose, context_price, live_counts
 from tokenexit.calibration.latency import timed_in_turn
 from tokenexit.calibration.planner import Planner
-from tokenexit.calibration.search import meet_budget
+from tokenexit.calibration.search import TOLERANCE, meet_budget
 from tokenexit.calibration.survey import Searched, Survey
-from tokenexit.calibration.threshold_path import class_guard, even_path
+from tokenexit.calibration.targets import Budget
+from tokenexit.calibration.threshold_path import class_guard, even_path, position_where
+from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
 
@@ -37,7 +40,8 @@ WORTH = 0.01
 """Share by which another exit must lower the loss to be added."""
 FINALISTS = 2
 """Plans with exits that are run, beside the best of each static kind and of exits alone."""
-TIMED_IMAGES = 8
+TIME_TOLERANCE = 0.04
+"""As `TOLERANCE`, for budgets of time: less than two runs of one plan differ by."""
 GUARDS = (0.1, 0.05)
 """Shares of wrong samples above which tokens of a class do not leave, tried beside no guard."""
 AS_GOOD = 0.02
@@ -54,14 +58,14 @@ class Plan:
         scale: factor on both sides of an image.
         stop: number of blocks after which all tokens leave; None if those that are left run to the end.
         exits: number of blocks before each exit where a token may leave by its score, all of them before the stop.
-        mac_ratio: predicted multiply-adds over dense ones at full size.
+        price: predicted multiply-adds, or time, over those of dense at full size.
         loss: predicted loss, as the search judges it.
     """
 
     scale: float = 1.0
     stop: int | None = None
     exits: tuple[int, ...] = ()
-    mac_ratio: float = 1.0
+    price: float = 1.0
     loss: float = 0.0
 
     @property
@@ -147,15 +151,15 @@ def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
 
     There is none where exits are held.
     """
-    depth = survey.blocks[-1]
+    depth, prices = survey.blocks[-1], survey.static_prices
     plans = []
     for n, block in enumerate(survey.blocks):
         if held.exits or held.depth not in (None, block) or not survey.may_stop(n):
             continue
         fitting = [
-            Plan(scale, None if block == depth else block, (), survey.static_costs[scale][n], losses[n])
+            Plan(scale, None if block == depth else block, (), prices[scale][n], losses[n])
             for scale, losses in survey.static_losses.items()
-            if held.scale in (None, scale) and survey.static_costs[scale][n] <= budget
+            if held.scale in (None, scale) and prices[scale][n] <= budget
         ]
         if fitting:
             plans.append(min(fitting, key=lambda plan: plan.loss))
@@ -172,12 +176,12 @@ def search_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
     found = static_plans(survey, budget, held)
     if held.exits == ():
         return sorted(found, key=lambda plan: plan.loss)
-    behind = held.exits[-1] if held.exits else 0
+    behind, prices = held.exits[-1] if held.exits else 0, survey.static_prices
     places = [
         (loss, scale, n)
         for scale in survey.scales
         for n, loss in enumerate(survey.static_losses[scale])
-        if (held.exits or survey.static_costs[scale][n] > budget)  # within the budget no token has to leave
+        if (held.exits or prices[scale][n] > budget)  # within the budget no token has to leave
         and held.scale in (None, scale)
         and held.depth in (None, survey.blocks[n])
         and survey.blocks[n] > behind
@@ -204,19 +208,19 @@ def _with_exits(
 
     if exits is not None:
         numbers = tuple(places.index(block) for block in exits)
-        loss, ratio = judged(numbers)
+        loss, price = judged(numbers)
         chosen: tuple[int, ...] = numbers
     else:
-        chosen, loss, ratio = (), math.inf, math.inf
+        chosen, loss, price = (), math.inf, math.inf
         while len(chosen) < MOST_EXITS:
             tried = [(*judged(tuple(sorted((*chosen, n)))), n) for n in before if n not in chosen]
             if not tried or not min(tried)[0] < loss * (1 - WORTH):
                 break
-            loss, ratio, n = min(tried)
+            loss, price, n = min(tried)
             chosen = tuple(sorted((*chosen, n)))
     if loss == math.inf:
         return []
-    return [Plan(scale, None if stop is None else places[stop], tuple(places[n] for n in chosen), ratio, loss)]
+    return [Plan(scale, None if stop is None else places[stop], tuple(places[n] for n in chosen), price, loss)]
 
 
 LIMITS = even_path(1).limits.flatten().tolist()
@@ -225,11 +229,11 @@ LIMITS = even_path(1).limits.flatten().tolist()
 def _at_budget(
     survey: Survey, searched: Searched, numbers: tuple[int, ...], stop: int | None, budget: float
 ) -> tuple[float, float]:
-    """Return loss and cost at one threshold for all exits that meets the budget, both between two thresholds; infinity
+    """Return loss and price at one threshold for all exits that meets the budget, both between two thresholds; infinity
     if none does."""
     used = numbers if stop is None else (*numbers, stop)
     some = searched.dense.at_exits(used)
-    table = searched.costs.at_exits(used, None if stop is None else len(numbers))
+    table = searched.prices.at_exits(used, None if stop is None else len(numbers))
     method = stopping(survey.method, None if stop is None else len(used))
     losses = searched.losses[[*used, len(searched.losses) - 1]]
     price = context_price([survey.blocks[n] for n in used], survey.blocks[-1])
@@ -239,7 +243,7 @@ def _at_budget(
 
     def at(limit: float) -> tuple[float, float]:
         exit_index = compose(some, method, (limit,) * len(used))
-        return table.mac_ratio(live_counts(some, exit_index)), losses.gather(0, exit_index[None]).sum().item()
+        return table.share(live_counts(some, exit_index)), losses.gather(0, exit_index[None]).sum().item()
 
     low, high = 0, len(LIMITS) - 1
     cheap = at(LIMITS[high])
@@ -278,15 +282,22 @@ def finalists(plans: Sequence[Plan]) -> list[tuple[str, Plan]]:
 
 
 def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> TriedPlan | None:
-    """Choose thresholds for a plan by true runs and run it on all images; None if it cannot meet the budget."""
+    """Choose thresholds for a plan by true runs and run it on all images; None if it cannot meet the budget.
+
+    A static plan that takes longer than predicted is tried at smaller sizes.
+    """
     model = survey.model
     some = replace(survey.images, model=model.with_exits(plan.places))
+    numbers = [model.config.exits.index(block) for block in plan.places]
     if not plan.exits:
         inner: Method[Any] = Dense() if plan.stop is None else Truncated(1)
         method = inner if plan.scale == 1.0 else Resized(inner, plan.scale)
         run = true_run(some, method, survey.reference, f"true run: {plan}")
-        return TriedPlan(replace(plan, mac_ratio=run.mac_ratio), kind, method, run, survey.loss_of(run))
-    numbers = [model.config.exits.index(block) for block in plan.places]
+        price = survey.price_of(some, method, run, plan.scale, numbers)
+        if price > budget and survey.clock is not None:
+            smaller = [scale for scale in survey.scales if scale < plan.scale]
+            return try_plan(survey, replace(plan, scale=max(smaller)), budget, kind) if smaller else None
+        return TriedPlan(replace(plan, price=price), kind, method, run, survey.loss_of(run))
     planner = Planner(
         some,
         stopping(survey.method, None if plan.stop is None else len(plan.places)),
@@ -296,21 +307,45 @@ def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> T
         full_grids=survey.full_grids,
         prices=PRICES,
     )
-    loss = planner.compare(some, survey.reference, budget, survey.loss_of)
-    unguarded = planner.path
-    guarded = [replace(unguarded, guard=class_guard(planner.dense, most)) for most in GUARDS]
-    if planner.compare(some, survey.reference, budget, survey.loss_of, guarded) >= loss:
-        planner.path = unguarded
+    table = survey.prices[plan.scale].at_exits(numbers, planner.method.last_exit)
+
+    def predicted(position: float) -> float:
+        return table.share(planner.live(position))
 
     def measured(position: float) -> tuple[float, TrueRun]:
-        run = true_run(some, planner.method_at(position), survey.reference, f"true run: {plan}")
-        return run.mac_ratio, run
+        method = planner.method_at(position)
+        run = true_run(some, method, survey.reference, f"true run: {plan}")
+        return survey.price_of(some, method, run, plan.scale, numbers), run
 
-    fit = meet_budget(budget, planner.path.end, planner.mac_ratio, measured)
+    share = budget
+    if survey.clock is not None:  # paths are compared at equal multiply-adds
+        share = planner.mac_ratio(position_where(predicted, budget, planner.path.end))
+    loss = planner.compare(some, survey.reference, share, survey.loss_of)
+    unguarded = planner.path
+    guarded = [replace(unguarded, guard=class_guard(planner.dense, most)) for most in GUARDS]
+    if planner.compare(some, survey.reference, share, survey.loss_of, guarded) >= loss:
+        planner.path = unguarded
+    tolerance = TOLERANCE if survey.clock is None else TIME_TOLERANCE
+    fit = meet_budget(budget, planner.path.end, predicted, measured, tolerance)
     if fit is None:
         return None
     method = planner.method_at(fit.position)
-    return TriedPlan(replace(plan, mac_ratio=fit.run.mac_ratio), kind, method, fit.run, survey.loss_of(fit.run))
+    return TriedPlan(replace(plan, price=fit.reached), kind, method, fit.run, survey.loss_of(fit.run))
+
+
+def priced_by(survey: Survey, target: Budget) -> tuple[Survey, float]:
+    """Return the survey in the unit of a budget, and the budget as a share of dense in it.
+
+    Raises:
+        ConfigError: for a budget of time and a model that takes windows.
+    """
+    if target.unit == "budget":
+        return survey, target.value
+    if target.unit == "budget_gmacs":
+        return survey, target.value / (survey.costs[1.0].dense.sum().item() / len(survey.images) / GIGA)
+    timed = survey.by_the_clock()
+    assert timed.clock is not None
+    return timed, target.value / timed.clock.dense_ms
 
 
 def choose_plan(
@@ -349,10 +384,13 @@ def _out_of_reach(survey: Survey, budget: float, held: Held) -> str:
     stops = [n for n, block in enumerate(survey.blocks) if held.depth in (None, block) and survey.may_stop(n)]
     if not stops or (held.exits and held.depth not in (None, survey.blocks[-1]) and survey.method.decodes_grid):
         return f"depth={held.depth} cannot be held: this decode head reads the whole grid at the end; leave it out."
-    least = min(costs[n] for scale, costs in survey.static_costs.items() for n in stops if held.scale in (None, scale))
-    asked = f"budget={budget:g} is out of reach"
+    least = min(costs[n] for scale, costs in survey.static_prices.items() for n in stops if held.scale in (None, scale))
+    asked, unit = f"budget={budget:g} is out of reach", "of dense multiply-adds"
+    if survey.clock is not None:
+        budget, least = budget * survey.clock.dense_ms, least * survey.clock.dense_ms
+        asked, unit = f"latency_ms={budget:.3g} is out of reach", "ms here"
     if held.exits is None:
-        return f"{asked}: the cheapest plan takes {least:.2f} of dense multiply-adds; ask for more, or hold less of it."
+        return f"{asked}: the cheapest plan takes {least:.2f} {unit}; ask for more, or hold less of it."
     return f"{asked} with what is held of the plan: ask for more, or hold less."
 
 

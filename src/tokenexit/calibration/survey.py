@@ -5,21 +5,23 @@ Legend: E places where the model has exits, n images, N tokens of a dense pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, mean_error, true_run
+from tokenexit.calibration.clock import Clock
 from tokenexit.calibration.dense_pass import DensePass, MacTable
 from tokenexit.calibration.targets import Average
 from tokenexit.evaluation.metrics import scores
 from tokenexit.inputs.preprocessing import resized_size
-from tokenexit.methods import Dense, ThresholdMethod
+from tokenexit.methods import Dense, Method, ThresholdMethod
 from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
@@ -30,12 +32,22 @@ SEARCH_TOKENS = 20_000
 """Tokens on which places are searched; paths of thresholds are built on more."""
 
 
+class PriceTable(Protocol):
+    """What images cost from their live counts, over the dense model at full size: multiply-adds, or time."""
+
+    def at_exits(self, numbers: Sequence[int], last_exit: int | None) -> PriceTable: ...
+
+    def first(self, images: int) -> PriceTable: ...
+
+    def share(self, live: Tensor) -> float: ...
+
+
 @dataclass(frozen=True)
 class Searched:
-    """The first images of a dense pass, on which places are searched: their costs, and losses `(E + 1, N)`."""
+    """The first images of a dense pass, on which places are searched: their prices, and losses `(E + 1, N)`."""
 
     dense: DensePass
-    costs: MacTable
+    prices: PriceTable
     losses: Tensor
 
 
@@ -70,14 +82,27 @@ class Survey:
         self.costs = {
             scale: MacTable(self.model, method, one.grids, self.full_grids) for scale, one in self.passes.items()
         }
+        self.clock: Clock | None = None
+        self.prices: Mapping[float, PriceTable] = self.costs
         self._searched: dict[float, Searched] = {}
+
+    def by_the_clock(self) -> Survey:
+        """Return the same, in which the price of a plan is its time on this machine.
+
+        Raises:
+            ConfigError: for a model that takes windows.
+        """
+        other = copy(self)
+        other.clock = Clock.of(self.images, self.method, {scale: one.grids for scale, one in self.passes.items()})
+        other.prices, other._searched = other.clock.tables, {}
+        return other
 
     def searched(self, scale: float) -> Searched:
         """Return what is searched at a size, made once: about `SEARCH_TOKENS` tokens."""
         if scale not in self._searched:
             images = max(1, round(len(self.full_grids) * min(1.0, SEARCH_TOKENS / len(self.passes[scale].image))))
             dense = self.passes[scale].first(images)
-            self._searched[scale] = Searched(dense, self.costs[scale].first(images), dense.losses(self.average))
+            self._searched[scale] = Searched(dense, self.prices[scale].first(images), dense.losses(self.average))
         return self._searched[scale]
 
     @property
@@ -113,15 +138,34 @@ class Survey:
     @cached_property
     def static_costs(self) -> dict[float, list[float]]:
         """Multiply-adds of all tokens stopping at each place, and at the end, over dense ones at full size, by size."""
-        numbers = range(len(self.blocks) - 1)
-        return {scale: [self._static_cost(scale, n) for n in (*numbers, None)] for scale in self.passes}
+        return self._static(self.costs)
 
-    def _static_cost(self, scale: float, number: int | None) -> float:
-        """Cost of a stop at one place, or of none."""
-        costs = self.costs[scale].at_exits([] if number is None else [number], None if number is None else 0)
+    @property
+    def static_prices(self) -> dict[float, list[float]]:
+        """The same in the unit that plans are priced in, multiply-adds or time."""
+        return self.static_costs if self.clock is None else self._static(self.prices)
+
+    def _static(self, tables: Mapping[float, PriceTable]) -> dict[float, list[float]]:
+        numbers = range(len(self.blocks) - 1)
+        return {scale: [self._static_price(tables, scale, n) for n in (*numbers, None)] for scale in self.passes}
+
+    def _static_price(self, tables: Mapping[float, PriceTable], scale: float, number: int | None) -> float:
+        """Price of a stop at one place, or of none."""
+        table = tables[scale].at_exits([] if number is None else [number], None if number is None else 0)
         cells = torch.tensor([h * w for h, w in self.passes[scale].grids])
         rest = [] if number is None else [torch.zeros_like(cells)]
-        return costs.mac_ratio(torch.stack([cells, *rest], dim=1))
+        return table.share(torch.stack([cells, *rest], dim=1))
+
+    def price_of(
+        self, images: CalibrationSet, method: Method[Any], run: TrueRun, scale: float, numbers: Sequence[int]
+    ) -> float:
+        """Price of a true run over dense at full size: its multiply-adds, or its time, for which it is timed.
+
+        images: those of the run, with a model that has the places `numbers` alone. scale: factor on their sides.
+        """
+        if self.clock is None:
+            return run.mac_ratio
+        return self.clock.share_of(images, method, run, self.clock.tables[scale].at_exits(numbers, method.last_exit))
 
     def loss_of(self, run: TrueRun) -> float:
         """Loss of a true run: the share of pixels that are not as they should be, or one less mIoU."""

@@ -108,7 +108,7 @@ def build_path(
 
     def judge(at: tuple[int, ...]) -> tuple[float, float]:
         exit_index = compose(dense, method, limits(at))
-        return losses.gather(0, exit_index[None]).sum().item(), costs.mac_ratio(live_counts(dense, exit_index))
+        return losses.gather(0, exit_index[None]).sum().item(), costs.share(live_counts(dense, exit_index))
 
     here = (0,) * len(levels)
     loss, cost = judge(here)

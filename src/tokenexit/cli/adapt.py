@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from tokenexit.data.base import SegmentationDataset
     from tokenexit.segmenter import ExitSegmenter
 
+TARGETS = ("budget", "latency_ms", "max_disagreement", "confidence")
 DOES_NOT_PAY = 3
 """Exit status where the model was made and does not save what was wished."""
 
@@ -39,7 +41,7 @@ def adapt(arguments: list[str]) -> int:
     from tokenexit.adaptation.page import write_page
     from tokenexit.calibration.targets import target_of
 
-    target = target_of({name: getattr(options, name) for name in ("budget", "max_disagreement", "confidence")})
+    target = target_of({name: getattr(options, name) for name in TARGETS})
     check_out(options.out, options.source)
     model = _open(options)
     found = adapt_model(
@@ -73,6 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for the cheaper model and its report")
     target = parser.add_argument_group("target, one of these").add_mutually_exclusive_group(required=True)
     target.add_argument("--budget", type=share, help="largest mean multiply-adds, as a share of dense: 0.5, or 50%%")
+    target.add_argument("--latency-ms", type=float, help="largest mean milliseconds of an image, on this machine")
     target.add_argument("--max-disagreement", type=share, help="largest share of pixels unlike the dense model")
     parser.add_argument("--confidence", type=float, default=0.9, help="confidence of the bound --max-disagreement")
     plan = parser.add_argument_group("plan")
@@ -118,9 +121,13 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError(f"--size must be above 0 and at most 1, got {options.size:g}: it is a factor on the sides.")
     if options.data is None and options.data_root is not None:
         raise ConfigError("--data-root needs --data: name the dataset, such as folder.")
-    target = "budget" if options.max_disagreement is None else "max-disagreement"
-    if not 0.0 < (value := getattr(options, target.replace("-", "_"))) <= 1.0:
-        raise ConfigError(f"--{target} must be a share between 0 and 1, got {value:g}: write 0.5, or 50%.")
+    for target in ("budget", "max_disagreement"):
+        value = getattr(options, target)
+        if value is not None and not 0.0 < value <= 1.0:
+            name = target.replace("_", "-")
+            raise ConfigError(f"--{name} must be a share between 0 and 1, got {value:g}: write 0.5, or 50%.")
+    if options.latency_ms is not None and not 0.0 < options.latency_ms < math.inf:
+        raise ConfigError(f"--latency-ms must be above 0, got {options.latency_ms:g}: milliseconds of an image.")
     if not 0.0 < options.confidence < 1.0:
         raise ConfigError(f"--confidence must be between 0 and 1, got {options.confidence:g}: 0.9 is usual.")
     if options.max_disagreement is None and options.confidence != 0.9:

@@ -125,8 +125,9 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--threshold is what calibrate chooses: leave it out, or give it to predict and evaluate.")
     if options.images is not None and (options.data is not None or options.data_root is not None):
         raise ConfigError("--images are files and --data is a dataset: give one of the two.")
-    if options.plan is not None and (options.cap is not None or (options.budget or options.budget_gmacs) is None):
-        raise ConfigError("--plan goes with --budget or --budget-gmacs, without --cap: leave one of the two out.")
+    budget = options.budget or options.budget_gmacs or options.latency_ms
+    if options.plan is not None and (options.cap is not None or budget is None):
+        raise ConfigError("--plan goes with a budget, without --cap: leave one of the two out.")
     if options.fit_temperature and options.temperature is not None:
         raise ConfigError("--temperature is given and --fit-temperature finds one: give one of the two.")
 
