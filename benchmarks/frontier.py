@@ -1,0 +1,131 @@
+"""Accuracy against compute of one trained model: every size, every stop, exits at every size, and plans of all three.
+
+    python -m benchmarks.frontier runs/camvid-dense --data camvid --data-root data/camvid --seed 0 --out FILE
+
+The rivals of exits are static: the image at another size, everybody stopped after some block, both together. Plans are
+made on the images of `--plan-split`, by agreement with the dense model and by labels, and run on those of `--split`
+like every other row. Rows of one size are run in turn, and results are in the file as they come: a second call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenexit.calibration.calibration_set import CalibrationSet, labelled
+from tokenexit.calibration.for_plan import on_all_exits
+from tokenexit.calibration.plans import choose_plan
+from tokenexit.calibration.survey import Survey
+from tokenexit.cli.progress import progress_bars
+from tokenexit.data.base import SegmentationDataset
+from tokenexit.data.loader import Cached
+from tokenexit.data.registry import open_dataset
+from tokenexit.errors import ConfigError
+from tokenexit.evaluation.evaluate import Evaluation, evaluate
+from tokenexit.evaluation.results import Scaled
+from tokenexit.methods import Dense, DToP, Method, Truncated
+from tokenexit.runtime.memory import keep_buffers
+from tokenexit.runtime.notebook import Notebook
+from tokenexit.runtime.precision import inference
+from tokenexit.segmenter import ExitSegmenter
+
+SIZES = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
+THRESHOLDS: tuple[tuple[float, ...], ...] = ((0.99, 0.95, 0.9), (0.98, 0.9, 0.8), (0.98, 0.8, 0.65), (0.9, 0.7, 0.5))
+AT_RANDOM = (1.0, 0.7)
+"""Sizes at which random exits run beside."""
+BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
+
+
+def rows_at(model: ExitSegmenter, size: float) -> Iterator[Scaled]:
+    """Yield what runs at a size: dense, a stop after each exit, and exits at a few thresholds."""
+    exits = len(model.config.exits)
+    methods: list[Method[Any]] = [Dense(), *(Truncated(n + 1) for n in range(exits))]
+    if model.decode_head.takes_live_tokens:
+        methods += [DToP(thresholds[:exits]) for thresholds in THRESHOLDS]
+    for method in methods:
+        yield Scaled(method, size)
+
+
+def figures(model: ExitSegmenter, data: SegmentationDataset, rows: Sequence[Scaled], at_random: bool) -> list[Any]:
+    """Run rows on all images; at random: with random exits at the counts of each, and the oracle at full size."""
+    lines = ["random"] if at_random else []
+    if at_random and rows[0].input_scale == 1.0:
+        lines.append("oracle")
+    found = evaluate(model, data, rows, references=lines, progress=progress_bars()("running"))  # type: ignore[arg-type]
+    dense = found[0] if rows[0].method == Dense() else None
+    return [as_row(one, data, dense) for one in found]
+
+
+def as_row(one: Evaluation, data: SegmentationDataset, dense: Evaluation | None) -> dict[str, Any]:
+    """Return a row as JSON, with the interval of its mIoU less that of dense at the same size."""
+    return one.to_dict(data.labels.names) | {
+        "minus_dense_interval": None if dense is None else one.miou_interval(dense),
+        "latency_ms_p95": sorted(one.latency_ms)[int(0.95 * len(one.latency_ms))],
+    }
+
+
+def plans(
+    model: ExitSegmenter, data: SegmentationDataset, chosen_on: SegmentationDataset, labels: bool
+) -> list[dict[str, Any]]:
+    """Make a plan for every budget on some images, and run them on the others."""
+    images = CalibrationSet(model, Cached(chosen_on), range(len(chosen_on)), progress=progress_bars())
+    if labels:
+        images = labelled(images)
+    rows: list[Scaled] = []
+    about: list[dict[str, Any]] = []
+    with inference(model.device, "fp32"):
+        survey = Survey(images, DToP(), "classes", labels=labels)
+        for budget in BUDGETS:
+            try:
+                best, *others = choose_plan(survey, budget)
+            except ConfigError:
+                continue
+            print(f"{budget:.0%}: {best.plan} ({best.agreement:.2%}), then {', '.join(str(o.plan) for o in others)}")
+            method = on_all_exits(model.config.exits, best)
+            rows.append(Scaled(method))
+            about.append({"budget": budget, "plan": str(best.plan), "kind": best.kind, "loss": best.loss})
+    found = evaluate(model, data, rows, progress=progress_bars()("running plans"))
+    return [as_row(one, data, None) | told for one, told in zip(found, about)]
+
+
+def main() -> None:
+    keep_buffers()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--name", help="name of the data in the rows; that of the dataset if not given")
+    parser.add_argument("--split", default="test")
+    parser.add_argument("--plan-split", default="val")
+    parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
+    parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--no-plans", action="store_true")
+    parser.add_argument("--out", type=Path, required=True)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    model = ExitSegmenter.from_pretrained(options.model)
+    model.calibration = None
+    data, chosen_on = (
+        open_dataset(options.data, options.data_root, one) for one in (options.split, options.plan_split)
+    )
+    settings = {"data": options.name or options.data, "split": options.split, "seed": options.seed,
+                "model": model.fingerprint(), "torch": torch.__version__, "threads": options.threads}  # fmt: skip
+    notebook = Notebook(options.out, settings)
+    for size in options.sizes:
+        rows = list(rows_at(model, size))
+        for row in notebook.once(f"size {size:g}", partial(figures, model, Cached(data), rows, size in AT_RANDOM)):
+            print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
+    for labels in () if options.no_plans or not model.decode_head.takes_live_tokens else (False, True):
+        key = f"plans by {'labels' if labels else 'agreement'}"
+        for row in notebook.once(key, partial(plans, model, data, chosen_on, labels)):
+            print(f"{key}, {row['budget']:.0%}: {row['plan']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs")
+
+
+if __name__ == "__main__":
+    main()
