@@ -4,11 +4,27 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, say_if_uncalibrated
 from tokenexit.cli.method_options import add_method_choice
-from tokenexit.cli.options import add_model_argument, add_threads_option, command_parser, load_model, start_threads
+from tokenexit.cli.options import (
+    add_dataset_options,
+    add_model_argument,
+    add_threads_option,
+    command_parser,
+    dataset_of,
+    load_model,
+    start_threads,
+)
 from tokenexit.errors import ConfigError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from tokenexit.segmenter import ExitSegmenter
 
 
 def export(arguments: list[str]) -> int:
@@ -17,12 +33,16 @@ def export(arguments: list[str]) -> int:
         raise ConfigError(f"--out {options.out} is a file: name a folder.")
     if options.quantize and options.format != "onnx":
         raise ConfigError(f"--quantize is for --format onnx, got {options.format}: leave one of them out.")
+    if options.quantize == "int8-static" and options.images is None:
+        raise ConfigError("--quantize int8-static needs --images like those that the file will see: add them.")
+    if not options.quantize and (options.data or options.data_root) is not None:
+        raise ConfigError("--data is for the mIoU of an INT8 file beside the float one: add --quantize.")
     if options.agreement is not None and not options.quantize:
         raise ConfigError("--agreement is of an INT8 file with the float one: add --quantize int8.")
     asked = asked_methods(options.method, options)
     from tokenexit.exporting.export import export_model
     from tokenexit.exporting.pictures import compared_images
-    from tokenexit.exporting.quantize import AGREEMENT, check_agreement, quantize_int8
+    from tokenexit.exporting.quantize import AGREEMENT, check_agreement
 
     agreement = AGREEMENT if options.agreement is None else options.agreement
     check_agreement(agreement)
@@ -41,14 +61,36 @@ def export(arguments: list[str]) -> int:
         f"least {made.same_pixels:.3%} of the pixels of the same class"
     )
     if options.quantize:
-        small = quantize_int8(made.path, images, agreement)
-        (size, new_size), (ms, new_ms), (left, new_left) = small.megabytes, small.milliseconds, small.left
-        print(
-            f"{small.path}: {new_size:.1f} MB of {size:.1f}, {new_ms:.1f} ms an image of {ms:.1f}\n"
-            f"{small.same_labels:.2%} of the labels and {small.same_exits:.2%} of the exits are the float file's; "
-            f"{new_left:.1%} of the tokens leave, {left:.1%} in the float file"
-        )
+        _quantize(options, model, made.path, images, agreement)
     return 0
+
+
+def _quantize(
+    options: argparse.Namespace, model: ExitSegmenter, path: Path, images: Sequence[Tensor], agreement: float
+) -> None:
+    """Write the INT8 file and say how it compares with the float one, by mIoU too if there are labelled images."""
+    from tokenexit.evaluation.evaluate import check_classes
+    from tokenexit.exporting.pictures import images_for_ranges
+    from tokenexit.exporting.quantize import miou_of, quantize_int8
+
+    data = None if options.data is None else dataset_of(options)[1]
+    if data is not None:
+        check_classes(model, data)
+        if model.preprocessing.window is not None:
+            raise ConfigError("--data needs a model that takes images whole, and this one takes windows: leave it out.")
+    ranges = images_for_ranges(model, options.images) if options.quantize == "int8-static" else []
+    small = quantize_int8(path, images, agreement, ranges)
+    (size, new_size), (ms, new_ms), (left, new_left) = small.megabytes, small.milliseconds, small.left
+    print(
+        f"{small.path}: {new_size:.1f} MB of {size:.1f}, {new_ms:.1f} ms an image of {ms:.1f}\n"
+        f"{small.same_labels:.2%} of the labels and {small.same_exits:.2%} of the exits are the float file's; "
+        f"{new_left:.1%} of the tokens leave, {left:.1%} in the float file"
+    )
+    if small.thresholds[0] != small.thresholds[1]:
+        print("thresholds were moved, so that as many tokens leave at each exit as in the float file")
+    if data is not None:
+        float_miou, int8_miou = (miou_of(one, model.preprocessing, data) for one in (path, small.path))
+        print(f"mIoU {int8_miou:.2f}, {float_miou:.2f} of the float file, on {len(data)} images")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,7 +107,10 @@ def _parser() -> argparse.ArgumentParser:
         help="images on which file and model are compared, three at most; drawn ones if not given",
     )
     parser.add_argument(
-        "--quantize", choices=("int8",), help="model.int8.onnx beside the file: weights in INT8, exit heads in fp32"
+        "--quantize",
+        choices=("int8", "int8-static"),
+        help="model.int8.onnx beside the file: weights in INT8, exit heads in fp32; static: with ranges of activations "
+        "from at most 32 of --images",
     )
     parser.add_argument(
         "--agreement",
@@ -73,5 +118,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="least share of labels, and of exits, in which the INT8 file must be the float one (default: 0.9)",
     )
+    add_dataset_options(parser, "val", "labelled images for the mIoU of an INT8 file beside the float one")
     add_threads_option(parser)
     return parser

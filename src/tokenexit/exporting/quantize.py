@@ -9,19 +9,32 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
+from tokenexit.data.base import SegmentationDataset
+from tokenexit.data.loader import mask_tensor
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.exporting.export import Answers, open_onnx
+from tokenexit.evaluation.metrics import confusion_matrix, scores
+from tokenexit.exporting.export import Answers, Runner, open_onnx
+from tokenexit.inputs.preprocessing import Preprocessing
+from tokenexit.outputs.segmentation import resize_maps
 from tokenexit.runtime.atomic import atomic_write
 
 FILE = "model.int8.onnx"
 AGREEMENT = 0.9
 """At least this share of labels, and of exits, must be the float file's, if nothing else is asked for."""
 REPEATS = 3
+MATCHED = 0.002
+"""Thresholds of an exit stay where the share of tokens that leave there is that of the float file to this."""
+SHIFT, HALVINGS = 2.0, 6
+"""Thresholds are looked for within this distance, in logits, of the float file's, by so many halvings."""
+
+Thresholds = npt.NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class Quantized:
         same_labels: share of pixels with the float file's class.
         same_exits: share of tokens that leave where they leave in the float file.
         left: share of tokens that leave at an exit, in both.
+        thresholds: those of the metadata, in both.
     """
 
     path: Path
@@ -43,18 +57,24 @@ class Quantized:
     same_labels: float
     same_exits: float
     left: tuple[float, float]
+    thresholds: tuple[list[Any], list[Any]]
 
 
-def quantize_int8(path: Path, images: Sequence[Tensor], agreement: float = AGREEMENT) -> Quantized:
+def quantize_int8(
+    path: Path, images: Sequence[Tensor], agreement: float = AGREEMENT, ranges: Sequence[Tensor] = ()
+) -> Quantized:
     """Write `model.int8.onnx` beside the exported file `path`, with weights in INT8 by channel.
 
-    Ranges of activations are taken as they come (onnxruntime's `quantize_dynamic`). Exit heads stay in fp32, and so do
-    softmax, scores and their comparison with thresholds. Both files run on `images` at the thresholds of the metadata.
+    Exit heads stay in fp32, and so do softmax, scores and their comparison with thresholds. Scores move all the same:
+    the new file's thresholds are those at which as many tokens leave at each exit as in the float file. Each file runs
+    on `images` at its own thresholds.
 
     Args:
         path: a file of `export_model`.
         images: `(3, H, W)` fp32 each, as `Preprocessing` makes them.
         agreement: least share of equal labels, and of equal exits, in [0, 1].
+        ranges: images from which ranges of activations are taken in advance (onnxruntime's `quantize_static`); without
+            any they are taken as they come (`quantize_dynamic`).
 
     Raises:
         ConfigError: for an agreement outside [0, 1], and without images.
@@ -63,18 +83,18 @@ def quantize_int8(path: Path, images: Sequence[Tensor], agreement: float = AGREE
     check_agreement(agreement)
     if not images:
         raise ConfigError("there is no image to compare the INT8 file with the float one on: give one.")
-    import onnx
-    from onnxruntime.quantization import quantize_dynamic
-
-    model = onnx.load(path)
-    in_float = exit_head_nodes(model)
-    in_float += [f"{name}_MatMul" for name in in_float]  # what the quantiser makes of each Gemm before it looks
-    about = {entry.key: entry.value for entry in model.metadata_props}
-    thresholds = np.array(json.loads(about["tokenexit"])["thresholds"], np.float32)
+    thresholds = thresholds_of(path)
     with atomic_write(path.with_name(FILE)) as unfinished:
         with _quiet():
-            quantize_dynamic(model, unfinished, per_channel=True, nodes_to_exclude=in_float)
-        found = _compare(path, unfinished, images, thresholds)
+            if ranges:
+                _write_static(path, unfinished, ranges, thresholds)
+            else:
+                _write_dynamic(path, unfinished)
+        files = open_onnx(path), open_onnx(unfinished)
+        own = matched_thresholds(*files, images, thresholds)
+        if not np.array_equal(own, thresholds):
+            _set_thresholds(unfinished, own)
+        found = _compare((path, unfinished), files, images, (thresholds, own))
         if min(found.same_labels, found.same_exits) < agreement:
             raise CheckpointError(
                 f"{found.same_labels:.1%} of the labels and {found.same_exits:.1%} of the exits of the INT8 file are "
@@ -82,6 +102,135 @@ def quantize_int8(path: Path, images: Sequence[Tensor], agreement: float = AGREE
                 "to accept it."
             )
     return replace(found, path=path.with_name(FILE))
+
+
+def metadata_of(path: Path) -> dict[str, Any]:
+    """Return what an exported file says of itself."""
+    import onnx
+
+    about: dict[str, Any] = json.loads({one.key: one.value for one in onnx.load(path).metadata_props}["tokenexit"])
+    return about
+
+
+def thresholds_of(path: Path) -> Thresholds:
+    """Return the thresholds in a file's metadata, `(E,)` or `(E, K)`."""
+    return np.array(metadata_of(path)["thresholds"], np.float32)
+
+
+def matched_thresholds(
+    float_file: Runner, int8_file: Runner, images: Sequence[Tensor], thresholds: Thresholds
+) -> Thresholds:
+    """Return thresholds at which as many tokens leave the second file at each exit as the first, over all images.
+
+    They are moved exit by exit, the first one first, by one distance in logits for all classes of an exit; a threshold
+    of 0 or 1 stays.
+    """
+    asked = [image[None].numpy() for image in images]
+
+    def left_by(file: Runner, tried: Thresholds, n: int) -> float:
+        return float(np.mean(np.concatenate([(file(image, tried)[2] <= n).ravel() for image in asked])))
+
+    own = thresholds.copy()
+    for n in range(len(thresholds)):
+        wanted, low, high = left_by(float_file, thresholds, n), -SHIFT, SHIFT
+        if abs(left_by(int8_file, own, n) - wanted) <= MATCHED:
+            continue
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            own[n] = _moved(thresholds[n], middle)
+            if left_by(int8_file, own, n) > wanted:
+                low = middle  # a higher threshold lets fewer leave
+            else:
+                high = middle
+    return own
+
+
+def _moved(thresholds: Thresholds, shift: float) -> Thresholds:
+    """Move thresholds by a distance in logits."""
+    with np.errstate(divide="ignore"):
+        logits = np.log(thresholds) - np.log1p(-thresholds)
+    return (1 / (1 + np.exp(-(logits + np.float32(shift))))).astype(np.float32)
+
+
+def _write_dynamic(path: Path, out: Path) -> None:
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    model = onnx.load(path)
+    in_float = exit_head_nodes(model)
+    in_float += [f"{name}_MatMul" for name in in_float]  # what the quantiser makes of each Gemm before it looks
+    quantize_dynamic(model, out, per_channel=True, nodes_to_exclude=in_float)
+
+
+def _write_static(path: Path, out: Path, images: Sequence[Tensor], thresholds: Thresholds) -> None:
+    """Quantise products with weights alone.
+
+    Every image runs twice, with the thresholds and with nobody leaving: tokens that stay see other values in deep
+    blocks than tokens that leave.
+    """
+    import onnx
+    from onnxruntime.quantization import CalibrationDataReader, quantize_static
+
+    class Images(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            settings = (thresholds, np.ones_like(thresholds))
+            self.left = iter([(image, setting) for setting in settings for image in images])
+
+        def get_next(self) -> dict[str, Any] | None:
+            image, setting = next(self.left, (None, None))
+            return None if image is None else {"image": image[None].numpy(), "thresholds": setting}
+
+    model = onnx.load(path)
+    quantize_static(
+        model,
+        out,
+        Images(),
+        op_types_to_quantize=["Conv", "Gemm", "MatMul"],
+        nodes_to_exclude=exit_head_nodes(model),
+        per_channel=True,
+        extra_options={"MatMulConstBOnly": True},
+    )
+
+
+def _set_thresholds(path: Path, thresholds: Thresholds) -> None:
+    import onnx
+
+    model = onnx.load(path)
+    for entry in model.metadata_props:
+        if entry.key == "tokenexit":
+            about = json.loads(entry.value)
+            about["thresholds"] = np.round(thresholds.astype(np.float64), 7).tolist()
+            entry.value = json.dumps(about)
+    onnx.save(model, path)
+
+
+def miou_of(path: Path, preprocessing: Preprocessing, data: SegmentationDataset) -> float:
+    """Return the mIoU of a file at its own thresholds, in percent, over all images of a dataset, taken whole.
+
+    Raises:
+        ConfigError: for a model that takes windows.
+    """
+    if preprocessing.window is not None:
+        raise ConfigError("mIoU of an exported file is for images taken whole, and this model takes windows.")
+    run, thresholds = open_onnx(path), thresholds_of(path)
+    about = metadata_of(path)
+    classes = len(about["classes"])
+    confusion = torch.zeros(classes, classes, dtype=torch.int64)
+    for i in range(len(data)):
+        sample = data[i]
+        image = preprocessing.to_tensor(sample.image)
+        _, logits, exits = run(image[None].numpy(), thresholds)
+        truth, grid = mask_tensor(sample.mask), (exits.shape[1], exits.shape[2])
+        maps = resize_maps(
+            torch.from_numpy(logits),
+            grid,
+            about["patch_size"],
+            about["upscale"],
+            (image.shape[1], image.shape[2]),
+            (truth.shape[0], truth.shape[1]),
+        )
+        confusion += confusion_matrix(maps[0].argmax(0), truth, classes, data.labels.ignore_index)
+    return scores(confusion).miou
 
 
 def check_agreement(agreement: float) -> None:
@@ -100,28 +249,38 @@ def exit_head_nodes(model: object) -> list[str]:
 
 
 def _compare(
-    float_file: Path, int8_file: Path, images: Sequence[Tensor], thresholds: npt.NDArray[np.float32]
+    paths: tuple[Path, Path],
+    files: tuple[Runner, Runner],
+    images: Sequence[Tensor],
+    thresholds: tuple[Thresholds, Thresholds],
 ) -> Quantized:
     """Run both files in turn, so that a busy machine slows both."""
-    runs = [open_onnx(file) for file in (float_file, int8_file)]
     answers: list[list[Answers]] = [[], []]
     seconds: list[list[float]] = [[], []]
     for image in images:
         for repeat in range(REPEATS):
-            for which, run in enumerate(runs):
+            for which, (run, own) in enumerate(zip(files, thresholds)):
                 start = time.perf_counter()
-                answer = run(image[None].numpy(), thresholds)
+                answer = run(image[None].numpy(), own)
                 seconds[which].append(time.perf_counter() - start)
                 if repeat == 0:
                     answers[which].append(answer)
-    exits = len(thresholds)
+    exits = len(thresholds[0])
     left = [float(np.concatenate([(one[2] < exits).ravel() for one in ours]).mean()) for ours in answers]
     same_labels, same_exits = (
         float(np.concatenate([(one[i] == other[i]).ravel() for one, other in zip(*answers)]).mean()) for i in (0, 2)
     )
-    sizes = [file.stat().st_size / 1e6 for file in (float_file, int8_file)]
+    sizes = [path.stat().st_size / 1e6 for path in paths]
     times = [float(np.median(one)) * 1e3 for one in seconds]
-    return Quantized(int8_file, (sizes[0], sizes[1]), (times[0], times[1]), same_labels, same_exits, (left[0], left[1]))
+    return Quantized(
+        path=paths[1],
+        megabytes=(sizes[0], sizes[1]),
+        milliseconds=(times[0], times[1]),
+        same_labels=same_labels,
+        same_exits=same_exits,
+        left=(left[0], left[1]),
+        thresholds=(thresholds[0].tolist(), thresholds[1].tolist()),
+    )
 
 
 @contextmanager
