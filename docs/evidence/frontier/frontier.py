@@ -1,0 +1,172 @@
+"""Collect the runs of `benchmarks.frontier` in one file, compare exits with the best static plan, and draw both.
+
+    python docs/evidence/frontier/frontier.py docs/evidence/frontier/*_seed?.json
+
+Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
+Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
+block: the points that no other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+Row = dict[str, Any]
+HERE = Path(__file__).parent
+AT = {"camvid": (0.9, 1.5, 2.0, 3.0, 4.0), "cwfid": (8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
+"""GMACs of an image at which curves are compared."""
+KINDS = {
+    "dense": ("Dense at other sizes", "#222222", "d", "--"),
+    "truncated": ("everybody stopped after a block, any size", "#888888", "^", ""),
+    "dtop": ("DToP, any size", "#1f6fb4", "o", ""),
+    "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
+    "planned by labels": ("plans of size, stop and exits, by labels", "#0f7f6b", "P", "-"),
+    "random": ("random exits at DToP's counts", "#bbbbbb", "x", ""),
+    "oracle": ("agreement oracle", "#7b4fa3", "*", ""),
+}
+STATIC = ("dense", "truncated")
+
+
+def rows_of(file: Path) -> list[Row]:
+    """Return a run's points as rows of one form."""
+    content = json.loads(file.read_text())
+    settings, rows = content["settings"], []
+    for key, results in content["results"].items():
+        for found in results:
+            spec = found["method"]
+            kind = spec["name"]
+            if key.startswith("plans"):
+                kind = "planned by labels" if key.endswith("labels") else "planned"
+            elif found["label"].startswith("random"):
+                kind = "random"
+            elif found["label"].startswith("agreement"):
+                kind = "oracle"
+            rows.append(
+                {
+                    "data": settings["data"],
+                    "method": kind,
+                    "label": found.get("plan", found["label"]),
+                    "model": settings["model"],
+                    "size": found["input_scale"],
+                    "seed": settings["seed"],
+                    "thresholds": spec.get("threshold"),
+                    "after": spec.get("after"),
+                    "budget": found.get("budget"),
+                    "gmacs": found["gmacs_mean"],
+                    "miou": found["mIoU"],
+                    "boundary_iou": found["boundary_IoU"],
+                    "iou": found["IoU"],
+                    "ms": found["latency_ms_median"],
+                    "ms_p95": found["latency_ms_p95"],
+                }
+            )
+    return rows
+
+
+def best(rows: Iterable[Row], figure: str = "miou") -> list[tuple[float, float]]:
+    """Return the points that no cheaper one equals, `(GMACs, figure)`, cheapest first."""
+    found: list[tuple[float, float]] = []
+    for row in sorted(rows, key=lambda row: row["gmacs"]):
+        if not found or row[figure] > found[-1][1]:
+            found.append((row["gmacs"], row[figure]))
+    return found
+
+
+def at(points: Sequence[tuple[float, float]], gmacs: float) -> float:
+    """Return the figure at some multiply-adds: between points over their logarithm, the last one's behind it."""
+    if not points or gmacs < points[0][0]:
+        return math.nan
+    for (x0, y0), (x1, y1) in pairwise(points):
+        if gmacs < x1:
+            return y0 + (y1 - y0) * math.log(gmacs / x0) / math.log(x1 / x0)
+    return points[-1][1]
+
+
+def compared(rows: list[Row], gmacs: float, figure: str) -> dict[str, float]:
+    """Return the best static figure at some multiply-adds, and those of exits at any size and of plans."""
+    kinds = {"static": STATIC, "dtop": ("dtop",), "planned": ("planned",), "planned by labels": ("planned by labels",)}
+    return {name: at(best((r for r in rows if r["method"] in kind), figure), gmacs) for name, kind in kinds.items()}
+
+
+def tables(data: str, rows: list[Row]) -> None:
+    seeds = sorted({row["seed"] for row in rows})
+    for figure in ("miou", "boundary_iou"):
+        print(f"\n{data}, {figure}, seeds {seeds}\n")
+        print("| GMACs | best static plan | DToP, any size | plan, by agreement | plan, by labels |")
+        print("|---:|---:|---:|---:|---:|")
+        for gmacs in AT[data]:
+            found = [compared([row for row in rows if row["seed"] == seed], gmacs, figure) for seed in seeds]
+            static = [one["static"] for one in found]
+            cells = [f"{mean(static):.2f}"]
+            for name in ("dtop", "planned", "planned by labels"):
+                gains = [one[name] - one["static"] for one in found if not math.isnan(one[name])]
+                spread = f" ± {stdev(gains):.2f}" if gains[1:] else ""
+                cells.append(f"{mean(one[name] for one in found):.2f} ({mean(gains):+.2f}{spread})" if gains else "")
+            print(f"| {gmacs:g} | {' | '.join(cells)} |")
+
+
+def random_gains(data: str, rows: list[Row]) -> None:
+    """Print what exits by score are better than random ones at the same counts."""
+    print(f"\n{data}: exits against random exits at the same counts\n")
+    print("| exits | of dense | mIoU | random |\n|---|---:|---:|---:|")
+    dense = {row["seed"]: row["gmacs"] for row in rows if row["method"] == "dense" and row["size"] == 1.0}
+    pairs: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for row in rows:
+        if row["method"] == "random":
+            label = row["label"].removeprefix("random, counts of ")
+            (own,) = [r for r in rows if r["label"] == label and r["seed"] == row["seed"] and r["method"] == "dtop"]
+            pairs[label].append((own["gmacs"] / dense[row["seed"]], own["miou"], row["miou"]))
+    for label, found in pairs.items():
+        share, own, random = (mean(one[i] for one in found) for i in range(3))
+        print(f"| {label} | {share:.0%} | {own:.2f} | {random:.2f} |")
+
+
+def draw(data: str, rows: list[Row], out: Path) -> None:
+    figure, axes = plt.subplots(figsize=(8.5, 5.4), layout="constrained")
+    for kind, (name, colour, marker, line) in KINDS.items():
+        points = sorted((row["gmacs"], row["miou"]) for row in rows if row["method"] == kind)
+        if points:
+            x, y = zip(*points)
+            single = len({row["seed"] for row in rows}) == 1
+            axes.plot(x, y, color=colour, marker=marker, ls=line if single else "", lw=0.9, ms=5, label=name)
+    static = best(row for row in rows if row["method"] in STATIC)
+    axes.plot(*zip(*static), color="#222222", lw=0.7, ls=":", label="best static plan")
+    top = max(row["miou"] for row in rows)
+    axes.set_ylim(top - 12, top + 0.7)
+    axes.set_xscale("log")
+    ticks = AT[data]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    axes.set_xlabel("GMACs of an image, heads and decode head included")
+    axes.set_ylabel(f"mIoU on {data} test, percent")
+    axes.grid(alpha=0.3)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.savefig(out, dpi=130)
+
+
+def main() -> None:
+    rows = [row for file in map(Path, sys.argv[1:]) for row in rows_of(file)]
+    (HERE.parent / "frontier.json").write_text(json.dumps(rows, indent=1) + "\n")
+    for data in dict.fromkeys(row["data"] for row in rows):
+        mine = [row for row in rows if row["data"] == data]
+        tables(data, mine)
+        random_gains(data, mine)
+        draw(data, mine, HERE / f"{data}.png")
+
+
+if __name__ == "__main__":
+    main()
