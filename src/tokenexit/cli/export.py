@@ -51,6 +51,8 @@ def export(arguments: list[str]) -> int:
     model = load_model(options)
     (method,) = chosen_methods(model, asked)
     images = compared_images(model, options.images)
+    if options.format == "compiled":
+        print("compiling, which takes a minute or more", flush=True)
     made = export_model(model, method, images, options.out, options.format)
     say_if_uncalibrated(model, asked)
     few = f" but for at most {made.elsewhere:.1%} of an image's tokens, whose scores are equal to rounding"
@@ -94,10 +96,12 @@ def _quantize(
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = command_parser("export", "One file for another runtime, exits included: ONNX, or a torch.export program.")
+    parser = command_parser(
+        "export", "One file for another runtime, exits included: ONNX, a torch.export program, or compiled code."
+    )
     add_model_argument(parser)
-    parser.add_argument("--format", choices=("onnx", "torch"), default="onnx", help="format of the file")
-    parser.add_argument("--out", type=Path, required=True, help="folder for model.onnx or model.pt2")
+    parser.add_argument("--format", choices=("onnx", "torch", "compiled"), default="onnx", help="format of the file")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the file")
     add_method_choice(parser)
     parser.add_argument(
         "--images",

@@ -28,8 +28,8 @@ from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.version import __version__
 
-Format = Literal["onnx", "torch"]
-FILES: dict[Format, str] = {"onnx": "model.onnx", "torch": "model.pt2"}
+Format = Literal["onnx", "torch", "compiled"]
+FILES: dict[Format, str] = {"onnx": "model.onnx", "torch": "model.pt2", "compiled": "model.compiled.pt2"}
 OPSET = 20
 TOLERANCE, ROUNDING = 1e-5, 8.0
 """Logits may be so far from those in fp64, times the larger of 1 and the largest logit, or so many times as far as the
@@ -97,7 +97,8 @@ def export_model(
         method: a method, its name or its specification.
         images: `(3, H, W)` fp32 each, as `Preprocessing` makes them; sizes should differ, as the graph takes any.
         out: the folder.
-        format: "onnx" or "torch".
+        format: "onnx"; "torch", a program of torch.export; or "compiled", that program as machine code for this kind of
+            processor (AOTInductor), which takes a C++ compiler to make and torch alone, from Python or C++, to run.
 
     Returns:
         The file, and how it compares with the model.
@@ -118,7 +119,7 @@ def export_model(
         program = trace(model, method)
     about = metadata(model, method)
     with _explained(model), atomic_write(path) as unfinished:
-        write, open_file = (_write_onnx, open_onnx) if format == "onnx" else (_write_torch, _open_torch)
+        write, open_file = WRITERS[format]
         write(program, about, unfinished)
         runs = _compare(model, method, images, open_file(unfinished))
     worst = max(runs, key=lambda run: run.error)
@@ -220,6 +221,41 @@ def _open_torch(path: Path) -> Runner:
         return labels.numpy(), logits.numpy(), exit_index.numpy()
 
     return run
+
+
+def _write_compiled(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
+    from torch._inductor import aoti_compile_and_package
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    settings = {"aot_inductor.metadata": {"tokenexit": json.dumps(about)}}
+    try:
+        with _quiet():
+            aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+    except InvalidCxxCompiler:
+        raise ConfigError("--format compiled needs a C++ compiler: install g++, or name yours in CXX.") from None
+
+
+def open_compiled(path: Path) -> Runner:
+    """Return a function that runs a compiled package."""
+    from torch._inductor import aoti_load_package
+
+    with _quiet():
+        graph = aoti_load_package(str(path))
+
+    @torch.no_grad()
+    def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
+        labels, logits, exit_index = graph(torch.from_numpy(image), torch.from_numpy(thresholds))
+        return labels.numpy(), logits.numpy(), exit_index.numpy()
+
+    return run
+
+
+Writer = Callable[[torch.export.ExportedProgram, dict[str, Any], Path], None]
+WRITERS: dict[Format, tuple[Writer, Callable[[Path], Runner]]] = {
+    "onnx": (_write_onnx, open_onnx),
+    "torch": (_write_torch, _open_torch),
+    "compiled": (_write_compiled, open_compiled),
+}
 
 
 @dataclass(frozen=True)
