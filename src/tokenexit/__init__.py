@@ -33,6 +33,7 @@ _HOME = {
     "MPM": "tokenexit.reducers",
     "ToMe": "tokenexit.reducers",
     "G2TM": "tokenexit.reducers",
+    "Supertokens": "tokenexit.reducers",
     "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
     "train": "tokenexit.training.loop",
@@ -75,7 +76,7 @@ if TYPE_CHECKING:
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.prediction.predict_files import predict_files
-    from tokenexit.reducers import ALGM, G2TM, MPM, ToMe
+    from tokenexit.reducers import ALGM, G2TM, MPM, Supertokens, ToMe
     from tokenexit.segmenter import ExitSegmenter
     from tokenexit.training.config import TrainConfig
     from tokenexit.training.loop import train
@@ -103,6 +104,7 @@ __all__ = [
     "Preprocessing",
     "Reduced",
     "SegmentationOutput",
+    "Supertokens",
     "ThresholdMethod",
     "ToMe",
     "TokenExitError",

@@ -66,7 +66,7 @@ def run_tokens(
     exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and the work done.
     """
     config, last = backbone.config, method.last_exit
-    work = Work([], [], [Ops() for _ in tokens.grids])
+    work = Work([], [], [method.embed_ops(grid, config) for grid in tokens.grids])
     state = method.start(tokens, model)
     for step in plan(config.depth, exits, method.sites(config.depth)):
         if isinstance(step, range):
@@ -260,7 +260,7 @@ class ExitSegmenter(PretrainedMixin):
         targets: tuple[Size, ...],
     ) -> SegmentationOutput:
         """Run images that share one method, and split the result into images. full: their sizes before resizing."""
-        tokens = self.backbone.embed(images)
+        tokens = method.embed(images, self.backbone)
         result, work = run_tokens(self.backbone, self.config.exits, tokens, method, model)
 
         scale, grids = self.decode_head.scale, tokens.grids

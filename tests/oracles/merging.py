@@ -6,10 +6,13 @@ A group is a set of cells with a feature; groups are listed in raster order of t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from tests.oracles import vit
 
 
 @dataclass
@@ -110,3 +113,65 @@ def g2tm(groups: list[Group], grid: tuple[int, int], tau: float) -> list[Group]:
             seen.add(i)
             flood(i, i)
     return join(groups, {i: root for i, root in enumerate(onto) if root != i}, False)
+
+
+def mean_cosine(window: list[Tensor]) -> float:
+    pairs = [cosine(a, b) for i, a in enumerate(window) for j, b in enumerate(window) if i != j]
+    return sum(pairs) / len(pairs)
+
+
+def evenness(pixels: Tensor) -> float:
+    """1 minus the entropy of the grey levels of `(3, H, W)`, over its maximum; levels are tenths from -3.2 to 3.2."""
+    counts: dict[int, int] = {}
+    for value in pixels.mean(0).flatten().tolist():
+        level = min(max(math.floor(value / 0.1), -32), 31)
+        counts[level] = counts.get(level, 0) + 1
+    total = sum(counts.values())
+    return 1 + sum(n / total * math.log(n / total) for n in counts.values()) / math.log(64)
+
+
+def supertokens(
+    state: vit.State,
+    config,
+    image: Tensor,
+    sizes: tuple[int, ...],
+    chosen: Callable[[int, int, int, list[Tensor], Tensor], bool],
+) -> list[Group]:
+    """A quadtree of windows, from large to small; `chosen(side, row, column, patches, pixels)` says who shares.
+
+    patches: embedded, of the window, in raster order. pixels: of the window.
+    """
+    size, (h, w) = config.patch_size, vit.grid_of(image, config.patch_size)
+    plain = replace(config, norm_pre=False)
+    state = {"patch_embed.proj.bias": torch.zeros(config.embed_dim).double()} | state
+    weight, bias = state["patch_embed.proj.weight"].flatten(1), state["patch_embed.proj.bias"]
+    table = vit.embed(state, plain, torch.zeros_like(image))[config.num_prefix_tokens :] - bias
+    padded = torch.zeros(3, h * size, w * size, dtype=torch.float64)
+    padded[:, : image.shape[1], : image.shape[2]] = image
+
+    def pixels_of(row: int, column: int, side: int) -> Tensor:
+        return padded[:, row * size : (row + side) * size, column * size : (column + side) * size]
+
+    def finished(x: Tensor) -> Tensor:
+        return vit.layer_norm(state, "norm_pre", x, config.norm_eps) if config.norm_pre else x
+
+    def embedded(pixels: Tensor) -> Tensor:
+        return weight @ pixels.flatten() + bias
+
+    groups, taken = [], set[int]()
+    for side in (*sorted(sizes, reverse=True), 1):
+        for row in range(0, h - side + 1, side):
+            for column in range(0, w - side + 1, side):
+                cells = [(row + r) * w + column + c for r in range(side) for c in range(side)]
+                whole = pixels_of(row, column, side)
+                patches = [embedded(pixels_of(row + r, column + c, 1)) for r in range(side) for c in range(side)]
+                if taken & set(cells) or (side > 1 and not chosen(side, row, column, patches, whole)):
+                    continue
+                small = torch.zeros(3, size, size, dtype=torch.float64)
+                for y in range(size):
+                    for x in range(size):
+                        small[:, y, x] = whole[:, y * side : (y + 1) * side, x * side : (x + 1) * side].mean((1, 2))
+                feature = finished(embedded(small) + table[cells].mean(0))
+                groups.append(Group(cells[0], set(cells), feature))
+                taken |= set(cells)
+    return sorted(groups, key=lambda group: group.first)

@@ -22,11 +22,14 @@ from tokenexit.methods import (
     build_method,
     spec_of,
 )
-from tokenexit.reducers import ALGM, G2TM, MPM, REDUCERS, Site, ToMe, build_reducer
+from tokenexit.reducers import ALGM, G2TM, MPM, REDUCERS, Site, Supertokens, ToMe, build_reducer
+from tokenexit.reducers.supertokens import LabelledSupertokens
 from tokenexit.segmenter import plan
 
 REDUCING = {"algm": ALGM(0.5, 1, 3), "mpm": MPM((1, 3)), "tome": ToMe(0.1), "g2tm": G2TM(0.5, 1)}
+REDUCING["supertokens"] = Supertokens(0.5)
 NEVER = {"algm": ALGM(2.0, 1, None), "mpm": MPM(()), "tome": ToMe(0.0), "g2tm": G2TM(2.0)}
+NEVER["supertokens"] = Supertokens(2.0)
 METHODS = [
     Dense(),
     DToP(0.6),
@@ -147,6 +150,11 @@ def test_spec__comes_back_whole_and_short(name):
     assert build_method(spec_of(method)) == method == as_method(spec_of(method, whole=True))
 
 
+def _with_labels_of_another_image(model):
+    by = LabelledSupertokens(labels=(torch.zeros(8, 8, dtype=torch.int64),))
+    return model([random_image(8, 12)], Reduced(Dense(), by))
+
+
 def refusals():
     by = ALGM()
     yield "at block 5 and this backbone has 4", lambda m: m.check(Reduced(Dense(), by))
@@ -165,6 +173,11 @@ def refusals():
     yield "after must be increasing", lambda m: MPM((5, 2))
     yield "ratio must be a number from 0 to 0.5", lambda m: ToMe(0.7)
     yield "block must be at least 1", lambda m: G2TM(0.9, 0)
+    yield "sizes must be sides of windows that nest, got \\(2, 3\\)", lambda m: Supertokens(0.9, (2, 3))
+    yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (1, 2))
+    yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (4, 4))
+    yield "policy must be similarity or entropy", lambda m: Supertokens(0.9, policy="net")
+    yield "labels must be one mask for each image", _with_labels_of_another_image
 
 
 @pytest.mark.parametrize(("sentence", "wrong"), list(refusals()))

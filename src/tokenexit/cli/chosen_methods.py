@@ -7,7 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, get_origin
 
 from tokenexit.cli.method_options import CALIBRATED, NO_MERGING, REDUCERS, method_names, method_options, options_of
 from tokenexit.errors import CheckpointError, ConfigError
@@ -107,13 +108,14 @@ def chosen_methods(
 def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
     """What merges tokens beside a method, for every `--merge`; None alone if it was not given.
 
-    A text is a reducer's name, or `NAME:VALUE` with its main option. Raises `ConfigError`.
+    A text is a reducer's name, `NAME:VALUE` with its main option, or either with others behind commas,
+    `supertokens:0.9,sizes=2/4`. Raises `ConfigError`.
     """
     if texts is None:
         return [None]
     given_texts = [texts] if isinstance(texts, str) else texts
     for text in given_texts:
-        if text != NO_MERGING and text.partition(":")[0] not in REDUCERS:
+        if text != NO_MERGING and text.partition(",")[0].partition(":")[0] not in REDUCERS:
             raise ConfigError(
                 f"--merge {text} is unknown: choose {', '.join(REDUCERS)}, or {NO_MERGING} for no merging."
             )
@@ -123,22 +125,42 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
 
     found: list[Reducer | None] = []
     for text in given_texts:
-        name, colon, value = text.partition(":")
         if text == NO_MERGING:
             found.append(None)
             continue
+        first, *others = text.split(",")
+        name, colon, value = first.partition(":")
         kind, spec = KINDS[name], dict[str, Any](name=name)
-        if colon:
-            several = hints(kind)[kind.main_option] is not float
-            given = numbers("merge", value)
-            spec[kind.main_option] = given if not several else tuple(map(_whole, given if "/" in value else (given,)))
+        known = hints(kind)
+        given = {kind.main_option: value} if colon else {}
+        given |= {option: rest for option, _, rest in (other.partition("=") for other in others)}
+        for option, value in given.items():
+            if option not in known or not value:
+                raise ConfigError(
+                    f"--merge {text}: '{option}' is no option with its value: write {name}:VALUE,OPTION=VALUE with "
+                    f"options {', '.join(f.name for f in fields(kind))}."
+                )
+            spec[option] = _value(known[option], value)
         found.append(build_reducer(spec))
     return list(dict.fromkeys(found))
 
 
+def _value(kind: Any, text: str) -> Any:
+    """What a text on the command line says of a reducer's option of this type."""
+    if get_origin(kind) is Literal:
+        return text
+    if text == "none":
+        return None
+    value = numbers("merge", text)
+    if kind in (float, float | None):
+        return value
+    whole = tuple(map(_whole, value if isinstance(value, tuple) else (value,)))
+    return whole if get_origin(kind) is tuple else whole[0]
+
+
 def _whole(value: float) -> int:
     if value != int(value):
-        raise ConfigError(f"--merge takes numbers of blocks here, got {value:g}: write mpm:2/5.")
+        raise ConfigError(f"--merge takes whole numbers here, got {value:g}: write mpm:2/5.")
     return int(value)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
 from tokenexit.heads.eomt import prediction
@@ -246,6 +246,14 @@ class Method(ABC, Generic[State]):
                 run together with the method itself.
         """
         return ((run, self) for run in packs([h * w for h, w in grids], max_tokens))
+
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        """Return the tokens of images `(3, H, W)` before the first block; see `Reducer.embed`."""
+        return backbone.embed(images)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count what `embed` does beside the backbone's own, on one image."""
+        return Ops()
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         """Return where tokens are merged or dropped beside exits, in a network of so many blocks; see `Reduced`."""

@@ -162,7 +162,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             )
         keep = torch.ones(tokens.cells, dtype=torch.bool, device=tokens.x.device)
         return DoViTState(
-            tokens, keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
+            tokens.unmerged(), keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: ModelView) -> tuple[Tokens, DoViTState]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView
 from tokenexit.methods.wrapper import Wrapper
@@ -71,6 +71,12 @@ class Reduced(Wrapper):
 
     def for_export(self) -> NoReturn:
         raise ConfigError("a graph holds no reducer of tokens yet: export the method inside.")
+
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        return self.by.embed(images, backbone)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.by.embed_ops(grid, backbone)
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         return self.by.sites(depth)
