@@ -172,6 +172,7 @@ def fix_exit(model: ExitSegmenter, n: int, confidence: Sequence[float], label: S
 def call_view(model: ExitSegmenter, with_records: bool = False) -> ModelView:
     """What a method is told of the model in a call."""
     return ModelView(
+        exits=model.config.exits,
         exit_heads=[head for head in model.exit_heads if isinstance(head, Head)],
         decode_head=model.decode_head,
         norm=model.backbone.norm,

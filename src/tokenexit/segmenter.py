@@ -74,7 +74,7 @@ def run_tokens(
             work.attended += [tokens.packing.lengths] * len(step)
             work.fed += [tokens.packing.lengths] * len(step)
         elif isinstance(step, Site):
-            tokens = _at_site(backbone, step, tokens, method, work)
+            tokens = _at_site(backbone, step, tokens, method, state, work)
         else:
             tokens, state = method.at_exit(step, tokens, state, model)
             if step == last:
@@ -91,7 +91,8 @@ def run_tokens(
 def plan(depth: int, exits: Sequence[int], sites: Sequence[Site]) -> Iterator[range | int | Site]:
     """Yield the steps of a network in order: blocks that run at once, an exit's number, a site.
 
-    A site inside a block stands for the whole block. Where an exit and sites have one place, the exit comes first.
+    A site inside a block stands for the whole block. Where an exit and sites have one place, the exit comes first, and
+    tokens come back before others are reduced.
     """
     at, number = 0, {block: n for n, block in enumerate(exits)}
     for place in sorted({*exits, *(site.after for site in sites), depth}):
@@ -100,20 +101,20 @@ def plan(depth: int, exits: Sequence[int], sites: Sequence[Site]) -> Iterator[ra
             at = place
         if place in number:
             yield number[place]
-        here = sorted((site for site in sites if site.after == place), key=lambda site: site.inside)
+        here = sorted((site for site in sites if site.after == place), key=lambda site: (site.inside, not site.rejoins))
         yield from here
         at += any(site.inside for site in here)
 
 
-def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], work: Work) -> Tokens:
-    """Reduce the tokens at a site, and run the block that it lies inside of."""
+def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], state: Any, work: Work) -> Tokens:
+    """Change the tokens at a site, and run the block that it lies inside of."""
     for i, (live, grid) in enumerate(zip(tokens.live, tokens.grids)):
         work.reduction[i] += method.site_ops(site, live, grid, backbone.config)
     if not site.inside:
-        return method.at_site(site, tokens, None)
+        return method.at_site(site, tokens, state, None)
     work.attended.append(tokens.packing.lengths)
     tokens, qkv = backbone.attend(tokens, site.after)
-    tokens = method.at_site(site, tokens, qkv)
+    tokens = method.at_site(site, tokens, state, qkv)
     work.fed.append(tokens.packing.lengths)
     return backbone.feed(tokens, site.after)
 
@@ -346,6 +347,7 @@ class ExitSegmenter(PretrainedMixin):
             with_records: record the full map of every exit.
         """
         return ModelView(
+            exits=self.config.exits,
             exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
             decode_head=self.decode_head,
             norm=self.backbone.norm,

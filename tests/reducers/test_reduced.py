@@ -38,6 +38,8 @@ METHODS = [
     DoViT(0.9, scoring="live"),
     PAUMER(0.9),
     FixedRatio((0.6, 0.3)),
+    DoViT(0.9, rejoin=1),
+    FixedRatio((0.6, 0.3), rejoin=1),
     Truncated(2),
 ]
 IDS = [method.label for method in METHODS]

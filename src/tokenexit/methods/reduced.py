@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
@@ -79,10 +79,12 @@ class Reduced(Wrapper):
         return self.by.embed_ops(grid, backbone)
 
     def sites(self, depth: int) -> tuple[Site, ...]:
-        return self.by.sites(depth)
+        return (*self.method.sites(depth), *self.by.sites(depth))
 
-    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+    def at_site(self, site: Site, tokens: Tokens, state: Any, qkv: Tensor | None) -> Tokens:
+        if site.rejoins:
+            return self.method.at_site(site, tokens, state, qkv)
         return self.by.reduce(site, tokens, qkv)
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
-        return self.by.ops(site, live, grid, backbone)
+        return Ops() if site.rejoins else self.by.ops(site, live, grid, backbone)

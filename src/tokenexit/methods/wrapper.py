@@ -75,8 +75,8 @@ class Wrapper(Method[Any]):
     def sites(self, depth: int) -> tuple[Site, ...]:
         return self.method.sites(depth)
 
-    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
-        return self.method.at_site(site, tokens, qkv)
+    def at_site(self, site: Site, tokens: Tokens, state: Any, qkv: Tensor | None) -> Tokens:
+        return self.method.at_site(site, tokens, state, qkv)
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         return self.method.site_ops(site, live, grid, backbone)

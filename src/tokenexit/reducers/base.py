@@ -26,10 +26,12 @@ class Site:
     Attributes:
         after: number of blocks before it, as exits are counted.
         inside: whether it lies further on, behind the attention of the next block and before its MLP.
+        rejoins: whether tokens that had left come back there, which is a method's own site, see `rejoin_sites`.
     """
 
     after: int
     inside: bool = False
+    rejoins: bool = False
 
 
 @dataclass(frozen=True)
