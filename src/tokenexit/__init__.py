@@ -25,6 +25,7 @@ _HOME = {
     "DoViT": "tokenexit.methods",
     "PAUMER": "tokenexit.methods",
     "FixedRatio": "tokenexit.methods",
+    "Cropr": "tokenexit.methods",
     "Truncated": "tokenexit.methods",
     "Reduced": "tokenexit.methods",
     "Method": "tokenexit.methods",
@@ -72,7 +73,18 @@ if TYPE_CHECKING:
     from tokenexit.inputs.images import load_image
     from tokenexit.inputs.labels import Labels
     from tokenexit.inputs.preprocessing import Preprocessing
-    from tokenexit.methods import PAUMER, Dense, DoViT, DToP, FixedRatio, Method, Reduced, ThresholdMethod, Truncated
+    from tokenexit.methods import (
+        PAUMER,
+        Cropr,
+        Dense,
+        DoViT,
+        DToP,
+        FixedRatio,
+        Method,
+        Reduced,
+        ThresholdMethod,
+        Truncated,
+    )
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.prediction.predict_files import predict_files
@@ -92,6 +104,7 @@ __all__ = [
     "CalibrationSet",
     "CheckpointError",
     "ConfigError",
+    "Cropr",
     "DToP",
     "DataError",
     "Dense",

@@ -253,6 +253,35 @@ def _dtop_choice(
     return leaving, gap
 
 
+def cropr(weights: Weights, image: Tensor, rate: float) -> Answer:
+    """Token Cropr on one image: by one inner product with every query the lowest leave, all come back for the end."""
+    image, config = image.double(), weights.vit
+    grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
+    n = grid[0] * grid[1]
+    x = embed(weights.backbone, config, image)
+    alive = torch.ones(n, dtype=torch.bool)
+    stage = torch.full((n,), len(exits))
+    answer = Answer(None, torch.empty(0), stage.view(grid), [])
+    always = torch.ones(prefix, dtype=torch.bool)
+    for i in range(config.depth):
+        if i == config.depth - 1:
+            alive[:] = True
+        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid)
+        answer.live.append(int(alive.sum()))
+        if i + 1 in exits:
+            e = exits.index(i + 1)
+            queries = weights.head(e)[0]["queries.weight"]
+            score = {p: sum(float(q @ x[prefix + p]) for q in queries) for p in range(n) if alive[p]}
+            lowest = sorted(score, key=lambda p: (score[p], p))
+            number = round(rate * n)
+            if 0 < number < len(lowest):
+                answer.gap = min(answer.gap, score[lowest[number]] - score[lowest[number - 1]])
+            for p in lowest[:number]:
+                alive[p], stage[p] = False, e
+    answer.grid, answer.full = decode(weights, image, x[prefix:])
+    return answer
+
+
 def dovit_grades(
     weights: Weights, exit: int, x: Tensor, grid: tuple[int, int], score: str, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:

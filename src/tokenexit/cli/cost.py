@@ -19,7 +19,7 @@ BACKBONES = (
     *("pe_core_base_patch16", "pe_core_large_patch14", "siglip2_so400m_patch16"),
 )
 """The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
-HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt")
+HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt", "cropr")
 """The names of `tokenexit.heads.HEADS`, likewise."""
 
 
@@ -32,7 +32,8 @@ def cost(arguments: list[str]) -> int:
         default=BACKBONES[0],
         help=f"backbone preset: {', '.join(BACKBONES)}",
     )
-    parser.add_argument("--head", choices=HEADS, metavar="NAME", default="fcn", help=f"decode head: {', '.join(HEADS)}")
+    ends = tuple(name for name in HEADS if name != "cropr")  # which is for exits alone
+    parser.add_argument("--head", choices=ends, metavar="NAME", default="fcn", help=f"decode head: {', '.join(ends)}")
     parser.add_argument("--num-classes", type=int, default=150, help="number of classes")
     add_image_size(parser)
     parser.add_argument(

@@ -77,6 +77,7 @@ class ExitRecord:
             some methods record them of exit heads.
         masks: with records, of a head of masks on images of one size, its predictions, the last that of its end; losses
             of all are summed.
+        work: of an exit that decides without its head's map, what that takes of each image; else the head's counts.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -87,6 +88,7 @@ class ExitRecord:
     upscale: int = 1
     seen: Tokens | None = None
     masks: tuple[MaskPrediction, ...] = ()
+    work: tuple[Ops, ...] = ()
 
 
 @dataclass(frozen=True)
