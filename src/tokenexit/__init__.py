@@ -35,6 +35,7 @@ _HOME = {
     "ToMe": "tokenexit.reducers",
     "G2TM": "tokenexit.reducers",
     "Supertokens": "tokenexit.reducers",
+    "ZeroTPrune": "tokenexit.reducers",
     "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
     "train": "tokenexit.training.loop",
@@ -88,7 +89,7 @@ if TYPE_CHECKING:
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.prediction.predict_files import predict_files
-    from tokenexit.reducers import ALGM, G2TM, MPM, Supertokens, ToMe
+    from tokenexit.reducers import ALGM, G2TM, MPM, Supertokens, ToMe, ZeroTPrune
     from tokenexit.segmenter import ExitSegmenter
     from tokenexit.training.config import TrainConfig
     from tokenexit.training.loop import train
@@ -124,6 +125,7 @@ __all__ = [
     "TrainConfig",
     "Truncated",
     "ViTConfig",
+    "ZeroTPrune",
     "__version__",
     "adapt",
     "calibrate",

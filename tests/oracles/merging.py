@@ -175,3 +175,69 @@ def supertokens(
                 groups.append(Group(cells[0], set(cells), feature))
                 taken |= set(cells)
     return sorted(groups, key=lambda group: group.first)
+
+
+def page_rank(attention: list[Tensor], members: list[int], iterations: int) -> dict[int, float]:
+    """Root mean square over heads of the ranks in the graph among members, whose edges sum to one for each again."""
+    by_head = []
+    for matrix in attention:
+        rank = dict.fromkeys(members, 1.0)
+        for _ in range(iterations):
+            new = dict.fromkeys(members, 0.0)
+            for i in members:
+                total = sum(float(matrix[i, j]) for j in members)
+                for j in members:
+                    new[j] += rank[i] * float(matrix[i, j]) / total
+            rank = new
+        by_head.append(rank)
+
+    def variance(rank: dict[int, float]) -> float:
+        return sum((value - 1) ** 2 for value in rank.values()) / len(rank)
+
+    told = [rank for rank in by_head if 0.01 <= variance(rank) <= 0.7] or by_head
+    return {i: math.sqrt(sum(rank[i] ** 2 for rank in told) / len(told)) for i in members}
+
+
+def zero_tprune(
+    q: Tensor, k: Tensor, prefix: int, keep: float, similar_share: float, iterations: int
+) -> tuple[dict[int, int], float]:
+    """Who answers for each patch of one image, by number behind the prefix, and the smallest margin of a choice.
+
+    q, k: `(tokens, heads, channels)` in double precision.
+    """
+    heads = range(q.shape[1])
+    scores = [torch.stack([torch.stack([torch.dot(a, b) for b in k[:, h]]) for a in q[:, h]]) for h in heads]
+    attention = [(s / math.sqrt(q.shape[2])).exp() for s in scores]
+    patches, gap = list(range(prefix, len(q))), math.inf
+    going = max(min(len(patches), 1), int(keep * len(patches) + 1e-9))
+    drops = min(round(similar_share * (len(patches) - going)), len(patches) // 2)
+    answers = {i: i for i in patches}
+
+    def like(i: int, others: list[int]) -> tuple[float, int]:
+        nonlocal gap
+        found = sorted(((cosine(k[i].flatten(), k[j].flatten()), -j) for j in others), reverse=True)
+        if len(found) > 1:
+            gap = min(gap, found[0][0] - found[1][0])
+        return found[0][0], -found[0][1]
+
+    def lowest(rank: dict[int, float], of: list[int], count: int) -> list[int]:
+        nonlocal gap
+        order = sorted(of, key=lambda i: (rank[i], i))
+        if 0 < count < len(order):
+            gap = min(gap, rank[order[count]] - rank[order[count - 1]])
+        return order[:count]
+
+    if drops:
+        lower = lowest(page_rank(attention, list(range(len(q))), 1), patches, len(patches) // 2)
+        upper = [i for i in patches if i not in lower]
+        matches = sorted(((*like(i, upper), i) for i in lower), key=lambda match: (-match[0], match[2]))
+        if drops < len(matches):
+            gap = min(gap, matches[drops - 1][0] - matches[drops][0])
+        answers |= {i: j for _, j, i in matches[:drops]}
+    left = [i for i in patches if answers[i] == i]
+    if len(left) > going:
+        rank = page_rank(attention, [*range(prefix), *left], iterations)
+        gone = lowest(rank, left, len(left) - going)
+        stay = [i for i in left if i not in gone]
+        answers |= {i: like(i, stay)[1] for i in gone}
+    return {i - prefix: answers[answers[i]] - prefix for i in patches}, gap

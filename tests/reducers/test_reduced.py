@@ -22,14 +22,14 @@ from tokenexit.methods import (
     build_method,
     spec_of,
 )
-from tokenexit.reducers import ALGM, G2TM, MPM, REDUCERS, Site, Supertokens, ToMe, build_reducer
+from tokenexit.reducers import ALGM, G2TM, MPM, REDUCERS, Site, Supertokens, ToMe, ZeroTPrune, build_reducer
 from tokenexit.reducers.supertokens import LabelledSupertokens
 from tokenexit.segmenter import plan
 
 REDUCING = {"algm": ALGM(0.5, 1, 3), "mpm": MPM((1, 3)), "tome": ToMe(0.1), "g2tm": G2TM(0.5, 1)}
-REDUCING["supertokens"] = Supertokens(0.5)
+REDUCING |= {"supertokens": Supertokens(0.5), "zerotprune": ZeroTPrune((0.6,), (1, 3), (3,))}
 NEVER = {"algm": ALGM(2.0, 1, None), "mpm": MPM(()), "tome": ToMe(0.0), "g2tm": G2TM(2.0)}
-NEVER["supertokens"] = Supertokens(2.0)
+NEVER |= {"supertokens": Supertokens(2.0), "zerotprune": ZeroTPrune((1.0,), (1, 3), (3,))}
 METHODS = [
     Dense(),
     DToP(0.6),
@@ -175,6 +175,12 @@ def refusals():
     yield "after must be increasing", lambda m: MPM((5, 2))
     yield "ratio must be a number from 0 to 0.5", lambda m: ToMe(0.7)
     yield "block must be at least 1", lambda m: G2TM(0.9, 0)
+    yield "keep must be a number from 0 to 1", lambda m: ZeroTPrune((1.5,))
+    yield "keep must be one number or one for each of 3 blocks, got 2", lambda m: ZeroTPrune((0.7, 0.6))
+    yield "iterations must be one number or one for each of 2 blocks", lambda m: ZeroTPrune((0.7,), (1, 2))
+    yield "iterations must be at least 1", lambda m: ZeroTPrune(iterations=(0,))
+    yield "blocks must be increasing", lambda m: ZeroTPrune(blocks=(3, 2), iterations=(1,))
+    yield "at block 9 and this backbone has 4", lambda m: m.check(Reduced(Dense(), ZeroTPrune()))
     yield "sizes must be sides of windows that nest, got \\(2, 3\\)", lambda m: Supertokens(0.9, (2, 3))
     yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (1, 2))
     yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (4, 4))

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any, Literal, get_origin
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from tokenexit.cli.method_options import CALIBRATED, NO_MERGING, REDUCERS, method_names, method_options, options_of
 from tokenexit.errors import CheckpointError, ConfigError
@@ -154,13 +154,15 @@ def _value(kind: Any, text: str) -> Any:
     value = numbers("merge", text)
     if kind in (float, float | None):
         return value
-    whole = tuple(map(_whole, value if isinstance(value, tuple) else (value,)))
-    return whole if get_origin(kind) is tuple else whole[0]
+    if get_origin(kind) is not tuple:
+        return _whole(value)
+    several = value if isinstance(value, tuple) else (value,)
+    return several if get_args(kind)[0] is float else tuple(map(_whole, several))
 
 
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ConfigError(f"--merge takes whole numbers here, got {value:g}: write mpm:2/5.")
+def _whole(value: Any) -> int:
+    if isinstance(value, tuple) or value != int(value):
+        raise ConfigError(f"--merge takes whole numbers here, got {value}: write mpm:2/5.")
     return int(value)
 
 

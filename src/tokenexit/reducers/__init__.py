@@ -11,9 +11,10 @@ from tokenexit.reducers.g2tm import G2TM
 from tokenexit.reducers.mpm import MPM
 from tokenexit.reducers.supertokens import Supertokens
 from tokenexit.reducers.tome import ToMe
+from tokenexit.reducers.zero_tprune import ZeroTPrune
 from tokenexit.runtime.schema import check, hints
 
-REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in (ALGM, MPM, ToMe, G2TM, Supertokens)}
+REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in (ALGM, MPM, ToMe, G2TM, Supertokens, ZeroTPrune)}
 
 ReducerSpec = str | Mapping[str, Any]
 """A reducer's name, or a mapping with `name` and its own fields: `{"name": "algm", "threshold": 0.9}`."""
@@ -68,6 +69,7 @@ __all__ = [
     "Site",
     "Supertokens",
     "ToMe",
+    "ZeroTPrune",
     "build_reducer",
     "reducer_spec",
 ]
