@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
@@ -167,13 +167,26 @@ def _whole(value: Any) -> int:
 
 
 def merged(model: ExitSegmenter, method: Method[Any], by: Reducer | None) -> Method[Any]:
-    """The method with a reducer beside its exits, checked on the model."""
+    """The method with a reducer beside its exits, checked on the model.
+
+    It says on stderr where thresholds of a calibration without merging run with it.
+    """
     if by is None:
         return method
-    from tokenexit.methods import Reduced
+    from dataclasses import replace
 
-    reduced = Reduced(method, by)
+    from tokenexit.methods import Reduced, Resized
+
+    reduced: Method[Any] = Reduced(method, by)
+    if isinstance(method, Resized):  # which is the outermost
+        reduced = replace(method, method=Reduced(method.method, by))
     model.check(reduced)
+    if method.thresholds is not None and is_calibrated(model, method):
+        print(
+            f"tokenexit: these thresholds were calibrated without merging, and run beside {by.label}: scores and costs "
+            "differ, calibrate with --merge.",
+            file=sys.stderr,
+        )
     return reduced
 
 
@@ -199,6 +212,8 @@ def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
         if method is None:
             raise ConfigError(f"--method {CALIBRATED}: this model is not, run `tokenexit calibrate` or name another.")
         return method
+    if "threshold" not in options:
+        _say_if_merging_was_calibrated(model, name)
     if "threshold" in options or name != calibrated_name(model):
         return _build(spec)
     try:
@@ -213,6 +228,18 @@ def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
         given = " and ".join(f"--{key.replace('_', '-')}" for key in options)
         raise ConfigError(f"{name} was calibrated with another {given}: give --threshold, too, or leave {given} out.")
     return method
+
+
+def _say_if_merging_was_calibrated(model: ExitSegmenter, name: str) -> None:
+    """Say on stderr that a method without thresholds of its own does not run with those it has beside merging."""
+    spec = {} if model.calibration is None else model.calibration.method
+    inner = spec.get("method") if isinstance(spec, Mapping) and spec.get("name") == "reduced" else None
+    if isinstance(inner, Mapping) and inner.get("name") == name:
+        print(
+            f"tokenexit: this model's thresholds of {name} were calibrated with merging, and {name} runs with its "
+            f"defaults: name --method {CALIBRATED}, or calibrate without --merge.",
+            file=sys.stderr,
+        )
 
 
 def calibrated_name(model: ExitSegmenter) -> str | None:

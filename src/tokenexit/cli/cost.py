@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from tokenexit.cli.options import add_image_size, check_counts, command_parser, image_size
+from tokenexit.errors import ConfigError
 
 BACKBONES = (
     *("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16"),
@@ -42,9 +44,12 @@ def cost(arguments: list[str]) -> int:
         default="tokenexit",
         help="counting rules; dtop: as in that paper, without class token, LayerNorm 5 and upsampling 4 per element",
     )
+    parser.add_argument("--merge", help=argparse.SUPPRESS)  # refused with the reason
     parser.add_argument("--json", action="store_true", help="output as JSON")
     options = parser.parse_args(arguments)
     check_counts(options, "num_classes")
+    if options.merge is not None:
+        raise ConfigError("what --merge saves follows from images, and cost sees none: measure it with evaluate.")
     size = image_size(options)
     from tokenexit.outputs.ledger import dense_gmacs
 

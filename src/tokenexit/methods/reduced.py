@@ -88,3 +88,8 @@ class Reduced(Wrapper):
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         return Ops() if site.rejoins else self.by.ops(site, live, grid, backbone)
+
+
+def parted(method: Method[Any]) -> tuple[Method[Any], Reducer | None]:
+    """Return the method inside and its reducer, or a method as it is and None."""
+    return (method.method, method.by) if isinstance(method, Reduced) else (method, None)

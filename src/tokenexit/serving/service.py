@@ -30,6 +30,7 @@ from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import METHODS, Method
 from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
+from tokenexit.reducers import Reducer
 from tokenexit.report.pictures import exit_colours
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
@@ -154,11 +155,19 @@ class ViewRequest:
 class Service:
     """The endpoints and what they share."""
 
-    def __init__(self, model: ExitSegmenter, name: str, limits: Limits, precision: Precision, ending: Ending) -> None:
+    def __init__(
+        self,
+        model: ExitSegmenter,
+        name: str,
+        limits: Limits,
+        precision: Precision,
+        ending: Ending,
+        by: Reducer | None = None,
+    ) -> None:
         self.limits, self.name, self.ending = limits, name, ending
         self.model = _labelled(model)
         self.pace = Pace.measured(model, precision)
-        self.choices = Choices(model)
+        self.choices = Choices(model, by)
         self.metrics = Metrics({"tokenexit_busy_pictures": ("Images under way.", lambda: self.batcher.taken)})
         self.batcher = Batcher(
             _forward(model),
