@@ -7,7 +7,7 @@ still share smaller ones. The head runs on all tokens, and its logits are copied
 Sources: CTS, content-aware token sharing (Lu, de Geus, Dubbelman; CVPR 2023; release) for the embedding and windows of
 2x2; STEP, supertokens and early pruning (Proust, Szczepanski, Poreba, Haroun; VISAPP 2025, arXiv 2509.14165), of which
 no code was published and no more than two abstracts could be read, for several sizes and for exits beside them:
-`Reduced(DToP(0.95), Supertokens(0.9))`; APT (ICLR 2026), abstract, for going from large windows to small by entropy.
+`Reduced(DToP(0.95), Supertokens())`; APT (ICLR 2026), abstract, for going from large windows to small by entropy.
 
 What chooses windows is not theirs. CTS and STEP train a network for it; the policies here need no training:
 
@@ -63,7 +63,7 @@ class Supertokens(Reducer):
     title: ClassVar[str] = "Supertokens"
     main_option: ClassVar[str] = "threshold"
 
-    threshold: float = 0.9
+    threshold: float = 0.95
     sizes: tuple[int, ...] = (2, 4)
     policy: Policy = "similarity"
 

@@ -76,8 +76,8 @@ def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[SweepPoi
     method, by = parted(method)
     chosen = method.curve(points, num_exits)
     name, beside = named(method, by), chosen if by is None else [Reduced(one, by) for one in chosen]
-    if method.thresholds is None and not chosen:  # the reducer alone
-        return [SweepPoint(name, spec_of(method if by is None else Reduced(method, by)))]
+    if by is not None and method.thresholds is None and not chosen:  # the reducer alone
+        return [SweepPoint(name, spec_of(Reduced(method, by)))]
     return [SweepPoint(name, spec_of(one)) for one in beside] or None
 
 
