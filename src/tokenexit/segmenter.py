@@ -49,11 +49,13 @@ class Work:
         attended: for every block, the number of tokens of each image that its attention ran on.
         fed: the same of its MLP, before which a reducer may have merged some.
         reduction: work of the comparisons of each image.
+        cover: in the end, see `Tokens`.
     """
 
     attended: list[tuple[int, ...]]
     fed: list[tuple[int, ...]]
     reduction: list[Ops]
+    cover: Tensor | None = None
 
 
 def run_tokens(
@@ -85,6 +87,7 @@ def run_tokens(
     nobody = [(0,) * len(tokens.grids)] * (config.depth + 1 - len(work.fed))
     work.attended += nobody
     work.fed += nobody
+    work.cover = tokens.cover
     return method.result(tokens, state, model), work
 
 
@@ -267,7 +270,9 @@ class ExitSegmenter(PretrainedMixin):
         scale, grids = self.decode_head.scale, tokens.grids
         full_grids = [self.backbone.patch_embed.grid(*size) for size in full]
         heads = model.exit_heads
-        exit_index = torch.split(result.exit_index, [h * w for h, w in grids])
+        cells = [h * w for h, w in grids]
+        exit_index = torch.split(result.exit_index, cells)
+        groups = () if work.cover is None else torch.split(work.cover, cells)
         return SegmentationOutput(
             grid_logits=_maps(result.logits, grids, scale),
             value=result.value,
@@ -291,6 +296,7 @@ class ExitSegmenter(PretrainedMixin):
             patch_size=self.config.backbone.patch_size,
             upscale=self.decode_head.upscale,
             exit_records=result.exit_records,
+            groups=tuple(own.view(grid) for own, grid in zip(groups, grids)),
         )
 
     def with_exits(self, blocks: Sequence[int]) -> ExitSegmenter:

@@ -88,6 +88,16 @@ def test_thresholds_chosen_with_merging__are_the_models_method_and_its_name_alon
     assert "one reducer works at a time" in twice
 
 
+def test_predict__draws_groups_of_merged_tokens_in_exit_maps(
+    trained: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    words = ("--method", "dtop", "--threshold", "1", "--save", "exits", "--device", "cpu")
+    for name, merge in (("a", ()), ("b", ("--merge", "supertokens:0.5,sizes=2"))):
+        said(capsys, "predict", trained, data / "images" / "test", "--out", tmp_path / name, *words, *merge)
+    plain, lined = (next((tmp_path / name).glob("p0*.png")).read_bytes() for name in ("a", "b"))
+    assert plain != lined
+
+
 def test_sweep__has_a_curve_with_merging_and_one_without(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:

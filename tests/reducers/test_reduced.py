@@ -127,6 +127,19 @@ def test_reduced__a_grid_head_reads_merged_features_at_their_cells():
             assert_close(single.grid_logits[0], alone.grid_logits[0])
 
 
+@pytest.mark.parametrize("name", REDUCING)
+def test_reduced__groups_of_the_output_are_those_that_have_one_answer(name):
+    model = tiny_segmenter("fcn", depth=4)
+    for method in (Dense(), DToP(0.9), DoViT(0.9), FixedRatio(0.5, rejoin=1)):
+        out = run(model, batch(), Reduced(method, REDUCING[name]))
+        for one, logits in zip(out, out.grid_logits):
+            groups, rows = one.groups[0].flatten(), logits.flatten(1).T
+            first = {int(g): i for i, g in reversed(list(enumerate(groups)))}
+            assert all(torch.equal(rows[i], rows[first[int(g)]]) for i, g in enumerate(groups))
+        assert any(len(groups.unique()) < groups.numel() for groups in out.groups)
+        assert run(model, batch(), method).groups == ()
+
+
 def test_reduced__rotary_phases_are_those_of_the_cell_that_stands():
     model = tiny_segmenter("fcn", depth=4, rope="half", pos_embed=False)
     with torch.no_grad():

@@ -410,10 +410,9 @@ class Service:
         add("tokenexit_pictures_total", method=method.name)
         add("tokenexit_macs_total", ledger.macs[0], method=method.name)
         add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)
-        live = [ledger.tokens[0], *ledger.live_after(self.model.config.exits), 0]
-        exits = [*map(str, range(1, len(live) - 1)), "end"]
-        for exit_name, before, after in zip(exits, live, live[1:]):
-            add("tokenexit_tokens_total", before - after, method=method.name, exit=exit_name)
+        left, stayed = answers.left_at(answer, len(self.model.config.exits))
+        for exit_name, count in zip([*map(str, range(1, len(left) + 1)), "end"], [*left, stayed]):
+            add("tokenexit_tokens_total", count, method=method.name, exit=exit_name)
 
     def _observe_batch(self, output: Segmentation, seconds: float) -> None:
         self.pace.observe(sum(output.ledger.macs), seconds)
