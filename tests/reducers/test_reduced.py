@@ -165,6 +165,11 @@ def test_spec__comes_back_whole_and_short(name):
     assert build_method(spec_of(method)) == method == as_method(spec_of(method, whole=True))
 
 
+def _supertokens_of_a_drawn_scale(model):
+    model = tiny_segmenter("fcn", depth=4, rope="half", pos_embed=False, rope_rescale=2.0).train()
+    return model([gently_varied(16, 16)], Reduced(Dense(), Supertokens(0.5)))
+
+
 def _with_labels_of_another_image(model):
     by = LabelledSupertokens(labels=(torch.zeros(8, 8, dtype=torch.int64),))
     return model([random_image(8, 12)], Reduced(Dense(), by))
@@ -173,7 +178,7 @@ def _with_labels_of_another_image(model):
 def refusals():
     by = ALGM()
     yield "at block 5 and this backbone has 4", lambda m: m.check(Reduced(Dense(), by))
-    yield "inference alone", lambda m: m([random_image(8, 8)], Reduced(Dense(), MPM((1,))), with_records=True)
+    yield "set rope_rescale to 1", _supertokens_of_a_drawn_scale
     yield "batch_mode='exact'", lambda m: m.check(Reduced(DoViT(batch_mode="mean"), MPM((1,))))
     yield "one reducer works at a time", lambda m: Reduced(Reduced(Dense(), by), by)
     yield "by must be a reducer", lambda m: Reduced(Dense(), "algm")

@@ -651,8 +651,10 @@ class ViT(nn.Module):
         those that a grid cuts off are left out, so there must be a whole one.
 
         images: `(b, 3, H, W)`. Returns features `(b, h // side, w // side, C)` and phases `(h // side, w // side, 2 H)`
-        if positions are rotary. In evaluation alone, as for `rope_rescale`.
+        if positions are rotary. Raises `ConfigError` in training with `rope_rescale`, which is drawn for patches.
         """
+        if self.training and self.config.rope is not None and self.config.rope_rescale > 1.0:
+            raise ConfigError("windows of patches know no drawn scale of rotary positions: set rope_rescale to 1.")
         p, config = self.config.patch_size, self.config
         grid = self.patch_embed.grid(images.shape[2], images.shape[3])
         rows, columns = grid[0] // side, grid[1] // side
@@ -732,18 +734,26 @@ class ViT(nn.Module):
         return tokens.with_x(x)
 
     def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:
-        """Run block `n` in evaluation up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`."""
+        """Run block `n` up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`.
+
+        With `feed` it draws stochastic depth as the whole block does. Activations of both are kept in training.
+        """
         block = self.blocks[n]
         assert isinstance(block, Block)
         qkv = block.before(tokens.x, tokens.phases)
-        mixed = block.mix(tokens.x, block.attn.attend(qkv, tokens.packing))
+        attended = block.attn.attend(qkv, tokens.packing)
+        drops = block.training and block.drop_path > 0.0 and block.drop_path_attention
+        factor = drop_path(block.drop_path, tokens.packing, attended.dtype) if drops else None
+        mixed = block.mix(tokens.x, attended, factor)
         return tokens.with_x(mixed), qkv.unflatten(1, (3, block.attn.num_heads, -1))
 
     def feed(self, tokens: Tokens, n: int) -> Tokens:
-        """Run the MLP of block `n` in evaluation, behind `attend`."""
+        """Run the MLP of block `n`, behind `attend`."""
         block = self.blocks[n]
         assert isinstance(block, Block)
-        return tokens.with_x(block.feed(tokens.x))
+        drops = block.training and block.drop_path > 0.0
+        factor = drop_path(block.drop_path, tokens.packing, tokens.x.dtype) if drops else None
+        return tokens.with_x(block.feed(tokens.x, factor))
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile what lies around attention in each block: two graphs for all blocks and any number of live tokens.

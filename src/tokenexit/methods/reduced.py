@@ -27,7 +27,8 @@ class Reduced(Wrapper):
     """A method on tokens that a reducer merges or drops.
 
     Exits see merged tokens as they are, each of them one token, in DToP's k and in a cap, too; thresholds and
-    temperatures that were calibrated without the reducer are not those that suit it. It serves inference alone.
+    temperatures that were calibrated without the reducer are not those that suit it. In training it works likewise:
+    what merges is decided without a gradient, means carry it, and losses are taken on the maps of all cells.
 
     Attributes:
         method: the method inside, which may have closed exits.
@@ -58,10 +59,6 @@ class Reduced(Wrapper):
         return ((run, replace(self, method=each)) for run, each in self.method.runs(grids, max_tokens))
 
     def check(self, model: ModelView) -> None:
-        if model.with_records:
-            raise ConfigError(
-                "merged tokens serve inference alone: train, take losses and record exits with the method inside."
-            )
         if not self.batch_independent:
             raise ConfigError("batch_mode='mean' counts the tokens of complete grids: merge with batch_mode='exact'.")
         if model.decode_head.kind == "masks":
