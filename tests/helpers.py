@@ -30,6 +30,7 @@ SMALL_HEADS: dict[str, dict[str, Any]] = {
     "mask_transformer": {"kind": "mask_transformer", "channels": 24, "layers": 2, "num_heads": 3},
     "setr_pup": {"kind": "setr_pup", "channels": 12, "steps": 2, "kernel": 3, "up": 2},
     "eomt": {"kind": "eomt", "layers": 1, "queries": 5, "steps": 1, "prefix": 0, "num_heads": 2},
+    "cropr": {"kind": "cropr", "rows": 3, "columns": 4},
 }
 TOKEN_HEADS = ("linear", "dinov2_linear", "fcn", "setr_naive", "atm", "mask_transformer")
 SOFTMAX_TOKEN_HEADS = ("linear", "dinov2_linear", "fcn", "setr_naive", "mask_transformer")
@@ -63,7 +64,9 @@ def tiny_segmenter(
 ) -> ExitSegmenter:
     """A model with lively random weights, in evaluation mode: scores spread over (0, 1), so that tokens do leave."""
     first = exit_head[0] if isinstance(exit_head, list | tuple) else exit_head
-    decode_head = head_spec(first if decode_head is None else decode_head)
+    if decode_head is None:
+        decode_head = "fcn" if first == "cropr" else first  # which is for exits alone
+    decode_head = head_spec(decode_head)
     exit_head = [head_spec(h) for h in exit_head] if isinstance(exit_head, list | tuple) else head_spec(exit_head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -172,6 +175,7 @@ def fix_exit(model: ExitSegmenter, n: int, confidence: Sequence[float], label: S
 def call_view(model: ExitSegmenter, with_records: bool = False) -> ModelView:
     """What a method is told of the model in a call."""
     return ModelView(
+        exits=model.config.exits,
         exit_heads=[head for head in model.exit_heads if isinstance(head, Head)],
         decode_head=model.decode_head,
         norm=model.backbone.norm,

@@ -25,6 +25,7 @@ _HOME = {
     "DoViT": "tokenexit.methods",
     "PAUMER": "tokenexit.methods",
     "FixedRatio": "tokenexit.methods",
+    "Cropr": "tokenexit.methods",
     "Truncated": "tokenexit.methods",
     "Reduced": "tokenexit.methods",
     "Method": "tokenexit.methods",
@@ -33,6 +34,8 @@ _HOME = {
     "MPM": "tokenexit.reducers",
     "ToMe": "tokenexit.reducers",
     "G2TM": "tokenexit.reducers",
+    "Supertokens": "tokenexit.reducers",
+    "ZeroTPrune": "tokenexit.reducers",
     "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
     "train": "tokenexit.training.loop",
@@ -71,11 +74,22 @@ if TYPE_CHECKING:
     from tokenexit.inputs.images import load_image
     from tokenexit.inputs.labels import Labels
     from tokenexit.inputs.preprocessing import Preprocessing
-    from tokenexit.methods import PAUMER, Dense, DoViT, DToP, FixedRatio, Method, Reduced, ThresholdMethod, Truncated
+    from tokenexit.methods import (
+        PAUMER,
+        Cropr,
+        Dense,
+        DoViT,
+        DToP,
+        FixedRatio,
+        Method,
+        Reduced,
+        ThresholdMethod,
+        Truncated,
+    )
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.prediction.predict_files import predict_files
-    from tokenexit.reducers import ALGM, G2TM, MPM, ToMe
+    from tokenexit.reducers import ALGM, G2TM, MPM, Supertokens, ToMe, ZeroTPrune
     from tokenexit.segmenter import ExitSegmenter
     from tokenexit.training.config import TrainConfig
     from tokenexit.training.loop import train
@@ -91,6 +105,7 @@ __all__ = [
     "CalibrationSet",
     "CheckpointError",
     "ConfigError",
+    "Cropr",
     "DToP",
     "DataError",
     "Dense",
@@ -103,12 +118,14 @@ __all__ = [
     "Preprocessing",
     "Reduced",
     "SegmentationOutput",
+    "Supertokens",
     "ThresholdMethod",
     "ToMe",
     "TokenExitError",
     "TrainConfig",
     "Truncated",
     "ViTConfig",
+    "ZeroTPrune",
     "__version__",
     "adapt",
     "calibrate",

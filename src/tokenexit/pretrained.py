@@ -104,6 +104,8 @@ class SegmenterConfig:
             )
         if joint and self.backbone.final_norm:
             raise ConfigError("final_norm must be off where the decode head is eomt, which has it: set it to False.")
+        if self.decode_head.get("kind") == "cropr":
+            raise ConfigError("decode_head must be another than cropr, which scores tokens for exits: choose fcn.")
         if any(head.get("kind") == "eomt" for head in self.exit_heads):
             raise ConfigError(
                 "exit_head must be another than eomt, whose blocks are the end of the network: choose fcn."

@@ -49,11 +49,13 @@ class Work:
         attended: for every block, the number of tokens of each image that its attention ran on.
         fed: the same of its MLP, before which a reducer may have merged some.
         reduction: work of the comparisons of each image.
+        cover: in the end, see `Tokens`.
     """
 
     attended: list[tuple[int, ...]]
     fed: list[tuple[int, ...]]
     reduction: list[Ops]
+    cover: Tensor | None = None
 
 
 def run_tokens(
@@ -66,7 +68,7 @@ def run_tokens(
     exits: number of blocks before each exit. tokens: embedded images. Returns the method's result and the work done.
     """
     config, last = backbone.config, method.last_exit
-    work = Work([], [], [Ops() for _ in tokens.grids])
+    work = Work([], [], [method.embed_ops(grid, config) for grid in tokens.grids])
     state = method.start(tokens, model)
     for step in plan(config.depth, exits, method.sites(config.depth)):
         if isinstance(step, range):
@@ -74,7 +76,7 @@ def run_tokens(
             work.attended += [tokens.packing.lengths] * len(step)
             work.fed += [tokens.packing.lengths] * len(step)
         elif isinstance(step, Site):
-            tokens = _at_site(backbone, step, tokens, method, work)
+            tokens = _at_site(backbone, step, tokens, method, state, work)
         else:
             tokens, state = method.at_exit(step, tokens, state, model)
             if step == last:
@@ -85,13 +87,15 @@ def run_tokens(
     nobody = [(0,) * len(tokens.grids)] * (config.depth + 1 - len(work.fed))
     work.attended += nobody
     work.fed += nobody
+    work.cover = tokens.cover
     return method.result(tokens, state, model), work
 
 
 def plan(depth: int, exits: Sequence[int], sites: Sequence[Site]) -> Iterator[range | int | Site]:
     """Yield the steps of a network in order: blocks that run at once, an exit's number, a site.
 
-    A site inside a block stands for the whole block. Where an exit and sites have one place, the exit comes first.
+    A site inside a block stands for the whole block. Where an exit and sites have one place, the exit comes first, and
+    tokens come back before others are reduced.
     """
     at, number = 0, {block: n for n, block in enumerate(exits)}
     for place in sorted({*exits, *(site.after for site in sites), depth}):
@@ -100,20 +104,20 @@ def plan(depth: int, exits: Sequence[int], sites: Sequence[Site]) -> Iterator[ra
             at = place
         if place in number:
             yield number[place]
-        here = sorted((site for site in sites if site.after == place), key=lambda site: site.inside)
+        here = sorted((site for site in sites if site.after == place), key=lambda site: (site.inside, not site.rejoins))
         yield from here
         at += any(site.inside for site in here)
 
 
-def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], work: Work) -> Tokens:
-    """Reduce the tokens at a site, and run the block that it lies inside of."""
+def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], state: Any, work: Work) -> Tokens:
+    """Change the tokens at a site, and run the block that it lies inside of."""
     for i, (live, grid) in enumerate(zip(tokens.live, tokens.grids)):
         work.reduction[i] += method.site_ops(site, live, grid, backbone.config)
     if not site.inside:
-        return method.at_site(site, tokens, None)
+        return method.at_site(site, tokens, state, None)
     work.attended.append(tokens.packing.lengths)
     tokens, qkv = backbone.attend(tokens, site.after)
-    tokens = method.at_site(site, tokens, qkv)
+    tokens = method.at_site(site, tokens, state, qkv)
     work.fed.append(tokens.packing.lengths)
     return backbone.feed(tokens, site.after)
 
@@ -260,13 +264,15 @@ class ExitSegmenter(PretrainedMixin):
         targets: tuple[Size, ...],
     ) -> SegmentationOutput:
         """Run images that share one method, and split the result into images. full: their sizes before resizing."""
-        tokens = self.backbone.embed(images)
+        tokens = method.embed(images, self.backbone)
         result, work = run_tokens(self.backbone, self.config.exits, tokens, method, model)
 
         scale, grids = self.decode_head.scale, tokens.grids
         full_grids = [self.backbone.patch_embed.grid(*size) for size in full]
         heads = model.exit_heads
-        exit_index = torch.split(result.exit_index, [h * w for h, w in grids])
+        cells = [h * w for h, w in grids]
+        exit_index = torch.split(result.exit_index, cells)
+        groups = () if work.cover is None else torch.split(work.cover, cells)
         return SegmentationOutput(
             grid_logits=_maps(result.logits, grids, scale),
             value=result.value,
@@ -290,6 +296,7 @@ class ExitSegmenter(PretrainedMixin):
             patch_size=self.config.backbone.patch_size,
             upscale=self.decode_head.upscale,
             exit_records=result.exit_records,
+            groups=tuple(own.view(grid) for own, grid in zip(groups, grids)),
         )
 
     def with_exits(self, blocks: Sequence[int]) -> ExitSegmenter:
@@ -346,6 +353,7 @@ class ExitSegmenter(PretrainedMixin):
             with_records: record the full map of every exit.
         """
         return ModelView(
+            exits=self.config.exits,
             exit_heads=[head for head in self.exit_heads if isinstance(head, Head)],
             decode_head=self.decode_head,
             norm=self.backbone.norm,

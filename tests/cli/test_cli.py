@@ -306,12 +306,33 @@ def test_evaluate_merges_tokens_beside_exits(model: Path, tmp_path: Path, capsys
     assert rows[2]["method"]["by"] == {"name": "g2tm", "threshold": 0.2, "block": 2}
 
 
+def test_merge_takes_options_of_its_reducer(model: Path, tmp_path: Path, capsys: Captured) -> None:
+    fine(
+        *(capsys, "evaluate", model, "--limit", "1", "--json", tmp_path / "figures.json", "--method", "dtop"),
+        *("--threshold", "0.6", "--device", "cpu", "--merge", "algm:0.5,global_block=none"),
+        *("supertokens:0.5,policy=entropy,sizes=2", "supertokens:0.8", "zerotprune:0.5/0.25,blocks=1/2,iterations=3"),
+    )
+    rows = json.loads((tmp_path / "figures.json").read_text())["results"]
+    assert [row["label"] for row in rows] == [
+        "dtop 0.6 + algm threshold=0.5 global_block=None",
+        "dtop 0.6 + supertokens threshold=0.5 sizes=2 policy=entropy",
+        "dtop 0.6 + supertokens threshold=0.8",
+        "dtop 0.6 + zerotprune keep=0.5/0.25 blocks=1/2 iterations=3",
+    ]
+
+
 @pytest.mark.parametrize(
     ("merge", "sentence"),
     [
-        ("algn:0.9", "--merge algn:0.9 is unknown: choose algm, mpm, tome, g2tm, or none for no merging."),
+        (
+            "algn:0.9",
+            "--merge algn:0.9 is unknown: choose algm, mpm, tome, g2tm, supertokens, zerotprune, or none for no",
+        ),
         ("algm:high", "--merge high is no number"),
-        ("mpm:0.5", "--merge takes numbers of blocks here, got 0.5"),
+        ("mpm:0.5", "--merge takes whole numbers here, got 0.5"),
+        ("algm:0.9,tau=0.9", "'tau' is no option with its value: write algm:VALUE,OPTION=VALUE with options threshold"),
+        ("supertokens,sizes=2/3", "sizes must be sides of windows that nest, got (2, 3)"),
+        ("supertokens,policy=labels", "policy of reducer 'supertokens' must be"),
         ("tome:0.7", "ratio must be a number from 0 to 0.5, got 0.7"),
         ("mpm:1 --references", "--references are rows without merged tokens: leave it or --merge out."),
         ("mpm:1 --gate", "--gate closes exits by times without merged tokens: leave it or --merge out."),

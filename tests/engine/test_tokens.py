@@ -126,3 +126,22 @@ def test_unpack_grids__gives_one_batch_for_every_size():
 def test_pack_grids__is_the_inverse_of_unpack_grids(grids, scale):
     rows = torch.randn(sum(h * w for h, w in grids) * scale**2, 3)
     assert torch.equal(pack_grids(unpack_grids(rows, grids, scale)), rows)
+
+
+@given(
+    grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
+    prefix=st.integers(0, 2),
+    seed=st.integers(0, 1000),
+)
+def test_insert__puts_back_what_was_apart_in_raster_order_bit_for_bit(grids, prefix, seed):
+    tokens = packed(grids, prefix)
+    generator = torch.Generator().manual_seed(seed)
+    first = tokens.keep(torch.rand(sum(tokens.live), generator=generator) < 0.6)
+    second = first.keep(torch.rand(sum(first.live), generator=generator) < 0.5)
+    gone, later = tokens.apart(first), first.apart(second)
+    assert gone.num_prefix == 0
+    assert sorted([*gone.position.tolist(), *first.patches().position.tolist()]) == list(range(tokens.cells))
+    back = second.insert(later).insert(gone)
+    for a, b in ((back.x, tokens.x), (back.position, tokens.position), (back.packing.offsets, tokens.packing.offsets)):
+        assert torch.equal(a, b)
+    assert back.packing.lengths == tokens.packing.lengths

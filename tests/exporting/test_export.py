@@ -47,6 +47,7 @@ CASES: list[tuple[str, Method[Any]]] = [
     ("mask_transformer", DToP(0.26, 1)),
     ("fcn", DoViT(0.26, min_improvement=0.0)),
     ("setr_pup", DoViT(0.26)),
+    ("fcn", DoViT(0.26, rejoin=1)),
     ("linear", PAUMER(0.1)),
     ("fcn", Truncated(1)),
     ("fcn", DToP(0.26, 1, stop=2)),

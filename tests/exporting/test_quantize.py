@@ -100,7 +100,9 @@ def test_matched_thresholds__let_as_many_tokens_leave_where_scores_have_moved(
 
     thresholds = np.array([[0.8, 0.8], [0.6, 0.6]] if by_class else [0.8, 0.6], np.float32)
     own = matched_thresholds(file([0.0, 0.0]), file(moved), [torch.zeros(3, 2, 2)], thresholds)
-    before, after = (run(None, tau)[2] for run, tau in ((file([0.0, 0.0]), thresholds), (file(moved), own)))
+    before, after = (
+        run(np.zeros(1, np.float32), tau)[2] for run, tau in ((file([0.0, 0.0]), thresholds), (file(moved), own))
+    )
     for n in range(2):
         assert np.mean(after <= n) == pytest.approx(np.mean(before <= n), abs=0.03)
     assert np.array_equal(own, thresholds) or any(abs(one) > 0.005 for one in moved)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.helpers import SOFTMAX_TOKEN_HEADS, TOKEN_HEADS, choose_thresholds, tiny_segmenter
 from tests.oracles import methods as oracle
 from tests.oracles.methods import Answer, Weights
-from tokenexit.methods import PAUMER, Dense, DoViT, DToP, FixedRatio, Method, Truncated
+from tokenexit.methods import PAUMER, Cropr, Dense, DoViT, DToP, FixedRatio, Method, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
 SOFTMAX_HEADS = (*SOFTMAX_TOKEN_HEADS, "setr_pup")
@@ -79,6 +79,15 @@ def ratio_case(ratios: tuple[float, ...], **options: Any) -> Case:
     return Case(build, answers, ("linear", "setr_naive", "atm"), exits=False)
 
 
+def cropr_case(rate: float) -> Case:
+    return Case(
+        lambda t: Cropr(rate),
+        lambda w, images, t: [oracle.cropr(w, image, rate) for image in images],
+        ("cropr",),
+        exits=False,
+    )
+
+
 def _truncated(after: int, weights: Weights, images: Sequence[Tensor], _: Sequence[float]) -> list[Answer]:
     """As many exits that nobody takes, then one that everybody takes."""
     thresholds = [1.0] * (after - 1) + [-1.0] * 2
@@ -113,10 +122,13 @@ CASES: dict[str, Case] = {
     "dtop-by-class": dtop_case(1, heads=("atm", "fcn"), given=by_class),
     "dtop-guarded": dtop_case(0, heads=("atm", "mask_transformer"), boundary_guard=True),
     "fixed-ratio": ratio_case((0.6, 0.3)),
+    "fixed-ratio-rejoined": ratio_case((0.6, 0.3), rejoin=1),
+    "cropr": cropr_case(0.3),
     "truncated": truncated_case(1),
     "truncated-late": truncated_case(2),
     "dovit": dovit_case(),
     "dovit-live": dovit_case(("linear", "fcn"), scoring="live"),
+    "dovit-rejoined": dovit_case(("fcn", "setr_pup"), rejoin=1),
     "dovit-improving": dovit_case(("fcn", "setr_naive"), min_improvement=0.02),
     "dovit-margin": dovit_case(("fcn", "setr_naive"), score="margin", temperature=0.7),
     "dovit-by-class": dovit_case(("fcn", "setr_naive"), given=by_class),

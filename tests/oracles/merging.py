@@ -6,10 +6,13 @@ A group is a set of cells with a feature; groups are listed in raster order of t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+from tests.oracles import vit
 
 
 @dataclass
@@ -110,3 +113,131 @@ def g2tm(groups: list[Group], grid: tuple[int, int], tau: float) -> list[Group]:
             seen.add(i)
             flood(i, i)
     return join(groups, {i: root for i, root in enumerate(onto) if root != i}, False)
+
+
+def mean_cosine(window: list[Tensor]) -> float:
+    pairs = [cosine(a, b) for i, a in enumerate(window) for j, b in enumerate(window) if i != j]
+    return sum(pairs) / len(pairs)
+
+
+def evenness(pixels: Tensor) -> float:
+    """1 minus the entropy of the grey levels of `(3, H, W)`, over its maximum; levels are tenths from -3.2 to 3.2."""
+    counts: dict[int, int] = {}
+    for value in pixels.mean(0).flatten().tolist():
+        level = min(max(math.floor(value / 0.1), -32), 31)
+        counts[level] = counts.get(level, 0) + 1
+    total = sum(counts.values())
+    return 1 + sum(n / total * math.log(n / total) for n in counts.values()) / math.log(64)
+
+
+def supertokens(
+    state: vit.State,
+    config,
+    image: Tensor,
+    sizes: tuple[int, ...],
+    chosen: Callable[[int, int, int, list[Tensor], Tensor], bool],
+) -> list[Group]:
+    """A quadtree of windows, from large to small; `chosen(side, row, column, patches, pixels)` says who shares.
+
+    patches: embedded, of the window, in raster order. pixels: of the window.
+    """
+    size, (h, w) = config.patch_size, vit.grid_of(image, config.patch_size)
+    plain = replace(config, norm_pre=False)
+    state = {"patch_embed.proj.bias": torch.zeros(config.embed_dim).double()} | state
+    weight, bias = state["patch_embed.proj.weight"].flatten(1), state["patch_embed.proj.bias"]
+    table = vit.embed(state, plain, torch.zeros_like(image))[config.num_prefix_tokens :] - bias
+    padded = torch.zeros(3, h * size, w * size, dtype=torch.float64)
+    padded[:, : image.shape[1], : image.shape[2]] = image
+
+    def pixels_of(row: int, column: int, side: int) -> Tensor:
+        return padded[:, row * size : (row + side) * size, column * size : (column + side) * size]
+
+    def finished(x: Tensor) -> Tensor:
+        return vit.layer_norm(state, "norm_pre", x, config.norm_eps) if config.norm_pre else x
+
+    def embedded(pixels: Tensor) -> Tensor:
+        return weight @ pixels.flatten() + bias
+
+    groups, taken = [], set[int]()
+    for side in (*sorted(sizes, reverse=True), 1):
+        for row in range(0, h - side + 1, side):
+            for column in range(0, w - side + 1, side):
+                cells = [(row + r) * w + column + c for r in range(side) for c in range(side)]
+                whole = pixels_of(row, column, side)
+                patches = [embedded(pixels_of(row + r, column + c, 1)) for r in range(side) for c in range(side)]
+                if taken & set(cells) or (side > 1 and not chosen(side, row, column, patches, whole)):
+                    continue
+                small = torch.zeros(3, size, size, dtype=torch.float64)
+                for y in range(size):
+                    for x in range(size):
+                        small[:, y, x] = whole[:, y * side : (y + 1) * side, x * side : (x + 1) * side].mean((1, 2))
+                feature = finished(embedded(small) + table[cells].mean(0))
+                groups.append(Group(cells[0], set(cells), feature))
+                taken |= set(cells)
+    return sorted(groups, key=lambda group: group.first)
+
+
+def page_rank(attention: list[Tensor], members: list[int], iterations: int) -> dict[int, float]:
+    """Root mean square over heads of the ranks in the graph among members, whose edges sum to one for each again."""
+    by_head = []
+    for matrix in attention:
+        rank = dict.fromkeys(members, 1.0)
+        for _ in range(iterations):
+            new = dict.fromkeys(members, 0.0)
+            for i in members:
+                total = sum(float(matrix[i, j]) for j in members)
+                for j in members:
+                    new[j] += rank[i] * float(matrix[i, j]) / total
+            rank = new
+        by_head.append(rank)
+
+    def variance(rank: dict[int, float]) -> float:
+        return sum((value - 1) ** 2 for value in rank.values()) / len(rank)
+
+    told = [rank for rank in by_head if 0.01 <= variance(rank) <= 0.7] or by_head
+    return {i: math.sqrt(sum(rank[i] ** 2 for rank in told) / len(told)) for i in members}
+
+
+def zero_tprune(
+    q: Tensor, k: Tensor, prefix: int, keep: float, similar_share: float, iterations: int
+) -> tuple[dict[int, int], float]:
+    """Who answers for each patch of one image, by number behind the prefix, and the smallest margin of a choice.
+
+    q, k: `(tokens, heads, channels)` in double precision.
+    """
+    heads = range(q.shape[1])
+    scores = [torch.stack([torch.stack([torch.dot(a, b) for b in k[:, h]]) for a in q[:, h]]) for h in heads]
+    attention = [(s / math.sqrt(q.shape[2])).exp() for s in scores]
+    patches, gap = list(range(prefix, len(q))), math.inf
+    going = max(min(len(patches), 1), int(keep * len(patches) + 1e-9))
+    drops = min(round(similar_share * (len(patches) - going)), len(patches) // 2)
+    answers = {i: i for i in patches}
+
+    def like(i: int, others: list[int]) -> tuple[float, int]:
+        nonlocal gap
+        found = sorted(((cosine(k[i].flatten(), k[j].flatten()), -j) for j in others), reverse=True)
+        if len(found) > 1:
+            gap = min(gap, found[0][0] - found[1][0])
+        return found[0][0], -found[0][1]
+
+    def lowest(rank: dict[int, float], of: list[int], count: int) -> list[int]:
+        nonlocal gap
+        order = sorted(of, key=lambda i: (rank[i], i))
+        if 0 < count < len(order):
+            gap = min(gap, rank[order[count]] - rank[order[count - 1]])
+        return order[:count]
+
+    if drops:
+        lower = lowest(page_rank(attention, list(range(len(q))), 1), patches, len(patches) // 2)
+        upper = [i for i in patches if i not in lower]
+        matches = sorted(((*like(i, upper), i) for i in lower), key=lambda match: (-match[0], match[2]))
+        if drops < len(matches):
+            gap = min(gap, matches[drops - 1][0] - matches[drops][0])
+        answers |= {i: j for _, j, i in matches[:drops]}
+    left = [i for i in patches if answers[i] == i]
+    if len(left) > going:
+        rank = page_rank(attention, [*range(prefix), *left], iterations)
+        gone = lowest(rank, left, len(left) - going)
+        stay = [i for i in left if i not in gone]
+        answers |= {i: like(i, stay)[1] for i in gone}
+    return {i - prefix: answers[answers[i]] - prefix for i in patches}, gap

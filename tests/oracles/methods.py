@@ -151,8 +151,9 @@ def dtop(
     temperature: float | Sequence[float] = 1.0,
     boundary_guard: bool = False,
     cap: Sequence[float] | None = None,
+    rejoin: int = 0,
 ) -> Answer:
-    """DToP on one image."""
+    """DToP on one image. rejoin: before so many last blocks all tokens are there again, and the end answers for all."""
     image, config = image.double(), weights.vit
     grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
     n, classes = grid[0] * grid[1], weights.config.num_classes
@@ -185,6 +186,8 @@ def dtop(
         return scores_of(spec, logits if which is None else logits / of_exit(temperature, which), presence)
 
     for i in range(config.depth):
+        if i >= config.depth - rejoin:
+            alive[:] = True
         x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid)
         answer.live.append(int(alive.sum()))
         if i + 1 in exits:
@@ -250,6 +253,35 @@ def _dtop_choice(
     return leaving, gap
 
 
+def cropr(weights: Weights, image: Tensor, rate: float) -> Answer:
+    """Token Cropr on one image: by one inner product with every query the lowest leave, all come back for the end."""
+    image, config = image.double(), weights.vit
+    grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
+    n = grid[0] * grid[1]
+    x = embed(weights.backbone, config, image)
+    alive = torch.ones(n, dtype=torch.bool)
+    stage = torch.full((n,), len(exits))
+    answer = Answer(None, torch.empty(0), stage.view(grid), [])
+    always = torch.ones(prefix, dtype=torch.bool)
+    for i in range(config.depth):
+        if i == config.depth - 1:
+            alive[:] = True
+        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid)
+        answer.live.append(int(alive.sum()))
+        if i + 1 in exits:
+            e = exits.index(i + 1)
+            queries = weights.head(e)[0]["queries.weight"]
+            score = {p: sum(float(q @ x[prefix + p]) for q in queries) for p in range(n) if alive[p]}
+            lowest = sorted(score, key=lambda p: (score[p], p))
+            number = round(rate * n)
+            if 0 < number < len(lowest):
+                answer.gap = min(answer.gap, score[lowest[number]] - score[lowest[number - 1]])
+            for p in lowest[:number]:
+                alive[p], stage[p] = False, e
+    answer.grid, answer.full = decode(weights, image, x[prefix:])
+    return answer
+
+
 def dovit_grades(
     weights: Weights, exit: int, x: Tensor, grid: tuple[int, int], score: str, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -285,8 +317,12 @@ def dovit(
     score: str = "probability",
     temperature: float | Sequence[float] = 1.0,
     boundary_guard: bool = False,
+    rejoin: int = 0,
 ) -> list[Answer]:
-    """DoViT on a batch; images only meet in the one count of `batch_mode="mean"`."""
+    """DoViT on a batch; images only meet in the one count of `batch_mode="mean"`.
+
+    rejoin: before so many last blocks all tokens are there again.
+    """
     images, config, exits = [image.double() for image in images], weights.vit, weights.config.exits
     prefix = config.num_prefix_tokens
     grids = [grid_of(image, config.patch_size) for image in images]
@@ -337,6 +373,8 @@ def dovit(
                     mean = x[prefix:][stopped].mean(0)
                     x[0] = (1 - blend_weight) * x[0] + blend_weight * mean
         for b in range(len(xs)):
+            if i >= config.depth - rejoin:
+                computed[b][:] = True
             alive = torch.cat([torch.ones(prefix, dtype=torch.bool), computed[b]])
             xs[b] = run_block(weights.backbone, config, i, xs[b], alive, grids[b])
             answers[b].live.append(int(computed[b].sum()))

@@ -22,11 +22,14 @@ from tokenexit.methods import (
     build_method,
     spec_of,
 )
-from tokenexit.reducers import ALGM, G2TM, MPM, REDUCERS, Site, ToMe, build_reducer
+from tokenexit.reducers import ALGM, G2TM, MPM, REDUCERS, Site, Supertokens, ToMe, ZeroTPrune, build_reducer
+from tokenexit.reducers.supertokens import LabelledSupertokens
 from tokenexit.segmenter import plan
 
 REDUCING = {"algm": ALGM(0.5, 1, 3), "mpm": MPM((1, 3)), "tome": ToMe(0.1), "g2tm": G2TM(0.5, 1)}
+REDUCING |= {"supertokens": Supertokens(0.5), "zerotprune": ZeroTPrune((0.6,), (1, 3), (3,))}
 NEVER = {"algm": ALGM(2.0, 1, None), "mpm": MPM(()), "tome": ToMe(0.0), "g2tm": G2TM(2.0)}
+NEVER |= {"supertokens": Supertokens(2.0), "zerotprune": ZeroTPrune((1.0,), (1, 3), (3,))}
 METHODS = [
     Dense(),
     DToP(0.6),
@@ -35,6 +38,8 @@ METHODS = [
     DoViT(0.9, scoring="live"),
     PAUMER(0.9),
     FixedRatio((0.6, 0.3)),
+    DoViT(0.9, rejoin=1),
+    FixedRatio((0.6, 0.3), rejoin=1),
     Truncated(2),
 ]
 IDS = [method.label for method in METHODS]
@@ -122,6 +127,19 @@ def test_reduced__a_grid_head_reads_merged_features_at_their_cells():
             assert_close(single.grid_logits[0], alone.grid_logits[0])
 
 
+@pytest.mark.parametrize("name", REDUCING)
+def test_reduced__groups_of_the_output_are_those_that_have_one_answer(name):
+    model = tiny_segmenter("fcn", depth=4)
+    for method in (Dense(), DToP(0.9), DoViT(0.9), FixedRatio(0.5, rejoin=1)):
+        out = run(model, batch(), Reduced(method, REDUCING[name]))
+        for one, logits in zip(out, out.grid_logits):
+            groups, rows = one.groups[0].flatten(), logits.flatten(1).T
+            first = {int(g): i for i, g in reversed(list(enumerate(groups)))}
+            assert all(torch.equal(rows[i], rows[first[int(g)]]) for i, g in enumerate(groups))
+        assert any(len(groups.unique()) < groups.numel() for groups in out.groups)
+        assert run(model, batch(), method).groups == ()
+
+
 def test_reduced__rotary_phases_are_those_of_the_cell_that_stands():
     model = tiny_segmenter("fcn", depth=4, rope="half", pos_embed=False)
     with torch.no_grad():
@@ -147,10 +165,20 @@ def test_spec__comes_back_whole_and_short(name):
     assert build_method(spec_of(method)) == method == as_method(spec_of(method, whole=True))
 
 
+def _supertokens_of_a_drawn_scale(model):
+    model = tiny_segmenter("fcn", depth=4, rope="half", pos_embed=False, rope_rescale=2.0).train()
+    return model([gently_varied(16, 16)], Reduced(Dense(), Supertokens(0.5)))
+
+
+def _with_labels_of_another_image(model):
+    by = LabelledSupertokens(labels=(torch.zeros(8, 8, dtype=torch.int64),))
+    return model([random_image(8, 12)], Reduced(Dense(), by))
+
+
 def refusals():
     by = ALGM()
     yield "at block 5 and this backbone has 4", lambda m: m.check(Reduced(Dense(), by))
-    yield "inference alone", lambda m: m([random_image(8, 8)], Reduced(Dense(), MPM((1,))), with_records=True)
+    yield "set rope_rescale to 1", _supertokens_of_a_drawn_scale
     yield "batch_mode='exact'", lambda m: m.check(Reduced(DoViT(batch_mode="mean"), MPM((1,))))
     yield "one reducer works at a time", lambda m: Reduced(Reduced(Dense(), by), by)
     yield "by must be a reducer", lambda m: Reduced(Dense(), "algm")
@@ -165,6 +193,17 @@ def refusals():
     yield "after must be increasing", lambda m: MPM((5, 2))
     yield "ratio must be a number from 0 to 0.5", lambda m: ToMe(0.7)
     yield "block must be at least 1", lambda m: G2TM(0.9, 0)
+    yield "keep must be a number from 0 to 1", lambda m: ZeroTPrune((1.5,))
+    yield "keep must be one number or one for each of 3 blocks, got 2", lambda m: ZeroTPrune((0.7, 0.6))
+    yield "iterations must be one number or one for each of 2 blocks", lambda m: ZeroTPrune((0.7,), (1, 2))
+    yield "iterations must be at least 1", lambda m: ZeroTPrune(iterations=(0,))
+    yield "blocks must be increasing", lambda m: ZeroTPrune(blocks=(3, 2), iterations=(1,))
+    yield "at block 9 and this backbone has 4", lambda m: m.check(Reduced(Dense(), ZeroTPrune()))
+    yield "sizes must be sides of windows that nest, got \\(2, 3\\)", lambda m: Supertokens(0.9, (2, 3))
+    yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (1, 2))
+    yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (4, 4))
+    yield "policy must be similarity or entropy", lambda m: Supertokens(0.9, policy="net")
+    yield "labels must be one mask for each image", _with_labels_of_another_image
 
 
 @pytest.mark.parametrize(("sentence", "wrong"), list(refusals()))

@@ -156,6 +156,16 @@ def test_exit_map__draws_lines_between_tokens_only():
 # ----------------------------------------------------------------------------------------------- panel and data
 
 
+def test_exit_map__draws_lines_between_groups_of_merged_tokens_only():
+    index, groups = np.zeros((2, 3), dtype=int), np.array([[0, 0, 2], [0, 0, 5]])
+    plain, lined = (np.asarray(exit_map(index, 1, (8, 12), groups=each)) for each in (None, groups))
+    changed = (plain != lined).any(axis=2)
+    assert changed[:, 8].all()  # between the group of four cells and those on the right
+    assert changed[4, 8:].all()
+    assert not changed[:, :8].any()
+    assert not changed[:4, 9:].any()
+
+
 def test_panel__puts_images_side_by_side_at_one_height_under_their_titles():
     red, blue = Image.new("RGB", (40, 20), (255, 0, 0)), Image.new("RGB", (30, 60), (0, 0, 255))
     sheet = panel([("a title far too long for its image", red), ("b", blue)], height=30, gap=10)

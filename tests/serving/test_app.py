@@ -31,6 +31,7 @@ from tests.serving.test_metrics import values
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Gated, Resized, spec_of
+from tokenexit.reducers import Supertokens
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits, create_app
 from tokenexit.serving.pace import Pace, dense_macs
@@ -90,6 +91,19 @@ def test_predict__runs_the_plan_of_a_calibration() -> None:
     assert found["tokens"] == wanted.ledger.tokens[0] == 5 * 6
     assert found["share_of_dense"] == pytest.approx(wanted.ledger.share_of_dense[0])
     assert found["dense_gmacs"] == pytest.approx(model.predict(drawing(), Dense()).ledger.gmacs[0])
+
+
+def test_predict__beside_merging_counts_as_left_what_left_at_an_exit() -> None:
+    with running(small_model(), by=Supertokens(-1.0, (2,))) as client:
+        (found,) = client.predict(("a.png", png())).json
+        (page,) = client.predict(("a.png", png()), method="dtop", threshold="0").json
+        counted = values(client.get("/metrics").body.decode())
+    assert found["share_of_dense"] < 0.6
+    assert [exit["left"] for exit in found["exits"]] == [0, 0]
+    assert found["stayed"] == found["tokens"] == 6 * 9
+    assert sum(exit["left"] for exit in page["exits"]) + page["stayed"] == 6 * 9
+    assert page["exits"][0]["left"] > 0
+    assert sum(n for name, n in counted.items() if "tokens_total" in str(name)) == 2 * 6 * 9
 
 
 def test_predict__json_has_the_ledgers_figures(client: Client, model: ExitSegmenter) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from tests.serving.live import small_model
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method, Resized
+from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method, Reduced, Resized
+from tokenexit.reducers import ALGM, MPM
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.choices import Choices, dial_position, dialled
 
@@ -160,3 +161,29 @@ def test_calibration__of_other_weights_is_refused_at_the_start() -> None:
     model.calibration = Calibration(model="another", method={"name": "dtop"})
     with pytest.raises(CheckpointError, match="other weights"):
         Choices(model)
+
+
+def test_merging__stands_beside_every_method_that_a_request_names() -> None:
+    by = MPM((1,))
+    choices = Choices(small_model(), by)
+    assert choices.choose(None) == Reduced(Dense(), by)
+    assert choices.choose("dtop", "0.9") == Reduced(DToP(0.9), by)
+    assert (
+        choices.choose("dovit", compute=0.5).thresholds
+        == Choices(small_model()).choose("dovit", compute=0.5).thresholds
+    )
+    assert all(offer.refusal is None for offer in choices.offers() if offer.name in ("dense", "dtop"))
+    sized = {"name": "resized", "scale": 0.5, "method": {"name": "dtop", "threshold": 0.9}}
+    assert Choices(calibrated(small_model(), sized), by).choose(None) == Resized(Reduced(DToP(0.9), by), 0.5)
+    with pytest.raises(ConfigError, match="this backbone has"):
+        Choices(small_model(), ALGM(0.9, 1, 40))
+
+
+def test_merging__that_was_calibrated_runs_and_has_its_dial() -> None:
+    spec = {"name": "reduced", "method": {"name": "dtop", "threshold": [0.9, 0.6]}, "by": {"name": "mpm", "after": [1]}}
+    choices = Choices(calibrated(small_model(), spec))
+    assert choices.choose(None) == Reduced(DToP((0.9, 0.6)), MPM((1,)))
+    assert [offer.name for offer in choices.offers() if offer.calibrated] == ["reduced"]
+    assert choices.choose(None, compute=1.0).thresholds == (1.0, 1.0)
+    with pytest.raises(ConfigError, match="one reducer works at a time"):
+        Choices(calibrated(small_model(), spec), MPM((1,)))

@@ -130,8 +130,8 @@ def random_gains(data: str, rows: list[Row]) -> None:
             (own,) = [r for r in rows if r["label"] == label and r["seed"] == row["seed"] and r["method"] == "dtop"]
             pairs[label].append((own["gmacs"] / dense[row["seed"]], own["miou"], row["miou"]))
     for label, found in pairs.items():
-        share, own, random = (mean(one[i] for one in found) for i in range(3))
-        print(f"| {label} | {share:.0%} | {own:.2f} | {random:.2f} |")
+        share, by_score, at_random = (mean(one[i] for one in found) for i in range(3))
+        print(f"| {label} | {share:.0%} | {by_score:.2f} | {at_random:.2f} |")
 
 
 def draw(data: str, rows: list[Row], out: Path) -> None:

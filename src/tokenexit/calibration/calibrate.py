@@ -22,6 +22,7 @@ from tokenexit.calibration.temperature import fit_temperature
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import ConfigError
 from tokenexit.methods import MethodLike, as_method
+from tokenexit.methods.reduced import parted
 from tokenexit.methods.thresholded import calibratable
 
 
@@ -43,7 +44,7 @@ def calibrate(
     Args:
         calibration_set: a model and the images it is run on.
         method: a method with thresholds, its name or its specification; its thresholds are replaced, its other options
-            stay.
+            stay. Or such a method in `Reduced`: thresholds are then chosen with the reducer on, which stays as it is.
         target: a `Budget` of compute, or a `Bound` on the loss.
         average: what the path of thresholds keeps, agreement over "pixels", or over "classes" so that rare ones are
             guarded.
@@ -63,7 +64,12 @@ def calibrate(
             for a method that cannot be calibrated.
         DataError: if labels are needed and no image has any.
     """
-    rule = calibratable(as_method(method))
+    method, by = parted(as_method(method))
+    rule = calibratable(method)
+    if by is not None and (cap is not None or temperatures or plan is not None):
+        raise ConfigError(
+            "beside merging thresholds alone are chosen, for a budget or a bound: leave cap, temperatures and plan out."
+        )
     if rule.cap is not None:
         raise ConfigError("a method that has a cap keeps it: calibrate one without, and give the cap as cap=.")
     if cap is not None and not 0.0 < cap < math.inf:
@@ -86,9 +92,9 @@ def calibrate(
             raise ConfigError("a plan is made for a budget, without a cap: leave one of the two out.")
         chosen = for_plan(calibration_set, rule, target, average, plan == "labels", say)
     elif isinstance(target, Budget):
-        chosen = for_budget(calibration_set, rule, target, average, cap)
+        chosen = for_budget(calibration_set, rule, target, average, cap, by)
     else:
-        chosen = for_bound(calibration_set, rule, target, average, cap, seed, say)
+        chosen = for_bound(calibration_set, rule, target, average, cap, seed, say, by)
     asked = {f.name: getattr(target, f.name) for f in fields(target)}
     asked = {asked.pop("unit", None) or asked.pop("what"): asked.pop("value"), **asked}
     return calibration_of(

@@ -26,11 +26,12 @@ from torch import Tensor
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
 from tokenexit.heads import Head, HeadOutput, class_scores
-from tokenexit.methods import Dense, ExitRecord, Method, ModelView, ThresholdMethod
-from tokenexit.methods.base import record_of
+from tokenexit.methods import Dense, ExitRecord, Method, ModelView, Reduced, ThresholdMethod
+from tokenexit.methods.base import on_all_cells, record_of
 from tokenexit.methods.resized import Resized
 from tokenexit.methods.thresholded import Graded, calibratable
 from tokenexit.outputs.ledger import dense_ops
+from tokenexit.reducers import Reducer
 from tokenexit.segmenter import ExitSegmenter
 
 SAMPLES = 4
@@ -68,9 +69,11 @@ class DensePass:
         method: Method[Any],
         scale: float = 1.0,
         wanted: Sequence[Tensor] | None = None,
+        by: Reducer | None = None,
     ) -> DensePass:
         """Run the dense model once on every image. Raises `ConfigError` for methods without thresholds.
 
+        by: what merges tokens meanwhile; what is recorded of a token stands at all cells that it stands for.
         scale: factor on the images' sides. wanted: a map `(H, W)` of each image, or window, to compare answers with;
             those of this pass if not given.
         """
@@ -79,7 +82,8 @@ class DensePass:
         classes, steps = calibration_set.model.config.num_classes, 2 if recorder.decoded else 1
         uncertainties, labels, said, places = [], [], [], []
         grids: list[Grid] = []
-        run: Method[Any] = recorder if scale == 1.0 else Resized(recorder, scale)
+        merging: Method[Any] = recorder if by is None else Reduced(recorder, by)
+        run = merging if scale == 1.0 else Resized(merging, scale)
         for _, _, images in calibration_set.forward(run, "dense pass" if scale == 1.0 else f"dense pass at {scale:g}"):
             output = images.windows
             own = tuple(output.grid(i) for i in range(len(output)))
@@ -178,7 +182,7 @@ class _Recorder(Dense):
 
 
 def _record(head: Head, seen: Tokens) -> ExitRecord:
-    out = head(seen)
+    out, seen = on_all_cells(head, seen)
     return record_of(head, seen, out, out.logits)
 
 

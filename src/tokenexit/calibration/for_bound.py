@@ -24,6 +24,7 @@ from tokenexit.calibration.targets import Average, Bound
 from tokenexit.calibration.threshold_path import position_where
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, Method, ThresholdMethod
+from tokenexit.reducers import Reducer
 
 PATH_SHARE = 0.3
 """Share of the images on which a path to be tested is fixed."""
@@ -45,14 +46,16 @@ def for_bound(
     cap: float | None,
     seed: int,
     say: Callable[[str], None],
+    by: Reducer | None = None,
 ) -> Outcome:
     """Choose the cheapest position on the path that passes the tests of the bound, one after the other.
 
+    by: what merges tokens beside the method; what it loses alone is tested first.
     Raises `ConfigError` where not even the first passes, and for too few images.
     """
     path_part, test_part = split(len(calibration_set), target, seed)
     pilot, test = calibration_set.part(path_part), calibration_set.part(test_part)
-    planner = Planner(pilot, method, average)
+    planner = Planner(pilot, method, average, by=by)
     if cap is not None:
         planner.hold_to(cap, planner.path.end / 2)
     positions = positions_to_test(planner, SequentialTest.on(pilot, target))
@@ -110,7 +113,7 @@ def positions_to_test(planner: Planner, sequential_test: SequentialTest) -> list
     for position in sorted({*spots, *(_crossing(spots, seen, wanted) for wanted in RATIOS)}):
         if position > positions[-1] + 1e-2:
             positions.append(position)
-    return positions[1:]
+    return positions if planner.by is not None else positions[1:]  # merging alone may lose something
 
 
 def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:

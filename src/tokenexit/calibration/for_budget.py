@@ -25,6 +25,7 @@ from tokenexit.calibration.threshold_path import position_where
 from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import ThresholdMethod
+from tokenexit.reducers import Reducer
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,21 @@ class CostModel:
 
 
 def for_budget(
-    calibration_set: CalibrationSet, method: ThresholdMethod[Any], target: Budget, average: Average, cap: float | None
+    calibration_set: CalibrationSet,
+    method: ThresholdMethod[Any],
+    target: Budget,
+    average: Average,
+    cap: float | None,
+    by: Reducer | None = None,
 ) -> Outcome:
     """Choose the position on the path at which the mean cost over all images is the budget, or just below it.
+
+    by: what merges tokens beside the method.
 
     Raises `ConfigError` where even the cheapest thresholds cost more.
     """
     exits = calibration_set.model.config.exits
-    planner = Planner(calibration_set, method, average)
+    planner = Planner(calibration_set, method, average, by=by)
     reference = dense_reference(calibration_set)
     costs = (
         _in_ms(planner, calibration_set)
@@ -57,7 +65,7 @@ def for_budget(
     )
     end = planner.path.end
     least = costs.predicted(end)
-    if cap is None and least > target.value:
+    if cap is None and by is None and least > target.value:  # beside merging a prediction is no proof
         raise ConfigError(_out_of_reach(target, least, costs.unit, exits))
     if cap is not None:
         planner.hold_to(cap, position_where(costs.predicted, target.value, end))

@@ -119,6 +119,8 @@ def gated_by_size(model: ExitSegmenter, method: MethodLike, precision: Precision
         raise ConfigError("which exits pay is measured without merged tokens: close exits of the method inside.")
     if not method.may_gate:
         return method
+    if method.sites(model.config.backbone.depth):
+        raise ConfigError("which exits pay is measured without rejoin: leave it out, or run all exits.")
     choose = _choices(model, method, precision)
     closed = tuple(changes(lambda tokens: choose(tokens).closed))
     return GatedBySize(method, closed) if closed else method

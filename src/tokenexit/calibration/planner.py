@@ -16,7 +16,8 @@ from tokenexit.calibration.targets import Average
 from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even_path
 from tokenexit.engine.ops import GIGA
 from tokenexit.engine.tokens import Grid
-from tokenexit.methods import Method, Resized, ThresholdMethod
+from tokenexit.methods import Method, Reduced, Resized, ThresholdMethod
+from tokenexit.reducers import Reducer
 
 PRICES = (0.0, 0.01, 0.03, 0.1)
 """Multiples of `context_price` that paths are built with."""
@@ -43,7 +44,9 @@ class Planner:
     them.
 
     scale: factor on the images' sides. dense: the dense pass at that size, if there is one. full_grids: patches of the
-        images, or windows, at their full size, where `scale` is not 1. prices: see `PRICES`.
+        images, or windows, at their full size, where `scale` is not 1. prices: see `PRICES`. by: what merges tokens
+        beside the method; a dense pass counts the cells of a group as tokens, so predicted costs are multiplied by what
+        a run on a few images says.
     """
 
     def __init__(
@@ -56,12 +59,13 @@ class Planner:
         dense: DensePass | None = None,
         full_grids: tuple[Grid, ...] | None = None,
         prices: Sequence[float] = PRICES,
+        by: Reducer | None = None,
     ) -> None:
-        self.model, self.method, self.scale = calibration_set.model, method, scale
+        self.model, self.method, self.scale, self.by = calibration_set.model, method, scale, by
         exits, depth = calibration_set.model.config.exits, calibration_set.model.config.backbone.depth
         never = self._sized(with_thresholds(method, (0.0,) * len(exits)))
         next(calibration_set.part([0]).forward(never, "first image"))  # a method that cannot run says so here
-        self.dense = DensePass.of(calibration_set, method) if dense is None else dense
+        self.dense = DensePass.of(calibration_set, method, by=by) if dense is None else dense
         self.costs = MacTable(self.model, method, self.dense.grids, full_grids)
 
         def costs_of(dense: DensePass) -> MacTable:
@@ -72,18 +76,26 @@ class Planner:
         ]
         self.paths = [*greedy, even_path(len(exits))]
         self.path: ThresholdPath = greedy[0]
+        self.merged_share = 1.0
+        if by is not None:
+            middle = self.path.end / 2
+            few = calibration_set.part(calibration_set.spread(COMPARED_IMAGES))
+            ledgers = [output.ledger for _, _, output in few.forward(self.method_at(middle), "what merging saves")]
+            measured = sum(sum(ledger.macs) for ledger in ledgers) / sum(sum(ledger.dense_macs) for ledger in ledgers)
+            self.merged_share = measured / self.mac_ratio(middle)
 
     def live(self, position: float) -> Tensor:
         return live_counts(self.dense, compose(self.dense, self.method, self.path.limits_at(position)))
 
     def mac_ratio(self, position: float) -> float:
-        return self.costs.share(self.live(position))
+        return self.merged_share * self.costs.share(self.live(position))
 
     def method_at(self, position: float) -> Method[Any]:
         return self._sized(with_thresholds(self.method, self.path.limits_at(position)))
 
     def _sized(self, method: ThresholdMethod[Any]) -> Method[Any]:
-        return method if self.scale == 1.0 else Resized(method, self.scale)
+        merging: Method[Any] = method if self.by is None else Reduced(method, self.by)
+        return merging if self.scale == 1.0 else Resized(merging, self.scale)
 
     def disagreement(self, position: float) -> float:
         """Share of samples that differ from dense, as the dense pass predicts it."""

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.chosen_methods import methods_of
-from tokenexit.cli.method_options import add_method_options, threshold_method_names
+from tokenexit.cli.chosen_methods import merged, methods_of, reducers_of
+from tokenexit.cli.method_options import add_merge_option, add_method_options, threshold_method_names
 from tokenexit.cli.options import (
     add_data_options,
     add_keep_option,
@@ -40,7 +40,9 @@ def calibrate(arguments: list[str]) -> int:
     if target is None and (options.fit_temperature or options.cap is not None):
         raise ConfigError("--cbt follows from labels alone: leave --cap and --fit-temperature out.")
     (method,) = methods_of([options.method], options)
+    (by,) = reducers_of(options.merge)
     calibration_set, about = _calibration_set(options)
+    method = merged(calibration_set.model, method, by)
     with inference(calibration_set.model.device, options.precision):
         result = _calibration(calibration_set, method, target, about, options)
     path = write_calibration(result, options.model, options.out or options.model)
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     method = parser.add_argument("--method", metavar="NAME", default=known[0], help=f"method: {', '.join(known)}")
     completes(method, known)
     add_method_options(parser, without=("cap",), only=known)
+    add_merge_option(parser)
     parser.add_argument("--cap", type=share, help="largest share of dense multiply-adds that any image may cost")
     add_keep_option(parser)
     parser.add_argument(
@@ -128,6 +131,11 @@ def _check(options: argparse.Namespace) -> None:
     budget = options.budget or options.budget_gmacs or options.latency_ms
     if options.plan is not None and (options.cap is not None or budget is None):
         raise ConfigError("--plan goes with a budget, without --cap: leave one of the two out.")
+    if options.merge is not None:
+        for name in ("plan", "cap", "cbt", "fit_temperature"):
+            if getattr(options, name) not in (None, False):
+                other = name.replace("_", "-")
+                raise ConfigError(f"--merge goes with thresholds for a budget or a bound alone: leave --{other} out.")
     if options.fit_temperature and options.temperature is not None:
         raise ConfigError("--temperature is given and --fit-temperature finds one: give one of the two.")
 

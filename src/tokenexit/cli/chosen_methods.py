@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from tokenexit.cli.method_options import CALIBRATED, NO_MERGING, REDUCERS, method_names, method_options, options_of
 from tokenexit.errors import CheckpointError, ConfigError
@@ -107,13 +108,14 @@ def chosen_methods(
 def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
     """What merges tokens beside a method, for every `--merge`; None alone if it was not given.
 
-    A text is a reducer's name, or `NAME:VALUE` with its main option. Raises `ConfigError`.
+    A text is a reducer's name, `NAME:VALUE` with its main option, or either with others behind commas,
+    `supertokens:0.9,sizes=2/4`. Raises `ConfigError`.
     """
     if texts is None:
         return [None]
     given_texts = [texts] if isinstance(texts, str) else texts
     for text in given_texts:
-        if text != NO_MERGING and text.partition(":")[0] not in REDUCERS:
+        if text != NO_MERGING and text.partition(",")[0].partition(":")[0] not in REDUCERS:
             raise ConfigError(
                 f"--merge {text} is unknown: choose {', '.join(REDUCERS)}, or {NO_MERGING} for no merging."
             )
@@ -123,33 +125,68 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
 
     found: list[Reducer | None] = []
     for text in given_texts:
-        name, colon, value = text.partition(":")
         if text == NO_MERGING:
             found.append(None)
             continue
+        first, *others = text.split(",")
+        name, colon, value = first.partition(":")
         kind, spec = KINDS[name], dict[str, Any](name=name)
-        if colon:
-            several = hints(kind)[kind.main_option] is not float
-            given = numbers("merge", value)
-            spec[kind.main_option] = given if not several else tuple(map(_whole, given if "/" in value else (given,)))
+        known = hints(kind)
+        given = {kind.main_option: value} if colon else {}
+        given |= {option: rest for option, _, rest in (other.partition("=") for other in others)}
+        for option, value in given.items():
+            if option not in known or not value:
+                raise ConfigError(
+                    f"--merge {text}: '{option}' is no option with its value: write {name}:VALUE,OPTION=VALUE with "
+                    f"options {', '.join(f.name for f in fields(kind))}."
+                )
+            spec[option] = _value(known[option], value)
         found.append(build_reducer(spec))
     return list(dict.fromkeys(found))
 
 
-def _whole(value: float) -> int:
-    if value != int(value):
-        raise ConfigError(f"--merge takes numbers of blocks here, got {value:g}: write mpm:2/5.")
+def _value(kind: Any, text: str) -> Any:
+    """What a text on the command line says of a reducer's option of this type."""
+    if get_origin(kind) is Literal:
+        return text
+    if text == "none":
+        return None
+    value = numbers("merge", text)
+    if kind in (float, float | None):
+        return value
+    if get_origin(kind) is not tuple:
+        return _whole(value)
+    several = value if isinstance(value, tuple) else (value,)
+    return several if get_args(kind)[0] is float else tuple(map(_whole, several))
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, tuple) or value != int(value):
+        raise ConfigError(f"--merge takes whole numbers here, got {value}: write mpm:2/5.")
     return int(value)
 
 
 def merged(model: ExitSegmenter, method: Method[Any], by: Reducer | None) -> Method[Any]:
-    """The method with a reducer beside its exits, checked on the model."""
+    """The method with a reducer beside its exits, checked on the model.
+
+    It says on stderr where thresholds of a calibration without merging run with it.
+    """
     if by is None:
         return method
-    from tokenexit.methods import Reduced
+    from dataclasses import replace
 
-    reduced = Reduced(method, by)
+    from tokenexit.methods import Reduced, Resized
+
+    reduced: Method[Any] = Reduced(method, by)
+    if isinstance(method, Resized):  # which is the outermost
+        reduced = replace(method, method=Reduced(method.method, by))
     model.check(reduced)
+    if method.thresholds is not None and is_calibrated(model, method):
+        print(
+            f"tokenexit: these thresholds were calibrated without merging, and run beside {by.label}: scores and costs "
+            "differ, calibrate with --merge.",
+            file=sys.stderr,
+        )
     return reduced
 
 
@@ -175,6 +212,8 @@ def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
         if method is None:
             raise ConfigError(f"--method {CALIBRATED}: this model is not, run `tokenexit calibrate` or name another.")
         return method
+    if "threshold" not in options:
+        _say_if_merging_was_calibrated(model, name)
     if "threshold" in options or name != calibrated_name(model):
         return _build(spec)
     try:
@@ -189,6 +228,18 @@ def _chosen(model: ExitSegmenter, spec: dict[str, Any]) -> Method[Any]:
         given = " and ".join(f"--{key.replace('_', '-')}" for key in options)
         raise ConfigError(f"{name} was calibrated with another {given}: give --threshold, too, or leave {given} out.")
     return method
+
+
+def _say_if_merging_was_calibrated(model: ExitSegmenter, name: str) -> None:
+    """Say on stderr that a method without thresholds of its own does not run with those it has beside merging."""
+    spec = {} if model.calibration is None else model.calibration.method
+    inner = spec.get("method") if isinstance(spec, Mapping) and spec.get("name") == "reduced" else None
+    if isinstance(inner, Mapping) and inner.get("name") == name:
+        print(
+            f"tokenexit: this model's thresholds of {name} were calibrated with merging, and {name} runs with its "
+            f"defaults: name --method {CALIBRATED}, or calibrate without --merge.",
+            file=sys.stderr,
+        )
 
 
 def calibrated_name(model: ExitSegmenter) -> str | None:

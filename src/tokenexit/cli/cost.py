@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 
 from tokenexit.cli.options import add_image_size, check_counts, command_parser, image_size
+from tokenexit.errors import ConfigError
 
 BACKBONES = (
     *("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16"),
@@ -19,7 +21,7 @@ BACKBONES = (
     *("pe_core_base_patch16", "pe_core_large_patch14", "siglip2_so400m_patch16"),
 )
 """The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
-HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt")
+HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt", "cropr")
 """The names of `tokenexit.heads.HEADS`, likewise."""
 
 
@@ -32,7 +34,8 @@ def cost(arguments: list[str]) -> int:
         default=BACKBONES[0],
         help=f"backbone preset: {', '.join(BACKBONES)}",
     )
-    parser.add_argument("--head", choices=HEADS, metavar="NAME", default="fcn", help=f"decode head: {', '.join(HEADS)}")
+    ends = tuple(name for name in HEADS if name != "cropr")  # which is for exits alone
+    parser.add_argument("--head", choices=ends, metavar="NAME", default="fcn", help=f"decode head: {', '.join(ends)}")
     parser.add_argument("--num-classes", type=int, default=150, help="number of classes")
     add_image_size(parser)
     parser.add_argument(
@@ -41,9 +44,12 @@ def cost(arguments: list[str]) -> int:
         default="tokenexit",
         help="counting rules; dtop: as in that paper, without class token, LayerNorm 5 and upsampling 4 per element",
     )
+    parser.add_argument("--merge", help=argparse.SUPPRESS)  # refused with the reason
     parser.add_argument("--json", action="store_true", help="output as JSON")
     options = parser.parse_args(arguments)
     check_counts(options, "num_classes")
+    if options.merge is not None:
+        raise ConfigError("what --merge saves follows from images, and cost sees none: measure it with evaluate.")
     size = image_size(options)
     from tokenexit.outputs.ledger import dense_gmacs
 

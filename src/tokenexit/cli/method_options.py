@@ -16,7 +16,7 @@ from typing import Any
 
 CALIBRATED = "calibrated"
 """The name of the method that a model was calibrated for, at the calibration's thresholds."""
-REDUCERS = ("algm", "mpm", "tome", "g2tm")
+REDUCERS = ("algm", "mpm", "tome", "g2tm", "supertokens", "zerotprune")
 """The names of `tokenexit.reducers.REDUCERS`, which would import torch."""
 NO_MERGING = "none"
 FOLDER = Path(__file__).parents[1] / "methods"
@@ -94,8 +94,9 @@ def add_merge_option(parser: Any, *, several: bool = False) -> None:
         "--merge",
         nargs="+" if several else None,
         default=None,
-        metavar="NAME[:VALUE]",
-        help=f"merge tokens between exits, too, with algm:THRESHOLD, mpm, tome:RATIO or g2tm:THRESHOLD{rows}",
+        metavar="NAME[:VALUE][,OPTION=VALUE]",
+        help="merge tokens between exits, too, with algm:THRESHOLD, mpm, tome:RATIO, g2tm:THRESHOLD, "
+        f"zerotprune:KEEP or supertokens:THRESHOLD,sizes=2/4{rows}",
     )
 
 

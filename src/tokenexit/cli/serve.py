@@ -7,6 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tokenexit.cli.chosen_methods import reducers_of
+from tokenexit.cli.method_options import add_merge_option
 from tokenexit.cli.options import add_model_argument, add_running_options, command_parser, open_model
 from tokenexit.errors import ConfigError
 
@@ -22,6 +24,7 @@ def serve(arguments: list[str]) -> int:
     except ModuleNotFoundError as error:
         raise ConfigError(f"serve needs the package {error.name}: pip install 'tokenexit[serve]'.") from None
 
+    (by,) = reducers_of(options.merge)
     run(
         open_model(options),
         "/".join(Path(os.path.abspath(options.model)).parts[-2:]),
@@ -30,6 +33,7 @@ def serve(arguments: list[str]) -> int:
         limits=_limits(options),
         precision=options.precision,
         token=options.token if options.token is not None else os.environ.get("TOKENEXIT_TOKEN"),
+        by=by,
     )
     return 0
 
@@ -44,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all of this machine")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: a free one")
     parser.add_argument("--token", help="token that clients must send; better in the environment, as TOKENEXIT_TOKEN")
+    add_merge_option(parser)
     _add_limits(parser)
     add_running_options(parser)
     return parser

@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.chosen_methods import methods_of
-from tokenexit.cli.method_options import add_method_options, method_names, threshold_method_names
+from tokenexit.cli.chosen_methods import merged, methods_of, reducers_of
+from tokenexit.cli.method_options import add_merge_option, add_method_options, method_names, threshold_method_names
 from tokenexit.cli.options import (
     add_data_options,
     add_keep_option,
@@ -31,11 +31,12 @@ def sweep(arguments: list[str]) -> int:
     check_counts(options, "limit", "tune_limit", "points")
     by_hand = [m for m in methods_of(options.method, options) if m.thresholds is not None] if options.threshold else []
     options.threshold = None
-    methods = methods_of(options.method, options)
+    methods, reducers = methods_of(options.method, options), reducers_of(options.merge)
     from tokenexit.report.sweep import sweep as run
     from tokenexit.runtime.precision import inference
 
     shown, tune, about = _image_sets(options)
+    methods, by_hand = ([merged(shown.model, m, by) for by in reducers for m in own] for own in (methods, by_hand))
     with inference(shown.model.device, options.precision):
         rows = run(
             shown,
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"methods, each a curve: {', '.join(names)}",
     )
     add_method_options(parser, several=True)
+    add_merge_option(parser, several=True)
     add_running_options(parser)
     return parser
 

@@ -38,9 +38,14 @@ class Places:
     offset: float = 0.0
     column_first: bool = False
 
-    def along(self, side: int, like: Tensor) -> Tensor:
-        """Return the coordinates `(side,)` of one axis, in radians of the shortest period's angle."""
-        index = torch.arange(side, dtype=like.dtype, device=like.device)
+    def along(self, side: int, like: Tensor, window: int = 1) -> Tensor:
+        """Return the coordinates `(side // window,)` of one axis, in radians of the shortest period's angle.
+
+        window: number of patches of which each is the middle.
+        """
+        index = torch.arange(side // window, dtype=like.dtype, device=like.device)
+        if window > 1:
+            index = index * window + (window - 1) / 2
         if self.reference is None:
             return 2 * math.pi * (2 * (index + 0.5) / side - 1)
         return (index + self.offset) / side * self.reference
@@ -59,14 +64,17 @@ def rope_periods(head_dim: int, theta: float, precision: PeriodPrecision, like: 
     return periods.to(torch.bfloat16).to(like.dtype) if precision == "bf16" else periods
 
 
-def rope_phases(grid: Grid, prefix: int, periods: Tensor, pairing: Pairing, places: Places = CENTRES) -> Tensor:
+def rope_phases(
+    grid: Grid, prefix: int, periods: Tensor, pairing: Pairing, places: Places = CENTRES, window: int = 1
+) -> Tensor:
     """Return the phases of one image's tokens, `(prefix + h w, 2 H)`: cosines of all channels, then sines.
 
     Each axis counts by its own length. The first half of the angles is that of the row, the second that of the column,
-    or the other way round.
+    or the other way round. window: number of patches along a side that one token stands in the middle of; only whole
+    windows have one.
     """
-    height, width = grid
-    rows, columns = (places.along(side, periods)[:, None] / periods for side in grid)
+    height, width = grid[0] // window, grid[1] // window
+    rows, columns = (places.along(side, periods, window)[:, None] / periods for side in grid)
     axes = [rows[:, None, :].expand(height, width, -1), columns[None, :, :].expand(height, width, -1)]
     angles = torch.cat(axes[::-1] if places.column_first else axes, dim=-1).flatten(0, 1)  # (h w, H / 2)
     angles = angles.repeat(1, 2) if pairing == "half" else angles.repeat_interleave(2, dim=1)

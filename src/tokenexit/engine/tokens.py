@@ -178,6 +178,28 @@ class Tokens:
         cover = target if self.cover is None else target.index_select(0, self.cover)
         return replace(self, x=self.x.index_copy(0, rows, x), cover=cover).keep(stays)
 
+    def apart(self, kept: Tokens) -> Tokens:
+        """Return the live patch tokens that are not among `kept`, of which all are live here. One synchronisation."""
+        gone = torch.ones(self.cells, dtype=torch.bool, device=self.x.device)
+        patches, stays = self.patches(), kept.patches().position
+        return patches.keep(gone.index_fill(0, stays, False).index_select(0, patches.position))
+
+    def insert(self, others: Tokens) -> Tokens:
+        """Return these tokens and patch tokens of other cells of the same images, in raster order again.
+
+        What stands for which cell is not changed.
+        """
+        lengths = [own + more for own, more in zip(self.packing.lengths, others.packing.lengths)]
+        image = torch.cat([self.packing.image_index(), others.packing.image_index()])
+        position = torch.cat([self.position, others.position])
+        order = torch.sort(image * (self.cells + 1) + position, stable=True).indices  # -1 of prefix tokens comes first
+        x = torch.cat([self.x, others.x.to(self.x.dtype)]).index_select(0, order)
+        phases = self.phases
+        if phases is not None and others.phases is not None:
+            phases = torch.cat([phases, others.phases]).index_select(0, order)
+        packing = Packing.of(lengths, x.device)
+        return replace(self, x=x, position=position.index_select(0, order), packing=packing, phases=phases)
+
     def spread(self, canvas: Tensor) -> Tensor:
         """Return a canvas `(cells, ...)` in which every cell has the row of the token that stands for it."""
         return canvas if self.cover is None else canvas.index_select(0, self.cover)

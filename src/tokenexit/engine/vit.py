@@ -29,6 +29,8 @@ from tokenexit.runtime.schema import Between, Share, check_fields
 
 Side = Annotated[int, Between(1, 1024)]
 MlpKind = Literal["gelu", "gelu_tanh", "swiglu"]
+Projected = list[tuple[list[int], Tensor]]
+"""Projected patches of images: the indices of those of one size, and their maps `(b, C, h, w)`."""
 
 
 @dataclass(frozen=True)
@@ -620,16 +622,20 @@ class ViT(nn.Module):
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
-    def embed(self, images: Sequence[Tensor]) -> Tokens:
+    def project(self, images: Sequence[Tensor]) -> Projected:
+        """Project the patches of images `(3, H, W)`, those of one size together."""
+        shapes = [(image.shape[1], image.shape[2]) for image in images]
+        groups = group_equal(shapes)
+        return [(members, self.patch_embed(torch.stack([images[i] for i in members]))) for members in groups]
+
+    def embed(self, images: Sequence[Tensor], projected: Projected | None = None) -> Tokens:
         """Turn images `(3, H, W)` of any sizes into packed tokens: patches, positions, prefix tokens in front.
 
-        Images of one size are embedded together.
+        Images of one size are embedded together. projected: their patches, of `project`, if they are known.
         """
-        shapes = [(image.shape[1], image.shape[2]) for image in images]
-        grids = tuple(self.patch_embed.grid(*shape) for shape in shapes)
+        grids = tuple(self.patch_embed.grid(image.shape[1], image.shape[2]) for image in images)
         rows: list[Tensor] = [torch.empty(0)] * len(images)
-        for members in group_equal(shapes):
-            batch = self.patch_embed(torch.stack([images[i] for i in members]))  # (b, C, h, w)
+        for members, batch in self.project(images) if projected is None else projected:
             embedded = self._embed_grid(batch)
             for i, image in zip(members, embedded):
                 rows[i] = image
@@ -638,16 +644,46 @@ class ViT(nn.Module):
         packing, x = Packing.of([prefix + n for n in cells], rows[0].device), torch.cat(rows)
         return Tokens(x, _positions(cells, prefix, x.device), packing, grids, prefix, self._phases(grids, x))
 
+    def embed_windows(self, images: Tensor, side: int) -> tuple[Tensor, Tensor | None]:
+        """Embed windows of `side x side` patches as one patch each: of images made smaller, by means of pixels.
+
+        Their positions are means, too, of rows of the table or of coordinates. Windows are cut from the upper left, and
+        those that a grid cuts off are left out, so there must be a whole one.
+
+        images: `(b, 3, H, W)`. Returns features `(b, h // side, w // side, C)` and phases `(h // side, w // side, 2 H)`
+        if positions are rotary. Raises `ConfigError` in training with `rope_rescale`, which is drawn for patches.
+        """
+        if self.training and self.config.rope is not None and self.config.rope_rescale > 1.0:
+            raise ConfigError("windows of patches know no drawn scale of rotary positions: set rope_rescale to 1.")
+        p, config = self.config.patch_size, self.config
+        grid = self.patch_embed.grid(images.shape[2], images.shape[3])
+        rows, columns = grid[0] // side, grid[1] // side
+        whole = (0, columns * side * p - images.shape[3], 0, rows * side * p - images.shape[2])  # negative ones cut
+        x = self.patch_embed(F.avg_pool2d(F.pad(images, whole), side))  # (b, C, rows, columns)
+        table = self._table(grid)
+        if table is not None:
+            x = x + F.avg_pool2d(table.unflatten(1, grid).permute(0, 3, 1, 2), side)
+        phases = None
+        if config.rope is not None:
+            prefix, periods = config.num_prefix_tokens, self._periods(x)
+            phases = rope_phases(grid, prefix, periods, config.rope, config.places, side)[prefix:]
+            phases = phases.unflatten(0, (rows, columns))
+        return self.norm_pre(x.permute(0, 2, 3, 1)), phases
+
+    def _periods(self, x: Tensor) -> Tensor:
+        """Return the periods of rotary positions, in fp32 at least."""
+        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
+        return rope_periods(self.config.head_dim, self.config.rope_theta, self.config.rope_periods, like)
+
     def _phases(self, grids: Sequence[Grid], x: Tensor) -> Tensor | None:
         """Compute the phases of all tokens of images with these grids, in fp32 at least; None without rotary ones."""
         config = self.config
         if config.rope is None:
             return None
-        like = x.new_empty(0, dtype=torch.promote_types(x.dtype, torch.float32))
-        periods = rope_periods(config.head_dim, config.rope_theta, config.rope_periods, like)
+        periods = self._periods(x)
         if self.training and config.rope_rescale > 1.0:
             periods = periods / config.rope_rescale ** (2 * torch.rand((), device=x.device) - 1)
-        images: list[Tensor] = [like] * len(grids)
+        images: list[Tensor] = [periods] * len(grids)
         for members in group_equal(grids):
             table = rope_phases(grids[members[0]], config.num_prefix_tokens, periods, config.rope, config.places)
             for i in members:
@@ -657,17 +693,10 @@ class ViT(nn.Module):
     def _embed_grid(self, patches: Tensor) -> Tensor:
         """Turn patches `(b, C, h, w)` into `(b, prefix + h w, C)` with positions added."""
         config, prefix_rows = self.config, self.pos_embed_prefix
-        table: Tensor | None = self.pos_embed
+        table = self._table((patches.shape[2], patches.shape[3]))
         x = patches.flatten(2).transpose(1, 2)
         if table is not None:
-            x = x + resize_pos_embed(
-                table[:, prefix_rows:],
-                config.pos_embed_grid,
-                (patches.shape[2], patches.shape[3]),
-                config.pos_embed_mode,
-                config.pos_embed_antialias,
-                config.pos_embed_offset,
-            )
+            x = x + table
         prefix = []
         if config.class_token:
             with_place = table is not None and prefix_rows > 0
@@ -676,6 +705,21 @@ class ViT(nn.Module):
             prefix.append(self.reg_token)
         joined = torch.cat([*(p.to(x.dtype).expand(x.shape[0], -1, -1) for p in prefix), x], dim=1)
         return self.norm_pre(joined)  # type: ignore[no-any-return]
+
+    def _table(self, grid: Grid) -> Tensor | None:
+        """Return the rows of the position table for the patches of a grid, `(1, h w, C)`; None without a table."""
+        table: Tensor | None = self.pos_embed
+        if table is None:
+            return None
+        config = self.config
+        return resize_pos_embed(
+            table[:, self.pos_embed_prefix :],
+            config.pos_embed_grid,
+            grid,
+            config.pos_embed_mode,
+            config.pos_embed_antialias,
+            config.pos_embed_offset,
+        )
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` (inclusive) to `stop` (exclusive) on the live tokens."""
@@ -690,18 +734,26 @@ class ViT(nn.Module):
         return tokens.with_x(x)
 
     def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:
-        """Run block `n` in evaluation up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`."""
+        """Run block `n` up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`.
+
+        With `feed` it draws stochastic depth as the whole block does. Activations of both are kept in training.
+        """
         block = self.blocks[n]
         assert isinstance(block, Block)
         qkv = block.before(tokens.x, tokens.phases)
-        mixed = block.mix(tokens.x, block.attn.attend(qkv, tokens.packing))
+        attended = block.attn.attend(qkv, tokens.packing)
+        drops = block.training and block.drop_path > 0.0 and block.drop_path_attention
+        factor = drop_path(block.drop_path, tokens.packing, attended.dtype) if drops else None
+        mixed = block.mix(tokens.x, attended, factor)
         return tokens.with_x(mixed), qkv.unflatten(1, (3, block.attn.num_heads, -1))
 
     def feed(self, tokens: Tokens, n: int) -> Tokens:
-        """Run the MLP of block `n` in evaluation, behind `attend`."""
+        """Run the MLP of block `n`, behind `attend`."""
         block = self.blocks[n]
         assert isinstance(block, Block)
-        return tokens.with_x(block.feed(tokens.x))
+        drops = block.training and block.drop_path > 0.0
+        factor = drop_path(block.drop_path, tokens.packing, tokens.x.dtype) if drops else None
+        return tokens.with_x(block.feed(tokens.x, factor))
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile what lies around attention in each block: two graphs for all blocks and any number of live tokens.

@@ -17,6 +17,7 @@ from tokenexit.heads.base import (
     presence_probability,
     query_classes,
 )
+from tokenexit.heads.cropr import CroprHead
 from tokenexit.heads.eomt import EoMTHead, eomt_spec
 from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.module import MODULE, HeadModule, ModuleHead, head_from, module_spec
@@ -33,6 +34,7 @@ HEADS: dict[str, Callable[..., Head]] = {
     "mask_transformer": MaskTransformerHead,
     "dinov2_linear": DINOv2LinearHead,
     "eomt": EoMTHead,
+    "cropr": CroprHead,
 }
 
 HeadSpec = str | Mapping[str, Any]
@@ -91,6 +93,7 @@ def build_head(spec: HeadSpec | ModuleHead, embed_dim: int, num_classes: int) ->
 __all__ = [
     "HEADS",
     "ATMHead",
+    "CroprHead",
     "DINOv2LinearHead",
     "EoMTHead",
     "FCNHead",

@@ -131,7 +131,7 @@ def _with_running_statistics(norm: nn.BatchNorm1d | nn.BatchNorm2d, input: Tenso
     return F.batch_norm(input, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
-MAX_SIZES = {"channels": 8192, "layers": 32, "steps": 8, "up": 16, "queries": 1024}
+MAX_SIZES = {"channels": 8192, "layers": 32, "steps": 8, "up": 16, "queries": 1024, "rows": 256, "columns": 256}
 """Sizes of heads, with room beyond any published one."""
 
 

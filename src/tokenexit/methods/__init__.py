@@ -8,6 +8,7 @@ from typing import Any
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import ExitRecord, Method, ModelView, Result
 from tokenexit.methods.baselines import FixedRatio, Truncated
+from tokenexit.methods.cropr import Cropr
 from tokenexit.methods.dense import Dense
 from tokenexit.methods.dovit import DoViT
 from tokenexit.methods.dtop import DToP
@@ -22,7 +23,7 @@ from tokenexit.reducers import build_reducer, reducer_spec
 from tokenexit.runtime.schema import check, hints
 
 METHODS: dict[str, type[Method[Any]]] = {
-    method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Truncated)
+    method.name: method for method in (Dense, DToP, DoViT, PAUMER, FixedRatio, Cropr, Truncated)
 }
 WRAPPERS: dict[str, type[Wrapper]] = {method.name: method for method in (Gated, GatedBySize, Reduced, Resized)}
 
@@ -116,6 +117,7 @@ def _frozen(value: Any) -> Any:
 __all__ = [
     "METHODS",
     "PAUMER",
+    "Cropr",
     "DToP",
     "Dense",
     "DoViT",

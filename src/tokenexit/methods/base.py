@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
 from tokenexit.heads.eomt import prediction
@@ -34,6 +34,7 @@ class ModelView:
     """The part of a model that a method may know, for one call.
 
     Attributes:
+        exits: number of blocks before each exit.
         exit_heads: heads of the exits, in order.
         decode_head: head at the end of the network.
         norm: the backbone's final LayerNorm.
@@ -44,6 +45,7 @@ class ModelView:
         mask_shares: in training of a decode head of masks, see `EoMTHead.forward`.
     """
 
+    exits: tuple[int, ...]
     exit_heads: Sequence[Head]
     decode_head: Head
     norm: Callable[[Tensor], Tensor]
@@ -75,6 +77,7 @@ class ExitRecord:
             some methods record them of exit heads.
         masks: with records, of a head of masks on images of one size, its predictions, the last that of its end; losses
             of all are summed.
+        work: of an exit that decides without its head's map, what that takes of each image; else the head's counts.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -85,6 +88,7 @@ class ExitRecord:
     upscale: int = 1
     seen: Tokens | None = None
     masks: tuple[MaskPrediction, ...] = ()
+    work: tuple[Ops, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -247,11 +251,19 @@ class Method(ABC, Generic[State]):
         """
         return ((run, self) for run in packs([h * w for h, w in grids], max_tokens))
 
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        """Return the tokens of images `(3, H, W)` before the first block; see `Reducer.embed`."""
+        return backbone.embed(images)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count what `embed` does beside the backbone's own, on one image."""
+        return Ops()
+
     def sites(self, depth: int) -> tuple[Site, ...]:
-        """Return where tokens are merged or dropped beside exits, in a network of so many blocks; see `Reduced`."""
+        """Return where tokens are merged or dropped beside exits, or come back, in a network of so many blocks."""
         return ()
 
-    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+    def at_site(self, site: Site, tokens: Tokens, state: State, qkv: Tensor | None) -> Tokens:
         """Return the tokens that go on from one of `sites`; see `Reducer.reduce`."""
         return tokens
 
@@ -290,6 +302,27 @@ def packs(tokens: Sequence[int], max_tokens: int | None) -> list[range]:
 def all_stay(tokens: Tokens, num_exits: int) -> Tensor:
     """Return `exit_index` before any token has left, `(cells,)` int64."""
     return torch.full((tokens.cells,), num_exits, dtype=torch.int64, device=tokens.x.device)
+
+
+def check_rejoin(rejoin: int | None) -> None:
+    """Reject a number of last blocks, before which tokens that had left come back, that no network has."""
+    if rejoin is not None and rejoin < 1:
+        raise ConfigError(f"rejoin must be at least 1, got {rejoin}: it counts the last blocks.")
+
+
+def check_rejoin_place(rejoin: int | None, model: ModelView) -> None:
+    """Reject a return of tokens before the last exit."""
+    most = model.backbone.depth - max(model.exits, default=0)
+    if rejoin is not None and rejoin > most:
+        raise ConfigError(
+            f"rejoin must be at most {most}, the number of blocks behind the last exit, got {rejoin}: a token comes "
+            "back once."
+        )
+
+
+def rejoin_sites(rejoin: int | None, depth: int) -> tuple[Site, ...]:
+    """Return the site at which tokens that had left come back, if they do: before so many last blocks."""
+    return () if rejoin is None else (Site(depth - rejoin, rejoins=True),)
 
 
 def record_of(

@@ -10,21 +10,48 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from tokenexit.engine.tokens import Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import ExitRecord, Method, ModelView, PerExit, Result, on_all_cells, option, record_of
+from tokenexit.methods.base import (
+    ExitRecord,
+    Method,
+    ModelView,
+    PerExit,
+    Result,
+    check_rejoin,
+    check_rejoin_place,
+    decode_grid,
+    on_all_cells,
+    option,
+    record_of,
+    rejoin_sites,
+)
 from tokenexit.methods.dtop import DToP, DToPState, Finish
 from tokenexit.methods.selection import Score
 from tokenexit.methods.thresholded import NEVER, per_exit
+from tokenexit.reducers.base import Site
 
 
 @dataclass(frozen=True)
-class FixedRatio(Method[DToPState]):
+class FixedRatioState(DToPState):
+    """DToP's state and, with `rejoin`, the tokens that each exit let go.
+
+    Attributes:
+        left: patch tokens with the features they left with.
+    """
+
+    left: tuple[Tokens, ...] = ()
+
+
+@dataclass(frozen=True)
+class FixedRatio(Method[FixedRatioState]):
     """DToP with a cap and no threshold.
 
     Attributes:
@@ -33,9 +60,12 @@ class FixedRatio(Method[DToPState]):
         score: the score by which the most confident leave, as in `DToP`.
         temperature: of the exit heads' softmax, as in `DToP`.
         finish: scores of exited tokens in the result, as in `DToP`.
+        rejoin: number of last blocks before which tokens that left come back, with the features they left with, to run
+            through them as all others; the decode head then answers for all (last-layer fusion, of Token Cropr). None:
+            they never do, as in `DToP`.
 
     Raises:
-        ConfigError: for a value out of range.
+        ConfigError: for a value out of range, and for a finish beside `rejoin`.
     """
 
     name: ClassVar[str] = "fixed_ratio"
@@ -49,8 +79,14 @@ class FixedRatio(Method[DToPState]):
     finish: Finish = option(
         "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
+    rejoin: int | None = option(None, "number of last blocks before which tokens that left come back", kw_only=True)
 
     def __post_init__(self) -> None:
+        check_rejoin(self.rejoin)
+        if self.rejoin is not None and self.finish != "auto":
+            raise ConfigError(
+                f"finish='{self.finish}' scores tokens that left, and with rejoin none has: leave one of the two out."
+            )
         values = (self.ratios,) if isinstance(self.ratios, int | float) else self.ratios
         if isinstance(values, str) or not all(isinstance(v, int | float) and 0.0 <= v <= 1.0 for v in values):
             raise ConfigError(
@@ -77,14 +113,29 @@ class FixedRatio(Method[DToPState]):
 
     def check(self, model: ModelView) -> None:
         self._for(model).check(model)
+        check_rejoin_place(self.rejoin, model)
 
-    def start(self, tokens: Tokens, model: ModelView) -> DToPState:
-        return self._for(model).start(tokens, model)
+    def start(self, tokens: Tokens, model: ModelView) -> FixedRatioState:
+        return FixedRatioState(**vars(self._for(model).start(tokens, model)))
 
-    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
-        return self._for(model).at_exit(n, tokens, state, model)
+    def at_exit(
+        self, n: int, tokens: Tokens, state: FixedRatioState, model: ModelView
+    ) -> tuple[Tokens, FixedRatioState]:
+        after, next_state = self._for(model).at_exit(n, tokens, state, model)
+        assert isinstance(next_state, FixedRatioState), "DToP hands on what it is given"
+        if self.rejoin is not None:
+            next_state = replace(next_state, left=(*state.left, tokens.apart(after)))
+        return after, next_state
 
-    def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return rejoin_sites(self.rejoin, depth)
+
+    def at_site(self, site: Site, tokens: Tokens, state: FixedRatioState, qkv: Tensor | None) -> Tokens:
+        return reduce(Tokens.insert, state.left, tokens)
+
+    def result(self, tokens: Tokens, state: FixedRatioState, model: ModelView) -> Result:
+        if self.rejoin is not None:
+            return decode_grid(tokens, state.exit_records, tokens.spread(state.exit_index), model)
         return self._for(model).result(tokens, state, model)
 
 

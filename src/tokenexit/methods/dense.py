@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from tokenexit.engine.tokens import Tokens
-from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, all_stay, decode_grid, record_of
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result, all_stay, decode_grid, on_all_cells, record_of
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Dense(Method[tuple[ExitRecord, ...]]):
     ) -> tuple[Tokens, tuple[ExitRecord, ...]]:
         if not model.with_records:
             return tokens, (*state, ExitRecord())
-        head, patches = model.exit_heads[n], tokens.patches()
-        out = head(patches)
+        head = model.exit_heads[n]
+        out, patches = on_all_cells(head, tokens.patches())
         return tokens, (*state, record_of(head, patches, out, out.logits))
 
     def result(self, tokens: Tokens, state: tuple[ExitRecord, ...], model: ModelView) -> Result:

@@ -13,6 +13,7 @@ Where this differs from the release, and why:
 - the second criterion compares with the previous exit's score; in the release it compares with zero, and so
   stops every token until scores have passed delta, at the start of a training. It is off by default;
 - the sequence is put back at exits and at the end, not after every block;
+- `rejoin`, off by default, lets stopped patches run through the last blocks again;
 - the threshold warm-up is a function of the saved training step, which the release forgets at a restart.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, T all tokens with prefix, C channels.
@@ -36,12 +37,16 @@ from tokenexit.methods.base import (
     Result,
     Thresholds,
     all_stay,
+    check_rejoin,
+    check_rejoin_place,
     decode_grid,
     option,
     record_of,
+    rejoin_sites,
 )
 from tokenexit.methods.selection import pooled_label, pooled_score
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_class
+from tokenexit.reducers.base import Site
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,8 @@ class DoViT(ThresholdMethod[DoViTState]):
         scoring: "grid" scores all patches, as published; "live" skips stopped ones at inference, with the same result
             for heads that look at one token at a time. Where exits are recorded, as in training, the grid is scored.
         detach_aux: stop the exit heads' losses from reaching the backbone; published: no.
+        rejoin: number of last blocks before which stopped patches come back, with the features they stopped with, to
+            run through them as all others (last-layer fusion, of Token Cropr); None, as published, never.
         threshold_warmup: share of the training over which thresholds fall from 1 to their value; 0.875 in the published
             Segmenter recipes.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
@@ -108,6 +115,7 @@ class DoViT(ThresholdMethod[DoViTState]):
         "grid", "patches that exit heads score: all, or live ones", choices=("grid", "live")
     )
     detach_aux: bool = option(False, "no gradient of the exit heads' losses into the backbone")
+    rejoin: int | None = option(None, "number of last blocks before which tokens that left come back", kw_only=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,6 +123,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             raise ConfigError("cap limits every image by itself, which batch_mode='mean' does not: use 'exact'.")
         check_share("blend_trigger", self.blend_trigger)
         check_share("blend_weight", self.blend_weight)
+        check_rejoin(self.rejoin)
         if self.batch_mode not in ("exact", "mean"):
             raise ConfigError(f"batch_mode must be exact or mean, got '{self.batch_mode}': choose one.")
         if self.scoring not in ("grid", "live"):
@@ -140,6 +149,7 @@ class DoViT(ThresholdMethod[DoViTState]):
 
     def check(self, model: ModelView) -> None:
         super().check(model)
+        check_rejoin_place(self.rejoin, model)
         if any(head.kind != "softmax" for head in model.exit_heads):
             raise ConfigError(
                 "DoViT scores tokens by class probability, and this model has ATM exit heads: "
@@ -162,7 +172,7 @@ class DoViT(ThresholdMethod[DoViTState]):
             )
         keep = torch.ones(tokens.cells, dtype=torch.bool, device=tokens.x.device)
         return DoViTState(
-            tokens, keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
+            tokens.unmerged(), keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: ModelView) -> tuple[Tokens, DoViTState]:
@@ -193,6 +203,13 @@ class DoViT(ThresholdMethod[DoViTState]):
         # Separate: only the chosen tokens go on.
         state = DoViTState(full, keep, score, exit_index, last_label, (*state.exit_records, record))
         return replace(full, cover=tokens.cover).keep(chosen & stands), state
+
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return rejoin_sites(self.rejoin, depth)
+
+    def at_site(self, site: Site, tokens: Tokens, state: DoViTState, qkv: Tensor | None) -> Tokens:
+        full = _put_back(state.full, tokens)
+        return full if tokens.cover is None else replace(full, cover=tokens.cover).keep(tokens.stands())
 
     def result(self, tokens: Tokens, state: DoViTState, model: ModelView) -> Result:
         full = _put_back(state.full, tokens)

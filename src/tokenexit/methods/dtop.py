@@ -260,7 +260,7 @@ class DToP(ThresholdMethod[DToPState]):
             live = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
             scores = scatter(scores, patches.position, live)
         presence = _latest_presence(out, state.presence)
-        recorded = (logits, patches) if model.with_records else (None, None)
+        recorded = (patches.spread(logits), patches) if model.with_records else (None, None)
         record = record_of(head, patches, replace(out, presence=presence), *recorded)
         return replace(
             state, logits=logits, scores=scores, presence=presence, exit_records=(*state.exit_records, record)

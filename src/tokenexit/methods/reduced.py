@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView
 from tokenexit.methods.wrapper import Wrapper
@@ -27,7 +27,8 @@ class Reduced(Wrapper):
     """A method on tokens that a reducer merges or drops.
 
     Exits see merged tokens as they are, each of them one token, in DToP's k and in a cap, too; thresholds and
-    temperatures that were calibrated without the reducer are not those that suit it. It serves inference alone.
+    temperatures that were calibrated without the reducer are not those that suit it. In training it works likewise:
+    what merges is decided without a gradient, means carry it, and losses are taken on the maps of all cells.
 
     Attributes:
         method: the method inside, which may have closed exits.
@@ -58,10 +59,6 @@ class Reduced(Wrapper):
         return ((run, replace(self, method=each)) for run, each in self.method.runs(grids, max_tokens))
 
     def check(self, model: ModelView) -> None:
-        if model.with_records:
-            raise ConfigError(
-                "merged tokens serve inference alone: train, take losses and record exits with the method inside."
-            )
         if not self.batch_independent:
             raise ConfigError("batch_mode='mean' counts the tokens of complete grids: merge with batch_mode='exact'.")
         if model.decode_head.kind == "masks":
@@ -72,11 +69,24 @@ class Reduced(Wrapper):
     def for_export(self) -> NoReturn:
         raise ConfigError("a graph holds no reducer of tokens yet: export the method inside.")
 
-    def sites(self, depth: int) -> tuple[Site, ...]:
-        return self.by.sites(depth)
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        return self.by.embed(images, backbone)
 
-    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.by.embed_ops(grid, backbone)
+
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return (*self.method.sites(depth), *self.by.sites(depth))
+
+    def at_site(self, site: Site, tokens: Tokens, state: Any, qkv: Tensor | None) -> Tokens:
+        if site.rejoins:
+            return self.method.at_site(site, tokens, state, qkv)
         return self.by.reduce(site, tokens, qkv)
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
-        return self.by.ops(site, live, grid, backbone)
+        return Ops() if site.rejoins else self.by.ops(site, live, grid, backbone)
+
+
+def parted(method: Method[Any]) -> tuple[Method[Any], Reducer | None]:
+    """Return the method inside and its reducer, or a method as it is and None."""
+    return (method.method, method.by) if isinstance(method, Reduced) else (method, None)

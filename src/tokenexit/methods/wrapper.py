@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView, Result, Thresholds
 from tokenexit.reducers.base import Site
@@ -65,11 +66,17 @@ class Wrapper(Method[Any]):
     def at(self, progress: float) -> Self:
         return replace(self, method=self.method.at(progress))
 
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        return self.method.embed(images, backbone)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        return self.method.embed_ops(grid, backbone)
+
     def sites(self, depth: int) -> tuple[Site, ...]:
         return self.method.sites(depth)
 
-    def at_site(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:
-        return self.method.at_site(site, tokens, qkv)
+    def at_site(self, site: Site, tokens: Tokens, state: Any, qkv: Tensor | None) -> Tokens:
+        return self.method.at_site(site, tokens, state, qkv)
 
     def site_ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         return self.method.site_ops(site, live, grid, backbone)

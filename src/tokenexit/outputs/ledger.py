@@ -113,7 +113,9 @@ def write_ledger(
         blocks = sum((backbone.block_ops(block[i], late[i]) for block, late in zip(lengths[:-1], fed)), Ops())
         heads = Ops()
         for head, record in zip(exit_heads, records):
-            if record.head_tokens:
+            if record.work:
+                heads += record.work[i]
+            elif record.head_tokens:
                 heads += head.ops(record.head_tokens[i], grid)
         final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
         embed = backbone.embed_ops(grid)

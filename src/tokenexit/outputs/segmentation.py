@@ -47,6 +47,8 @@ class SegmentationOutput:
         queries: of masks, one `(Q, K)` per image: each query's probabilities of the classes.
         frozen: of masks, one `(K, h, w)` per image: scores that stand in place of theirs where tokens have exited;
             empty where masks answer for all.
+        groups: with merged tokens one `(h, w)` int64 map per image, equal where one token stood for several cells;
+            empty where no tokens could merge.
     """
 
     grid_logits: tuple[Tensor, ...]
@@ -62,6 +64,7 @@ class SegmentationOutput:
     loss: Tensor | None = None
     queries: tuple[Tensor, ...] = ()
     frozen: tuple[Tensor, ...] = ()
+    groups: tuple[Tensor, ...] = ()
 
     def __len__(self) -> int:
         return len(self.grid_logits)
@@ -83,6 +86,7 @@ class SegmentationOutput:
             self.upscale,
             queries=self.queries[one],
             frozen=self.frozen[one],
+            groups=self.groups[one],
         )
 
     def __iter__(self) -> Iterator[SegmentationOutput]:
@@ -281,6 +285,7 @@ def concatenated(outputs: Sequence[SegmentationOutput]) -> SegmentationOutput:
         exit_records=tuple(map(_concatenated_records, zip(*(out.exit_records for out in outputs)))),
         queries=_chained(out.queries for out in outputs),
         frozen=_chained(out.frozen for out in outputs),
+        groups=_chained(out.groups for out in outputs),
     )
 
 

@@ -176,6 +176,11 @@ class WindowedOutput:
         )
 
     @property
+    def groups(self) -> tuple[Tensor, ...]:
+        """No groups: windows overlap, so that a pixel is in several. Those of single windows are `windows.groups`."""
+        return ()
+
+    @property
     def exit_index(self) -> tuple[Tensor, ...]:
         """The exit at which a pixel's tokens left, mean over the windows that see it: `(H, W)` int64 per image.
 

@@ -31,6 +31,7 @@ class Prediction:
     scores: `(H, W)` in [0, 1], of these classes, where they were asked for. exit_index: `(h, w)`, the exit each token
         left
     at. extent: height and width of the image in tokens. exits: whether the method has any.
+    groups: `(h, w)`, equal where one merged token stood for several; None where none merged.
     """
 
     file: str
@@ -41,6 +42,7 @@ class Prediction:
     num_exits: int
     extent: tuple[float, float]
     exits: bool = True
+    groups: npt.NDArray[np.int64] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -102,7 +104,10 @@ def blended(seen: Prediction, about: CallInfo) -> Image.Image:
 
 
 def _exits(seen: Prediction, about: CallInfo, path: Path) -> None:
-    exit_map(seen.exit_index, seen.num_exits, seen.size, image=seen.image, extent=seen.extent).save(path)
+    drawn = exit_map(
+        seen.exit_index, seen.num_exits, seen.size, image=seen.image, extent=seen.extent, groups=seen.groups
+    )
+    drawn.save(path)
 
 
 def _scores(seen: Prediction, about: CallInfo, path: Path) -> None:

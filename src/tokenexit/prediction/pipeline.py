@@ -292,6 +292,7 @@ class Engine:
             out.num_exits,
             extent=(height / patch, width / patch),  # without the padding to whole patches
             exits=self.method.inner.has_exits,
+            groups=out.groups[0].cpu().numpy() if out.groups else None,
         )
 
 

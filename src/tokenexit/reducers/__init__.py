@@ -9,10 +9,12 @@ from tokenexit.reducers.algm import ALGM
 from tokenexit.reducers.base import Reducer, Site
 from tokenexit.reducers.g2tm import G2TM
 from tokenexit.reducers.mpm import MPM
+from tokenexit.reducers.supertokens import Supertokens
 from tokenexit.reducers.tome import ToMe
+from tokenexit.reducers.zero_tprune import ZeroTPrune
 from tokenexit.runtime.schema import check, hints
 
-REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in (ALGM, MPM, ToMe, G2TM)}
+REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in (ALGM, MPM, ToMe, G2TM, Supertokens, ZeroTPrune)}
 
 ReducerSpec = str | Mapping[str, Any]
 """A reducer's name, or a mapping with `name` and its own fields: `{"name": "algm", "threshold": 0.9}`."""
@@ -57,4 +59,17 @@ def reducer_spec(reducer: Reducer, whole: bool = False) -> dict[str, Any]:
     return {"name": reducer.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in listed.items()}}
 
 
-__all__ = ["ALGM", "G2TM", "MPM", "REDUCERS", "Reducer", "ReducerSpec", "Site", "ToMe", "build_reducer", "reducer_spec"]
+__all__ = [
+    "ALGM",
+    "G2TM",
+    "MPM",
+    "REDUCERS",
+    "Reducer",
+    "ReducerSpec",
+    "Site",
+    "Supertokens",
+    "ToMe",
+    "ZeroTPrune",
+    "build_reducer",
+    "reducer_spec",
+]

@@ -7,6 +7,7 @@ stays answered: the cover of `Tokens` names, for every cell, the token that stan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
 
 
@@ -25,10 +26,12 @@ class Site:
     Attributes:
         after: number of blocks before it, as exits are counted.
         inside: whether it lies further on, behind the attention of the next block and before its MLP.
+        rejoins: whether tokens that had left come back there, which is a method's own site, see `rejoin_sites`.
     """
 
     after: int
     inside: bool = False
+    rejoins: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,17 @@ class Reducer(ABC):
                 "that it has."
             )
 
+    def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        """Return the tokens of images `(3, H, W)` before the first block, which most reducers leave as they are."""
+        return backbone.embed(images)
+
+    def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
+        """Count what `embed` does beside the backbone's own, on one image."""
+        return Ops()
+
     @abstractmethod
     def sites(self, depth: int) -> tuple[Site, ...]:
-        """Return where a network of so many blocks is reduced, in order."""
+        """Return where a network of so many blocks is reduced, in order; nowhere if `embed` does it all."""
 
     @abstractmethod
     def reduce(self, site: Site, tokens: Tokens, qkv: Tensor | None) -> Tokens:

@@ -110,9 +110,9 @@ def mutual_neighbours(x: Tensor, packing: Packing) -> Tensor:
         n = len(image)
         if n:
             own = torch.arange(n, device=x.device)
-            nearest = _nearest(image, image, exclude_own=True)[1] if n > 1 else own
-            mutual = nearest[nearest] == own
-            parts.append(start + torch.where(mutual & (nearest < own), nearest, own))
+            other = nearest(image, image, exclude_own=True)[1] if n > 1 else own
+            mutual = other[other] == own
+            parts.append(start + torch.where(mutual & (other < own), other, own))
         start += n
     return torch.cat(parts)
 
@@ -131,7 +131,7 @@ def bipartite(x: Tensor, packing: Packing, num_prefix: int) -> tuple[Tensor, Ten
         a, b = image[first::2], image[1 - first :: 2]
         if len(a) and len(b):
             rows_a = torch.arange(start + first, start + len(image), 2, device=x.device)
-            value, index = _nearest(a, b)
+            value, index = nearest(a, b)
             best = best.index_copy(0, rows_a, value)
             partner = partner.index_copy(0, rows_a, start + 1 - first + 2 * index)
         start += len(image)
@@ -144,7 +144,7 @@ def bipartite_ops(live: int, num_prefix: int, channels: int) -> Ops:
     return Ops(macs=a * (live - a) * channels)
 
 
-def _nearest(a: Tensor, b: Tensor, exclude_own: bool = False) -> tuple[Tensor, Tensor]:
+def nearest(a: Tensor, b: Tensor, exclude_own: bool = False) -> tuple[Tensor, Tensor]:
     """Return the largest inner product of each row of `a` with rows of `b`, and that row, the lowest if several."""
     values, rows, start = [], [], 0
     with torch.autocast(a.device.type, enabled=False):

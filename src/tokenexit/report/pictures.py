@@ -131,6 +131,7 @@ def exit_map(
     alpha: float = 0.72,
     extent: tuple[float, float] | None = None,
     grid: bool = False,
+    groups: npt.ArrayLike | None = None,
 ) -> Image.Image:
     """Draw an exit map: `(h, w)` exit indices to an RGB image of `size`, each token one flat tile.
 
@@ -139,6 +140,7 @@ def exit_map(
     extent: height and width of the image in tokens (pixels that the network saw / patch size), where that is
         less than the grid because the image was padded; the whole grid by default.
     grid: thin lines between tokens.
+    groups: `(h, w)`, equal where one merged token stood for several cells: thin lines between these groups.
     """
     index = np.asarray(exit_index)
     if index.ndim != 2 or index.size == 0 or index.min() < 0 or index.max() > num_exits:
@@ -154,6 +156,9 @@ def exit_map(
     if grid:
         lines = _starts(rows)[:, None] | _starts(columns)[None, :]
         tiles[lines] = 0.7 * tiles[lines] + 0.3 * 255.0
+    if groups is not None:
+        lines = _edges(np.asarray(groups)[rows[:, None], columns[None, :]])
+        tiles[lines] = 0.7 * tiles[lines] + 0.3 * 255.0
     return Image.fromarray(tiles.round().astype(np.uint8))
 
 
@@ -168,6 +173,14 @@ def _starts(tokens: npt.NDArray[np.intp]) -> npt.NDArray[np.bool_]:
     starts = np.zeros(len(tokens), dtype=np.bool_)
     starts[1:] = tokens[1:] != tokens[:-1]
     return starts
+
+
+def _edges(groups: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    """Return True at pixels `(H, W)` whose neighbour above or to the left is of another group."""
+    edges = np.zeros(groups.shape, dtype=np.bool_)
+    edges[1:] |= groups[1:] != groups[:-1]
+    edges[:, 1:] |= groups[:, 1:] != groups[:, :-1]
+    return edges
 
 
 # ------------------------------------------------------------------------------------------------------ panels

@@ -29,8 +29,10 @@ from tokenexit.calibration.threshold_path import position_where
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.results import Scaled
-from tokenexit.methods import Method, build_method, spec_of
+from tokenexit.methods import Method, Reduced, build_method, spec_of
+from tokenexit.methods.reduced import parted
 from tokenexit.methods.thresholded import calibratable
+from tokenexit.reducers import Reducer
 from tokenexit.report.chart import collapse_floor
 from tokenexit.runtime.atomic import write_or_refuse
 from tokenexit.runtime.notebook import Notebook
@@ -71,8 +73,17 @@ class SweepPoint:
 
 def plan_rule(method: Method[Any], points: int, num_exits: int) -> list[SweepPoint] | None:
     """Points of a method without thresholds, from dear to cheap; None for one that has them."""
+    method, by = parted(method)
     chosen = method.curve(points, num_exits)
-    return [SweepPoint(method.name, spec_of(one)) for one in chosen] or None
+    name, beside = named(method, by), chosen if by is None else [Reduced(one, by) for one in chosen]
+    if by is not None and method.thresholds is None and not chosen:  # the reducer alone
+        return [SweepPoint(name, spec_of(Reduced(method, by)))]
+    return [SweepPoint(name, spec_of(one)) for one in beside] or None
+
+
+def named(method: Method[Any], by: Reducer | None) -> str:
+    """Name of a line: the method, and what merges tokens beside it."""
+    return method.name if by is None else f"{method.name} + {by.label}"
 
 
 def plan_method(
@@ -88,7 +99,9 @@ def plan_method(
 
     full_range: on to before "everybody leaves at once", which is a truncation at the first exit.
     """
-    planner = Planner(calibration_set, calibratable(method), average)
+    method, by = parted(method)
+    name = named(method, by)
+    planner = Planner(calibration_set, calibratable(method), average, by=by)
     reference = dense_reference(calibration_set)
     middle = (planner.mac_ratio(0.0) + planner.mac_ratio(planner.path.end)) / 2
     planner.compare(calibration_set, reference, middle, partial(mean_error, average=average))
@@ -100,12 +113,12 @@ def plan_method(
         if reach < 1.0:
             last, steps = first + (last - first) * reach, points
             say(
-                f"{method.name}: agreement with dense falls off, points end at {last:.0%} of dense compute, with "
+                f"{name}: agreement with dense falls off, points end at {last:.0%} of dense compute, with "
                 f"{unlike:.1%} of the pixels of {images} tuning images unlike dense (--full-range goes on)"
             )
     wanted = [first + (last - first) * i / steps for i in range(1, points + 1)]
     positions = dict.fromkeys(position_where(planner.mac_ratio, share, end) for share in wanted)
-    return [SweepPoint(CHOSEN.format(method.name), spec_of(planner.method_at(position))) for position in positions]
+    return [SweepPoint(CHOSEN.format(name), spec_of(planner.method_at(position))) for position in positions]
 
 
 def agreeing(planner: Planner, calibration_set: CalibrationSet, reference: Reference) -> tuple[float, float, int]:
@@ -151,7 +164,8 @@ def sweep(
     """Run all points and write `sweep.json`, `sweep.csv` and `sweep.png` to the folder `out`.
 
     calibration_set: images to evaluate on, the first of their dataset. tune: images to choose thresholds on, without
-    labels. methods: one line each, of thresholds chosen or of what else they have. by_hand: methods as they are, one
+    labels. methods: one line each, of thresholds chosen or of what else they have; in `Reduced`
+    with the reducer on. by_hand: methods as they are, one
     line for each name. scales: of the images' sides, for the line of dense models on smaller images. full_range: see
     `plan_method`. settings: what else decides the figures, such as model and data. Returns the rows. Raises
     `ConfigError` if `out` holds a sweep of other settings.
@@ -177,11 +191,11 @@ def sweep(
     def planned() -> list[dict[str, Any]]:
         found = [SweepPoint("dense", {"name": "dense"})]
         found += [SweepPoint(SMALLER, {"name": "dense"}, scale) for scale in scales if scale != 1.0]
-        found += [SweepPoint(BY_HAND.format(method.name), spec_of(method)) for method in by_hand]
+        found += [SweepPoint(BY_HAND.format(named(*parted(method))), spec_of(method)) for method in by_hand]
         for method in methods:
             own = plan_rule(method, points, len(calibration_set.model.config.exits))
             if own is None:
-                say(f"choosing thresholds of {method.name} on {len(tune)} images")
+                say(f"choosing thresholds of {named(*parted(method))} on {len(tune)} images")
                 own = plan_method(tune, method, points, average, full_range, say)
             found += own
         return [asdict(point) for point in found]

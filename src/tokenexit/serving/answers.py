@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import base64
 import io
+import operator
 import zipfile
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -109,7 +111,8 @@ def _figures(
     model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], size: Size
 ) -> dict[str, Any]:
     ledger, exits = answer.output.ledger, model.config.exits
-    live = [ledger.tokens[0], *ledger.live_after(exits)]
+    left, stayed = left_at(answer, len(exits))
+    live = [*accumulate(left, operator.sub, initial=stayed + sum(left))]
     threshold = method.thresholds
     pixels = np.bincount(labels.ravel(), minlength=model.config.num_classes)
     names = labels_of(model).names
@@ -124,14 +127,21 @@ def _figures(
         "milliseconds": answer.milliseconds,
         "batch": answer.batch,
         "tokens": live[0],
-        "exits": [ExitFigures(after, live[n] - live[n + 1], live[n + 1]) for n, after in enumerate(exits)],
-        "stayed": live[-1],
+        "exits": [ExitFigures(after, left[n], live[n + 1]) for n, after in enumerate(exits)],
+        "stayed": stayed,
         "classes": [
             ClassFigures(int(k), names[k], pixels[k] / labels.size)
             for k in np.argsort(-pixels, kind="stable")
             if pixels[k]
         ],
     }
+
+
+def left_at(answer: Answer, num_exits: int) -> tuple[list[int], int]:
+    """Return how many patches left at each exit, over all windows, and how many stayed; merged ones leave together."""
+    index = torch.cat([window.flatten() for window in answer.output.windows.exit_index])
+    *left, stayed = torch.bincount(index, minlength=num_exits + 1).tolist()
+    return left, stayed
 
 
 def _per_exit(threshold: Any, num_exits: int) -> list[Any]:
@@ -226,7 +236,8 @@ def plain_page(
     grid, extent = token_grid(model, answer)
     exits = model.config.exits
     size = (image.height, image.width)
-    shown = exit_map(grid, len(exits), size, image=image, extent=extent)
+    groups = answer.output.groups[0].cpu().numpy() if answer.output.groups else None
+    shown = exit_map(grid, len(exits), size, image=image, extent=extent, groups=groups)
     present = [Swatch(f"{c.name}, {c.share:.1%}", classes.palette[c.id]) for c in found.classes]
     left = [*(exit.left for exit in found.exits), found.stayed]
     where = [Swatch(f"{name}: {n} tokens", colour) for n, (name, colour) in zip(left, exit_legend(len(exits), exits))]

@@ -17,6 +17,7 @@ from fastapi.responses import HTMLResponse
 from fastapi.security import HTTPBearer
 
 from tokenexit.errors import ConfigError, DataError
+from tokenexit.reducers import Reducer
 from tokenexit.report.html import report_html
 from tokenexit.runtime.precision import Precision
 from tokenexit.segmenter import ExitSegmenter
@@ -41,10 +42,12 @@ def create_app(
     precision: Precision = "fp32",
     token: str | None = None,
     local_only: bool = True,
+    by: Reducer | None = None,
 ) -> FastAPI:
     """Create the application for any ASGI server in one process; `server_of` limits connections, too, and drains.
 
-    model: in evaluation mode. name: what the page calls it. token, local_only: see `Guard`. Raises `ConfigError` for
+    model: in evaluation mode. name: what the page calls it. token, local_only: see `Guard`. by: what merges tokens
+    beside every method. Raises `ConfigError` for
     impossible limits and tokens, and `CheckpointError` for a calibration that does not belong to the model.
     """
     if token is not None and not re.fullmatch(r"[\x21-\x7e]+", token):  # an empty one must not mean "open to all"
@@ -53,7 +56,7 @@ def create_app(
         )
     limits, ending = limits or Limits(), Ending()
     keep_in_memory(limits.upload_bytes)
-    service = Service(model, name, limits, precision, ending)
+    service = Service(model, name, limits, precision, ending, by)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -173,12 +176,17 @@ def serve(
     limits: Limits | None = None,
     precision: Precision = "fp32",
     token: str | None = None,
+    by: Reducer | None = None,
 ) -> None:
-    """Serve until interrupted. Raises `ConfigError` for an address that cannot be used."""
+    """Serve until interrupted. Raises `ConfigError` for an address that cannot be used.
+
+    by: what merges tokens beside every method.
+    """
     listener = listen(host, port)
     address, port = listener.getsockname()[:2]
     local = is_local(address)  # of the address, as a name may stand for any
-    app = create_app(model, name, limits=limits, precision=precision, token=token, local_only=local and token is None)
+    closed = local and token is None
+    app = create_app(model, name, limits=limits, precision=precision, token=token, local_only=closed, by=by)
     if not local and token is None:
         print(
             "tokenexit serve: everybody who reaches this address may use it; set a token to restrict access.",

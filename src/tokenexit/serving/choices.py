@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenexit.errors import ConfigError
-from tokenexit.methods import METHODS, Dense, Method, build_method
+from tokenexit.methods import METHODS, Dense, Method, Reduced, Resized, build_method
 from tokenexit.methods.base import Threshold
 from tokenexit.methods.thresholded import NEVER, per_exit
+from tokenexit.reducers import Reducer
 from tokenexit.segmenter import ExitSegmenter
 
 OCTAVES = 10.0
@@ -39,9 +40,12 @@ class Offer:
 class Choices:
     """The methods of a model: the calibrated one as it was calibrated, others with their own thresholds."""
 
-    def __init__(self, model: ExitSegmenter) -> None:
+    def __init__(self, model: ExitSegmenter, by: Reducer | None = None) -> None:
+        """by: what merges tokens beside every method."""
         self.calibrated = model.calibrated_method()
-        self._model = model
+        self._model, self._by = model, by
+        if by is not None:  # one that cannot run says so before the first request
+            model.check(self._merged(self.usual))
 
     @property
     def usual(self) -> Method[Any]:
@@ -71,8 +75,16 @@ class Choices:
             method = method.with_thresholds(values)
         elif compute is not None and method.inner.has_exits:
             method = dialled(method, compute, self._num_exits)
+        method = self._merged(method)
         self._model.check(method)
         return method
+
+    def _merged(self, method: Method[Any]) -> Method[Any]:
+        if self._by is None:
+            return method
+        if isinstance(method, Resized):  # which is the outermost
+            return replace(method, method=Reduced(method.method, self._by))
+        return Reduced(method, self._by)
 
     @property
     def _num_exits(self) -> int:
@@ -94,7 +106,7 @@ class Choices:
 
     def _refusal(self, method: Method[Any]) -> str | None:
         try:
-            self._model.check(method)
+            self._model.check(self._merged(method))
         except ConfigError as error:
             return str(error)
         return None

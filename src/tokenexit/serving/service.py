@@ -30,6 +30,7 @@ from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import METHODS, Method
 from tokenexit.outputs.ledger import Size
 from tokenexit.outputs.windows import PACK_TOKENS, Segmentation
+from tokenexit.reducers import Reducer
 from tokenexit.report.pictures import exit_colours
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
@@ -154,11 +155,19 @@ class ViewRequest:
 class Service:
     """The endpoints and what they share."""
 
-    def __init__(self, model: ExitSegmenter, name: str, limits: Limits, precision: Precision, ending: Ending) -> None:
+    def __init__(
+        self,
+        model: ExitSegmenter,
+        name: str,
+        limits: Limits,
+        precision: Precision,
+        ending: Ending,
+        by: Reducer | None = None,
+    ) -> None:
         self.limits, self.name, self.ending = limits, name, ending
         self.model = _labelled(model)
         self.pace = Pace.measured(model, precision)
-        self.choices = Choices(model)
+        self.choices = Choices(model, by)
         self.metrics = Metrics({"tokenexit_busy_pictures": ("Images under way.", lambda: self.batcher.taken)})
         self.batcher = Batcher(
             _forward(model),
@@ -401,10 +410,9 @@ class Service:
         add("tokenexit_pictures_total", method=method.name)
         add("tokenexit_macs_total", ledger.macs[0], method=method.name)
         add("tokenexit_dense_macs_total", ledger.dense_macs[0], method=method.name)
-        live = [ledger.tokens[0], *ledger.live_after(self.model.config.exits), 0]
-        exits = [*map(str, range(1, len(live) - 1)), "end"]
-        for exit_name, before, after in zip(exits, live, live[1:]):
-            add("tokenexit_tokens_total", before - after, method=method.name, exit=exit_name)
+        left, stayed = answers.left_at(answer, len(self.model.config.exits))
+        for exit_name, count in zip([*map(str, range(1, len(left) + 1)), "end"], [*left, stayed]):
+            add("tokenexit_tokens_total", count, method=method.name, exit=exit_name)
 
     def _observe_batch(self, output: Segmentation, seconds: float) -> None:
         self.pace.observe(sum(output.ledger.macs), seconds)
