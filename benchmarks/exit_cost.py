@@ -2,14 +2,14 @@
 
     python -m benchmarks.exit_cost --json docs/evidence/performance/exit-cost.json
 
-Three exits of DToP (k = 5) and DoViT on fresh models with FCN heads. Contenders run in turn in one process: dense, never
-(a threshold of 1) and some (at every exit the most confident share of its live tokens, by thresholds found before).
+Three exits of DToP (k = 5) and DoViT on fresh models with FCN heads. Contenders run in turn in one process: dense,
+never (a threshold of 1) and some (at every exit the most confident share of its live tokens, by thresholds found before).
 Times are of the thread's own CPU, which other work on the machine disturbs little; a figure is the median over rounds.
 
 An exit is timed inside whole calls, where blocks have emptied the caches, and its head's linear layers are taken off;
 `around` is what a call of `never` takes beyond one of dense, by exit and again without these layers: it has state and
-result in it, too. Operations are those that the profiler lists under an exit, nested ones included, and those that reach
-the dispatcher once; what the linear layers call is taken off both.
+result in it, too. Operations are those that the profiler lists under an exit, nested ones included, and those that
+reach the dispatcher once; what the linear layers call is taken off both.
 """
 
 from __future__ import annotations
@@ -74,10 +74,11 @@ def some(model: ExitSegmenter, image: Tensor, build: Callable[[Any], Method[Any]
         method = build(tuple(thresholds))
         decide = type(method).decide  # type: ignore[attr-defined]
 
-        def noted(self: Any, at: int, graded: Any, live: Tensor, found: list[Tensor] = found, n: int = n) -> Tensor:
-            if at == n:
-                found.append(graded.score[live])
-            return decide(self, at, graded, live)  # type: ignore[no-any-return]
+        def noted(self: Any, at: int, graded: Any, live: Tensor, /, kept: Any = (n, found, decide)) -> Tensor:
+            exit, scores, rule = kept
+            if at == exit:
+                scores.append(graded.score[live])
+            return rule(self, at, graded, live)  # type: ignore[no-any-return]
 
         with patch.object(type(method), "decide", noted):
             model([image], method)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.engine.ranks import rank
+from tokenexit.engine.ranks import among_first, rank
 from tokenexit.engine.tokens import Grid, Packing, pack_grids, unpack_grids
 
 Score = Literal["probability", "margin", "entropy"]
@@ -102,17 +102,28 @@ def on_boundary(label: Tensor, grids: Sequence[Grid]) -> Tensor:
     return right | right.roll(1) | below | above
 
 
-def retain_top_k(candidate: Tensor, score: Tensor, label: Tensor, image: Tensor, num_classes: int, k: int) -> Tensor:
+def nobody(mask: Tensor) -> bool:
+    """Return whether no row is true, where the answer is free: on a CPU, and in no graph; elsewhere False.
+
+    What is true of no token need not be computed.
+    """
+    return mask.device.type == "cpu" and not torch.compiler.is_compiling() and not bool(mask.any())
+
+
+def retain_top_k(
+    candidate: Tensor, score: Tensor, label: Tensor, image: Tensor | None, num_classes: int, k: int
+) -> Tensor:
     """Return the candidates that stay: the k most confident of each image and predicted class, ties by lowest position.
 
-    candidate: `(P,)` bool; score `(P,)`; label `(P,)` predicted class; image `(P,)`. Rows are in raster order within
-    an image. Returns `(P,)` bool. One sort, no loop over images or classes (`PruneHead` of DToP's release).
+    candidate: `(P,)` bool; score `(P,)`; label `(P,)` predicted class; image `(P,)`, None for one image. Rows are in
+    raster order within an image. Returns `(P,)` bool. Two sorts, no loop over images or classes (`PruneHead` of DToP's
+    release).
     """
     if k == 0:
         return torch.zeros_like(candidate)
+    group = label if image is None else image * num_classes + label
     # Within a group, candidates rank before all other tokens.
-    place = rank(image * num_classes + label, torch.where(candidate, score, -1.0), descending=True)
-    return candidate & (place < k)
+    return candidate & among_first(group, torch.where(candidate, score, -1.0), k)
 
 
 def keep_at_most(leaves: Tensor, score: Tensor, image: Tensor, limit: Tensor) -> Tensor:
