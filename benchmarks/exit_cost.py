@@ -3,8 +3,9 @@
     python -m benchmarks.exit_cost --json docs/evidence/performance/exit-cost.json
 
 Three exits of DToP (k = 5) and DoViT on fresh models with FCN heads. Contenders run in turn in one process: dense,
-never (a threshold of 1) and some (at every exit the most confident share of its live tokens, by thresholds found before).
-Times are of the thread's own CPU, which other work on the machine disturbs little; a figure is the median over rounds.
+never (a threshold of 1) and some (at every exit the most confident share of its live tokens leaves, by thresholds that
+were found before). Times are of the thread's own CPU, which other work on the machine disturbs little; a figure is the
+median over rounds.
 
 An exit is timed inside whole calls, where blocks have emptied the caches, and its head's linear layers are taken off;
 `around` is what a call of `never` takes beyond one of dense, by exit and again without these layers: it has state and

@@ -286,6 +286,11 @@ def pack_grids(batches: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
     return torch.cat([rows[i] for i in sorted(rows)])
 
 
+def on_host(tensor: Tensor) -> bool:
+    """Return whether values can be read at no cost: on a CPU, and in no graph."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
 def rows_where(mask: Tensor, total: int) -> Tensor:
     """Return the indices of the true rows, `(total,)` int64; the host knows `total`, so CUDA need not synchronise."""
     if mask.device.type == "cpu":

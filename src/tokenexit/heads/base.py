@@ -110,7 +110,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.shape[0] < 2:
+        if not self.training or input.shape[0] < 2:
             return _with_running_statistics(self, input)
         return super().forward(input)
 

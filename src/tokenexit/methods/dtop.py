@@ -189,13 +189,7 @@ class DToP(ThresholdMethod[DToPState]):
         out = head(patches)
         with torch.no_grad():
             score, label = self.grade(n, head, out, patches.grids)
-        state = self._write(head, patches, out, state, model)
-        state = replace(
-            state,
-            exit_index=state.exit_index.write(patches.position, n),
-            label=state.label.write(patches.position, label),
-            backdrop=None if state.backdrop is None else state.backdrop.write(patches.position, patches.x),
-        )
+        state = self._write(head, patches, out, state, model, (n, label))
 
         # Rule: candidates are above p0; the k most confident of each class stay.
         with torch.no_grad():
@@ -206,7 +200,9 @@ class DToP(ThresholdMethod[DToPState]):
             leaves = self.decide(n, graded, torch.ones_like(label, dtype=torch.bool))
 
         # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
-        return tokens if n == self.last_exit else tokens.keep(~leaves), state
+        if n == self.last_exit or nobody(leaves):
+            return tokens, state
+        return tokens.keep(~leaves), state
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Let easy tokens leave, but for the k most confident of each predicted class (`PruneHead` of the release).
@@ -257,22 +253,34 @@ class DToP(ThresholdMethod[DToPState]):
             return result
         return replace(result, frozen=state.scores.read())
 
-    def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
-        """Write a head's output to the live cells of the canvas; exited cells stay as they are."""
-        earlier = state.logits.detached() if self.detach_canvas else state.logits
-        logits = earlier.write(patches.position, out.logits)
+    def _write(
+        self,
+        head: Head,
+        patches: Tokens,
+        out: HeadOutput,
+        state: DToPState,
+        model: ModelView,
+        seen: tuple[int, Tensor] | None = None,
+    ) -> DToPState:
+        """Write a head's output to the live cells of the canvas; exited cells stay as they are.
+
+        seen: at an exit its number and the class of each live token `(P,)`.
+        """
+        position, scores, backdrop = patches.position, state.scores, state.backdrop
+        logits = (state.logits.detached() if self.detach_canvas else state.logits).write(position, out.logits)
         if model.with_records:
             logits = logits.settled()
-        scores = state.scores
         if scores is not None:
-            live = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
-            scores = scores.write(patches.position, live)
+            image = out.packing.image_index()
+            scores = scores.write(position, class_scores(head.kind, out.logits, out.presence, image))
         presence = _latest_presence(out, state.presence)
         recorded = (logits.rows, patches) if model.with_records else (None, None)
         record = record_of(head, patches, replace(out, presence=presence), *recorded)
-        return replace(
-            state, logits=logits, scores=scores, presence=presence, exit_records=(*state.exit_records, record)
-        )
+        exit_index, label = state.exit_index, state.label
+        if seen is not None:
+            exit_index, label = exit_index.write(position, seen[0]), label.write(position, seen[1])
+            backdrop = None if backdrop is None else backdrop.write(position, patches.x)
+        return DToPState(logits, scores, exit_index, label, presence, (*state.exit_records, record), backdrop)
 
 
 def _kinds(model: ModelView) -> set[str]:
