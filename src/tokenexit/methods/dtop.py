@@ -211,10 +211,9 @@ class DToP(ThresholdMethod[DToPState]):
         """
         if n == self.last_exit:
             return live
-        leaves = self.guard(graded, live & self.confident(n, graded))
-        if not nobody(leaves):
-            leaves = leaves ^ graded.most_confident(leaves, self.keep_per_class)  # some of those that would leave
-        return self.limit(n, graded, leaves, live)
+        easy = self.guard(graded, live & self.confident(n, graded))
+        stay = graded.most_confident(easy, self.keep_per_class)  # some of the easy ones
+        return self.limit(n, graded, easy ^ stay, live)
 
     def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
         logits = scale_logits(out.logits, of_exit(self.temperature, n))

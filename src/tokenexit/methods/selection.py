@@ -109,7 +109,7 @@ def nobody(mask: Tensor) -> bool:
 
     What is true of no token need not be computed.
     """
-    return on_host(mask) and not mask.numpy().any()
+    return on_host(mask) and not len(mask.numpy().nonzero()[0])
 
 
 def retain_top_k(
@@ -122,6 +122,8 @@ def retain_top_k(
     """
     if k == 0:
         return torch.zeros_like(candidate)
+    if nobody(candidate):
+        return candidate
     group = label if image is None else image * num_classes + label
     if on_host(candidate):
         return torch.from_numpy(_retain_top_k(candidate.numpy(), score.detach().numpy(), group.numpy(), k))
