@@ -23,10 +23,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, scatter
+from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, on_host, scatter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods.base import (
@@ -189,6 +190,8 @@ class DoViT(ThresholdMethod[DoViTState]):
 
         # Separate: only the chosen tokens go on.
         state = DoViTState(full, keep, score, exit_index, last_label, (*state.exit_records, record))
+        if tokens.cover is None and nobody(stopped):
+            return full, state
         return replace(full, cover=tokens.cover).keep(_that_stand(chosen, tokens)), state
 
     def result(self, tokens: Tokens, state: DoViTState, model: ModelView) -> Result:
@@ -254,6 +257,9 @@ def _latest_label(tokens: Tokens, live: Tokens, label: Tensor, before: Tensor) -
 def _stopped_mean(x: Tensor, stopped: Tensor, cells: Packing, full: Tokens) -> tuple[Tensor, Tensor]:
     """Return the mean feature `(B, C)` of each image's stopped patches, and their share of all its tokens `(B,)`."""
     image = cells.image_index()
+    if on_host(stopped):  # the others add zeros
+        rows = torch.from_numpy(np.flatnonzero(stopped.numpy()))
+        x, image, stopped = x.index_select(0, rows), image.index_select(0, rows), stopped.index_select(0, rows)
     # Integers and fp32, as half precision cannot count far enough.
     images = len(cells.lengths)
     total = torch.zeros(images, x.shape[1], device=x.device).index_add(0, image, x.float() * stopped[:, None])
@@ -282,13 +288,18 @@ def _put_back(full: Tokens, tokens: Tokens) -> Tokens:
     """
     if tokens.packing is full.packing:  # nobody has left or merged
         return full.with_x(tokens.x)
-    image = tokens.packing.image_index()
-    rows = tokens.position + (image + 1) * tokens.num_prefix
-    if tokens.num_prefix:
-        rows = rows.index_copy(0, tokens.prefix_index(), full.prefix_index())
-    x = scatter(full.x, rows, tokens.x)
+    x = scatter(full.x, _rows_in_full(full, tokens), tokens.x)
     if tokens.cover is not None:
         image = cell_packing(tokens).image_index()
         own = torch.arange(tokens.cells, device=x.device) + (image + 1) * tokens.num_prefix  # the row of each cell
         x = x.index_copy(0, own, x.index_select(0, own[tokens.cover]))
     return full.with_x(x)
+
+
+def _rows_in_full(full: Tokens, tokens: Tokens) -> Tensor:
+    """Return the row of each token in the complete sequence, `(T,)` int64."""
+    prefix = tokens.num_prefix
+    if len(tokens.grids) == 1:
+        return torch.cat([torch.arange(prefix, device=tokens.x.device), tokens.position[prefix:] + prefix])
+    rows = tokens.position + (tokens.packing.image_index() + 1) * prefix
+    return rows.index_copy(0, tokens.prefix_index(), full.prefix_index()) if prefix else rows

@@ -184,20 +184,25 @@ class DToP(ThresholdMethod[DToPState]):
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
-        # Score: the exit head sees live tokens only and writes its logits to the canvas.
+        # Score: the exit head sees live tokens only.
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
-        with torch.no_grad():
-            score, label = self.grade(n, head, out, patches.grids)
-        state = self._write(head, patches, out, state, model, (n, label))
 
         # Rule: candidates are above p0; the k most confident of each class stay.
         with torch.no_grad():
-            last_label = patches.spread(state.label.read()) if self.boundary_guard else None
+            score, label = self.grade(n, head, out, patches.grids)
+            labels = state.label.write(patches.position, label)
+            last_label = patches.spread(labels.read()) if self.boundary_guard else None
             graded = Graded(
                 score, label, patches.packing, patches.grids, model.num_classes, last_label, patches.position
             )
             leaves = self.decide(n, graded, torch.ones_like(label, dtype=torch.bool))
+
+        # Canvas: the head's logits, where later heads will not write again.
+        state = self._write(head, patches, out, state, model)
+        state = replace(state, label=labels, exit_index=state.exit_index.write(patches.position, n))
+        if state.backdrop is not None:
+            state = replace(state, backdrop=state.backdrop.write(patches.position, patches.x))
 
         # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
         if n == self.last_exit or nobody(leaves):
@@ -252,34 +257,21 @@ class DToP(ThresholdMethod[DToPState]):
             return result
         return replace(result, frozen=state.scores.read())
 
-    def _write(
-        self,
-        head: Head,
-        patches: Tokens,
-        out: HeadOutput,
-        state: DToPState,
-        model: ModelView,
-        seen: tuple[int, Tensor] | None = None,
-    ) -> DToPState:
-        """Write a head's output to the live cells of the canvas; exited cells stay as they are.
-
-        seen: at an exit its number and the class of each live token `(P,)`.
-        """
-        position, scores, backdrop = patches.position, state.scores, state.backdrop
-        logits = (state.logits.detached() if self.detach_canvas else state.logits).write(position, out.logits)
+    def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
+        """Write a head's output to the live cells of the canvas; exited cells stay as they are."""
+        logits = (state.logits.detached() if self.detach_canvas else state.logits).write(patches.position, out.logits)
         if model.with_records:
             logits = logits.settled()
+        scores = state.scores
         if scores is not None:
-            image = out.packing.image_index()
-            scores = scores.write(position, class_scores(head.kind, out.logits, out.presence, image))
+            live = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
+            scores = scores.write(patches.position, live)
         presence = _latest_presence(out, state.presence)
         recorded = (logits.rows, patches) if model.with_records else (None, None)
         record = record_of(head, patches, replace(out, presence=presence), *recorded)
-        exit_index, label = state.exit_index, state.label
-        if seen is not None:
-            exit_index, label = exit_index.write(position, seen[0]), label.write(position, seen[1])
-            backdrop = None if backdrop is None else backdrop.write(position, patches.x)
-        return DToPState(logits, scores, exit_index, label, presence, (*state.exit_records, record), backdrop)
+        return replace(
+            state, logits=logits, scores=scores, presence=presence, exit_records=(*state.exit_records, record)
+        )
 
 
 def _kinds(model: ModelView) -> set[str]:
