@@ -23,11 +23,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, on_host, scatter
+from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods.base import (
@@ -257,14 +256,14 @@ def _latest_label(tokens: Tokens, live: Tokens, label: Tensor, before: Tensor) -
 def _stopped_mean(x: Tensor, stopped: Tensor, cells: Packing, full: Tokens) -> tuple[Tensor, Tensor]:
     """Return the mean feature `(B, C)` of each image's stopped patches, and their share of all its tokens `(B,)`."""
     image = cells.image_index()
-    if on_host(stopped):  # the others add zeros
-        rows = torch.from_numpy(np.flatnonzero(stopped.numpy()))
-        x, image, stopped = x.index_select(0, rows), image.index_select(0, rows), stopped.index_select(0, rows)
     # Integers and fp32, as half precision cannot count far enough.
     images = len(cells.lengths)
     total = torch.zeros(images, x.shape[1], device=x.device).index_add(0, image, x.float() * stopped[:, None])
-    count = torch.zeros(images, dtype=torch.int64, device=x.device).index_add(0, image, stopped.long())
-    return total / count.clamp(min=1)[:, None], count / full.packing.offsets.diff()
+    if images == 1:
+        count = stopped.sum(0, keepdim=True)
+    else:
+        count = torch.zeros(images, dtype=torch.int64, device=x.device).index_add(0, image, stopped.long())
+    return total / count.clamp(min=1)[:, None], count / torch.tensor(full.packing.lengths, device=x.device)
 
 
 def _mean_count(keep: Tensor, cells: Packing) -> Tensor:
