@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -22,20 +24,24 @@ class Packing:
     """Where each image begins in a packed tensor.
 
     The lengths are kept on the host as well as the device: the host copy sizes buffers and CPU attention without a
-    synchronisation, the device copy drives variable-length kernels.
+    synchronisation, the device copy, made when first asked for, drives variable-length kernels.
 
     Attributes:
         lengths: number of rows of each image.
-        offsets: `(B + 1,)` int32 first row of each image, and the total.
+        device: of the packed tensor.
     """
 
     lengths: tuple[int, ...]
-    offsets: Tensor  # (B + 1,) int32, on the device of the packed tensor
+    device: torch.device
 
     @classmethod
     def of(cls, lengths: Sequence[int], device: torch.device) -> Packing:
-        offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
-        return cls(tuple(lengths), offsets)
+        return cls(tuple(lengths), device)
+
+    @cached_property
+    def offsets(self) -> Tensor:
+        """The first row of each image, and the total: `(B + 1,)` int32."""
+        return torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device=self.device)
 
     @property
     def total(self) -> int:
@@ -53,8 +59,8 @@ class Packing:
     def image_index(self) -> Tensor:
         """Return the image of every packed row, `(T,)` int64."""
         if len(self.lengths) == 1:
-            return torch.zeros(self.total, dtype=torch.int64, device=self.offsets.device)
-        images = torch.arange(len(self.lengths), device=self.offsets.device)
+            return torch.zeros(self.total, dtype=torch.int64, device=self.device)
+        images = torch.arange(len(self.lengths), device=self.device)
         counts = (self.offsets[1:] - self.offsets[:-1]).long()
         return torch.repeat_interleave(images, counts, output_size=self.total)
 
@@ -104,6 +110,8 @@ class Tokens:
 
     def patch_index(self) -> Tensor:
         """Return the rows of the patch tokens among the T, `(P,)` int64."""
+        if len(self.grids) == 1:
+            return torch.arange(self.num_prefix, self.x.shape[0], device=self.x.device)
         return rows_where(self.position >= 0, sum(self.live))
 
     def prefix_index(self) -> Tensor:
@@ -115,40 +123,47 @@ class Tokens:
         """Return the live patch tokens alone, which is what heads see."""
         if self.num_prefix == 0:
             return self
-        index = self.patch_index()
-        return Tokens(
-            x=self.x.index_select(0, index),
-            position=self.position.index_select(0, index),
-            packing=Packing.of(self.live, self.x.device),
-            grids=self.grids,
-            num_prefix=0,
-            phases=self.phases_at(index),
-            cover=self.cover,
-        )
+        x, position, phases = self.x, self.position, self.phases
+        if len(self.grids) == 1:  # the rows behind the prefix: views, no copies
+            x, position = x[self.num_prefix :], position[self.num_prefix :]
+            phases = None if phases is None else phases[self.num_prefix :]
+        else:
+            index = self.patch_index()
+            x, position, phases = x.index_select(0, index), position.index_select(0, index), self.phases_at(index)
+        return Tokens(x, position, Packing.of(self.live, x.device), self.grids, 0, phases, self.cover)
 
     def keep(self, mask: Tensor) -> Tokens:
         """Return the tokens that stay: all prefix tokens and the patch tokens where `mask` holds.
 
-        mask: `(P,)` bool over the live patch tokens in packed order. One host synchronisation, for the counts.
+        mask: `(P,)` bool over the live patch tokens in packed order. One host synchronisation, for the counts. Where
+        all stay, nothing is copied.
         """
-        if self.num_prefix:
-            stays = self.position < 0
-            stays = stays.masked_scatter(~stays, mask)
-        else:
-            stays = mask
-        counts = torch.zeros(len(self.grids), dtype=torch.int64, device=mask.device)
-        counts.index_add_(0, self.packing.image_index(), stays.long())
-        lengths = counts.tolist()  # the one host read of an exit: buffer sizes and CPU attention need it
-        index = rows_where(stays, sum(lengths))
-        return Tokens(
+        index, lengths = self._rows_that_stay(mask)
+        if len(index) == len(self.position):
+            return self
+        return replace(
+            self,
             x=self.x.index_select(0, index),
             position=self.position.index_select(0, index),
             packing=Packing.of(lengths, self.x.device),
-            grids=self.grids,
-            num_prefix=self.num_prefix,
             phases=self.phases_at(index),
-            cover=self.cover,
         )
+
+    def _rows_that_stay(self, mask: Tensor) -> tuple[Tensor, list[int]]:
+        """Return the rows that stay, in order, and their number in each image; see `keep`."""
+        if len(self.grids) == 1 and on_host(mask):  # numpy's calls take a third of torch's time
+            here = np.ones(self.num_prefix + len(mask), dtype=np.bool_)
+            here[self.num_prefix :] = mask.numpy()
+            index = torch.from_numpy(np.flatnonzero(here))
+            return index, [len(index)]
+        stays = mask
+        if self.num_prefix:
+            stays = self.position < 0
+            stays = stays.masked_scatter(~stays, mask)
+        counts = torch.zeros(len(self.grids), dtype=torch.int64, device=mask.device)
+        counts.index_add_(0, self.packing.image_index(), stays.long())
+        lengths = counts.tolist()  # the one host read of an exit: buffer sizes and CPU attention need it
+        return rows_where(stays, sum(lengths)), lengths
 
     def merge(self, into: Tensor, weight: Tensor | None = None) -> Tokens:
         """Let patch tokens join others, which then stand for the cells of both.
@@ -292,6 +307,11 @@ def pack_grids(batches: Sequence[tuple[Sequence[int], Tensor]]) -> Tensor:
         for i, image in zip(members, maps.flatten(2).transpose(1, 2)):
             rows[i] = image
     return torch.cat([rows[i] for i in sorted(rows)])
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Return whether values can be read at no cost: on a CPU, and in no graph."""
+    return tensor.is_cpu and not torch.compiler.is_compiling()
 
 
 def rows_where(mask: Tensor, total: int) -> Tensor:

@@ -110,7 +110,7 @@ class TokenBatchNorm(nn.BatchNorm1d):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.shape[0] < 2:
+        if not self.training or input.shape[0] < 2:
             return _with_running_statistics(self, input)
         return super().forward(input)
 
@@ -186,18 +186,18 @@ def query_classes(presence: Tensor) -> Tensor:
     return presence.float().softmax(dim=-1)[..., :-1]
 
 
-def class_scores(kind: ScoreKind, logits: Tensor, presence: Tensor | None, image: Tensor) -> Tensor:
+def class_scores(kind: ScoreKind, logits: Tensor, presence: Tensor | None, image: Tensor | None) -> Tensor:
     """Return scores of the classes, fp32: softmax, for ATM heads presence times sigmoid, for masks a sum over queries.
 
     The second is the score of DToP's release (`PruneHead`). The third is EoMT's, cell by cell: each query's probability
     of the class times its mask; it may exceed 1.
 
     logits: `(P, K)`, masks `(P, Q)`; presence: `(B, K, 2)`, masks `(B, Q, K + 1)`, or None; image: `(P,)` image of each
-    row, in order.
+    row, in order; None for softmax.
     """
     if kind == "softmax":
         return logits.float().softmax(dim=-1)
-    assert presence is not None, "ATM heads always give presence logits"
+    assert presence is not None and image is not None, "ATM heads always give presence logits"  # noqa: PT018
     if kind == "masks":
         lengths = torch.bincount(image, minlength=len(presence)).tolist()
         return segment_matmul(

@@ -57,7 +57,7 @@ class FCNHead(Head):
         init_linear(self)
 
     def forward(self, tokens: Tokens) -> HeadOutput:
-        hidden = F.relu(self.norm(self.proj(self.input_norm(tokens.x))))
+        hidden = F.relu(self.norm(self.proj(self.input_norm(tokens.x))), inplace=True)
         return HeadOutput(self.classifier(hidden), tokens.packing)
 
     def ops(self, tokens: int, grid: Grid) -> Ops:

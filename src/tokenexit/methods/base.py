@@ -30,6 +30,47 @@ Value = Literal["logits", "scores", "masks"]
 
 
 @dataclass(frozen=True)
+class Canvas:
+    """One row for each cell of the batch, where heads write in turn; a later head's row takes the place of an earlier.
+
+    An exit only notes what it writes: rows are put in place when the canvas is read, all at once.
+
+    Attributes:
+        rows: `(cells, ...)`, what is in place.
+        noted: what is still to be written, in order: cells `(P,)` int64 and their rows `(P, ...)`, or one number for
+            all of them.
+    """
+
+    rows: Tensor
+    noted: tuple[tuple[Tensor, Tensor | int], ...] = ()
+
+    def write(self, position: Tensor, value: Tensor | int) -> Canvas:
+        """Return the canvas with `value` written to the cells `position (P,)`."""
+        return Canvas(self.rows, (*self.noted, (position, value)))
+
+    def read(self) -> Tensor:
+        """Return all rows, `(cells, ...)`. Gradients flow into what was written and into rows that stay."""
+        rows = self.rows
+        for n, (position, value) in enumerate(self.noted):
+            own = n > 0 and not torch.is_grad_enabled()  # a copy of the first step, which nobody else has seen
+            if isinstance(value, int):
+                rows = rows.index_fill_(0, position, value) if own else rows.index_fill(0, position, value)
+            else:
+                value = value.to(rows.dtype)
+                rows = rows.index_copy_(0, position, value) if own else rows.index_copy(0, position, value)
+        return rows
+
+    def settled(self) -> Canvas:
+        """Return the canvas with all rows in place."""
+        return Canvas(self.read())
+
+    def detached(self) -> Canvas:
+        """Return the canvas without the gradients of what was written."""
+        noted = ((at, value if isinstance(value, int) else value.detach()) for at, value in self.noted)
+        return Canvas(self.rows.detach(), tuple(noted))
+
+
+@dataclass(frozen=True)
 class ModelView:
     """The part of a model that a method may know, for one call.
 

@@ -25,6 +25,7 @@ from tokenexit.methods.base import (
     ModelView,
     PerExit,
     Result,
+    all_stay,
     check_rejoin,
     check_rejoin_place,
     decode_grid,
@@ -135,7 +136,10 @@ class FixedRatio(Method[FixedRatioState]):
 
     def result(self, tokens: Tokens, state: FixedRatioState, model: ModelView) -> Result:
         if self.rejoin is not None:
-            return decode_grid(tokens, state.exit_records, tokens.spread(state.exit_index), model)
+            exit_index = all_stay(tokens, model.num_exits)
+            for n, gone in enumerate(state.left):
+                exit_index.index_fill_(0, gone.position, n)
+            return decode_grid(tokens, state.exit_records, tokens.spread(exit_index), model)
         return self._for(model).result(tokens, state, model)
 
 

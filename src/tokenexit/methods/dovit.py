@@ -31,6 +31,7 @@ from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, scatter
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods.base import (
+    Canvas,
     ExitRecord,
     Method,
     ModelView,
@@ -44,7 +45,7 @@ from tokenexit.methods.base import (
     record_of,
     rejoin_sites,
 )
-from tokenexit.methods.selection import pooled_label, pooled_score
+from tokenexit.methods.selection import nobody, pooled_label, pooled_score
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_class
 from tokenexit.reducers.base import Site
 
@@ -57,16 +58,17 @@ class DoViTState:
         full: the complete sequence, stopped tokens with the features they stopped with.
         keep: `(cells,)` bool, patches that no exit has stopped.
         score: `(cells,)` scores of the previous exit, None before the first.
-        exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
-        label: `(cells,)` int64, the class predicted for each patch when last computed, for the boundary guard.
+        exit_index: canvas `(cells,)` int64 of the last exit at which each token was live; with `rejoin`, of the exit
+            at which it stopped.
+        label: `(cells,)` int64, the class predicted for each patch when last computed; None without boundary guard.
         exit_records: one for each exit so far.
     """
 
     full: Tokens
     keep: Tensor
     score: Tensor | None
-    exit_index: Tensor
-    label: Tensor
+    exit_index: Canvas
+    label: Tensor | None
     exit_records: tuple[ExitRecord, ...] = ()
 
 
@@ -171,38 +173,38 @@ class DoViT(ThresholdMethod[DoViTState]):
                 "batch_mode='mean' needs images of one size in a batch: resize them, or use batch_mode='exact'."
             )
         keep = torch.ones(tokens.cells, dtype=torch.bool, device=tokens.x.device)
-        return DoViTState(
-            tokens.unmerged(), keep, None, all_stay(tokens, model.num_exits), torch.zeros_like(keep, dtype=torch.int64)
-        )
+        label = torch.zeros_like(keep, dtype=torch.int64) if self.boundary_guard else None
+        return DoViTState(tokens.unmerged(), keep, None, Canvas(all_stay(tokens, model.num_exits)), label)
 
     def at_exit(self, n: int, tokens: Tokens, state: DoViTState, model: ModelView) -> tuple[Tokens, DoViTState]:
         # Reconstruction: all tokens in grid order, stopped ones with stale features.
         full = _put_back(state.full, tokens)
         patches, live = full.patches(), tokens.patches()
-        stands = tokens.stands()  # of merged cells, the one that is decided for
 
         # Score, and decide; the decision carries no gradient.
         score, label, record = self._graded(n, patches, live, model)
         with torch.no_grad():
             cells = cell_packing(tokens)
-            was_live = scatter(torch.zeros_like(state.keep), live.position, torch.ones_like(live.position))
-            was_live = tokens.spread(was_live)
-            last_label = torch.where(was_live, tokens.spread(label), state.label)
+            last_label = None if state.label is None else _latest_label(tokens, live, label, state.label)
             graded = Graded(score, label, cells, tokens.grids, model.num_classes, last_label, earlier=state.score)
-            candidates = state.keep & stands
-            keep = tokens.spread(candidates & ~self.decide(n, graded, candidates))
+            candidates = _that_stand(state.keep, tokens)  # of merged cells, the one that is decided for
+            keep = tokens.spread(candidates ^ self.decide(n, graded, candidates))
             chosen = keep if self.batch_mode == "exact" else _mean_count(keep, cells)
-            left = torch.where(was_live, n, state.exit_index)
-            exit_index = torch.where(chosen, model.num_exits, left)
+            stopped = ~chosen
+            # Who is live at the end is seen there, unless all come back before it.
+            seen = live.position if self.rejoin is None else live.position[stopped[live.position]]
+            exit_index = state.exit_index.write(seen, n)
 
         # Carrier: the class token takes up the mean of everything stopped so far.
-        if self.blend_weight > 0.0:
-            mean, share = _stopped_mean(patches.x, chosen, cells, full)
+        if self.blend_weight > 0.0 and not nobody(stopped):
+            mean, share = _stopped_mean(patches.x, stopped, cells, full)
             full = blend(full, mean, share > self.blend_trigger, self.blend_weight)
 
         # Separate: only the chosen tokens go on.
         state = DoViTState(full, keep, score, exit_index, last_label, (*state.exit_records, record))
-        return replace(full, cover=tokens.cover).keep(chosen & stands), state
+        if tokens.cover is None and nobody(stopped):
+            return full, state
+        return replace(full, cover=tokens.cover).keep(_that_stand(chosen, tokens)), state
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         return rejoin_sites(self.rejoin, depth)
@@ -213,7 +215,10 @@ class DoViT(ThresholdMethod[DoViTState]):
 
     def result(self, tokens: Tokens, state: DoViTState, model: ModelView) -> Result:
         full = _put_back(state.full, tokens)
-        return decode_grid(full, state.exit_records, state.exit_index, model)
+        exit_index = state.exit_index
+        if self.rejoin is None:
+            exit_index = exit_index.write(tokens.patches().position, model.num_exits)
+        return decode_grid(full, state.exit_records, tokens.spread(exit_index.read()), model)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Stop patches above tau, and those whose score no longer grows (`do_vit.py` of the release)."""
@@ -259,14 +264,28 @@ def blend(full: Tokens, mean: Tensor, applies: Tensor, weight: float) -> Tokens:
     return full.with_x(full.x.index_copy(0, rows, blended))
 
 
-def _stopped_mean(x: Tensor, chosen: Tensor, cells: Packing, full: Tokens) -> tuple[Tensor, Tensor]:
+def _that_stand(cells: Tensor, tokens: Tokens) -> Tensor:
+    """Return those of `cells (cells,)` bool that stand for themselves, which is all of them until tokens merge."""
+    return cells if tokens.cover is None else cells & tokens.stands()
+
+
+def _latest_label(tokens: Tokens, live: Tokens, label: Tensor, before: Tensor) -> Tensor:
+    """Return the class of each patch when last computed: `label (cells,)` of what is live, else `before (cells,)`."""
+    was_live = scatter(torch.zeros_like(label, dtype=torch.bool), live.position, torch.ones_like(live.position))
+    return torch.where(tokens.spread(was_live), tokens.spread(label), before)
+
+
+def _stopped_mean(x: Tensor, stopped: Tensor, cells: Packing, full: Tokens) -> tuple[Tensor, Tensor]:
     """Return the mean feature `(B, C)` of each image's stopped patches, and their share of all its tokens `(B,)`."""
     image = cells.image_index()
     # Integers and fp32, as half precision cannot count far enough.
-    images, stopped = len(cells.lengths), ~chosen
+    images = len(cells.lengths)
     total = torch.zeros(images, x.shape[1], device=x.device).index_add(0, image, x.float() * stopped[:, None])
-    count = torch.zeros(images, dtype=torch.int64, device=x.device).index_add(0, image, stopped.long())
-    return total / count.clamp(min=1)[:, None], count / full.packing.offsets.diff()
+    if images == 1:
+        count = stopped.sum(0, keepdim=True)
+    else:
+        count = torch.zeros(images, dtype=torch.int64, device=x.device).index_add(0, image, stopped.long())
+    return total / count.clamp(min=1)[:, None], count / torch.tensor(full.packing.lengths, device=x.device)
 
 
 def _mean_count(keep: Tensor, cells: Packing) -> Tensor:
@@ -288,13 +307,20 @@ def _put_back(full: Tokens, tokens: Tokens) -> Tokens:
 
     Cells of merged tokens have the features of the one that stands for them.
     """
-    image = tokens.packing.image_index()
-    rows = tokens.position + (image + 1) * tokens.num_prefix
-    if tokens.num_prefix:
-        rows = rows.index_copy(0, tokens.prefix_index(), full.prefix_index())
-    x = scatter(full.x, rows, tokens.x)
+    if tokens.packing is full.packing:  # nobody has left or merged
+        return full.with_x(tokens.x)
+    x = scatter(full.x, _rows_in_full(full, tokens), tokens.x)
     if tokens.cover is not None:
         image = cell_packing(tokens).image_index()
         own = torch.arange(tokens.cells, device=x.device) + (image + 1) * tokens.num_prefix  # the row of each cell
         x = x.index_copy(0, own, x.index_select(0, own[tokens.cover]))
     return full.with_x(x)
+
+
+def _rows_in_full(full: Tokens, tokens: Tokens) -> Tensor:
+    """Return the row of each token in the complete sequence, `(T,)` int64."""
+    prefix = tokens.num_prefix
+    if len(tokens.grids) == 1:
+        return torch.cat([torch.arange(prefix, device=tokens.x.device), tokens.position[prefix:] + prefix])
+    rows = tokens.position + (tokens.packing.image_index() + 1) * prefix
+    return rows.index_copy(0, tokens.prefix_index(), full.prefix_index()) if prefix else rows

@@ -27,10 +27,11 @@ from typing import Any, ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
+from tokenexit.engine.tokens import Grid, Tokens, cell_packing
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput, class_scores
 from tokenexit.methods.base import (
+    Canvas,
     ExitRecord,
     Method,
     ModelView,
@@ -41,7 +42,7 @@ from tokenexit.methods.base import (
     option,
     record_of,
 )
-from tokenexit.methods.selection import confidence, scale_logits
+from tokenexit.methods.selection import confidence, nobody, scale_logits
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, of_exit, per_exit
 
 Finish = Literal["auto", "presence_last", "frozen", "masks"]
@@ -52,22 +53,23 @@ class DToPState:
     """The state that travels from exit to exit.
 
     Attributes:
-        logits: `(cells, K)` canvas of (mask) logits.
-        scores: `(cells, K)` canvas of scores where the finish needs it, else None.
+        logits: canvas `(cells, K)` of (mask) logits.
+        scores: canvas `(cells, K)` of scores where the finish needs it, else None.
+        exit_index: canvas `(cells,)` int64 of the last exit that saw each token.
+        label: canvas `(cells,)` int64 of the class that the last head to see a token predicted, for the boundary guard.
         presence: `(B, K, 2)` of the last head that saw a token of the image (ATM), else None.
-        exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
-        label: `(cells,)` int64, the class that the last head to see a token predicted, for the boundary guard.
         exit_records: one for each exit so far.
-        backdrop: for a decode head of masks, `(cells, C)`: features of each token when an exit last saw it; else None.
+        backdrop: for a decode head of masks, canvas `(cells, C)`: features of each token when an exit last saw it; else
+            None.
     """
 
-    logits: Tensor
-    scores: Tensor | None
-    presence: Tensor | None
-    exit_index: Tensor
-    label: Tensor
+    logits: Canvas
+    scores: Canvas | None
+    exit_index: Canvas
+    label: Canvas
+    presence: Tensor | None = None
     exit_records: tuple[ExitRecord, ...] = ()
-    backdrop: Tensor | None = None
+    backdrop: Canvas | None = None
 
 
 @dataclass(frozen=True)
@@ -171,44 +173,41 @@ class DToP(ThresholdMethod[DToPState]):
             )
 
     def start(self, tokens: Tokens, model: ModelView) -> DToPState:
-        empty = tokens.x.new_zeros((tokens.cells, model.num_classes), dtype=torch.float32)
-        keeps_scores = _canvas_value(model, self.finish) == "scores"
+        empty = Canvas(tokens.x.new_zeros((tokens.cells, model.num_classes), dtype=torch.float32))
+        everywhere = all_stay(tokens, model.num_exits)
         return DToPState(
             logits=empty,
-            scores=empty if keeps_scores else None,
-            presence=None,
-            exit_index=all_stay(tokens, model.num_exits),
-            label=torch.zeros(tokens.cells, dtype=torch.int64, device=tokens.x.device),
-            backdrop=tokens.patches().x if model.decode_head.takes_backdrop else None,
+            scores=empty if _canvas_value(model, self.finish) == "scores" else None,
+            exit_index=Canvas(everywhere),
+            label=Canvas(everywhere),
+            backdrop=Canvas(tokens.patches().x) if model.decode_head.takes_backdrop else None,
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
-        # Score: the exit head sees live tokens only and writes its logits to the canvas.
+        # Score: the exit head sees live tokens only.
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
-        state = self._write(head, patches, out, state, model)
-        if state.backdrop is not None:
-            state = replace(state, backdrop=scatter(state.backdrop, patches.position, patches.x))
 
         # Rule: candidates are above p0; the k most confident of each class stay.
         with torch.no_grad():
             score, label = self.grade(n, head, out, patches.grids)
-            state = replace(state, label=scatter(state.label, patches.position, label))
+            labels = state.label.write(patches.position, label)
+            last_label = patches.spread(labels.read()) if self.boundary_guard else None
             graded = Graded(
-                score,
-                label,
-                patches.packing,
-                patches.grids,
-                model.num_classes,
-                patches.spread(state.label),
-                patches.position,
+                score, label, patches.packing, patches.grids, model.num_classes, last_label, patches.position
             )
             leaves = self.decide(n, graded, torch.ones_like(label, dtype=torch.bool))
-            left_at = torch.where(leaves, n, model.num_exits)
-            exit_index = state.exit_index.index_copy(0, patches.position, left_at)
+
+        # Canvas: the head's logits, where later heads will not write again.
+        state = self._write(head, patches, out, state, model)
+        state = replace(state, label=labels, exit_index=state.exit_index.write(patches.position, n))
+        if state.backdrop is not None:
+            state = replace(state, backdrop=state.backdrop.write(patches.position, patches.x))
 
         # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
-        return tokens if n == self.last_exit else tokens.keep(~leaves), replace(state, exit_index=exit_index)
+        if n == self.last_exit or nobody(leaves):
+            return tokens, state
+        return tokens.keep(~leaves), state
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Let easy tokens leave, but for the k most confident of each predicted class (`PruneHead` of the release).
@@ -218,49 +217,57 @@ class DToP(ThresholdMethod[DToPState]):
         if n == self.last_exit:
             return live
         easy = self.guard(graded, live & self.confident(n, graded))
-        stay = graded.most_confident(easy, self.keep_per_class)
-        return self.limit(n, graded, easy & ~stay, live)
+        stay = graded.most_confident(easy, self.keep_per_class)  # some of the easy ones
+        return self.limit(n, graded, easy ^ stay, live)
 
     def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:
         logits = scale_logits(out.logits, of_exit(self.temperature, n))
-        probabilities = class_scores(head.kind, logits, out.presence, out.packing.image_index())
+        image = None if out.presence is None else out.packing.image_index()
+        probabilities = class_scores(head.kind, logits, out.presence, image)
         best, label = probabilities.max(dim=-1)
         return best if self.score == "probability" else confidence(probabilities, self.score), label
 
     def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
-        if state.backdrop is not None:
-            return self._masks(tokens, state, model)
+        patches = tokens.patches()
         if self.last_exit is None:
-            patches = tokens.patches()
+            state = replace(state, exit_index=state.exit_index.write(patches.position, model.num_exits))
+        exit_index = tokens.spread(state.exit_index.read())
+        if state.backdrop is not None:
+            return self._masks(tokens, state, exit_index, model)
+        if self.last_exit is None:
             patches = patches.with_x(model.norm(patches.x))
             out = model.decode_head(patches)
             state = self._write(model.decode_head, patches, out, state, model)
         else:  # nobody is left for later heads
             did_not_run = (ExitRecord(),) * (model.num_exits - self.last_exit)
             state = replace(state, exit_records=(*state.exit_records, *did_not_run))
-        value, exit_index = _canvas_value(model, self.finish), tokens.spread(state.exit_index)
+        value = _canvas_value(model, self.finish)
         if value == "logits" and model.decode_head.kind == "atm":  # presence_last
             image = cell_packing(tokens).image_index()
-            scores = class_scores("atm", tokens.spread(state.logits), state.presence, image)
+            scores = class_scores("atm", tokens.spread(state.logits.read()), state.presence, image)
             return Result(scores, "scores", state.exit_records, exit_index)
         canvas = state.logits if state.scores is None else state.scores
-        return Result(tokens.spread(canvas), value, state.exit_records, exit_index)
+        return Result(tokens.spread(canvas.read()), value, state.exit_records, exit_index)
 
-    def _masks(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
+    def _masks(self, tokens: Tokens, state: DToPState, exit_index: Tensor, model: ModelView) -> Result:
         """Finish with a decode head of masks, which sees the backdrop behind live tokens."""
-        result = decode_grid(tokens, state.exit_records, state.exit_index, model, state.backdrop)
-        return result if self.finish == "masks" else replace(result, frozen=state.scores)
+        assert state.backdrop is not None
+        result = decode_grid(tokens, state.exit_records, exit_index, model, state.backdrop.read())
+        if self.finish == "masks" or state.scores is None:
+            return result
+        return replace(result, frozen=state.scores.read())
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
         """Write a head's output to the live cells of the canvas; exited cells stay as they are."""
-        earlier = state.logits.detach() if self.detach_canvas else state.logits
-        logits = scatter(earlier, patches.position, out.logits)
+        logits = (state.logits.detached() if self.detach_canvas else state.logits).write(patches.position, out.logits)
+        if model.with_records:
+            logits = logits.settled()
         scores = state.scores
         if scores is not None:
             live = class_scores(head.kind, out.logits, out.presence, out.packing.image_index())
-            scores = scatter(scores, patches.position, live)
+            scores = scores.write(patches.position, live)
         presence = _latest_presence(out, state.presence)
-        recorded = (patches.spread(logits), patches) if model.with_records else (None, None)
+        recorded = (patches.spread(logits.rows), patches) if model.with_records else (None, None)
         record = record_of(head, patches, replace(out, presence=presence), *recorded)
         return replace(
             state, logits=logits, scores=scores, presence=presence, exit_records=(*state.exit_records, record)

@@ -78,7 +78,7 @@ class Graded:
         packing: which rows belong to which image.
         grids: (rows, columns) of patches of every image.
         num_classes: number K of classes.
-        last_label: `(cells,)` int64, the class of each patch when it was last computed.
+        last_label: `(cells,)` int64, the class of each patch when it was last computed; None where no rule needs it.
         position: `(P,)` cell of each row, None where the rows are all cells.
         earlier: `(P,)` scores at the previous exit, None at the first or where no rule needs them.
     """
@@ -88,16 +88,18 @@ class Graded:
     packing: Packing
     grids: tuple[Grid, ...]
     num_classes: int
-    last_label: Tensor
+    last_label: Tensor | None = None
     position: Tensor | None = None
     earlier: Tensor | None = None
 
     def most_confident(self, candidate: Tensor, k: int) -> Tensor:
         """Return the k most confident of `candidate (P,)` in each image and class, `(P,)` bool."""
-        return retain_top_k(candidate, self.score, self.label, self.packing.image_index(), self.num_classes, k)
+        image = None if len(self.grids) == 1 else self.packing.image_index()
+        return retain_top_k(candidate, self.score, self.label, image, self.num_classes, k)
 
     def on_boundary(self) -> Tensor:
         """Return which tokens lie beside a patch of another class, `(P,)` bool."""
+        assert self.last_label is not None, "a method that guards boundaries keeps labels"
         cells = on_boundary(self.last_label, self.grids)
         return cells if self.position is None else cells.index_select(0, self.position)
 

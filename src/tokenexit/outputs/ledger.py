@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -110,7 +111,8 @@ def write_ledger(
     prefix = backbone.config.num_prefix_tokens
     live, parts, dense = [], [], []
     for i, (grid, full) in enumerate(zip(grids, grids if full_grids is None else full_grids)):
-        blocks = sum((backbone.block_ops(block[i], late[i]) for block, late in zip(lengths[:-1], fed)), Ops())
+        alike = Counter((block[i], late[i]) for block, late in zip(lengths[:-1], fed))  # counts differ at exits alone
+        blocks = sum((backbone.block_ops(*counts) * number for counts, number in alike.items()), Ops())
         heads = Ops()
         for head, record in zip(exit_heads, records):
             if record.work:
