@@ -257,6 +257,7 @@ PREPROCESSINGS: dict[str, dict[str, Any]] = {
     "fixed size": {"resize": (20, 18)},
     "windows": {"window": (8, 12), "stride": (5, 9)},
     "windows that touch": {"window": 9},
+    "windows evenly spread": {"window": (8, 9), "stride": "even"},
     "windows larger than the image": {"window": (64, 12), "stride": (64, 7)},
     "resized, in windows": {"resize": (26, 20), "window": 16, "stride": 10},
 }

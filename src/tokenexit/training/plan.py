@@ -14,7 +14,7 @@ from tokenexit.data.loader import note_of
 from tokenexit.data.registry import check_dataset_options, dataset_labels
 from tokenexit.engine.ops import GIGA
 from tokenexit.inputs.labels import Labels
-from tokenexit.inputs.preprocessing import Preprocessing
+from tokenexit.inputs.preprocessing import Preprocessing, windows_in_words
 from tokenexit.methods import build_method
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.pretrained import CONFIG_FILE
@@ -182,7 +182,7 @@ def _images(preprocessing: Preprocessing) -> Iterator[str]:
     elif isinstance(preprocessing.resize, tuple):
         yield f"images of {_size(preprocessing.resize)}"
     if preprocessing.window and preprocessing.stride:
-        yield f"windows of {_size(preprocessing.window)} every {_size(preprocessing.stride)}"
+        yield windows_in_words(preprocessing.window, preprocessing.stride)
 
 
 def _written(config: TrainConfig) -> Iterator[str]:
