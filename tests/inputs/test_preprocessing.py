@@ -91,7 +91,9 @@ resizes = st.one_of(st.just("none"), st.integers(1, 2000), st.tuples(st.integers
 
 
 strides = st.tuples(st.integers(1, 400), st.integers(1, 400))
-windows = st.just((None, None)) | st.tuples(st.tuples(*[st.integers(400, 999)] * 2), st.none() | st.just("even") | strides)
+windows = st.just((None, None)) | st.tuples(
+    st.tuples(*[st.integers(400, 999)] * 2), st.none() | st.just("even") | strides
+)
 
 
 @given(st.tuples(*[finite] * 3), st.tuples(*[positive] * 3), resizes, st.none() | any_labels(), windows)

@@ -156,7 +156,11 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--window", help="size of sliding windows: one side, or height and width; none: the whole image", **sides
     )
-    group.add_argument("--stride", help="stride of the windows, or even: as few as cover the image, evenly spread; their size if not given", **sides)
+    group.add_argument(
+        "--stride",
+        help="stride of the windows, or even: as few as cover the image, evenly spread; their size if not given",
+        **sides,
+    )
     add_machine_options(parser)
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from tokenexit.checkpoints.files import read_checkpoint
 from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, not_plain, source_named
+from tokenexit.conversion.families.eomt import added_to
 from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, rename, under
@@ -159,7 +160,8 @@ def convert(
         destination: a folder for `ExitSegmenter.from_pretrained` where the source has heads; else a `.safetensors` file
             with timm's names, for `weights=`.
         kind: the source of the weights, a name of `SOURCES`; "auto" recognises it by the names of entries.
-        backbone: weights of the backbone, where `source` holds a head alone (DINOv2's linear heads).
+        backbone: weights of the backbone, where `source` holds a head alone (linear heads of DINOv2 and DINOv3), or
+            differences from it (EoMT's release on DINOv3).
         backbone_only: leave the heads out.
         exits: number of blocks before each auxiliary head, where it is not as in the published configurations; an empty
             list leaves the auxiliary heads out.
@@ -249,6 +251,8 @@ def _parts(
     """Read the weights, and infer the backbone and which heads there are."""
     main = _read(source, kind)
     body = main if backbone is None else _read(backbone, "auto")
+    if main.source.differences(main.state):
+        body = main = _whole(main, body)
     state = main.state if body is main else _joined(main, body)
     # The heads tell some sources apart, so their settings are read before any head is left out.
     heads_by_part = attention_heads_in(main.meta)
@@ -382,6 +386,18 @@ def _find_beside(source: str | Path, path: Path, name: str) -> Path | None:
         except CheckpointError:
             return None
     return None
+
+
+def _whole(differences: _Weights, base: _Weights) -> _Weights:
+    """Add differences to the weights that they were taken from. Raises `CheckpointError` where these are not given."""
+    if base is differences:
+        raise CheckpointError(
+            f"{differences.what} are differences from DINOv3's weights: give the file of those, too, as backbone "
+            "(--backbone FILE)."
+        )
+    with _readable(base.what):
+        state = added_to(base.state, differences.state, base.what)
+    return replace(differences, state=state, beside=replace(differences.beside, files=(base.what,)))
 
 
 def _joined(main: _Weights, body: _Weights) -> State:

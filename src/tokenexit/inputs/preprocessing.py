@@ -142,9 +142,7 @@ def checked_resize(name: str, resize: object) -> Resize:
     )
 
 
-def checked_window(
-    prefix: str, window: object, stride: object
-) -> tuple[tuple[int, int], Stride] | tuple[None, None]:
+def checked_window(prefix: str, window: object, stride: object) -> tuple[tuple[int, int], Stride] | tuple[None, None]:
     """Return window and stride as two (height, width) pairs, or None twice without a window; a stride may be "even".
 
     A number is a square, and a stride of None the window itself. Raises `ConfigError` about the options

@@ -82,7 +82,8 @@ def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
 
 def _even_spans(side: int, window: int) -> list[tuple[int, int]]:
     """Return start and end of the fewest windows that cover an axis; starts are equal fractions of the way, rounded
-    down, the first at 0 and the last at the border."""
+    down, the first at 0 and the last at the border.
+    """
     count = -(-side // window)
     if count == 1:
         return [(0, side)]

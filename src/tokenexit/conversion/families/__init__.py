@@ -22,7 +22,7 @@ from tokenexit.conversion.families.dinov3 import (
     from_dinov3_huggingface,
     from_dinov3_timm,
 )
-from tokenexit.conversion.families.eomt import from_eomt, from_eomt_huggingface
+from tokenexit.conversion.families.eomt import are_differences, from_eomt, from_eomt_huggingface
 from tokenexit.conversion.families.eva import FRONT, from_eva02, from_eva_timm
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
@@ -55,6 +55,7 @@ class Source:
         atm_heads: number of attention heads of ATM decoders, by (width, classes), as published.
         lacks: patterns of names that no entry matches.
         assumes: those of its settings that no name and no shape shows, to be reported.
+        differences: whether renamed weights are differences from those of a backbone, which they are to be added to.
     """
 
     title: str
@@ -66,6 +67,7 @@ class Source:
     atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
+    differences: Callable[[State], bool] = lambda _: False
 
     def matches(self, names: Iterable[str]) -> bool:
         """Return whether names of entries are those of this source."""
@@ -204,12 +206,14 @@ SOURCES: dict[str, Source] = {
         from_eomt,
         (r"(?:network\.)?q\.weight", r"(?:network\.)?class_head\.weight", r"(?:network\.)?upscale\.0\.conv1\.weight"),
         _eomt,
+        differences=are_differences,
     ),
     "eomt_huggingface": Source(
         "EoMT in Hugging Face transformers",
         from_eomt_huggingface,
         (r"query\.weight", r"class_predictor\.weight", r"upscale_block\.block\.0\.conv1\.weight"),
         _eomt,
+        differences=are_differences,
     ),
     "huggingface": Source(
         "Hugging Face transformers",
