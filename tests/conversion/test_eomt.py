@@ -59,6 +59,9 @@ def test_release__is_read_as_the_model_that_it_is(tmp_path: Path) -> None:
     assert report.decode_head is not None
     assert (report.decode_head["layers"], report.decode_head["queries"]) == (2, QUERIES)
     assert [name for name, _ in report.unused] == ["criterion.empty_weight"]
+    seen = again.preprocessing
+    assert (seen.resize, seen.window, seen.stride) == (12, (12, 12), "even"), "3 x 3 patches of 4 pixels, as trained"
+    assert "stride=even" in report.summary()
     with torch.no_grad():
         found, wanted = (each(images((24, 24)), Dense()) for each in (again, model))
     torch.testing.assert_close(found.grid_logits[0], wanted.grid_logits[0])
@@ -161,6 +164,7 @@ def test_differences__are_added_to_the_weights_that_they_belong_to(kind: str, tm
     assert report.kind == "eomt"
     assert "dinov3.safetensors" in report.summary().splitlines()[0]
     assert again.config.backbone.depth == 4
+    assert again.preprocessing.window is None, "the size that it was trained at is not in the weights"
     with torch.no_grad():
         found, wanted = (each(images((20, 24)), Dense()) for each in (again, model))
     torch.testing.assert_close(found.grid_logits[0], wanted.grid_logits[0], rtol=1e-4, atol=1e-4)

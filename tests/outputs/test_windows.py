@@ -75,7 +75,7 @@ def published_starts(side: int, window: int) -> list[int]:
 
 @given(side=st.integers(1, 3000), window=st.sampled_from([8, 16, 512, 640]))
 def test_window_boxes__evenly_spread_ones_are_the_published_ones(side: int, window: int) -> None:
-    """The shorter side is the window's, since images are resized to cover it; the longer one has as many as it needs."""
+    """The shorter side is the window's, as images are resized to cover it; the longer one has as many as it needs."""
     boxes = window_boxes((window, side), (window, window), "even")
     wanted = [(0, start, window, min(start + window, side)) for start in published_starts(side, window)]
     assert list(boxes) == wanted

@@ -459,12 +459,22 @@ def _preprocessing(
     if given is not None:
         labels = given.labels or _labels(main.meta, num_classes)
         return replace(given, labels=labels), {}
-    labels = _labels(main.meta, num_classes)
+    values: dict[str, Any] = {"labels": _labels(main.meta, num_classes)}
+    assumed: dict[str, Any] = {}
     if body.beside.normalisation is not None:
-        mean, std = body.beside.normalisation
-        return Preprocessing.from_dict({"mean": mean, "std": std, "labels": labels}), {}
-    mean, std = main.source.normalisation(state)
-    return Preprocessing(mean=mean, std=std, labels=labels), {"mean": mean, "std": std}
+        values["mean"], values["std"] = body.beside.normalisation
+    else:
+        assumed["mean"], assumed["std"] = main.source.normalisation(state)
+    if main.beside.window is not None:
+        values |= _even_windows(main.beside.window)
+    elif (side := main.source.window(state)) is not None:
+        assumed |= _even_windows(side)
+    return Preprocessing.from_dict(values | assumed), assumed
+
+
+def _even_windows(side: int) -> dict[str, Any]:
+    """Return the fields of a preprocessing that covers a square with an image and spreads windows of it evenly."""
+    return {"resize": side, "window": (side, side), "stride": "even"}
 
 
 def _labels(meta: Mapping[str, Any], num_classes: int) -> Labels:

@@ -47,8 +47,8 @@ INPUT_STEPS = {
     "or the shortest side, with the other int(side * factor + 0.5)",
     "normalisation": "(pixels / 255 - mean) / std",
     "windows": "of the resized image, from multiples of the stride; one that would cross the border is moved back "
-    "inside, and an image smaller than the window is taken whole along that axis; with the stride even, count = ceil(side / "
-    "window) of them along each axis, from floor(n (side - window) / (count - 1))",
+    "inside, and an image smaller than the window is taken whole along that axis; with the stride even, count = "
+    "ceil(side / window) of them along each axis, from floor(n (side - window) / (count - 1))",
 }
 """How `Preprocessing` and `windows` make the graph's input, in words; the numbers are in the metadata's
 `preprocessing`."""

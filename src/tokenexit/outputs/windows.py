@@ -1,9 +1,10 @@
 """Large images are segmented in windows, whose maps are joined.
 
 The window grid is that of mmsegmentation: windows start at multiples of the stride; one that would cross the border is
-moved back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Or they
-are spread evenly, as EoMT is evaluated (Kerssies et al., 2025): as few as cover the side, at equal distances. Maps of the
-windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the target.
+moved back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Or
+windows are spread evenly, as EoMT is evaluated (Kerssies et al., 2025): as few as cover a side, at equal distances.
+Maps of the windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the
+target.
 
 Windows of all images run packed, as many at a time as a budget of tokens allows. Only their grid logits are kept; maps
 of the whole image are made on access, a few classes at a time. As with images, a window's result does not depend on its
@@ -81,8 +82,9 @@ def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
 
 
 def _even_spans(side: int, window: int) -> list[tuple[int, int]]:
-    """Return start and end of the fewest windows that cover an axis; starts are equal fractions of the way, rounded
-    down, the first at 0 and the last at the border.
+    """Return start and end of the fewest windows that cover an axis.
+
+    Starts are equal fractions of the way, rounded down: the first window begins and the last one ends at a border.
     """
     count = -(-side // window)
     if count == 1:

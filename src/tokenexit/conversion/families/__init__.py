@@ -55,6 +55,8 @@ class Source:
         atm_heads: number of attention heads of ATM decoders, by (width, classes), as published.
         lacks: patterns of names that no entry matches.
         assumes: those of its settings that no name and no shape shows, to be reported.
+        window: side in pixels of the square windows, evenly spread over an image of that shortest side, in which the
+            model is evaluated, given the renamed weights; None for images taken whole.
         differences: whether renamed weights are differences from those of a backbone, which they are to be added to.
     """
 
@@ -67,6 +69,7 @@ class Source:
     atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
+    window: Callable[[State], int | None] = lambda _: None
     differences: Callable[[State], bool] = lambda _: False
 
     def matches(self, names: Iterable[str]) -> bool:
@@ -106,6 +109,13 @@ def _dinov3(state: State) -> dict[str, Any]:
 
 def _eomt(state: State) -> dict[str, Any]:
     return {"norm_eps": 1e-6, "pos_embed_antialias": True} if "backbone.pos_embed" in state else _dinov3(state)
+
+
+def _eomt_window(state: State) -> int | None:
+    """Return the side that the release trains at, which its table has; its network takes no other."""
+    if "backbone.pos_embed" not in state:
+        return None
+    return math.isqrt(state["backbone.pos_embed"].shape[1]) * state["backbone.patch_embed.proj.weight"].shape[-1]
 
 
 def _dinov3_normalisation(state: State) -> Normalisation:
@@ -206,6 +216,7 @@ SOURCES: dict[str, Source] = {
         from_eomt,
         (r"(?:network\.)?q\.weight", r"(?:network\.)?class_head\.weight", r"(?:network\.)?upscale\.0\.conv1\.weight"),
         _eomt,
+        window=_eomt_window,
         differences=are_differences,
     ),
     "eomt_huggingface": Source(

@@ -125,10 +125,11 @@ def added_to(base: State, differences: State, what: str) -> State:
     odd += [there for here, there in both.items() if base[there].shape != differences[here].shape]
     if odd:
         raise CheckpointError(
-            f"{what} are not those that these differences of EoMT belong to, {odd[0]} has no partner of its shape: give "
-            "the DINOv3 that it was trained from."
+            f"{what} are not those that these differences of EoMT belong to, {odd[0]} has no partner of its shape: "
+            "give the DINOv3 that it was trained from."
         )
-    return {**differences, **{here: differences[here].float() + base[there].float() for here, there in both.items()}}
+    sums = {here: differences[here].float() + base[there].float() for here, there in both.items()}
+    return {**differences, **sums}
 
 
 def _partners(differences: State) -> dict[str, str]:
