@@ -16,7 +16,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.exporting.export import export_model
 from tokenexit.heads import eomt_spec
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.methods import Dense, DoViT, DToP, FixedRatio
+from tokenexit.methods import Dense, DoViT, DToP, FixedRatio, Truncated
 from tokenexit.outputs.ledger import dense_gmacs
 from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.segmenter import ExitSegmenter
@@ -319,6 +319,8 @@ def test_what_masks_are_not_for__is_refused_in_a_sentence(tmp_path: Path) -> Non
     model, (image,) = eomt(), images((32, 48))
     with pytest.raises(ConfigError, match="before a decode head of masks"):
         model([image], DToP(0.9, stop=1))
+    with pytest.raises(ConfigError, match="no exit answers in masks as this decode head does, name another method"):
+        model([image], Truncated(1))
     with pytest.raises(ConfigError, match="final_norm must be off"):
         replace(model.config, backbone=replace(model.config.backbone, final_norm=True))
     with pytest.raises(ConfigError, match="another than eomt"):

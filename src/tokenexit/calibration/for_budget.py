@@ -25,6 +25,7 @@ from tokenexit.calibration.threshold_path import position_where
 from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import ThresholdMethod
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ def _in_ms(planner: Planner, calibration_set: CalibrationSet) -> CostModel:
     model = calibration_set.model
     if model.preprocessing.window is not None:
         raise ConfigError("latency_ms is for images taken whole, and this model takes windows: ask for a budget.")
-    exits, depth = model.config.exits, model.config.backbone.depth
+    exits, depth = model.config.exits, blocks_of_live_tokens(planner.method, model.view())
     latency = latency_on_this_machine(model, planner.method, calibration_set.precision)
 
     def modelled(position: float) -> float:

@@ -17,6 +17,7 @@ from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even
 from tokenexit.engine.ops import GIGA
 from tokenexit.engine.tokens import Grid
 from tokenexit.methods import Method, Resized, ThresholdMethod
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 
 PRICES = (0.0, 0.01, 0.03, 0.1)
 """Multiples of `context_price` that paths are built with."""
@@ -58,7 +59,7 @@ class Planner:
         prices: Sequence[float] = PRICES,
     ) -> None:
         self.model, self.method, self.scale = calibration_set.model, method, scale
-        exits, depth = calibration_set.model.config.exits, calibration_set.model.config.backbone.depth
+        exits, depth = calibration_set.model.config.exits, blocks_of_live_tokens(method, self.model.view())
         never = self._sized(with_thresholds(method, (0.0,) * len(exits)))
         next(calibration_set.part([0]).forward(never, "first image"))  # a method that cannot run says so here
         self.dense = DensePass.of(calibration_set, method) if dense is None else dense

@@ -130,7 +130,7 @@ def _figures(model: ExitSegmenter | None, config: TrainConfig) -> Iterator[str]:
     if model is not None:
         ops = dense_ops(model.backbone, model.decode_head, model.backbone.patch_embed.grid(*config.data.crop))
         yield f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters"
-        yield f"exits after {_exits(model)} of {model.config.backbone.depth} blocks"
+        yield f"exits after {_exits(model)} of {model.depth} blocks"
         yield f"{ops.macs / GIGA:.2f} GMACs for a crop without exits"
 
 
