@@ -43,8 +43,12 @@ def resized(image: Image.Image, resize: Any) -> Image.Image:
     return image.resize((resize[1], resize[0]), Image.Resampling.BILINEAR)
 
 
-def spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
-    """Return the beginning and end of every window along one axis."""
+def spans(side: int, window: int, stride: int | None) -> list[tuple[int, int]]:
+    """Return the beginning and end of every window along one axis; without a stride they are spread evenly."""
+    if stride is None:
+        last, free = -(-side // window) - 1, max(side - window, 0)
+        starts = [n * free // max(last, 1) for n in range(last + 1)]
+        return [(start, min(start + window, side)) for start in starts]
     count = max(side - window + stride - 1, 0) // stride + 1
     ends = [min(n * stride + window, side) for n in range(count)]
     return [(max(end - window, 0), end) for end in ends]
@@ -84,7 +88,7 @@ def segment(session: Any, about: dict[str, Any], photo: Image.Image, thresholds:
     pixels = ((np.asarray(image, np.float32) / 255 - mean) / std).transpose(2, 0, 1)
     _, height, width = pixels.shape
     window = steps["window"] or (height, width)
-    stride = steps["stride"] or window
+    stride = (None, None) if steps["stride"] == "even" else steps["stride"] or window
     total = np.zeros((len(about["classes"]), height, width), np.float32)
     seen, exits = np.zeros((height, width), np.float32), []
     for top, bottom in spans(height, window[0], stride[0]):

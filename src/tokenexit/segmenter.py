@@ -202,6 +202,11 @@ class ExitSegmenter(PretrainedMixin):
         """Device of the weights."""
         return self.backbone.device
 
+    @property
+    def depth(self) -> int:
+        """Number of blocks of the whole ViT, those included that an `eomt` head holds."""
+        return self.config.backbone.depth + self.decode_head.joint_blocks
+
     def forward(
         self,
         images: Tensor | Sequence[Tensor],

@@ -15,6 +15,7 @@ from PIL import Image
 import tokenexit
 from tests.adaptation.scenes import dense_model, draw
 from tests.calibration.test_dense_pass import Noise
+from tests.heads.test_eomt import eomt
 from tests.helpers import tiny_segmenter
 from tokenexit.adaptation import adapt as module
 from tokenexit.adaptation import choose, features, fit, heads
@@ -23,7 +24,7 @@ from tokenexit.adaptation.options import Options
 from tokenexit.calibration.plans import Held, TriedPlan
 from tokenexit.calibration.targets import Bound, Budget, CalibrationTarget
 from tokenexit.errors import CheckpointError, ConfigError, DataError
-from tokenexit.methods import DoViT, Method
+from tokenexit.methods import DoViT, DToP, Method
 from tokenexit.pretrained import CONFIG_FILE
 from tokenexit.segmenter import ExitSegmenter
 
@@ -97,6 +98,24 @@ def test_adapt__leaves_the_dense_prediction_and_saves_a_model_that_runs_the_plan
     assert list(found.heads) == [1, 2]
     assert lines[0] == "10 photos: 6 to fit exit heads, 2 to choose, 2 to test"
     assert lines[1].startswith("warning: fewer than 200 photos")
+
+
+def test_adapt__places_exits_up_to_where_queries_join_and_never_behind(photos: Path, tmp_path: Path) -> None:
+    dense = eomt(exits=(), depth=3)
+    with pytest.raises(ConfigError, match="between 1 and 3, as queries join the last 2 of 5 blocks, got 4"):
+        adapted(photos, model=dense, held=Held(scale=1.0, exits=(2, 4)))
+    with pytest.raises(ConfigError, match="depth=2 cannot be held: this decode head reads the whole grid at the end"):
+        adapted(photos, model=dense, held=Held(scale=1.0, depth=2))
+    found = adapted(photos, tmp_path / "out", Budget("budget", 0.85), Held(scale=1.0, exits=(1, 3)), dense)
+    assert list(found.heads) == [1, 2, 3]
+    assert isinstance(found.method, DToP)
+    assert found.model.config.exits == (1, 3)
+    assert found.tried[0].run.mac_ratio <= 0.85
+    loaded, image = ExitSegmenter.from_pretrained(tmp_path / "out"), image_of(photos)
+    assert loaded.depth == 5
+    planned = loaded.predict(image)
+    assert planned.ledger.share_of_dense[0] < 1.0
+    assert torch.equal(loaded.predict(image, "dense").labels, dense.predict(image, "dense").labels)  # type: ignore[arg-type]
 
 
 def test_adapt__of_the_library_saves_nothing_without_out(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.heads.test_eomt import eomt
 from tests.helpers import tiny_segmenter
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.cbt import cbt_thresholds, class_means, thresholds_by_gap
@@ -38,10 +39,10 @@ class Squares:
 
 
 def bench(head: str = "fcn", void: bool = False) -> CalibrationSet:
-    return CalibrationSet(tiny_segmenter(head), Squares(void), (0, 1, 2))
+    return CalibrationSet(eomt() if head == "eomt" else tiny_segmenter(head), Squares(void), (0, 1, 2))
 
 
-@pytest.mark.parametrize("head", ["fcn", "setr_naive", "atm"])
+@pytest.mark.parametrize("head", ["fcn", "setr_naive", "atm", "eomt"])
 def test_class_means__are_means_over_the_pixels_of_a_class(head: str) -> None:
     """The end of the network against what a dense output says of every pixel."""
     images = bench(head)
@@ -51,7 +52,7 @@ def test_class_means__are_means_over_the_pixels_of_a_class(head: str) -> None:
         sample = images.data[index]
         with torch.no_grad():
             out = model([model.preprocessing.to_tensor(sample.image)], Dense())
-        probabilities = out.logits[0].double() if head == "atm" else out.logits[0].double().softmax(0)
+        probabilities = out.logits[0].double() if head in ("atm", "eomt") else out.logits[0].double().softmax(0)
         for i, j in np.ndindex(*sample.mask.shape):
             if sample.mask[i, j] != images.data.labels.ignore_index:
                 sums[sample.mask[i, j]] += probabilities[:, i, j]

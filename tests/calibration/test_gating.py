@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.cli.test_cli import fine, wrong
+from tests.heads.test_eomt import eomt
 from tokenexit.calibration import gating, latency
 from tokenexit.calibration.gating import choose_exits, gate, gated_by_size
 from tokenexit.calibration.latency import (
@@ -21,7 +23,7 @@ from tokenexit.calibration.latency import (
     nonnegative_fit,
 )
 from tokenexit.checkpoints.calibration import Calibration
-from tokenexit.methods import Dense, DToP, FixedRatio, Gated, GatedBySize, Truncated
+from tokenexit.methods import Dense, DoViT, DToP, FixedRatio, Gated, GatedBySize, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
 milliseconds = st.floats(0.0, 10.0)
@@ -213,6 +215,34 @@ def test_apply__wraps_only_where_exits_are_closed(model: ExitSegmenter) -> None:
     assert choose_exits(Latency(nothing, (nothing,)), [1], 3, 9, [0.5]).apply(method) is method
     closed = choose_exits(Latency(nothing, (Curve(1, 0, 0),)), [1], 3, 9, [0.5])
     assert closed.apply(method) == Gated(method, (0,))
+
+
+def test_gate__counts_joint_blocks_that_dtop_spares_tokens_and_dovit_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind the last block of the backbone DoViT has nothing left to save, and DToP the two blocks of the head."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    costs = Latency(Curve(0, 1, 0), (Curve(0, 0.1, 0), Curve(0, 0.1, 0)))
+    monkeypatch.setattr(latency, "measure_latency", lambda *_: costs)
+    masks = eomt(exits=(1, 4))
+    spared = gate(masks, DToP(), (12, 12))
+    assert spared.closed == ()
+    assert spared.dense_ms == 6 * 144
+    assert gate(masks, DoViT(), (12, 12)).closed == (1,)
+
+
+@pytest.mark.parametrize(("method", "rest"), [(DToP(), 4.0), (DoViT(), 6.0)], ids=["DToP", "DoViT"])
+def test_measure_latency__what_is_not_spared_is_the_rest(
+    method: Any, rest: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of ten milliseconds and one for a block, six blocks see DToP's live tokens, and four DoViT's."""
+    masks = eomt(exits=(1, 4))
+
+    def whole_or_part(call: Any, device: Any) -> float:
+        return 10.0 if getattr(call, "func", None) is masks else 1.0
+
+    monkeypatch.setattr(latency, "median_ms", whole_or_part)
+    assert measure_latency(masks, method).rest(100.0) == pytest.approx(rest, rel=1e-6)
 
 
 def test_gate__is_a_command_that_says_why(

@@ -390,6 +390,7 @@ def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
     for name, options in {
         "own": [],
         "stride": ["--stride", "8"],
+        "even": ["--stride", "even"],
         "window": ["--window", "16", "24"],
         "whole": ["--window", "none"],
     }.items():
@@ -405,6 +406,7 @@ def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
     assert [costs[name][1:] for name in costs] == [
         ([16, 16], [12, 16]),
         ([16, 16], [8, 8]),
+        ([16, 16], "even"),
         ([16, 24], [16, 24]),
         (None, None),
     ]
@@ -412,6 +414,7 @@ def test_evaluate_and_predict_take_windows_from_the_model_and_from_options(
     assert "windows" not in whole
     plain = json.loads((tmp_path / "plain.json").read_text())["results"][0]["gmacs_mean"]
     assert costs["whole"][0] == plain < costs["own"][0] < costs["stride"][0]
+    assert costs["even"][0] == costs["own"][0], "two by two of them cover 24x32, too"
 
 
 @pytest.mark.parametrize("command", ["evaluate", "predict"])

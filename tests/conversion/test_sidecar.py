@@ -21,6 +21,15 @@ WHOLE = {
         "preprocessor_config.json": {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]},
     },
     "timm": {"config.json": {"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}}},
+    "eomt_huggingface": {
+        "config.json": {"num_attention_heads": 6, "layer_norm_eps": 1e-6, "image_size": 512, "patch_size": 16},
+        "preprocessor_config.json": {
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_std": [0.2, 0.2, 0.2],
+            "do_split_image": True,
+            "size": {"shortest_edge": 512, "longest_edge": None},
+        },
+    },
     "segmenter": {"variant.yml": {"net_kwargs": {"n_heads": 12, "normalization": "vit"}}},
 }
 READ = {
@@ -30,6 +39,12 @@ READ = {
         ("config.json", "preprocessor_config.json"),
     ),
     "timm": Sidecar({}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ("config.json",)),
+    "eomt_huggingface": Sidecar(
+        {"num_heads": 6, "norm_eps": 1e-6, "pos_embed_grid": (32, 32)},
+        ((0.5, 0.5, 0.5), (0.2, 0.2, 0.2)),
+        ("config.json", "preprocessor_config.json"),
+        window=512,
+    ),
     "segmenter": Sidecar({"num_heads": 12}, ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ("variant.yml",)),
 }
 
@@ -43,6 +58,12 @@ def test_read_beside__takes_what_fits(kind, tmp_path):
     for name, content in WHOLE[kind].items():
         (tmp_path / name).write_text(json.dumps(content))
     assert read(tmp_path, kind) == READ[kind]
+
+
+def test_read_beside__eomt_of_whole_images_has_no_windows(tmp_path):
+    about = {"do_split_image": False, "size": {"shortest_edge": 640, "longest_edge": 640}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(about))
+    assert read(tmp_path, "eomt_huggingface").window is None
 
 
 @pytest.mark.parametrize("kind", [*WHOLE, "mmseg"])

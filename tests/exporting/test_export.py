@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 from tests.cli.test_cli import fine, wrong
+from tests.heads.test_eomt import eomt
 from tests.heads.test_module import own_segmenter
 from tests.helpers import assert_close, random_image, tiny_segmenter
 from tokenexit.errors import CheckpointError, ConfigError
@@ -258,6 +259,7 @@ PREPROCESSINGS: dict[str, dict[str, Any]] = {
     "fixed size": {"resize": (20, 18)},
     "windows": {"window": (8, 12), "stride": (5, 9)},
     "windows that touch": {"window": 9},
+    "windows evenly spread": {"window": (8, 9), "stride": "even"},
     "windows larger than the image": {"window": (64, 12), "stride": (64, 7)},
     "resized, in windows": {"resize": (26, 20), "window": 16, "stride": 10},
 }
@@ -305,6 +307,48 @@ def test_consumer_example__gives_the_masks_of_predict_for_every_preprocessing(
             left |= set(exits.tolist())
     assert len(left) > 1, "some leave and some stay"
     assert len(seen) > 2 * len(files), "preprocessing decides what is seen"
+
+
+MASKS: dict[str, tuple[Any, Any]] = {
+    "DToP, frozen": (DToP(0.5, keep_per_class=1), {"exits": (1, 4)}),
+    "DToP, masks": (DToP(0.5, keep_per_class=1, finish="masks"), {"exits": (1, 4), "rope": "half"}),
+    "DoViT": (DoViT(0.5), {"exits": (1, 3)}),
+}
+
+
+@pytest.mark.parametrize(
+    ("case", "format"),
+    [("DToP, frozen", "onnx"), ("DoViT", "onnx"), ("DToP, frozen", "torch"), ("DToP, masks", "torch")],
+)
+def test_export_model__of_masks_answers_scores_of_pixels(case: str, format: Any, tmp_path: Path) -> None:
+    """Sizes with and without padding; nobody, some and everybody leaving: exits and scores of all are compared."""
+    if format == "onnx":
+        needs_onnx()
+    method, options = MASKS[case]
+    made = export_model(eomt(**options), method, [random_image(24, 32), random_image(21, 30)], tmp_path, format)
+    assert made.runs == 6
+    assert made.error < 1e-5
+    assert made.same_pixels == 1.0
+
+
+def test_consumer_example__gives_the_labels_of_masks(tmp_path: Path) -> None:
+    onnxruntime = needs_onnx()
+    example, model, method = consumer(), eomt(exits=(1, 4)), DToP(0.5, keep_per_class=1)
+    made = export_model(model, method, [random_image(24, 32)], tmp_path)
+    session = onnxruntime.InferenceSession(made.path, providers=["CPUExecutionProvider"])
+    pixels = (torch.rand(30, 43, 3, generator=torch.Generator().manual_seed(2)) * 255).byte().numpy()
+    photo, left = Image.fromarray(pixels), set()
+    windows: list[dict[str, Any]] = [{}, {"resize": 26, "window": 24, "stride": "even"}]
+    for options in windows:
+        model.preprocessing = replace(Preprocessing(), **options)
+        about = json.loads(json.dumps(exporting.metadata(model, method)))
+        assert "may exceed 1" in about["grid_logits"]
+        labels, exits = example.segment(session, about, photo, np.array(about["thresholds"], np.float32))
+        expected = model.predict(photo, method)
+        assert np.array_equal(labels, expected.labels[0].numpy())
+        assert np.array_equal(exits, torch.cat([one.flatten() for one in expected.windows.exit_index]).numpy())
+        left |= set(exits.tolist())
+    assert len(left) > 1, "some leave and some stay"
 
 
 def test_compared_images__are_as_large_as_a_window_at_most() -> None:

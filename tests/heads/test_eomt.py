@@ -13,10 +13,9 @@ from torch import Tensor
 from tests.helpers import enliven, tiny_config
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.exporting.export import export_model
 from tokenexit.heads import eomt_spec
 from tokenexit.inputs.preprocessing import Preprocessing
-from tokenexit.methods import Dense, DoViT, DToP, FixedRatio
+from tokenexit.methods import Dense, DoViT, DToP, FixedRatio, Truncated
 from tokenexit.outputs.ledger import dense_gmacs
 from tokenexit.outputs.losses import segmentation_loss
 from tokenexit.segmenter import ExitSegmenter
@@ -315,10 +314,12 @@ def test_dtop__trains_on_masks_beside_class_maps_of_exits() -> None:
     assert [name for name, each in model.named_parameters() if each.grad is None] == []
 
 
-def test_what_masks_are_not_for__is_refused_in_a_sentence(tmp_path: Path) -> None:
+def test_what_masks_are_not_for__is_refused_in_a_sentence() -> None:
     model, (image,) = eomt(), images((32, 48))
     with pytest.raises(ConfigError, match="before a decode head of masks"):
         model([image], DToP(0.9, stop=1))
+    with pytest.raises(ConfigError, match="no exit answers in masks as this decode head does, name another method"):
+        model([image], Truncated(1))
     with pytest.raises(ConfigError, match="final_norm must be off"):
         replace(model.config, backbone=replace(model.config.backbone, final_norm=True))
     with pytest.raises(ConfigError, match="another than eomt"):
@@ -328,5 +329,3 @@ def test_what_masks_are_not_for__is_refused_in_a_sentence(tmp_path: Path) -> Non
     with pytest.raises(ConfigError, match="prefix of head 'eomt' must be"):
         spec = {**model.config.decode_head, "prefix": 3}
         ExitSegmenter(model.config.backbone, CLASSES, (1,), "fcn", spec).eval()([image])
-    with pytest.raises(ConfigError, match="masks of queries"):
-        export_model(model, DoViT(0.5), [image], tmp_path / "graph")

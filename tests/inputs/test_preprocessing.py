@@ -91,7 +91,9 @@ resizes = st.one_of(st.just("none"), st.integers(1, 2000), st.tuples(st.integers
 
 
 strides = st.tuples(st.integers(1, 400), st.integers(1, 400))
-windows = st.just((None, None)) | st.tuples(st.tuples(*[st.integers(400, 999)] * 2), st.none() | strides)
+windows = st.just((None, None)) | st.tuples(
+    st.tuples(*[st.integers(400, 999)] * 2), st.none() | st.just("even") | strides
+)
 
 
 @given(st.tuples(*[finite] * 3), st.tuples(*[positive] * 3), resizes, st.none() | any_labels(), windows)
@@ -130,6 +132,8 @@ def test_preprocessing__keys_left_out_take_their_defaults():
         ({"window": True}, "window=True"),
         ({"window": 512, "stride": [341, -1]}, r"stride=\[341, -1\]"),
         ({"window": 512, "stride": [512, 513]}, r"stride=\(512, 513\) is longer than .*window=\(512, 512\)"),
+        ({"window": 512, "stride": "odd"}, r"stride='odd' is no size: .* of 1 to 8192 each, or \"even\"\."),
+        ({"stride": "even"}, "stride='even' has no preprocessing.window: give both, or neither"),
         ({"stride": 341}, "stride=341 has no preprocessing.window: give both, or neither"),
         ([], "mapping"),
     ],
@@ -146,6 +150,7 @@ def test_preprocessing__nonsense_is_refused_by_name_and_value(values, words):
         (512, 341, ((512, 512), (341, 341))),
         ([768, 800], 512, ((768, 800), (512, 512))),
         ((480, 320), None, ((480, 320), (480, 320))),
+        (512, "even", ((512, 512), "even")),
     ],
 )
 def test_preprocessing__a_number_is_a_square_and_windows_touch_without_a_stride(window, stride, pairs):

@@ -28,7 +28,7 @@ def test_agreement_exits__of_heads_finer_than_tokens_are_refused():
     model, images = tiny_segmenter("setr_pup"), [random_image(8, 8)]
     with torch.no_grad():
         out = model(images, Dense(), with_records=True)
-    with pytest.raises(ConfigError, match="use token heads"):
+    with pytest.raises(ConfigError, match="one answer per token, and the decode head has more: leave it out"):
         agreement_exits(out.exit_records, out.ledger.tokens)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -60,6 +62,48 @@ def test_window_boxes__cover_every_pixel_with_windows_of_one_size(size: Size, gr
         seen[top:bottom, left:right] += 1
     assert seen.min() >= 1
     assert len(set(boxes)) == len(boxes)
+
+
+def published_starts(side: int, window: int) -> list[int]:
+    """EoMT's evaluation in its own words: as few windows as cover the side, and the overlap shared among them."""
+    count = math.ceil(Fraction(side, window))
+    if count == 1:
+        return [0]
+    overlap = Fraction(count * window - side, count - 1)
+    return [int(n * (window - overlap)) for n in range(count)]
+
+
+@given(side=st.integers(1, 3000), window=st.sampled_from([8, 16, 512, 640]))
+def test_window_boxes__evenly_spread_ones_are_the_published_ones(side: int, window: int) -> None:
+    """The shorter side is the window's, as images are resized to cover it; the longer one has as many as it needs."""
+    boxes = window_boxes((window, side), (window, window), "even")
+    wanted = [(0, start, window, min(start + window, side)) for start in published_starts(side, window)]
+    assert list(boxes) == wanted
+    turned = window_boxes((side, window), (window, window), "even")
+    assert list(turned) == [(left, top, right, bottom) for top, left, bottom, right in wanted]
+
+
+@given(size=st.tuples(st.integers(1, 200), st.integers(1, 200)), window=sides)
+def test_window_boxes__evenly_spread_ones_cover_every_pixel_with_windows_of_one_size(size: Size, window: Size) -> None:
+    boxes = window_boxes(size, window, "even")
+    assert len(boxes) == math.ceil(size[0] / window[0]) * math.ceil(size[1] / window[1]), "no more than it takes"
+    seen = np.zeros(size, int)
+    for top, left, bottom, right in boxes:
+        assert (bottom - top, right - left) == (min(window[0], size[0]), min(window[1], size[1]))
+        seen[top:bottom, left:right] += 1
+    assert seen.min() >= 1
+
+
+@torch.inference_mode()
+def test_segment__sums_evenly_spread_windows() -> None:
+    model, image = tiny_segmenter("fcn"), random_image(12, 33)
+    model.preprocessing = replace(model.preprocessing, window=(12, 12), stride="even")
+    out = model.segment([image], Dense())
+    total, seen = torch.zeros(model.config.num_classes, 12, 33), torch.zeros(33)
+    for start in (0, 10, 21):
+        total[:, :, start : start + 12] += model([image[:, :, start : start + 12]], Dense()).logits[0]
+        seen[start : start + 12] += 1
+    assert_close(out.logits[0], total / seen)
 
 
 @pytest.mark.parametrize(

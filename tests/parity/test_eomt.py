@@ -84,6 +84,35 @@ def test_eomt_of_transformers__has_the_same_masks_and_classes(kind: str, size: t
     torch.testing.assert_close(torch.stack(found.queries), classes, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("size", [(64, 200), (150, 64), (64, 64), (90, 128), (45, 30)])
+def test_windows__of_a_converted_model_give_the_labels_of_their_processor(
+    size: tuple[int, int], tmp_path: Path
+) -> None:
+    """From a photo to its labels: resize, evenly spread windows, masks, sums, the photo's own size.
+
+    Of sizes whose longer side comes out whole: elsewhere transformers cuts off what the release rounds.
+    """
+    from PIL import Image
+    from transformers.models.eomt.image_processing_pil_eomt import EomtImageProcessorPil
+
+    theirs = their_model("dinov2")
+    processor = EomtImageProcessorPil(do_split_image=True, size={"shortest_edge": 64, "longest_edge": None})
+    saved(theirs, tmp_path)
+    processor.save_pretrained(tmp_path)
+    ours, _ = converted(tmp_path)
+    assert (ours.preprocessing.resize, ours.preprocessing.window, ours.preprocessing.stride) == (64, (64, 64), "even")
+    pixels = torch.randint(0, 256, (*size, 3), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    photo = Image.fromarray(pixels.numpy())
+    inputs = processor(photo, return_tensors="pt")
+    with torch.no_grad():
+        found = ours.predict(photo, Dense())
+        wanted = theirs(pixel_values=inputs["pixel_values"])
+    assert len(inputs["pixel_values"]) == found.window_counts[0]
+    wanted.patch_offsets = inputs["patch_offsets"]
+    labels = processor.post_process_semantic_segmentation(wanted, target_sizes=[size])[0]
+    assert (found.labels[0] == labels).float().mean() > 0.99
+
+
 def test_labels__are_those_of_the_published_order(tmp_path: Path) -> None:
     theirs = their_model("dinov2")
     ours, _ = converted(saved(theirs, tmp_path))

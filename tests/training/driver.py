@@ -4,7 +4,7 @@ WHEN: `step:N` in the middle of step N (before its gradient), `write:N` in the m
 weights, `rename` and `pointer` just before the second checkpoint is renamed or named `latest`, `forget` just before the
 first one is removed; `interrupt:N` sends itself Ctrl-C in step N. Of several processes, whoever gets there takes all
 others and those who started them along; `alone:N` is the end of the second one alone, in its N-th backward pass. `end`
-is a run that comes to its end and leaves each process's weights as `OUT.RANK.pt`.
+is a run that comes to its end and leaves each process's weights as `OUT.RANK.pt`; so is `masks`, of EoMT.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main(data: str, out: str, when: str, threads: str) -> None:
         shutil.rmtree = on_call(3, remove, kill)  # type: ignore[assignment]
     if several:
         Path(f"{out}.{rank}.pid").write_text(str(os.getpid()))
-    run = everything_on if several else steady_run
+    run = partial(everything_on, head="eomt") if kind == "masks" else everything_on if several else steady_run
     model = train(run(Path(data), Path(out)), say=print, progress=False)
     SAVE(model.state_dict(), f"{out}.{rank}.pt")
 

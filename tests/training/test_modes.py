@@ -14,6 +14,7 @@ from accelerate import Accelerator
 from torch.nn.parallel import DistributedDataParallel
 
 import tokenexit.training.loop as loop
+from tests.heads.test_eomt import eomt
 from tests.helpers import random_image, tiny_segmenter
 from tests.training.test_loop import run, run_until
 from tests.training.tiny import (
@@ -196,6 +197,24 @@ def test_parts_that_are_not_equal_are_refused(data: Path, tmp_path: Path) -> Non
 
 
 # ------------------------------------------------------------------------------------------------ blocks computed twice
+
+
+@pytest.mark.parametrize("method", ["dense", {"name": "dtop", "threshold": 0.5}, {"name": "dovit", "threshold": 0.5}])
+def test_joint_blocks_computed_twice_give_the_same_loss_and_gradients(method: Any) -> None:
+    results, calls = [], [0, 0]
+    for again in (False, True):
+        model = eomt().train()
+        model.backbone.grad_checkpointing = model.decode_head.grad_checkpointing = again
+        for block in (*model.backbone.blocks, *model.decode_head.blocks):  # type: ignore[misc]
+            block.register_forward_pre_hook(lambda *_, again=again: calls.__setitem__(again, calls[again] + 1))
+        torch.manual_seed(3)
+        images = torch.stack([random_image(12, 16, seed) for seed in range(2)])
+        output = model(images, build_method(method), mask_shares=(1.0, 0.5))
+        loss = segmentation_loss(output, torch.randint(0, 5, (2, 12, 16)), 255, 0.4, points=50)
+        loss.backward()
+        results.append([loss.detach(), *(parameter.grad for parameter in model.parameters())])
+    assert calls == [6, 12]
+    assert all(torch.equal(kept, computed) for kept, computed in zip(*results))
 
 
 @pytest.mark.parametrize("method", ["dense", {"name": "dtop", "threshold": 0.5}, {"name": "dovit", "threshold": 0.5}])

@@ -133,6 +133,8 @@ def test_plan__takes_a_saved_model_as_it_is(tmp_path: Path) -> None:
     build_model(dense.model, dense.data, labels)[0].save_pretrained(dense.out)
     assert said(tuned)["model"].startswith(f"all of {dense.out}, 0.0 M parameters, exits after 1 and 2 of 3 blocks, ")
     assert said(tuned)["predicts"] == "images of 20x30, windows of 16x16 every 8x12"
+    even = replace(dense, data=replace(dense.data, stride="even"))
+    assert said(even)["predicts"] == "images of 20x30, windows of 16x16, evenly spread"
     new = replace(tuned, model=ModelConfig(init_from=dense.out, new_exits=True, exits=[2]))
     assert said(new)["model"].startswith(f"new exits for {dense.out}, ")
     assert "exits after 2 of 3 blocks" in said(new)["model"]

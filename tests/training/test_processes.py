@@ -110,6 +110,21 @@ def test_two_processes_are_one_that_takes_their_parts_one_after_the_other(
         torch.testing.assert_close(value, of_two[name], rtol=1e-4, atol=1e-6)
 
 
+def test_two_processes_train_queries_and_joint_blocks_as_one_does_that_takes_their_parts(
+    data: Path, tmp_path: Path
+) -> None:
+    """Masks are counted over the processes of a part: all images have as many here, so that it makes no difference."""
+    run = torchrun(data, tmp_path / "two", "masks")
+    assert run.returncode == 0, run.stderr
+    first, second = results(tmp_path / "two")
+    assert same_weights(first, second)
+    config = everything_on(data, tmp_path / "one", head="eomt")
+    config.accumulate = 4
+    model = train(config, say=silent, progress=False)
+    for name, value in model.named_parameters():
+        torch.testing.assert_close(value, first[name], rtol=1e-4, atol=1e-6)
+
+
 def test_two_agents_of_one_process_each_train_the_model_of_one_agent_with_two(
     data: Path, tmp_path: Path, whole: tuple[Path, str]
 ) -> None:

@@ -54,7 +54,8 @@ def model_of(run: TrainConfig) -> ExitSegmenter:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipes__can_be_planned_without_data_and_weights(name: str, tmp_path: Path) -> None:
-    assert "not there yet" in plan(recipe(name))
+    run = recipe(name)
+    assert ("not there yet" in plan(run)) == (run.data.name != "scenes"), "scenes are drawn, not read"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,6 +124,7 @@ def test_eomt_recipes__hold_the_published_values(name: str) -> None:
     assert run.steps == pytest.approx(published["steps"], abs=40)
     assert run.batch_size == 16
     assert (tuple(run.data.crop), run.data.window, run.data.ratio) == (size, size, (0.5, 2.0))
+    assert run.data.stride == "even"
     assert (optim.lr, optim.layer_decay, optim.head_lr_factor) == (published["lr"], published["decay"], 1.0)
     assert (optim.warmup_steps, optim.backbone_warmup_steps) == ((2000, 3000) if "dinov3" in name else (500, 1000))
     assert (optim.weight_decay, optim.decay_all, optim.clip_grad_norm, optim.power) == (0.05, True, 0.01, 0.9)

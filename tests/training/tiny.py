@@ -88,11 +88,11 @@ EVERYBODY_LEAVES: list[Any] = [
 """No token is left for later blocks and heads."""
 
 
-def everything_on(root: Path, out: Path) -> TrainConfig:
+def everything_on(root: Path, out: Path, head: str = "fcn") -> TrainConfig:
     """A run for two processes: an average of the weights, two parts of each batch, blocks computed twice, a limit on
     the gradient, and methods after which no token is left. No token decides, nothing divides by small gradients."""
     config = tiny_run(
-        *(root, out),
+        *(root, out, head),
         methods=["dense", *EVERYBODY_LEAVES],
         batch_size=4,
         accumulate=2,

@@ -59,8 +59,7 @@ def check_options(options: Options, target: CalibrationTarget, dense: ExitSegmen
     Raises:
         ConfigError: in one sentence that says why.
     """
-    depth = dense.config.backbone.depth
-    if depth < 2:
+    if dense.depth < 2:
         raise ConfigError("the backbone must have at least 2 blocks, got 1: there is no place for an exit.")
     _check_target(target, options)
     if isinstance(target, Budget) and target.unit == "latency_ms":
@@ -92,17 +91,21 @@ def _check_target(target: CalibrationTarget, options: Options) -> None:
 def places(dense: ExitSegmenter, held: Held) -> tuple[int, ...]:
     """Return the numbers of blocks behind which heads are fitted: all, or those that the user names.
 
+    The last place is before the last block, or behind it where the decode head holds further blocks, which exits save.
+
     Raises:
         ConfigError: for a block that the backbone does not have.
     """
-    depth = dense.config.backbone.depth
+    depth, joint = dense.config.backbone.depth, dense.decode_head.joint_blocks
+    last = depth if joint else depth - 1
     named = {*(held.exits or ()), *(() if held.depth in (None, depth) else (held.depth,))}
-    wrong = sorted(n for n in named if n is not None and not 0 < n < depth)
+    wrong = sorted(n for n in named if n is not None and not 0 < n <= last)
     if wrong:
-        raise ConfigError(f"exits and depth must be between 1 and {depth - 1}, got {wrong[0]}: name other blocks.")
+        behind = f", as queries join the last {joint} of {dense.depth} blocks" if joint else ""
+        raise ConfigError(f"exits and depth must be between 1 and {last}{behind}, got {wrong[0]}: name other blocks.")
     if held.exits is not None and held.depth is not None:
-        return tuple(sorted(n for n in named if n is not None)) or (depth - 1,)  # a survey has a place at least
-    return tuple(range(1, depth))
+        return tuple(sorted(n for n in named if n is not None)) or (last,)  # a survey has a place at least
+    return tuple(range(1, last + 1))
 
 
 def method_of(dense: ExitSegmenter) -> ThresholdMethod[Any]:

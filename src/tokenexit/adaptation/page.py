@@ -297,7 +297,7 @@ def _chart(found: Adaptation, judge: Judge) -> Chart:
 
 def _blocks(found: Adaptation, judge: Judge) -> Iterator[Block]:
     """Yield how well tokens are answered after each block, at each size of the image, and what that costs."""
-    blocks = [*found.heads, found.dense.config.backbone.depth]
+    blocks = [*found.heads, found.dense.depth]
     coarse = "" if found.labelled else COARSE
     yield (
         "After every block an exit head was fitted to the dense model's answers. A token may leave early where such a "
@@ -427,7 +427,7 @@ def _how(found: Adaptation) -> str:
         else "Backbone and decode head are those of the source, and so is the dense answer at full size."
     )
     return (
-        f"A ViT of {backbone.depth} blocks and width {backbone.embed_dim}, {len(found.photos)} photos: {split}. "
+        f"A ViT of {found.dense.depth} blocks and width {backbone.embed_dim}, {len(found.photos)} photos: {split}. "
         f"{labels} {whole} The split and all that was drawn come from seed {options.seed}; the network ran in "
         f"{options.precision} on {found.dense.device}."
     )

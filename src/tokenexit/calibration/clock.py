@@ -20,6 +20,7 @@ from tokenexit.calibration.calibration_set import CalibrationSet, TrueRun
 from tokenexit.calibration.latency import Latency, check_timed, latency_on_this_machine, timed_in_turn
 from tokenexit.engine.tokens import Grid
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 from tokenexit.segmenter import ExitSegmenter
 
 TIMED_IMAGES = 8
@@ -87,7 +88,7 @@ class Clock:
         model = images.model
         check_timed(model)
         latency = latency_on_this_machine(model, method, images.precision)
-        exits, depth = model.config.exits, model.config.backbone.depth
+        exits, depth = model.config.exits, blocks_of_live_tokens(method, model.view())
         plain = replace(latency, exits=())
         modelled = {scale: plain.ms(_cells(own)[:, None], (), depth) for scale, own in grids.items()}
         full = TimeTable(latency, exits, depth, method.last_exit, modelled[1.0])

@@ -25,6 +25,7 @@ from tokenexit.calibration.threshold_path import position_where
 from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import ThresholdMethod
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 from tokenexit.reducers import Reducer
 
 
@@ -105,7 +106,7 @@ def _in_ms(planner: Planner, calibration_set: CalibrationSet) -> CostModel:
     """Milliseconds on this machine. Raises `ConfigError` for a model that takes windows."""
     model = calibration_set.model
     check_timed(model)
-    exits, depth = model.config.exits, model.config.backbone.depth
+    exits, depth = model.config.exits, blocks_of_live_tokens(planner.method, model.view())
     latency = latency_on_this_machine(model, planner.method, calibration_set.precision)
 
     def modelled(position: float) -> float:

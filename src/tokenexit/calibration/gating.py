@@ -18,6 +18,7 @@ from tokenexit.engine.tokens import Grid
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Method, MethodLike, Reduced, as_method
 from tokenexit.methods.gated import Gated, GatedBySize
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 from tokenexit.runtime.precision import Precision
 from tokenexit.segmenter import ExitSegmenter
 
@@ -58,9 +59,10 @@ def choose_exits(
 ) -> Gating:
     """The set of open exits with the least expected time, of all sets; of equals the one with more exits.
 
-    exits: after how many blocks each stands. tokens: patches of the image. live_after: share of them that is live after
-        each exit if all are open; who would have left at a closed exit leaves at the next open one. last: the exit at
-        which the network ends, if there is one: it stays open, and nothing runs behind it.
+    exits: after how many blocks each stands. depth: number of blocks that a token is spared by leaving, of all that
+        exits stand before. tokens: patches of the image. live_after: share of them that is live after each exit if all
+        are open; who would have left at a closed exit leaves at the next open one. last: the exit at which the network
+        ends, if there is one: it stays open, and nothing runs behind it.
     """
     end = depth if last is None else exits[last]
 
@@ -148,5 +150,5 @@ def _choices(model: ExitSegmenter, method: Method[Any], precision: Precision) ->
     assumed = [(1 - ASSUMED_LEAVING) ** (n + 1) for n in range(number)]
     live_after = assumed if reached is None or len(reached) < number else reached[-number:]
     costs = latency_on_this_machine(model, method, precision)
-    depth, last = config.backbone.depth, method.last_exit
+    depth, last = blocks_of_live_tokens(method, model.view()), method.last_exit
     return lambda tokens: choose_exits(costs, config.exits, depth, tokens, live_after, last)

@@ -31,6 +31,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import ModelView
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 from tokenexit.runtime.cache import cached_path, read_cached, write_cached
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.runtime.schema import Between
@@ -134,7 +135,8 @@ def check_timed(model: ExitSegmenter) -> None:
 
 def measure_latency(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
     """Time one block, every exit of `method` and a whole dense pass at a few sizes, one image at a time."""
-    device, patch, depth = model.device, model.config.backbone.patch_size, model.config.backbone.depth
+    device, patch = model.device, model.config.backbone.patch_size
+    depth = blocks_of_live_tokens(method, model.view())  # what the others take is in the rest
     generator = torch.Generator().manual_seed(0)
     blocks: list[float] = []
     rests: list[float] = []

@@ -17,6 +17,7 @@ from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even
 from tokenexit.engine.ops import GIGA
 from tokenexit.engine.tokens import Grid
 from tokenexit.methods import Method, Reduced, Resized, ThresholdMethod
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 from tokenexit.reducers import Reducer
 
 PRICES = (0.0, 0.01, 0.03, 0.1)
@@ -62,7 +63,7 @@ class Planner:
         by: Reducer | None = None,
     ) -> None:
         self.model, self.method, self.scale, self.by = calibration_set.model, method, scale, by
-        exits, depth = calibration_set.model.config.exits, calibration_set.model.config.backbone.depth
+        exits, depth = calibration_set.model.config.exits, blocks_of_live_tokens(method, self.model.view())
         never = self._sized(with_thresholds(method, (0.0,) * len(exits)))
         next(calibration_set.part([0]).forward(never, "first image"))  # a method that cannot run says so here
         self.dense = DensePass.of(calibration_set, method, by=by) if dense is None else dense

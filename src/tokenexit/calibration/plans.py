@@ -30,6 +30,7 @@ from tokenexit.calibration.threshold_path import class_guard, even_path, positio
 from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
+from tokenexit.methods.thresholded import blocks_of_live_tokens
 
 MOST_EXITS = 4
 PRICE = 0.03
@@ -151,13 +152,13 @@ def static_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
 
     There is none where exits are held.
     """
-    depth, prices = survey.blocks[-1], survey.static_prices
+    end, prices = len(survey.blocks) - 1, survey.static_prices
     plans = []
     for n, block in enumerate(survey.blocks):
         if held.exits or held.depth not in (None, block) or not survey.may_stop(n):
             continue
         fitting = [
-            Plan(scale, None if block == depth else block, (), prices[scale][n], losses[n])
+            Plan(scale, None if n == end else block, (), prices[scale][n], losses[n])
             for scale, losses in survey.static_losses.items()
             if held.scale in (None, scale) and prices[scale][n] <= budget
         ]
@@ -172,7 +173,7 @@ def search_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
     Exits are added one at a time, each where the loss falls most, with one threshold for all of them that meets the
     budget. A size and stop which alone lose more than the best plan found so far are passed over.
     """
-    depth = survey.blocks[-1]
+    end = len(survey.blocks) - 1
     found = static_plans(survey, budget, held)
     if held.exits == ():
         return sorted(found, key=lambda plan: plan.loss)
@@ -184,13 +185,12 @@ def search_plans(survey: Survey, budget: float, held: Held = Held()) -> list[Pla
         if (held.exits or prices[scale][n] > budget)  # within the budget no token has to leave
         and held.scale in (None, scale)
         and held.depth in (None, survey.blocks[n])
-        and survey.blocks[n] > behind
-        and (n == len(survey.blocks) - 1 or (survey.may_stop(n) and not survey.method.decodes_grid))
+        and (n == end or (survey.blocks[n] > behind and survey.may_stop(n) and not survey.method.decodes_grid))
     ]
     for loss, scale, n in sorted(places):
         if held.exits is None and found and loss > min(plan.loss for plan in found):
             continue
-        stop = None if survey.blocks[n] == depth else n
+        stop = None if n == end else n
         found += _with_exits(survey, budget, scale, stop, held.exits)
     return sorted(found, key=lambda plan: plan.loss)
 
@@ -236,7 +236,7 @@ def _at_budget(
     table = searched.prices.at_exits(used, None if stop is None else len(numbers))
     method = stopping(survey.method, None if stop is None else len(used))
     losses = searched.losses[[*used, len(searched.losses) - 1]]
-    price = context_price([survey.blocks[n] for n in used], survey.blocks[-1])
+    price = context_price([survey.blocks[n] for n in used], blocks_of_live_tokens(survey.method, survey.model.view()))
     if stop is not None:
         price = (price - price[len(numbers)]).clamp(min=0.0)  # at the stop nobody is left whom others could miss
     losses = losses + PRICE * price[:, None] / len(some.image)

@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_source_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("source, if it is of another library")
     group.add_argument("--kind", choices=KINDS, default="auto", help="source of the weights; auto: told by their names")
-    group.add_argument("--backbone", help="file of backbone weights, for DINOv2's released linear heads")
+    group.add_argument("--backbone", help="file of backbone weights, as for tokenexit convert")
     group.add_argument(
         "--head-module", metavar="PACKAGE.MODULE:NAME", help="class of the decode head, for a head of your own"
     )

@@ -59,7 +59,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kind", choices=KINDS, default="auto", help="source of the weights; auto: told by their names"
     )
-    parser.add_argument("--backbone", help="file of backbone weights, for the linear heads of DINOv2 and DINOv3")
+    parser.add_argument(
+        "--backbone",
+        help="file of backbone weights, for linear heads of DINOv2 and DINOv3, and for EoMT's differences from DINOv3",
+    )
     parser.add_argument("--backbone-only", action="store_true", help="the backbone without the heads")
     parser.add_argument("--exits", type=int, nargs="*", help="numbers of blocks after which auxiliary heads stand")
     parser.add_argument(

@@ -156,7 +156,11 @@ def add_running_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--window", help="size of sliding windows: one side, or height and width; none: the whole image", **sides
     )
-    group.add_argument("--stride", help="stride of the windows; their size if not given", **sides)
+    group.add_argument(
+        "--stride",
+        help="stride of the windows, or even: as few as cover the image, evenly spread; their size if not given",
+        **sides,
+    )
     add_machine_options(parser)
 
 
@@ -210,7 +214,8 @@ def set_windows(model: ExitSegmenter, options: Any) -> None:
     if options.window is None and options.stride is None:
         return
     window = model.preprocessing.window if options.window is None else _sides("--window", options.window)
-    window, stride = checked_window("--", window, options.stride and _sides("--stride", options.stride))
+    asked = options.stride
+    window, stride = checked_window("--", window, "even" if asked == ["even"] else asked and _sides("--stride", asked))
     model.preprocessing = replace(model.preprocessing, window=window, stride=stride)
 
 
@@ -229,10 +234,10 @@ def _sides(name: str, texts: Sequence[str]) -> tuple[int, ...] | None:
 
 
 def in_windows(model: ExitSegmenter) -> str:
+    from tokenexit.inputs.preprocessing import windows_in_words
+
     window, stride = model.preprocessing.window, model.preprocessing.stride
-    if window is None or stride is None:
-        return ""
-    return f" in windows of {window[0]}x{window[1]} every {stride[0]}x{stride[1]}"
+    return "" if window is None or stride is None else f" in {windows_in_words(window, stride)}"
 
 
 def dataset_of(options: Any) -> tuple[str, SegmentationDataset]:

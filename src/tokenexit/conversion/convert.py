@@ -17,6 +17,7 @@ from torch import nn
 from tokenexit.checkpoints.files import read_checkpoint
 from tokenexit.checkpoints.load import load_backbone
 from tokenexit.conversion.families import SOURCES, Source, detect, not_plain, source_named
+from tokenexit.conversion.families.eomt import added_to
 from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, rename, under
@@ -159,7 +160,8 @@ def convert(
         destination: a folder for `ExitSegmenter.from_pretrained` where the source has heads; else a `.safetensors` file
             with timm's names, for `weights=`.
         kind: the source of the weights, a name of `SOURCES`; "auto" recognises it by the names of entries.
-        backbone: weights of the backbone, where `source` holds a head alone (DINOv2's linear heads).
+        backbone: weights of the backbone, where `source` holds a head alone (linear heads of DINOv2 and DINOv3), or
+            differences from it (EoMT's release on DINOv3).
         backbone_only: leave the heads out.
         exits: number of blocks before each auxiliary head, where it is not as in the published configurations; an empty
             list leaves the auxiliary heads out.
@@ -249,6 +251,8 @@ def _parts(
     """Read the weights, and infer the backbone and which heads there are."""
     main = _read(source, kind)
     body = main if backbone is None else _read(backbone, "auto")
+    if main.source.differences(main.state):
+        body = main = _whole(main, body)
     state = main.state if body is main else _joined(main, body)
     # The heads tell some sources apart, so their settings are read before any head is left out.
     heads_by_part = attention_heads_in(main.meta)
@@ -384,6 +388,18 @@ def _find_beside(source: str | Path, path: Path, name: str) -> Path | None:
     return None
 
 
+def _whole(differences: _Weights, base: _Weights) -> _Weights:
+    """Add differences to the weights that they were taken from. Raises `CheckpointError` where these are not given."""
+    if base is differences:
+        raise CheckpointError(
+            f"{differences.what} are differences from DINOv3's weights: give the file of those, too, as backbone "
+            "(--backbone FILE)."
+        )
+    with _readable(base.what):
+        state = added_to(base.state, differences.state, base.what)
+    return replace(differences, state=state, beside=replace(differences.beside, files=(base.what,)))
+
+
 def _joined(main: _Weights, body: _Weights) -> State:
     """Put the heads of one file on the backbone of another; a backbone beside the heads is refused."""
     if any(key.startswith("backbone.") for key in main.state):
@@ -443,12 +459,22 @@ def _preprocessing(
     if given is not None:
         labels = given.labels or _labels(main.meta, num_classes)
         return replace(given, labels=labels), {}
-    labels = _labels(main.meta, num_classes)
+    values: dict[str, Any] = {"labels": _labels(main.meta, num_classes)}
+    assumed: dict[str, Any] = {}
     if body.beside.normalisation is not None:
-        mean, std = body.beside.normalisation
-        return Preprocessing.from_dict({"mean": mean, "std": std, "labels": labels}), {}
-    mean, std = main.source.normalisation(state)
-    return Preprocessing(mean=mean, std=std, labels=labels), {"mean": mean, "std": std}
+        values["mean"], values["std"] = body.beside.normalisation
+    else:
+        assumed["mean"], assumed["std"] = main.source.normalisation(state)
+    if main.beside.window is not None:
+        values |= _even_windows(main.beside.window)
+    elif (side := main.source.window(state)) is not None:
+        assumed |= _even_windows(side)
+    return Preprocessing.from_dict(values | assumed), assumed
+
+
+def _even_windows(side: int) -> dict[str, Any]:
+    """Return the fields of a preprocessing that covers a square with an image and spreads windows of it evenly."""
+    return {"resize": side, "window": (side, side), "stride": "even"}
 
 
 def _labels(meta: Mapping[str, Any], num_classes: int) -> Labels:

@@ -36,9 +36,18 @@ class _HFConfig(TypedDict, total=False):
     patch_size: _Size
 
 
+class _HFSize(TypedDict, total=False):
+    shortest_edge: _Side
+
+
 class _HFProcessor(TypedDict, total=False):
     image_mean: _Colour
     image_std: _Colour
+
+
+class _EomtProcessor(TypedDict, total=False):
+    do_split_image: bool
+    size: _HFSize
 
 
 class _TimmPretrained(TypedDict, total=False):
@@ -71,11 +80,13 @@ class Sidecar:
         settings: fields of `ViTConfig`.
         normalisation: mean and std per channel.
         files: names of the files that were read.
+        window: side in pixels of square windows, evenly spread over an image of that shortest side.
     """
 
     settings: dict[str, Any] = field(default_factory=dict)
     normalisation: tuple[tuple[float, ...], tuple[float, ...]] | None = None
     files: tuple[str, ...] = ()
+    window: int | None = None
 
 
 def read_sidecar(kind: str, find: Find) -> Sidecar:
@@ -132,8 +143,10 @@ def _dinov3_huggingface(find: Find) -> Sidecar:
 
 
 def _eomt(find: Find) -> Sidecar:
-    """As DINOv3's, and DINOv2's table has the grid of the training size."""
-    with_rope, config = _dinov3_huggingface(find), _read(find(HF_CONFIG), _HFConfig) or {}
+    """As DINOv3's, DINOv2's table has the grid of the training size, and semantic models split images into windows."""
+    processor = _read(find(HF_PREPROCESSOR), _EomtProcessor) or {}
+    window = processor.get("size", {}).get("shortest_edge") if processor.get("do_split_image") else None
+    with_rope, config = replace(_dinov3_huggingface(find), window=window), _read(find(HF_CONFIG), _HFConfig) or {}
     if "image_size" not in config or "patch_size" not in config or "rope_theta" in with_rope.settings:
         return with_rope
     image, patch = _pair(config["image_size"]), _pair(config["patch_size"])

@@ -457,6 +457,13 @@ def drop_path(probability: float, packing: Packing, dtype: torch.dtype) -> Tenso
     return factor.index_select(0, packing.image_index())[:, None]
 
 
+def run_block(block: nn.Module, again: bool, x: Tensor, *rest: Any) -> Tensor:
+    """Run a block on `x (T, C)` and further arguments; `again` computes it a second time in the backward pass."""
+    if again and torch.is_grad_enabled():
+        return checkpoint(block, x, *rest, use_reentrant=False)  # type: ignore[no-any-return]
+    return block(x, *rest)  # type: ignore[no-any-return]
+
+
 class Block(nn.Module):
     """A pre-norm transformer block over packed tokens.
 
@@ -727,10 +734,7 @@ class ViT(nn.Module):
         if self.captured is not None and not torch.is_grad_enabled() and self.captured.fits(tokens.packing):
             return tokens.with_x(self.captured.run(x, tokens.packing, start, stop, phases))
         for block in self.blocks[start:stop]:
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, tokens.packing, phases, use_reentrant=False)
-            else:
-                x = block(x, tokens.packing, phases)
+            x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases)
         return tokens.with_x(x)
 
     def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:

@@ -47,7 +47,8 @@ INPUT_STEPS = {
     "or the shortest side, with the other int(side * factor + 0.5)",
     "normalisation": "(pixels / 255 - mean) / std",
     "windows": "of the resized image, from multiples of the stride; one that would cross the border is moved back "
-    "inside, and an image smaller than the window is taken whole along that axis",
+    "inside, and an image smaller than the window is taken whole along that axis; with the stride even, count = "
+    "ceil(side / window) of them along each axis, from floor(n (side - window) / (count - 1))",
 }
 """How `Preprocessing` and `windows` make the graph's input, in words; the numbers are in the metadata's
 `preprocessing`."""
@@ -154,7 +155,7 @@ def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
         "thresholds": np.round(threshold_table(model, method).double().numpy(), 7).tolist(),
         "score": spec_of(method, whole=True).get("score", "probability"),
         "heads": kinds,
-        "grid_logits": "class logits before a softmax" if kinds == ["softmax"] else "scores in [0, 1]",
+        "grid_logits": _kind_of_maps(kinds),
         "classes": list(labels.names),
         "palette": [list(colour) for colour in labels.palette],
         "preprocessing": model.preprocessing.to_dict(),
@@ -165,6 +166,13 @@ def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:
         "exits_after_blocks": list(model.config.exits),
         "calibrated": model.calibration is not None,
     }
+
+
+def _kind_of_maps(kinds: Sequence[str]) -> str:
+    """Say what the maps of a graph are, whose heads are of these kinds."""
+    if "masks" in kinds:
+        return "scores at patch_size pixels a token, of each class the sum over masks, which may exceed 1"
+    return "class logits before a softmax" if list(kinds) == ["softmax"] else "scores in [0, 1]"
 
 
 def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
@@ -330,12 +338,17 @@ def _swapped(file: Answers, ours: SegmentationOutput) -> float:
 def _compared(file: Answers, ours: SegmentationOutput, truth: SegmentationOutput) -> _Run:
     """Compare the file with the model and the model in fp64, with the same tokens leaving in all three."""
     labels, logits, _ = file
-    reference = truth.grid_logits[0].double().numpy()
+    reference, own = _class_maps(truth), _class_maps(ours)
     scale = max(1.0, float(np.abs(reference).max()))
-    error, own_error = (
-        float(np.abs(values - reference).max()) / scale for values in (logits[0], ours.grid_logits[0].numpy())
-    )
+    seen = logits[0, :, : reference.shape[1], : reference.shape[2]]  # of masks, without what padding adds
+    error, own_error = (float(np.abs(values - reference).max()) / scale for values in (seen, own))
     return _Run(error, own_error, float((labels[0] == torch.as_tensor(ours.labels[0]).numpy()).mean()))
+
+
+def _class_maps(output: SegmentationOutput) -> npt.NDArray[np.float64]:
+    """Return what a graph answers for an image `(K, ., .)`: logits on the grid, or of masks the scores of pixels."""
+    maps = torch.as_tensor(output.logits[0]) if output.value == "masks" else output.grid_logits[0]
+    return maps.double().numpy()
 
 
 def _with_table(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Method[Any]:

@@ -10,13 +10,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenexit.engine.tokens import Packing, Tokens
-from tokenexit.errors import ConfigError
-from tokenexit.methods import Method
+from tokenexit.engine.tokens import Grid, Packing, Tokens
+from tokenexit.methods import Method, Result
 from tokenexit.methods.thresholded import per_class, per_exit
-from tokenexit.outputs.segmentation import resize_maps
+from tokenexit.outputs.segmentation import resize_maps, scores_of_masks
 from tokenexit.segmenter import ExitSegmenter, run_tokens
 
 OUTPUTS = ("labels", "grid_logits", "exit_stage")
@@ -83,8 +83,23 @@ class ExitGraph(nn.Module):
         head = model.decode_head
         maps = result.logits.view(1, h * head.scale, w * head.scale, -1).permute(0, 3, 1, 2).float()
         patch = backbone.config.patch_size
-        labels = resize_maps(maps, (h, w), patch, head.upscale, (h * patch, w * patch)).argmax(dim=1)
+        full = resize_maps(maps, (h, w), patch, head.upscale, (h * patch, w * patch))
+        if result.queries is not None:
+            maps = full = _class_maps(full, result, (h, w), patch, model.view().num_exits)
+        labels = full.argmax(dim=1)
         return _cropped(labels, image.shape[2], image.shape[3]), maps.contiguous(), result.exit_index.view(1, h, w)
+
+
+def _class_maps(masks: Tensor, result: Result, grid: Grid, patch: int, num_exits: int) -> Tensor:
+    """Turn masks `(1, Q, H', W')` at the size of whole patches into scores of the classes `(1, K, H', W')`."""
+    assert result.queries is not None, "masks come with their queries"
+    size = (grid[0] * patch, grid[1] * patch)
+    if result.frozen is None:
+        return scores_of_masks(masks[0].sigmoid(), result.queries[0])[None]
+    frozen = resize_maps(result.frozen.view(1, *grid, -1).permute(0, 3, 1, 2), grid, patch, 1, size)
+    left = (result.exit_index.view(1, 1, *grid) < num_exits).float()
+    exited = F.interpolate(left, size, mode="nearest")[0, 0] > 0.5
+    return torch.where(exited, frozen[0], scores_of_masks(masks[0].sigmoid(), result.queries[0]))[None]
 
 
 def _cropped(labels: Tensor, height: int, width: int) -> Tensor:
@@ -101,8 +116,6 @@ def check_exportable(model: ExitSegmenter, method: Method[Any]) -> None:
     """Raise `ConfigError`, in one sentence, for a model or method that a graph cannot hold."""
     model.check(method)
     method.for_export()
-    if model.decode_head.kind == "masks":
-        raise ConfigError("a graph holds class maps, and head 'eomt' gives masks of queries: run this model in Python.")
 
 
 def threshold_table(model: ExitSegmenter, method: Method[Any]) -> Tensor:

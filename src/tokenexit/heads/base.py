@@ -73,6 +73,7 @@ class Head(nn.Module, ABC):
         upscale: factor of the bilinear step that belongs to the head and is still to be applied to its logits.
         joint_blocks: number of the backbone's last blocks that the head holds, as `blocks`, with its final norm as
             `norm`; they are trained as the rest of the backbone.
+        grad_checkpointing: whether these blocks are computed again in the backward pass, for less memory.
     """
 
     kind: ClassVar[ScoreKind] = "softmax"
@@ -83,6 +84,7 @@ class Head(nn.Module, ABC):
     scale: int = 1
     upscale: int = 1
     joint_blocks: int = 0
+    grad_checkpointing: bool = False
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

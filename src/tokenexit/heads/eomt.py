@@ -22,7 +22,7 @@ from tokenexit.engine.attention import segment_matmul
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, scatter, unpack_grids
-from tokenexit.engine.vit import Block, ViT, ViTConfig
+from tokenexit.engine.vit import Block, ViT, ViTConfig, run_block
 from tokenexit.errors import ConfigError
 from tokenexit.heads.base import (
     Head,
@@ -117,7 +117,9 @@ class EoMTHead(Head):
                     masked = mask_attention(
                         list(earlier[-1].logits), joined, self.queries.num_embeddings, mask_shares[n]
                     )
-            joined = joined.with_x(block(joined.x, joined.packing, joined.phases, masked))
+            joined = joined.with_x(
+                run_block(block, self.grad_checkpointing, joined.x, joined.packing, joined.phases, masked)
+            )
         return replace(self._predict(joined, backdrop), earlier=tuple(earlier))
 
     def _join(self, tokens: Tokens) -> Tokens:

@@ -21,6 +21,7 @@ from tokenexit.inputs.labels import Labels, is_int
 from tokenexit.runtime.schema import check_keys, fits, shown
 
 Resize: TypeAlias = Literal["none"] | int | tuple[int, int]
+Stride: TypeAlias = Literal["even"] | tuple[int, int]
 
 MAX_SIDE = 8192
 """The largest side in pixels that a model may resize images to, or cut them in."""
@@ -38,7 +39,8 @@ class Preprocessing:
         labels: names and colours of the model's classes, if known.
         window: height and width in pixels of the windows in which the resized image is segmented; one number stands for
             both. Without a window the image is taken whole.
-        stride: distance in pixels of the windows, (rows, columns); without it windows touch.
+        stride: distance in pixels of the windows, (rows, columns); "even" takes the fewest windows that cover the image
+            and spreads them evenly, as EoMT is evaluated; without it windows touch.
 
     Raises:
         ConfigError: for values that cannot work.
@@ -49,7 +51,7 @@ class Preprocessing:
     resize: Resize = "none"
     labels: Labels | None = None
     window: tuple[int, int] | None = None
-    stride: tuple[int, int] | None = None
+    stride: Stride | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", _three_floats("mean", self.mean))
@@ -110,7 +112,7 @@ class Preprocessing:
             "resize": list(self.resize) if isinstance(self.resize, tuple) else self.resize,
             "labels": None if self.labels is None else self.labels.to_dict(),
             "window": None if self.window is None else list(self.window),
-            "stride": None if self.stride is None else list(self.stride),
+            "stride": list(self.stride) if isinstance(self.stride, tuple) else self.stride,
         }
 
     @classmethod
@@ -140,10 +142,8 @@ def checked_resize(name: str, resize: object) -> Resize:
     )
 
 
-def checked_window(
-    prefix: str, window: object, stride: object
-) -> tuple[tuple[int, int], tuple[int, int]] | tuple[None, None]:
-    """Return window and stride as two (height, width) pairs, or None twice without a window.
+def checked_window(prefix: str, window: object, stride: object) -> tuple[tuple[int, int], Stride] | tuple[None, None]:
+    """Return window and stride as two (height, width) pairs, or None twice without a window; a stride may be "even".
 
     A number is a square, and a stride of None the window itself. Raises `ConfigError` about the options
     `{prefix}window` and `{prefix}stride` for values that are no size, and for strides that leave pixels out.
@@ -153,7 +153,9 @@ def checked_window(
             raise ConfigError(f"{prefix}stride={stride!r} has no {prefix}window: give both, or neither.")
         return None, None
     window = _checked_pair(f"{prefix}window", window)
-    stride = window if stride is None else _checked_pair(f"{prefix}stride", stride)
+    if stride == "even":
+        return window, "even"
+    stride = window if stride is None else _checked_pair(f"{prefix}stride", stride, ', or "even"')
     if stride[0] > window[0] or stride[1] > window[1]:
         raise ConfigError(
             f"{prefix}stride={stride} is longer than {prefix}window={window} and would leave pixels out: shorten it."
@@ -161,12 +163,19 @@ def checked_window(
     return window, stride
 
 
-def _checked_pair(name: str, size: object) -> tuple[int, int]:
+def windows_in_words(window: tuple[int, int], stride: Stride) -> str:
+    """Return windows as people read them, such as `windows of 512x512 every 341x341`."""
+    every = ", evenly spread" if stride == "even" else f" every {stride[0]}x{stride[1]}"
+    return f"windows of {window[0]}x{window[1]}{every}"
+
+
+def _checked_pair(name: str, size: object, otherwise: str = "") -> tuple[int, int]:
     pair = (size, size) if isinstance(size, int) else size
     if isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(_is_side, pair)):
         return pair[0], pair[1]
     raise ConfigError(
-        f"{name}={shown(size)} is no size: give one side in pixels, or a (height, width) pair, of 1 to {MAX_SIDE} each."
+        f"{name}={shown(size)} is no size: give one side in pixels, or a (height, width) pair, of 1 to {MAX_SIDE} each"
+        f"{otherwise}."
     )
 
 

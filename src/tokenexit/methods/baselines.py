@@ -182,9 +182,9 @@ class Truncated(Method[Result | None]):
             raise ConfigError("Truncated leaves no map at later exits: train and record exits with dense instead.")
         head, decode_head = model.exit_heads[self.after - 1], model.decode_head
         if (head.scale, head.upscale) != (decode_head.scale, decode_head.upscale):
-            raise ConfigError(
-                f"Truncated needs exit {self.after} and the end to have heads of one resolution: use the same head."
-            )
+            masks = "no exit answers in masks as this decode head does, name another method"
+            cure = masks if decode_head.kind == "masks" else "use the same head"
+            raise ConfigError(f"Truncated needs exit {self.after} and the end to have heads of one resolution: {cure}.")
 
     def start(self, tokens: Tokens, model: ModelView) -> Result | None:
         return None

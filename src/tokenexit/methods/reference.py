@@ -79,7 +79,10 @@ def agreement_exits(records: tuple[ExitRecord, ...], cells: Sequence[int]) -> Te
     Raises `ConfigError` for heads with more than one logit per token.
     """
     if any(record.scale > 1 for record in records):
-        raise ConfigError("the agreement oracle needs heads with one answer per token: use token heads.")
+        raise ConfigError(
+            "the agreement oracle (references) needs heads with one answer per token, and the decode head has more: "
+            "leave it out."
+        )
     labels = torch.stack([_record_labels(record, cells) for record in records])  # (exits + 1, cells)
     agrees = (labels[:-1] == labels[-1]).long()
     to_the_end = agrees.flip(0).cumprod(0).sum(0)  # consecutive exits, counted from the last, that agree

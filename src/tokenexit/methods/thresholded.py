@@ -220,6 +220,16 @@ class ThresholdMethod(Method[State]):
         return live & keep_at_most(leaves | ~live, graded.score, graded.packing.image_index(), limits)
 
 
+def blocks_of_live_tokens(method: Method[Any], model: ModelView) -> int:
+    """Count the blocks that a token which left is spared.
+
+    They are those of the backbone, and further ones in the decode head (EoMT) where it is given live tokens alone.
+    """
+    inner = method.inner
+    alone = isinstance(inner, ThresholdMethod) and not inner.decodes_grid
+    return model.backbone.depth + (model.decode_head.joint_blocks if alone else 0)
+
+
 def calibratable(method: Method[Any]) -> ThresholdMethod[Any]:
     """Return the method as one whose thresholds can be chosen on a dense pass.
 

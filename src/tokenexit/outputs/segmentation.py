@@ -165,7 +165,7 @@ class SegmentationOutput:
         left = self._left(image) if self.frozen else None
 
         def composed(classes: slice) -> Tensor:
-            scores = torch.einsum("qk,qhw->khw", queries[:, classes], inside)
+            scores = scores_of_masks(inside, queries[:, classes])
             if left is not None:
                 frozen = resize_maps(self.frozen[image][None, classes], self.grid(image), self.patch_size, 1, size)
                 scores = torch.where(left, frozen[0], scores)
@@ -192,6 +192,11 @@ class SegmentationOutput:
     def _scores(self, image: int) -> Tensor:
         check_finite(self.grid_logits[image])
         return scores_by_tiles(self.maps(image), self.num_classes, self.value, self.sizes[image], self.targets[image])
+
+
+def scores_of_masks(inside: Tensor, queries: Tensor) -> Tensor:
+    """Sum for each class the masks `(Q, H, W)`, in [0, 1], times the queries' probability of it `(Q, k)`."""
+    return torch.einsum("qk,qhw->khw", queries, inside)
 
 
 def check_finite(*maps: Tensor) -> None:

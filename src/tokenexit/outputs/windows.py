@@ -1,8 +1,10 @@
 """Large images are segmented in windows, whose maps are joined.
 
 The window grid is that of mmsegmentation: windows start at multiples of the stride; one that would cross the border is
-moved back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Maps of
-the windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the target.
+moved back inside, so that all keep their size; an image smaller than the window is taken whole along that axis. Or
+windows are spread evenly, as EoMT is evaluated (Kerssies et al., 2025): as few as cover a side, at equal distances.
+Maps of the windows at pixel resolution are added up, divided by how many windows see a pixel, and resized to the
+target.
 
 Windows of all images run packed, as many at a time as a budget of tokens allows. Only their grid logits are kept; maps
 of the whole image are made on access, a few classes at a time. As with images, a window's result does not depend on its
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from tokenexit.engine.vit import ViT
 from tokenexit.heads import Head
-from tokenexit.inputs.preprocessing import scaled_size
+from tokenexit.inputs.preprocessing import Stride, scaled_size
 from tokenexit.methods import Method
 from tokenexit.methods.base import Value
 from tokenexit.outputs.ledger import Ledger, MacsByPart, Size, dense_ops
@@ -46,19 +48,22 @@ Box: TypeAlias = tuple[int, int, int, int]
 Forward: TypeAlias = Callable[[Sequence[Tensor], Method[Any]], SegmentationOutput]
 
 
-def window_boxes(size: Size, window: Size | None, stride: Size | None) -> tuple[Box, ...]:
+def window_boxes(size: Size, window: Size | None, stride: Stride | None) -> tuple[Box, ...]:
     """Return the windows of an image of `size`, row by row; without a window, the image itself.
 
     Together they cover every pixel, and all have one size: the window's, or the image's where that is smaller.
     """
     if window is None or stride is None:
         return ((0, 0, *size),)
-    rows, columns = (_spans(*sides) for sides in zip(size, window, stride))
+    if stride == "even":
+        rows, columns = (_even_spans(*sides) for sides in zip(size, window))
+    else:
+        rows, columns = (_spans(*sides) for sides in zip(size, window, stride))
     return tuple((top, left, bottom, right) for (top, bottom), (left, right) in product(rows, columns))
 
 
 def dense_macs(
-    backbone: ViT, decode_head: Head, size: Size, window: Size | None, stride: Size | None, scale: float = 1.0
+    backbone: ViT, decode_head: Head, size: Size, window: Size | None, stride: Stride | None, scale: float = 1.0
 ) -> int:
     """Multiply-adds of the dense model on an image of `size`, in its windows, which all have one size.
 
@@ -76,11 +81,23 @@ def _spans(side: int, window: int, stride: int) -> list[tuple[int, int]]:
     return [(max(end - window, 0), end) for end in ends]
 
 
+def _even_spans(side: int, window: int) -> list[tuple[int, int]]:
+    """Return start and end of the fewest windows that cover an axis.
+
+    Starts are equal fractions of the way, rounded down: the first window begins and the last one ends at a border.
+    """
+    count = -(-side // window)
+    if count == 1:
+        return [(0, side)]
+    starts = [n * (side - window) // (count - 1) for n in range(count)]
+    return [(start, start + window) for start in starts]
+
+
 def segment_windows(
     forward: Forward,
     images: Sequence[Tensor],
     window: Size,
-    stride: Size,
+    stride: Stride,
     method: Method[Any],
     *,
     patch_size: int,

@@ -86,7 +86,7 @@ def class_table(results: Sequence[Evaluation], names: Sequence[str]) -> Table:
 def late_blocks_note(model: ExitSegmenter, results: Sequence[Evaluation]) -> str | None:
     """Return a sentence if stopping at an exit is at least as good as dense on these images, else None."""
     found = {result.method: result for result in results if result.input_scale == 1.0}
-    exits, depth = model.config.exits, model.config.backbone.depth
+    exits, depth = model.config.exits, model.depth
     stops = [(n, found[Truncated(n)].scores.miou) for n in range(1, len(exits) + 1) if Truncated(n) in found]
     if Dense() not in found or not stops:
         return None

@@ -203,7 +203,7 @@ def _examples(model: ExitSegmenter, data: SegmentationDataset, chosen: Evaluatio
 def _how(model: ExitSegmenter, dense: Evaluation, precision: Precision, what: str) -> str:
     backbone = model.config.backbone
     return (
-        f"A ViT of {backbone.depth} blocks and width {backbone.embed_dim} with exits after blocks "
+        f"A ViT of {model.depth} blocks and width {backbone.embed_dim} with exits after blocks "
         f"{', '.join(map(str, model.config.exits))}, on {len(dense.gmacs)} images{what and f' of {what}'}, in "
         f"{precision} on {model.device}. Multiply-adds include exit heads and decode head, from true counts of "
         "tokens. Milliseconds are those of this machine while the report was made."

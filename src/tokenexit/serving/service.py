@@ -220,7 +220,7 @@ class Service:
             name=self.name,
             classes=list(labels.names),
             palette=list(labels.palette),
-            blocks=self.model.config.backbone.depth,
+            blocks=self.model.depth,
             exits=list(exits),
             colours=list(exit_colours(len(exits))),
             methods=self.choices.offers(),

@@ -72,8 +72,8 @@ class DataConfig:
     given."""
     window: tuple[int, int] | None = None
     """Height and width of the windows in which the trained model segments; the whole image if not given."""
-    stride: tuple[int, int] | None = None
-    """Distance between these windows; they touch if not given."""
+    stride: tuple[int, int] | Literal["even"] | None = None
+    """Distance between these windows; even: as few as cover the image, at equal distances; they touch if not given."""
     workers: int = 0
     """Worker processes that load images; 0 loads them between the steps."""
     cache: bool = False

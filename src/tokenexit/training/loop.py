@@ -150,7 +150,8 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Tr
     data = build_dataset(config.data, config.data.train_split, taught_labels(config))
     check_class_weights(config, data.labels.num_classes)
     model, report = build_model(config.model, config.data, data.labels)
-    model.to(accelerator.device).backbone.grad_checkpointing = config.checkpoint_blocks
+    model.to(accelerator.device)
+    model.backbone.grad_checkpointing = model.decode_head.grad_checkpointing = config.checkpoint_blocks
     if _syncs(config, accelerator):
         synchronise_batch_norms(model)
     training_mode(model, config.freeze)

@@ -14,7 +14,7 @@ from tokenexit.data.loader import note_of
 from tokenexit.data.registry import check_dataset_options, dataset_labels
 from tokenexit.engine.ops import GIGA
 from tokenexit.inputs.labels import Labels
-from tokenexit.inputs.preprocessing import Preprocessing
+from tokenexit.inputs.preprocessing import Preprocessing, windows_in_words
 from tokenexit.methods import build_method
 from tokenexit.outputs.ledger import dense_ops
 from tokenexit.pretrained import CONFIG_FILE
@@ -130,7 +130,7 @@ def _figures(model: ExitSegmenter | None, config: TrainConfig) -> Iterator[str]:
     if model is not None:
         ops = dense_ops(model.backbone, model.decode_head, model.backbone.patch_embed.grid(*config.data.crop))
         yield f"{sum(parameter.numel() for parameter in model.parameters()) / 1e6:.1f} M parameters"
-        yield f"exits after {_exits(model)} of {model.config.backbone.depth} blocks"
+        yield f"exits after {_exits(model)} of {model.depth} blocks"
         yield f"{ops.macs / GIGA:.2f} GMACs for a crop without exits"
 
 
@@ -182,7 +182,7 @@ def _images(preprocessing: Preprocessing) -> Iterator[str]:
     elif isinstance(preprocessing.resize, tuple):
         yield f"images of {_size(preprocessing.resize)}"
     if preprocessing.window and preprocessing.stride:
-        yield f"windows of {_size(preprocessing.window)} every {_size(preprocessing.stride)}"
+        yield windows_in_words(preprocessing.window, preprocessing.stride)
 
 
 def _written(config: TrainConfig) -> Iterator[str]:

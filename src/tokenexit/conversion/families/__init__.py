@@ -22,7 +22,7 @@ from tokenexit.conversion.families.dinov3 import (
     from_dinov3_huggingface,
     from_dinov3_timm,
 )
-from tokenexit.conversion.families.eomt import from_eomt, from_eomt_huggingface
+from tokenexit.conversion.families.eomt import are_differences, from_eomt, from_eomt_huggingface
 from tokenexit.conversion.families.eva import FRONT, from_eva02, from_eva_timm
 from tokenexit.conversion.families.huggingface import from_huggingface
 from tokenexit.conversion.families.mmseg import from_mmseg
@@ -55,6 +55,9 @@ class Source:
         atm_heads: number of attention heads of ATM decoders, by (width, classes), as published.
         lacks: patterns of names that no entry matches.
         assumes: those of its settings that no name and no shape shows, to be reported.
+        window: side in pixels of the square windows, evenly spread over an image of that shortest side, in which the
+            model is evaluated, given the renamed weights; None for images taken whole.
+        differences: whether renamed weights are differences from those of a backbone, which they are to be added to.
     """
 
     title: str
@@ -66,6 +69,8 @@ class Source:
     atm_heads: Mapping[tuple[int, int], int] = field(default_factory=dict)
     lacks: tuple[str, ...] = ()
     assumes: tuple[str, ...] = ()
+    window: Callable[[State], int | None] = lambda _: None
+    differences: Callable[[State], bool] = lambda _: False
 
     def matches(self, names: Iterable[str]) -> bool:
         """Return whether names of entries are those of this source."""
@@ -104,6 +109,13 @@ def _dinov3(state: State) -> dict[str, Any]:
 
 def _eomt(state: State) -> dict[str, Any]:
     return {"norm_eps": 1e-6, "pos_embed_antialias": True} if "backbone.pos_embed" in state else _dinov3(state)
+
+
+def _eomt_window(state: State) -> int | None:
+    """Return the side that the release trains at, which its table has; its network takes no other."""
+    if "backbone.pos_embed" not in state:
+        return None
+    return math.isqrt(state["backbone.pos_embed"].shape[1]) * state["backbone.patch_embed.proj.weight"].shape[-1]
 
 
 def _dinov3_normalisation(state: State) -> Normalisation:
@@ -204,12 +216,15 @@ SOURCES: dict[str, Source] = {
         from_eomt,
         (r"(?:network\.)?q\.weight", r"(?:network\.)?class_head\.weight", r"(?:network\.)?upscale\.0\.conv1\.weight"),
         _eomt,
+        window=_eomt_window,
+        differences=are_differences,
     ),
     "eomt_huggingface": Source(
         "EoMT in Hugging Face transformers",
         from_eomt_huggingface,
         (r"query\.weight", r"class_predictor\.weight", r"upscale_block\.block\.0\.conv1\.weight"),
         _eomt,
+        differences=are_differences,
     ),
     "huggingface": Source(
         "Hugging Face transformers",

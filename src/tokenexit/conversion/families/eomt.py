@@ -63,7 +63,7 @@ HUGGINGFACE = (
 )
 
 _DELTA = 0.5
-"""Mean weight of the first norm below which the blocks are differences: of released ViTs it is near 1."""
+"""Mean weight of the first norm below which blocks are differences: of released ViTs it is near 1."""
 
 
 def from_eomt(state: Mapping[str, Tensor]) -> State:
@@ -82,11 +82,6 @@ def _joined(state: State) -> State:
     renamed = rename(renamed, ((r"(backbone\.blocks\.\d+\.mlp\.)up_proj\.(.+)", r"\1fc1.\2"),))  # without gates
     if (table := renamed.get("backbone.pos_embed")) is not None and table.ndim == 2:
         renamed["backbone.pos_embed"] = table[None]
-    if (norm := renamed.get("backbone.blocks.0.norm1.weight")) is not None and norm.float().mean() < _DELTA:
-        raise CheckpointError(
-            "these weights of EoMT are differences from DINOv3's, which they are to be added to: convert them with the "
-            "release's script first, or take transformers' files."
-        )
     blocks = [int(match[1]) for name in renamed if (match := re.match(r"backbone\.blocks\.(\d+)\.", name))]
     depth, shares = max(blocks, default=-1) + 1, renamed.pop("attn_mask_probs", None)
     if shares is not None and bool((shares > 0).any()):
@@ -108,6 +103,47 @@ def _joined(state: State) -> State:
         return f"decode_head.blocks.{int(match[1]) - depth + joint}.{match[2]}"
 
     return {place(name): value for name, value in renamed.items()}
+
+
+def are_differences(state: State) -> bool:
+    """Return whether blocks and embeddings are differences from a ViT's, as the release keeps those on DINOv3."""
+    norm = state.get("backbone.blocks.0.norm1.weight")
+    return norm is not None and bool(norm.float().mean() < _DELTA)
+
+
+def added_to(base: State, differences: State, what: str) -> State:
+    """Add differences to the weights that they were taken from, which have all blocks in their backbone.
+
+    Queries, classes, masks and upscaling are no differences. A base without biases of queries, keys and values has
+    zeros there, as timm leaves them out. Raises `CheckpointError` about `what`, the base, where parts do not pair up.
+    """
+    partners = _partners(differences)
+    base = {name: value for name, value in base.items() if name.startswith("backbone.")}
+    odd = [name for name in partners.values() if name not in base and not name.endswith(".attn.qkv.bias")]
+    odd += [name for name in base if name not in partners.values()]
+    both = {here: there for here, there in partners.items() if there in base}
+    odd += [there for here, there in both.items() if base[there].shape != differences[here].shape]
+    if odd:
+        raise CheckpointError(
+            f"{what} are not those that these differences of EoMT belong to, {odd[0]} has no partner of its shape: "
+            "give the DINOv3 that it was trained from."
+        )
+    sums = {here: differences[here].float() + base[there].float() for here, there in both.items()}
+    return {**differences, **sums}
+
+
+def _partners(differences: State) -> dict[str, str]:
+    """Return the names of what differs, each with its name in the whole ViT."""
+    below = [int(match[1]) for name in differences if (match := re.match(r"backbone\.blocks\.(\d+)\.", name))]
+    names = {}
+    for name in differences:
+        if match := re.fullmatch(r"decode_head\.blocks\.(\d+)\.(.+)", name):
+            names[name] = f"backbone.blocks.{max(below) + 1 + int(match[1])}.{match[2]}"
+        elif name.startswith("decode_head.norm."):
+            names[name] = name.replace("decode_head", "backbone")
+        elif name.startswith("backbone."):
+            names[name] = name
+    return names
 
 
 def _biases_without_keys(state: State) -> State:
