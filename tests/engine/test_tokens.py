@@ -67,6 +67,18 @@ def test_keep__all_and_none_are_ordinary_choices():
     assert none.cells == 5
 
 
+@pytest.mark.parametrize("grids", [[(2, 2)], [(2, 2), (1, 1)]])
+def test_keep__copies_nothing_where_all_stay(grids):
+    tokens = packed(grids, prefix=1)
+    assert tokens.keep(torch.ones(tokens.cells, dtype=torch.bool)) is tokens
+
+
+def test_patches__of_one_image_are_a_view():
+    tokens = packed([(2, 3)], prefix=2)
+    assert tokens.patches().x.untyped_storage().data_ptr() == tokens.x.untyped_storage().data_ptr()
+    assert tokens.patches().position.tolist() == [0, 1, 2, 3, 4, 5]
+
+
 @given(
     grids=st.lists(st.tuples(st.integers(1, 4), st.integers(1, 4)), min_size=1, max_size=3),
     prefix=st.integers(0, 2),
