@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import assert_close
 from tokenexit.errors import ConfigError
+from tokenexit.methods import selection
 from tokenexit.methods.selection import (
     confidence,
     exceeds,
@@ -86,18 +88,20 @@ def test_retain_top_k__no_token_at_all_is_no_error():
         st.tuples(st.booleans(), st.integers(0, 4), st.integers(0, 2), st.integers(0, 3)), min_size=1, max_size=40
     ),
     k=st.integers(0, 4),
+    host=st.booleans(),
 )
-def test_retain_top_k__equals_a_loop_over_images_and_classes_with_many_ties(rows, k):
+def test_retain_top_k__equals_a_loop_over_images_and_classes_with_many_ties(rows, k, host):
     rows.sort(key=lambda row: row[3])
     candidate, score, label, image = (list(column) for column in zip(*rows))
-    stays = retain_top_k(
-        torch.tensor(candidate),
-        torch.tensor([s / 4 for s in score]),
-        torch.tensor(label),
-        torch.tensor(image),
-        num_classes=3,
-        k=k,
-    )
+    with mock.patch.object(selection, "on_host", lambda _: host):  # numpy on a CPU, torch in graphs and on CUDA
+        stays = retain_top_k(
+            torch.tensor(candidate),
+            torch.tensor([s / 4 for s in score]),
+            torch.tensor(label),
+            torch.tensor(image),
+            num_classes=3,
+            k=k,
+        )
     assert stays.tolist() == by_hand(candidate, score, label, image, k)
 
 

@@ -40,6 +40,8 @@ from tokenexit.segmenter import ExitSegmenter
 Array = npt.NDArray[np.float64]
 T = TypeVar("T", float, Tensor)
 
+EXITS_SINCE = 2
+"""Raised where what an exit takes has changed, so that times measured before are measured anew."""
 SIDES = (6, 12, 24, 40)
 """Grids that are timed, in patches: 96 to 640 pixels of a patch-16 backbone."""
 REPEATS = 5
@@ -192,7 +194,7 @@ def seconds_per_mac(model: ExitSegmenter, seconds: float = 0.0) -> float:
 def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision: Precision = "fp32") -> Latency:
     """`measure_latency`, from the cache if it was measured before."""
     stop = () if method.last_exit is None else (method.last_exit,)
-    path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision, *stop)
+    path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision, EXITS_SINCE, *stop)
     kept = read_cached(path, _Kept)
     if kept is not None and len(kept["exits"]) == len(model.config.exits):
         return Latency(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]), Curve(*kept["rest"]))
