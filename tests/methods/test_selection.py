@@ -93,7 +93,7 @@ def test_retain_top_k__no_token_at_all_is_no_error():
 def test_retain_top_k__equals_a_loop_over_images_and_classes_with_many_ties(rows, k, host):
     rows.sort(key=lambda row: row[3])
     candidate, score, label, image = (list(column) for column in zip(*rows))
-    with mock.patch.object(selection, "on_host", lambda _: host):  # numpy on a CPU, torch in graphs and on CUDA
+    with mock.patch.object(selection, "on_host", return_value=host):  # numpy on a CPU, torch in graphs and on CUDA
         stays = retain_top_k(
             torch.tensor(candidate),
             torch.tensor([s / 4 for s in score]),
