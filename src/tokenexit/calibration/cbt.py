@@ -96,7 +96,8 @@ def class_means(calibration_set: CalibrationSet) -> Tensor:
     """Mean class probabilities over the pixels of each true class at each exit and at the end, in a dense pass.
 
     Returns `(E + 1, K, K)` fp64, true class by row; NaN for a class that no pixel shows. ATM heads say presence times
-    sigmoid, heads of masks the sum over their queries. Masks are taken at the size that the network sees, windows one by one.
+    sigmoid, heads of masks the sum over their queries. Truth is taken at the size that the network sees, windows one by
+    one.
     """
     model, labels = calibration_set.model, calibration_set.data.labels
     device = model.device
