@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -45,9 +47,10 @@ def test_calibrate__with_a_plan_for_milliseconds_says_what_it_takes() -> None:
 @pytest.mark.parametrize(
     "plan", [Plan(exits=(2,)), Plan(stop=3, exits=(1,)), Plan(scale=0.7, exits=(1, 3)), Plan(stop=2), Plan(scale=0.5)]
 )
-def test_plan__on_a_model_with_more_exits_answers_as_on_one_with_its_own(plan: Plan) -> None:
+@pytest.mark.parametrize("temperature", [1.0, (2.0, 1.5, 0.5)])
+def test_plan__on_a_model_with_more_exits_answers_as_on_one_with_its_own(plan: Plan, temperature: Any) -> None:
     some = images()
-    survey = Survey(some, DToP(keep_per_class=1), "pixels", (1.0, 0.7, 0.5))
+    survey = Survey(some, DToP(keep_per_class=1, temperature=temperature), "pixels", (1.0, 0.7, 0.5))
     tried = try_plan(survey, plan, 0.9)
     assert tried is not None
     image = random_image(24, 32)

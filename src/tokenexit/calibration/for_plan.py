@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tokenexit.calibration.calibration_set import CalibrationSet, mean_error, true_run
@@ -76,4 +77,7 @@ def _with_all_thresholds(
 ) -> ThresholdMethod[Any]:
     own = per_exit(method.threshold, len(numbers))
     thresholds = tuple(own[numbers.index(n)] if n in numbers else NEVER for n in range(len(exits)))
+    if not isinstance(method.temperature, int | float):  # no token is scored at a closed exit
+        given = dict(zip(numbers, method.temperature))
+        method = replace(method, temperature=tuple(given.get(n, 1.0) for n in range(len(exits))))
     return stopping(method.with_thresholds(thresholds), None if plan.stop is None else numbers[-1] + 1)

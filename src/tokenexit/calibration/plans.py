@@ -260,6 +260,13 @@ def _at_budget(
     return (1 - part) * dear[1] + part * cheap[1], budget
 
 
+def at_exits(method: ThresholdMethod[Any], numbers: Sequence[int]) -> ThresholdMethod[Any]:
+    """Return the method for a model that has these of the exits alone: with their temperatures."""
+    if isinstance(method.temperature, int | float):
+        return method
+    return replace(method, temperature=tuple(method.temperature[n] for n in numbers))
+
+
 def stopping(method: ThresholdMethod[Any], stop: int | None) -> ThresholdMethod[Any]:
     """Return the method with a stop at this exit, 1 the first; as it is for none."""
     return method if stop is None else replace(method, stop=stop)  # type: ignore[call-arg]
@@ -300,7 +307,7 @@ def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> T
         return TriedPlan(replace(plan, price=price), kind, method, run, survey.loss_of(run))
     planner = Planner(
         some,
-        stopping(survey.method, None if plan.stop is None else len(plan.places)),
+        stopping(at_exits(survey.method, numbers), None if plan.stop is None else len(plan.places)),
         survey.average,
         scale=plan.scale,
         dense=survey.passes[plan.scale].at_exits(numbers),
