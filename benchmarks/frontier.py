@@ -104,6 +104,7 @@ def main() -> None:
     parser.add_argument("--plan-split", default="val")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")
+    parser.add_argument("--trained", default="dense", help="how the model was trained, for the rows")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--no-plans", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -115,6 +116,7 @@ def main() -> None:
         open_dataset(options.data, options.data_root, one) for one in (options.split, options.plan_split)
     )
     settings = {"data": options.name or options.data, "split": options.split, "seed": options.seed,
+                "trained": options.trained,
                 "model": model.fingerprint(), "torch": torch.__version__, "threads": options.threads}  # fmt: skip
     notebook = Notebook(options.out, settings)
     for size in options.sizes:

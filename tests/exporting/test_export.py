@@ -158,7 +158,7 @@ def test_export_model__of_a_confident_model_allows_for_equal_scores(
 
         return two_tokens_change_places
 
-    monkeypatch.setattr(exporting, "_open_torch", swaps)
+    monkeypatch.setitem(exporting.WRITERS, "torch", (exporting._write_torch, swaps))
     with torch.no_grad():
         export_model(model, DToP(0.6), [random_image(80, 80)], tmp_path / "a", "torch")
     assert any(swapped)
@@ -179,7 +179,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
 
         return off
 
-    monkeypatch.setattr(exporting, "_open_torch", worse)
+    monkeypatch.setitem(exporting.WRITERS, "torch", (exporting._write_torch, worse))
     with pytest.raises(CheckpointError, match="nothing was written"):
         export_model(tiny_segmenter(), Dense(), [random_image(21, 30)], tmp_path, "torch")
     assert list(tmp_path.iterdir()) == []
@@ -188,7 +188,7 @@ def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkey
         run = opened(path)
         return lambda image, thresholds: (*run(image, thresholds)[:2], np.zeros((1, 6, 8), int))
 
-    monkeypatch.setattr(exporting, "_open_torch", elsewhere)
+    monkeypatch.setitem(exporting.WRITERS, "torch", (exporting._write_torch, elsewhere))
     with pytest.raises(CheckpointError, match="lets other tokens leave"):
         export_model(tiny_segmenter(), Dense(), [random_image(21, 30)], tmp_path, "torch")
     assert list(tmp_path.iterdir()) == []

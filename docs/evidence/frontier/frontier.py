@@ -26,18 +26,21 @@ import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-AT = {"camvid": (0.9, 1.5, 2.0, 3.0, 4.0), "cwfid": (8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
+AT = {"camvid": (1.5, 2.0, 3.0, 4.0), "cwfid": (8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
 """GMACs of an image at which curves are compared."""
 KINDS = {
     "dense": ("Dense at other sizes", "#222222", "d", "--"),
     "truncated": ("everybody stopped after a block, any size", "#888888", "^", ""),
+    "dense, finetuned": ("Dense of the finetuned model", "#b08a3c", "d", "--"),
+    "truncated, finetuned": ("stopped, of the finetuned model", "#d8c08a", "^", ""),
     "dtop": ("DToP, any size", "#1f6fb4", "o", ""),
+    "dtop, finetuned": ("DToP Finetune, any size", "#1f6fb4", "s", ""),
     "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
     "planned by labels": ("plans of size, stop and exits, by labels", "#0f7f6b", "P", "-"),
     "random": ("random exits at DToP's counts", "#bbbbbb", "x", ""),
     "oracle": ("agreement oracle", "#7b4fa3", "*", ""),
 }
-STATIC = ("dense", "truncated")
+STATIC = ("dense", "truncated", "dense, finetuned", "truncated, finetuned")
 
 
 def rows_of(file: Path) -> list[Row]:
@@ -54,6 +57,8 @@ def rows_of(file: Path) -> list[Row]:
                 kind = "random"
             elif found["label"].startswith("agreement"):
                 kind = "oracle"
+            if settings["trained"] != "dense":
+                kind = f"{kind}, {settings['trained']}"
             rows.append(
                 {
                     "data": settings["data"],
@@ -97,7 +102,13 @@ def at(points: Sequence[tuple[float, float]], gmacs: float) -> float:
 
 def compared(rows: list[Row], gmacs: float, figure: str) -> dict[str, float]:
     """Return the best static figure at some multiply-adds, and those of exits at any size and of plans."""
-    kinds = {"static": STATIC, "dtop": ("dtop",), "planned": ("planned",), "planned by labels": ("planned by labels",)}
+    kinds = {
+        "static": STATIC,
+        "dtop": ("dtop",),
+        "dtop, finetuned": ("dtop, finetuned",),
+        "planned": ("planned",),
+        "planned by labels": ("planned by labels",),
+    }
     return {name: at(best((r for r in rows if r["method"] in kind), figure), gmacs) for name, kind in kinds.items()}
 
 
@@ -105,13 +116,13 @@ def tables(data: str, rows: list[Row]) -> None:
     seeds = sorted({row["seed"] for row in rows})
     for figure in ("miou", "boundary_iou"):
         print(f"\n{data}, {figure}, seeds {seeds}\n")
-        print("| GMACs | best static plan | DToP, any size | plan, by agreement | plan, by labels |")
-        print("|---:|---:|---:|---:|---:|")
+        print("| GMACs | best static plan | DToP, any size | DToP Finetune | plan, by agreement | plan, by labels |")
+        print("|---:|---:|---:|---:|---:|---:|")
         for gmacs in AT[data]:
             found = [compared([row for row in rows if row["seed"] == seed], gmacs, figure) for seed in seeds]
             static = [one["static"] for one in found]
             cells = [f"{mean(static):.2f}"]
-            for name in ("dtop", "planned", "planned by labels"):
+            for name in ("dtop", "dtop, finetuned", "planned", "planned by labels"):
                 gains = [one[name] - one["static"] for one in found if not math.isnan(one[name])]
                 spread = f" ± {stdev(gains):.2f}" if gains[1:] else ""
                 cells.append(f"{mean(one[name] for one in found):.2f} ({mean(gains):+.2f}{spread})" if gains else "")
@@ -125,9 +136,16 @@ def random_gains(data: str, rows: list[Row]) -> None:
     dense = {row["seed"]: row["gmacs"] for row in rows if row["method"] == "dense" and row["size"] == 1.0}
     pairs: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for row in rows:
-        if row["method"] == "random":
+        if row["method"].startswith("random"):
             label = row["label"].removeprefix("random, counts of ")
-            (own,) = [r for r in rows if r["label"] == label and r["seed"] == row["seed"] and r["method"] == "dtop"]
+            (own,) = [
+                r
+                for r in rows
+                if r["label"] == label
+                and r["seed"] == row["seed"]
+                and r["model"] == row["model"]
+                and r["method"].startswith("dtop")
+            ]
             pairs[label].append((own["gmacs"] / dense[row["seed"]], own["miou"], row["miou"]))
     for label, found in pairs.items():
         share, by_score, at_random = (mean(one[i] for one in found) for i in range(3))
