@@ -13,7 +13,6 @@ reach if the truth chose them. Untrained models and imposed counts: benchmarks.u
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 import time
@@ -29,6 +28,7 @@ from torch import Tensor
 
 from benchmarks.conversion import interleaved_ms, median_interval, processor
 from benchmarks.rivals import plain
+from benchmarks.study import model_and_data_parser
 from benchmarks.untrained import peak_mib
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import Spread
@@ -135,11 +135,7 @@ def labels_oracle(model: ExitSegmenter, data: SegmentationDataset) -> dict[str, 
 
 def main() -> None:
     keep_buffers()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--split", default="test")
+    parser = model_and_data_parser(__doc__)
     parser.add_argument("--limit", type=int, help="number of images, evenly spread over the split; all if not given")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=8)

@@ -9,7 +9,6 @@ like every other row. Rows of one size are run in turn, and results are in the f
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.study import model_and_data_parser
 from tokenexit.calibration.calibration_set import CalibrationSet, labelled
 from tokenexit.calibration.for_plan import on_all_exits
 from tokenexit.calibration.plans import choose_plan
@@ -95,12 +95,8 @@ def plans(
 
 def main() -> None:
     keep_buffers()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root", type=Path)
+    parser = model_and_data_parser(__doc__)
     parser.add_argument("--name", help="name of the data in the rows; that of the dataset if not given")
-    parser.add_argument("--split", default="test")
     parser.add_argument("--plan-split", default="val")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")

@@ -9,7 +9,6 @@ the median of `--repeats` runs. Percentiles are over images; the worst one has t
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conversion import median_interval, processor
+from benchmarks.study import model_and_data_parser
 from tokenexit.data.registry import open_dataset
 from tokenexit.methods import Dense, Method, build_method
 from tokenexit.runtime.memory import keep_buffers
@@ -45,11 +45,7 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 def main() -> None:
     keep_buffers()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--data", required=True)
-    parser.add_argument("--data-root", type=Path)
-    parser.add_argument("--split", default="test")
+    parser = model_and_data_parser(__doc__)
     parser.add_argument("--limit", type=int, help="number of images, evenly spread over the split")
     parser.add_argument("--method", choices=("dtop", "dovit"), default="dtop")
     parser.add_argument("--threshold", default="0.98/0.8/0.65")

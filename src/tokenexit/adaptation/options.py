@@ -61,9 +61,7 @@ def check_options(options: Options, target: CalibrationTarget, dense: ExitSegmen
     """
     if dense.depth < 2:
         raise ConfigError("the backbone must have at least 2 blocks, got 1: there is no place for an exit.")
-    _check_target(target, options)
-    if isinstance(target, Budget) and target.unit == "latency_ms":
-        check_timed(dense)
+    _check_target(target, options, dense)
     places(dense, options.held)
     head = build_head(options.exit_head, dense.config.backbone.embed_dim, dense.config.num_classes)
     if not head.pointwise or head.kind != "softmax":
@@ -76,9 +74,11 @@ def check_options(options: Options, target: CalibrationTarget, dense: ExitSegmen
         )
 
 
-def _check_target(target: CalibrationTarget, options: Options) -> None:
+def _check_target(target: CalibrationTarget, options: Options, dense: ExitSegmenter) -> None:
     """Reject targets that plans are not made for, and a bound on a model that goes on changing."""
     if isinstance(target, Budget):
+        if target.unit == "latency_ms":
+            check_timed(dense)
         return
     if target.what != "max_disagreement" or target != Bound("max_disagreement", target.value, target.confidence):
         raise ConfigError("adapt bounds the mean share of pixels unlike dense alone: calibrate afterwards for others.")

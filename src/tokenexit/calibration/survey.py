@@ -95,6 +95,7 @@ class Survey:
         other = copy(self)
         other.clock = Clock.of(self.images, self.method, {scale: one.grids for scale, one in self.passes.items()})
         other.prices, other._searched = other.clock.tables, {}
+        other.__dict__.pop("static_prices", None)  # those of multiply-adds
         return other
 
     def searched(self, scale: float) -> Searched:
@@ -140,7 +141,7 @@ class Survey:
         """Multiply-adds of all tokens stopping at each place, and at the end, over dense ones at full size, by size."""
         return self._static(self.costs)
 
-    @property
+    @cached_property
     def static_prices(self) -> dict[float, list[float]]:
         """The same in the unit that plans are priced in, multiply-adds or time."""
         return self.static_costs if self.clock is None else self._static(self.prices)

@@ -221,14 +221,7 @@ def open_onnx(path: Path) -> Runner:
 
 def _open_torch(path: Path) -> Runner:
     with _quiet():
-        graph = torch.export.load(path).module(check_guards=False)
-
-    @torch.no_grad()
-    def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
-        labels, logits, exit_index = graph(torch.from_numpy(image), torch.from_numpy(thresholds))
-        return labels.numpy(), logits.numpy(), exit_index.numpy()
-
-    return run
+        return _runner(torch.export.load(path).module(check_guards=False))
 
 
 def _write_compiled(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
@@ -248,7 +241,11 @@ def open_compiled(path: Path) -> Runner:
     from torch._inductor import aoti_load_package
 
     with _quiet():
-        graph = aoti_load_package(str(path))
+        return _runner(aoti_load_package(str(path)))
+
+
+def _runner(graph: Callable[..., Any]) -> Runner:
+    """Return a program of torch as a function of arrays."""
 
     @torch.no_grad()
     def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:

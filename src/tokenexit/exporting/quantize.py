@@ -127,18 +127,21 @@ def matched_thresholds(
     """
     asked = [image[None].numpy() for image in images]
 
-    def left_by(file: Runner, tried: Thresholds, n: int) -> float:
-        return float(np.mean(np.concatenate([(file(image, tried)[2] <= n).ravel() for image in asked])))
+    def left_by(file: Runner, tried: Thresholds) -> list[float]:
+        exits = np.concatenate([file(image, tried)[2].ravel() for image in asked])
+        return [float(np.mean(exits <= n)) for n in range(len(thresholds))]
 
-    own = thresholds.copy()
+    own, wanted = thresholds.copy(), left_by(float_file, thresholds)
+    left = left_by(int8_file, own)
     for n in range(len(thresholds)):
-        wanted, low, high = left_by(float_file, thresholds, n), -SHIFT, SHIFT
-        if abs(left_by(int8_file, own, n) - wanted) <= MATCHED:
+        if abs(left[n] - wanted[n]) <= MATCHED:
             continue
+        low, high = -SHIFT, SHIFT
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             own[n] = _moved(thresholds[n], middle)
-            if left_by(int8_file, own, n) > wanted:
+            left = left_by(int8_file, own)
+            if left[n] > wanted[n]:
                 low = middle  # a higher threshold lets fewer leave
             else:
                 high = middle
@@ -212,8 +215,8 @@ def miou_of(path: Path, preprocessing: Preprocessing, data: SegmentationDataset)
     """
     if preprocessing.window is not None:
         raise ConfigError("mIoU of an exported file is for images taken whole, and this model takes windows.")
-    run, thresholds = open_onnx(path), thresholds_of(path)
-    about = metadata_of(path)
+    run, about = open_onnx(path), metadata_of(path)
+    thresholds = np.array(about["thresholds"], np.float32)
     classes = len(about["classes"])
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
     for i in range(len(data)):

@@ -345,6 +345,14 @@ def all_stay(tokens: Tokens, num_exits: int) -> Tensor:
     return torch.full((tokens.cells,), num_exits, dtype=torch.int64, device=tokens.x.device)
 
 
+def exits_of(left: Sequence[Tokens], tokens: Tokens, num_exits: int) -> Tensor:
+    """Return `exit_index` from the tokens that each exit let go, `(cells,)` int64, as they are spread over groups."""
+    exit_index = all_stay(tokens, num_exits)
+    for n, gone in enumerate(left):
+        exit_index.index_fill_(0, gone.position, n)
+    return tokens.spread(exit_index)
+
+
 def check_rejoin(rejoin: int | None) -> None:
     """Reject a number of last blocks, before which tokens that had left come back, that no network has."""
     if rejoin is not None and rejoin < 1:

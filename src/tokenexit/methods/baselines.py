@@ -25,10 +25,10 @@ from tokenexit.methods.base import (
     ModelView,
     PerExit,
     Result,
-    all_stay,
     check_rejoin,
     check_rejoin_place,
     decode_grid,
+    exits_of,
     on_all_cells,
     option,
     record_of,
@@ -136,10 +136,7 @@ class FixedRatio(Method[FixedRatioState]):
 
     def result(self, tokens: Tokens, state: FixedRatioState, model: ModelView) -> Result:
         if self.rejoin is not None:
-            exit_index = all_stay(tokens, model.num_exits)
-            for n, gone in enumerate(state.left):
-                exit_index.index_fill_(0, gone.position, n)
-            return decode_grid(tokens, state.exit_records, tokens.spread(exit_index), model)
+            return decode_grid(tokens, state.exit_records, exits_of(state.left, tokens, model.num_exits), model)
         return self._for(model).result(tokens, state, model)
 
 

@@ -36,10 +36,10 @@ from tokenexit.methods.base import (
     Method,
     ModelView,
     Result,
-    all_stay,
     check_rejoin,
     check_rejoin_place,
     decode_grid,
+    exits_of,
     option,
     record_of,
     rejoin_sites,
@@ -54,12 +54,10 @@ class CroprState:
 
     Attributes:
         left: the tokens that each exit let go, with the features they left with.
-        exit_index: `(cells,)` int64, the exit at which each token left, `num_exits` for those that stayed.
         exit_records: one for each exit so far.
     """
 
-    left: tuple[Tokens, ...]
-    exit_index: Tensor
+    left: tuple[Tokens, ...] = ()
     exit_records: tuple[ExitRecord, ...] = ()
 
 
@@ -112,7 +110,7 @@ class Cropr(Method[CroprState]):
             )
 
     def start(self, tokens: Tokens, model: ModelView) -> CroprState:
-        return CroprState((), all_stay(tokens, model.num_exits))
+        return CroprState()
 
     def at_exit(self, n: int, tokens: Tokens, state: CroprState, model: ModelView) -> tuple[Tokens, CroprState]:
         head, patches = model.exit_heads[n], tokens.patches()
@@ -129,8 +127,7 @@ class Cropr(Method[CroprState]):
         if model.with_records:
             out = head(patches)
             record = replace(record_of(head, patches, out, out.logits), work=record.work)
-        exit_index = state.exit_index.index_fill(0, gone.position, n)
-        return tokens.keep(~leaves), CroprState((*state.left, gone), exit_index, (*state.exit_records, record))
+        return tokens.keep(~leaves), CroprState((*state.left, gone), (*state.exit_records, record))
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         return rejoin_sites(self.rejoin, depth)
@@ -139,4 +136,4 @@ class Cropr(Method[CroprState]):
         return reduce(Tokens.insert, state.left, tokens)
 
     def result(self, tokens: Tokens, state: CroprState, model: ModelView) -> Result:
-        return decode_grid(tokens, state.exit_records, tokens.spread(state.exit_index), model)
+        return decode_grid(tokens, state.exit_records, exits_of(state.left, tokens, model.num_exits), model)
