@@ -138,6 +138,7 @@ def random_gains(data: str, rows: list[Row]) -> None:
     for row in rows:
         if row["method"].startswith("random"):
             label = row["label"].removeprefix("random, counts of ")
+            name = label + row["method"].removeprefix("random")
             (own,) = [
                 r
                 for r in rows
@@ -146,7 +147,7 @@ def random_gains(data: str, rows: list[Row]) -> None:
                 and r["model"] == row["model"]
                 and r["method"].startswith("dtop")
             ]
-            pairs[label].append((own["gmacs"] / dense[row["seed"]], own["miou"], row["miou"]))
+            pairs[name].append((own["gmacs"] / dense[row["seed"]], own["miou"], row["miou"]))
     for label, found in pairs.items():
         share, by_score, at_random = (mean(one[i] for one in found) for i in range(3))
         print(f"| {label} | {share:.0%} | {by_score:.2f} | {at_random:.2f} |")
