@@ -41,12 +41,11 @@ AT_RANDOM = (1.0, 0.7)
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-def rows_at(model: ExitSegmenter, size: float) -> Iterator[Scaled]:
+def rows_at(model: ExitSegmenter, size: float, thresholds: Sequence[Sequence[float]]) -> Iterator[Scaled]:
     """Yield what runs at a size: dense, a stop after each exit, and exits at a few thresholds."""
-    exits = len(model.config.exits)
-    methods: list[Method[Any]] = [Dense(), *(Truncated(n + 1) for n in range(exits))]
+    methods: list[Method[Any]] = [Dense(), *(Truncated(n + 1) for n in range(len(model.config.exits)))]
     if model.decode_head.takes_live_tokens:
-        methods += [DToP(thresholds[:exits]) for thresholds in THRESHOLDS]
+        methods += [DToP(tuple(one)) for one in thresholds]
     for method in methods:
         yield Scaled(method, size)
 
@@ -93,12 +92,18 @@ def plans(
     return [as_row(one, data, None) | told for one, told in zip(found, about)]
 
 
+def per_exit(text: str) -> tuple[float, ...]:
+    """Read thresholds written as `0.99/0.95/0.9`."""
+    return tuple(map(float, text.split("/")))
+
+
 def main() -> None:
     keep_buffers()
     parser = model_and_data_parser(__doc__)
     parser.add_argument("--name", help="name of the data in the rows; that of the dataset if not given")
     parser.add_argument("--plan-split", default="val")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
+    parser.add_argument("--thresholds", nargs="+", type=per_exit, help="of exits, such as 0.99/0.95/0.9, a few of them")
     parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")
     parser.add_argument("--trained", default="dense", help="how the model was trained, for the rows")
     parser.add_argument("--threads", type=int, default=1)
@@ -114,9 +119,12 @@ def main() -> None:
     settings = {"data": options.name or options.data, "split": options.split, "seed": options.seed,
                 "trained": options.trained,
                 "model": model.fingerprint(), "torch": torch.__version__, "threads": options.threads}  # fmt: skip
+    if options.thresholds:
+        settings["thresholds"] = options.thresholds
     notebook = Notebook(options.out, settings)
+    thresholds = options.thresholds or [one[: len(model.config.exits)] for one in THRESHOLDS]
     for size in options.sizes:
-        rows = list(rows_at(model, size))
+        rows = list(rows_at(model, size, thresholds))
         for row in notebook.once(f"size {size:g}", partial(figures, model, Cached(data), rows, size in AT_RANDOM)):
             print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
     for labels in () if options.no_plans or not model.decode_head.takes_live_tokens else (False, True):

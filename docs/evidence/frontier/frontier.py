@@ -2,7 +2,8 @@
 
     python docs/evidence/frontier/frontier.py docs/evidence/frontier/*_seed?.json
 
-Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
+Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, or `trained on` for as
+many steps without them, which is the control. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
 Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
 block: the points that no other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
 """
@@ -33,14 +34,18 @@ KINDS = {
     "truncated": ("everybody stopped after a block, any size", "#888888", "^", ""),
     "dense, finetuned": ("Dense of the finetuned model", "#b08a3c", "d", "--"),
     "truncated, finetuned": ("stopped, of the finetuned model", "#d8c08a", "^", ""),
+    "dense, trained on": ("Dense, trained on for as long", "#7a7a3c", "d", "--"),
+    "truncated, trained on": ("stopped, trained on for as long", "#b9b98c", "^", ""),
     "dtop": ("DToP, any size", "#1f6fb4", "o", ""),
+    "dtop, trained on": ("DToP on the dense model trained on", "#6fa8d6", "o", ""),
     "dtop, finetuned": ("DToP Finetune, any size", "#1f6fb4", "s", ""),
     "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
     "planned by labels": ("plans of size, stop and exits, by labels", "#0f7f6b", "P", "-"),
     "random": ("random exits at DToP's counts", "#bbbbbb", "x", ""),
+    "random, finetuned": ("the same of the finetuned model", "#99aacc", "x", ""),
     "oracle": ("agreement oracle", "#7b4fa3", "*", ""),
 }
-STATIC = ("dense", "truncated", "dense, finetuned", "truncated, finetuned")
+STATIC = tuple(kind for kind in KINDS if kind.startswith(("dense", "truncated")))
 
 
 def rows_of(file: Path) -> list[Row]:
@@ -154,15 +159,18 @@ def random_gains(data: str, rows: list[Row]) -> None:
 
 
 def draw(data: str, rows: list[Row], out: Path) -> None:
+    """Draw every point, and the best static plan of each seed as a line."""
     figure, axes = plt.subplots(figsize=(8.5, 5.4), layout="constrained")
+    seeds = sorted({row["seed"] for row in rows})
     for kind, (name, colour, marker, line) in KINDS.items():
-        points = sorted((row["gmacs"], row["miou"]) for row in rows if row["method"] == kind)
-        if points:
-            x, y = zip(*points)
-            single = len({row["seed"] for row in rows}) == 1
-            axes.plot(x, y, color=colour, marker=marker, ls=line if single else "", lw=0.9, ms=5, label=name)
-    static = best(row for row in rows if row["method"] in STATIC)
-    axes.plot(*zip(*static), color="#222222", lw=0.7, ls=":", label="best static plan")
+        for n, seed in enumerate(seeds):
+            points = sorted((r["gmacs"], r["miou"]) for r in rows if r["method"] == kind and r["seed"] == seed)
+            if points:
+                x, y = zip(*points)
+                axes.plot(x, y, color=colour, marker=marker, ls=line, lw=0.9, ms=5, alpha=1 - 0.25 * n, label=name)
+    for n, seed in enumerate(seeds):
+        static = best(row for row in rows if row["method"] in STATIC and row["seed"] == seed)
+        axes.plot(*zip(*static), color="#222222", lw=0.7, ls=":", alpha=1 - 0.25 * n, label="best static plan")
     top = max(row["miou"] for row in rows)
     axes.set_ylim(top - 12, top + 0.7)
     axes.set_xscale("log")
@@ -170,10 +178,11 @@ def draw(data: str, rows: list[Row], out: Path) -> None:
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
     axes.set_xlabel("GMACs of an image, heads and decode head included")
-    axes.set_ylabel(f"mIoU on {data} test, percent")
+    axes.set_ylabel(f"mIoU on {data} test, percent" + (f"; seeds {seeds}, the first darkest" if seeds[1:] else ""))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=8, frameon=False, loc="lower right")
+    named = dict(zip(*axes.get_legend_handles_labels()[::-1]))
+    axes.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="lower right")
     figure.savefig(out, dpi=130)
 
 
