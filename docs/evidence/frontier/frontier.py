@@ -2,10 +2,11 @@
 
     python docs/evidence/frontier/frontier.py docs/evidence/frontier/*_seed?.json
 
-Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, or `trained on` for as
-many steps without them, which is the control. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
-Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
-block: the points that no other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
+Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, or `trained on` for
+as many steps without them, which is the control. Beside the runs it writes `frontier.json`, a row for each measured
+point, and a plot for each data set; it prints Markdown tables. The best static plan for some multiply-adds is the dense
+model at any size, stopped after any exit's block: the points that no other static point beats, joined by lines over the
+logarithm of multiply-adds, as sizes go on.
 """
 
 from __future__ import annotations
