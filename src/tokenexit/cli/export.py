@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
     from tokenexit.segmenter import ExitSegmenter
 
+IN_ADVANCE = ("int8-static", "int8-openvino")
+"""Values of --quantize that take ranges of activations from images."""
+
 
 def export(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
@@ -33,8 +36,8 @@ def export(arguments: list[str]) -> int:
         raise ConfigError(f"--out {options.out} is a file: name a folder.")
     if options.quantize and options.format != "onnx":
         raise ConfigError(f"--quantize is for --format onnx, got {options.format}: leave one of them out.")
-    if options.quantize == "int8-static" and options.images is None:
-        raise ConfigError("--quantize int8-static needs --images like those that the file will see: add them.")
+    if options.quantize in IN_ADVANCE and options.images is None:
+        raise ConfigError(f"--quantize {options.quantize} needs --images like those that the file will see: add them.")
     if not options.quantize and (options.data or options.data_root) is not None:
         raise ConfigError("--data is for the mIoU of an INT8 file beside the float one: add --quantize.")
     if options.agreement is not None and not options.quantize:
@@ -73,15 +76,16 @@ def _quantize(
     """Write the INT8 file and say how it compares with the float one, by mIoU too if there are labelled images."""
     from tokenexit.evaluation.evaluate import check_classes
     from tokenexit.exporting.pictures import images_for_ranges
-    from tokenexit.exporting.quantize import miou_of, quantize_int8
+    from tokenexit.exporting.quantize import Runtime, miou_of, quantize_int8
 
     data = None if options.data is None else dataset_of(options)[1]
     if data is not None:
         check_classes(model, data)
         if model.preprocessing.window is not None:
             raise ConfigError("--data needs a model that takes images whole, and this one takes windows: leave it out.")
-    ranges = images_for_ranges(model, options.images) if options.quantize == "int8-static" else []
-    small = quantize_int8(path, images, agreement, ranges)
+    ranges = images_for_ranges(model, options.images) if options.quantize in IN_ADVANCE else []
+    runtime: Runtime = "openvino" if options.quantize == "int8-openvino" else "onnxruntime"
+    small = quantize_int8(path, images, agreement, ranges, runtime)
     (size, new_size), (ms, new_ms), (left, new_left) = small.megabytes, small.milliseconds, small.left
     print(
         f"{small.path}: {new_size:.1f} MB of {size:.1f}, {new_ms:.1f} ms an image of {ms:.1f}\n"
@@ -112,9 +116,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--quantize",
-        choices=("int8", "int8-static"),
+        choices=("int8", *IN_ADVANCE),
         help="model.int8.onnx beside the file: weights in INT8, exit heads in fp32; static: with ranges of activations "
-        "from at most 32 of --images",
+        "from at most 32 of --images; openvino: model.int8.xml and .bin for OpenVINO, likewise",
     )
     parser.add_argument(
         "--agreement",

@@ -1,4 +1,4 @@
-"""An exported ONNX file is written once more with INT8 weights, and compared with the first one."""
+"""An exported ONNX file is written once more in INT8, for onnxruntime or OpenVINO, and compared with the first one."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -20,12 +20,15 @@ from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import mask_tensor
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.evaluation.metrics import confusion_matrix, scores
+from tokenexit.exporting import openvino
 from tokenexit.exporting.export import Answers, Runner, open_onnx
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.outputs.segmentation import resize_maps
 from tokenexit.runtime.atomic import atomic_write
 
+Runtime = Literal["onnxruntime", "openvino"]
 FILE = "model.int8.onnx"
+FILES: dict[Runtime, tuple[str, ...]] = {"onnxruntime": (FILE,), "openvino": openvino.FILES}
 AGREEMENT = 0.9
 """At least this share of labels, and of exits, must be the float file's, if nothing else is asked for."""
 REPEATS = 3
@@ -42,9 +45,9 @@ class Quantized:
     """A file with INT8 weights, and how it compares with the float one, which is named first in pairs.
 
     Attributes:
-        path: the file.
-        megabytes: sizes of both files.
-        milliseconds: time of an image in both, median of the runs in onnxruntime.
+        path: the file; with OpenVINO the graph, whose weights lie beside it.
+        megabytes: sizes of both.
+        milliseconds: time of an image in both, median of the runs in the runtime that the file is for.
         same_labels: share of pixels with the float file's class.
         same_exits: share of tokens that leave where they leave in the float file.
         left: share of tokens that leave at an exit, in both.
@@ -61,9 +64,13 @@ class Quantized:
 
 
 def quantize_int8(
-    path: Path, images: Sequence[Tensor], agreement: float = AGREEMENT, ranges: Sequence[Tensor] = ()
+    path: Path,
+    images: Sequence[Tensor],
+    agreement: float = AGREEMENT,
+    ranges: Sequence[Tensor] = (),
+    runtime: Runtime = "onnxruntime",
 ) -> Quantized:
-    """Write `model.int8.onnx` beside the exported file `path`, with weights in INT8 by channel.
+    """Write `model.int8.onnx`, or `model.int8.xml` and `.bin`, beside the exported file `path`.
 
     Exit heads stay in fp32, and so do softmax, scores and their comparison with thresholds. Scores move all the same:
     the new file's thresholds are those at which as many tokens leave at each exit as in the float file. Each file runs
@@ -73,42 +80,62 @@ def quantize_int8(
         path: a file of `export_model`.
         images: `(3, H, W)` fp32 each, as `Preprocessing` makes them.
         agreement: least share of equal labels, and of equal exits, in [0, 1].
-        ranges: images from which ranges of activations are taken in advance (onnxruntime's `quantize_static`); without
-            any they are taken as they come (`quantize_dynamic`).
+        ranges: images from which ranges of activations are taken in advance (onnxruntime's `quantize_static`, NNCF);
+            without any they are taken as they come (`quantize_dynamic`), which is for onnxruntime alone.
+        runtime: what the file is for; both files run and are timed in it.
 
     Raises:
-        ConfigError: for an agreement outside [0, 1], and without images.
+        ConfigError: for an agreement outside [0, 1], without images, and where a package is missing.
         CheckpointError: if fewer labels or exits agree; no INT8 file is written.
     """
     check_agreement(agreement)
     if not images:
         raise ConfigError("there is no image to compare the INT8 file with the float one on: give one.")
-    thresholds = thresholds_of(path)
-    with atomic_write(path.with_name(FILE)) as unfinished:
+    if runtime == "openvino" and not ranges:
+        raise ConfigError("INT8 for OpenVINO takes ranges of activations in advance: give images for them.")
+    names, thresholds = FILES[runtime], thresholds_of(path)
+    with ExitStack() as stack:
+        out = [stack.enter_context(atomic_write(path.with_name(name))) for name in names]
         with _quiet():
-            if ranges:
-                _write_static(path, unfinished, ranges, thresholds)
+            if runtime == "openvino":
+                in_float = exit_head_nodes(_load(path))
+                openvino.write_openvino(path, out, _asked(ranges, thresholds), in_float, metadata_of(path))
+            elif ranges:
+                _write_static(path, out[0], ranges, thresholds)
             else:
-                _write_dynamic(path, unfinished)
-        files = open_onnx(path), open_onnx(unfinished)
+                _write_dynamic(path, out[0])
+        files = (_open(runtime, path), _open(runtime, *out))
         own = matched_thresholds(*files, images, thresholds)
         if not np.array_equal(own, thresholds):
-            _set_thresholds(unfinished, own)
-        found = _compare((path, unfinished), files, images, (thresholds, own))
+            _set_thresholds(out, own)
+        found = _compare(files, images, (thresholds, own))
         if min(found.same_labels, found.same_exits) < agreement:
             raise CheckpointError(
                 f"{found.same_labels:.1%} of the labels and {found.same_exits:.1%} of the exits of the INT8 file are "
                 f"those of {path.name}, and {agreement:.1%} are asked for: no INT8 file was written; lower agreement "
                 "to accept it."
             )
-    return replace(found, path=path.with_name(FILE))
+        sizes = [sum(each.stat().st_size for each in those) / 1e6 for those in ([path], out)]
+    return Quantized(
+        path.with_name(names[0]), (sizes[0], sizes[1]), thresholds=(thresholds.tolist(), own.tolist()), **vars(found)
+    )
+
+
+def _open(runtime: Runtime, *files: Path) -> Runner:
+    return openvino.open_openvino(*files) if runtime == "openvino" else open_onnx(*files)
+
+
+def _load(path: Path) -> Any:
+    import onnx
+
+    return onnx.load(path)
 
 
 def metadata_of(path: Path) -> dict[str, Any]:
-    """Return what an exported file says of itself."""
-    import onnx
-
-    about: dict[str, Any] = json.loads({one.key: one.value for one in onnx.load(path).metadata_props}["tokenexit"])
+    """Return what an exported file, or the graph of an INT8 model for OpenVINO, says of itself."""
+    if path.suffix == ".xml":
+        return openvino.metadata_of_graph(path, path.with_suffix(".bin"))
+    about: dict[str, Any] = json.loads({one.key: one.value for one in _load(path).metadata_props}["tokenexit"])
     return about
 
 
@@ -156,34 +183,26 @@ def _moved(thresholds: Thresholds, shift: float) -> Thresholds:
 
 
 def _write_dynamic(path: Path, out: Path) -> None:
-    import onnx
     from onnxruntime.quantization import quantize_dynamic
 
-    model = onnx.load(path)
+    model = _load(path)
     in_float = exit_head_nodes(model)
     in_float += [f"{name}_MatMul" for name in in_float]  # what the quantiser makes of each Gemm before it looks
     quantize_dynamic(model, out, per_channel=True, nodes_to_exclude=in_float)
 
 
 def _write_static(path: Path, out: Path, images: Sequence[Tensor], thresholds: Thresholds) -> None:
-    """Quantise products with weights alone.
-
-    Every image runs twice, with the thresholds and with nobody leaving: tokens that stay see other values in deep
-    blocks than tokens that leave.
-    """
-    import onnx
+    """Quantise products with weights alone."""
     from onnxruntime.quantization import CalibrationDataReader, quantize_static
 
     class Images(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            settings = (thresholds, np.ones_like(thresholds))
-            self.left = iter([(image, setting) for setting in settings for image in images])
+            self.left = iter(_asked(images, thresholds))
 
         def get_next(self) -> dict[str, Any] | None:
-            image, setting = next(self.left, (None, None))
-            return None if image is None else {"image": image[None].numpy(), "thresholds": setting}
+            return next(self.left, None)
 
-    model = onnx.load(path)
+    model = _load(path)
     quantize_static(
         model,
         out,
@@ -195,15 +214,28 @@ def _write_static(path: Path, out: Path, images: Sequence[Tensor], thresholds: T
     )
 
 
-def _set_thresholds(path: Path, thresholds: Thresholds) -> None:
+def _asked(images: Sequence[Tensor], thresholds: Thresholds) -> list[dict[str, npt.NDArray[np.float32]]]:
+    """Return the inputs that ranges are taken from: every image with the thresholds, and with nobody leaving.
+
+    Tokens that stay see other values in deep blocks than tokens that leave.
+    """
+    settings = (thresholds, np.ones_like(thresholds))
+    return [{"image": image[None].numpy(), "thresholds": setting} for setting in settings for image in images]
+
+
+def _set_thresholds(out: Sequence[Path], thresholds: Thresholds) -> None:
+    """Change the thresholds in a file's metadata; with OpenVINO its files are graph and weights."""
+    values = np.round(thresholds.astype(np.float64), 7).tolist()
+    if len(out) > 1:
+        openvino.set_metadata(out, openvino.metadata_of_graph(*out) | {"thresholds": values})
+        return
     import onnx
 
+    (path,) = out
     model = onnx.load(path)
     for entry in model.metadata_props:
         if entry.key == "tokenexit":
-            about = json.loads(entry.value)
-            about["thresholds"] = np.round(thresholds.astype(np.float64), 7).tolist()
-            entry.value = json.dumps(about)
+            entry.value = json.dumps(json.loads(entry.value) | {"thresholds": values})
     onnx.save(model, path)
 
 
@@ -215,7 +247,9 @@ def miou_of(path: Path, preprocessing: Preprocessing, data: SegmentationDataset)
     """
     if preprocessing.window is not None:
         raise ConfigError("mIoU of an exported file is for images taken whole, and this model takes windows.")
-    run, about = open_onnx(path), metadata_of(path)
+    for_openvino = path.suffix == ".xml"
+    run = _open("openvino", path, path.with_suffix(".bin")) if for_openvino else open_onnx(path)
+    about = metadata_of(path)
     thresholds = np.array(about["thresholds"], np.float32)
     classes = len(about["classes"])
     confusion = torch.zeros(classes, classes, dtype=torch.int64)
@@ -251,12 +285,19 @@ def exit_head_nodes(model: object) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class _Compared:
+    """What `Quantized` says of two files that ran."""
+
+    milliseconds: tuple[float, float]
+    same_labels: float
+    same_exits: float
+    left: tuple[float, float]
+
+
 def _compare(
-    paths: tuple[Path, Path],
-    files: tuple[Runner, Runner],
-    images: Sequence[Tensor],
-    thresholds: tuple[Thresholds, Thresholds],
-) -> Quantized:
+    files: tuple[Runner, Runner], images: Sequence[Tensor], thresholds: tuple[Thresholds, Thresholds]
+) -> _Compared:
     """Run both files in turn, so that a busy machine slows both."""
     answers: list[list[Answers]] = [[], []]
     seconds: list[list[float]] = [[], []]
@@ -273,17 +314,8 @@ def _compare(
     same_labels, same_exits = (
         float(np.concatenate([(one[i] == other[i]).ravel() for one, other in zip(*answers)]).mean()) for i in (0, 2)
     )
-    sizes = [path.stat().st_size / 1e6 for path in paths]
     times = [float(np.median(one)) * 1e3 for one in seconds]
-    return Quantized(
-        path=paths[1],
-        megabytes=(sizes[0], sizes[1]),
-        milliseconds=(times[0], times[1]),
-        same_labels=same_labels,
-        same_exits=same_exits,
-        left=(left[0], left[1]),
-        thresholds=(thresholds[0].tolist(), thresholds[1].tolist()),
-    )
+    return _Compared((times[0], times[1]), same_labels, same_exits, (left[0], left[1]))
 
 
 @contextmanager

@@ -1,0 +1,114 @@
+"""OpenVINO runs exported files as they are, and INT8 files that NNCF makes of them."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.cli.test_cli import fine, wrong
+from tests.helpers import random_image, tiny_segmenter
+from tokenexit.data.scenes import Scenes
+from tokenexit.errors import CheckpointError, ConfigError
+from tokenexit.exporting import quantize as module
+from tokenexit.exporting.export import export_model, open_onnx
+from tokenexit.exporting.openvino import FILES, open_openvino
+from tokenexit.exporting.quantize import metadata_of, quantize_int8
+from tokenexit.methods import DoViT, DToP, Method
+
+pytest.importorskip("onnx", reason="ONNX needs the export extra")
+pytest.importorskip("onnxscript", reason="ONNX needs the export extra")
+pytest.importorskip("onnxruntime", reason="ONNX needs the export extra")
+
+IMAGES = [random_image(48, 64, seed=0), random_image(41, 70, seed=1)]
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    model = tiny_segmenter("fcn", exits=(1, 2), depth=3)
+    return export_model(model, DToP(0.75, 2), [random_image(21, 30)], tmp_path_factory.mktemp("openvino")).path
+
+
+@pytest.mark.parametrize("method", [DToP(0.75, 2), DoViT(0.75)], ids=["dtop", "dovit"])
+@pytest.mark.parametrize("threshold", [0.0, 0.75, 1.0])
+def test_openvino__runs_an_exported_file_as_onnxruntime_does(
+    tmp_path: Path, method: Method[object], threshold: float
+) -> None:
+    pytest.importorskip("openvino", reason="OpenVINO needs the openvino extra")
+    model = tiny_segmenter("fcn", exits=(1, 2), depth=3)
+    path = export_model(model, method, [random_image(21, 30)], tmp_path).path
+    ours, theirs = open_openvino(path), open_onnx(path)
+    for image in IMAGES:
+        asked = (image[None].numpy(), np.full(2, threshold, np.float32))
+        for one, other in zip(ours(*asked), theirs(*asked), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_quantize_int8__for_openvino_writes_graph_and_weights_that_keep_the_metadata(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf", reason="INT8 for OpenVINO needs the openvino extra")
+    import openvino
+
+    monkeypatch.setattr(module, "matched_thresholds", lambda *_: np.array([0.7, 0.8], np.float32))
+    found = quantize_int8(exported, IMAGES, 0.5, IMAGES, "openvino")
+    assert [found.path.name, found.path.with_suffix(".bin").name] == [*FILES]
+    assert min(found.same_labels, found.same_exits) > 0.5
+    about = metadata_of(found.path)
+    assert about == metadata_of(exported) | {"thresholds": about["thresholds"]}
+    assert about["thresholds"] == pytest.approx([0.7, 0.8]) == found.thresholds[1]
+    graph = openvino.Core().read_model(found.path)
+    kinds = {op.get_type_name() for op in graph.get_ops()}
+    assert "FakeQuantize" in kinds
+    products = [op for op in graph.get_ops() if op.get_type_name() == "MatMul"]
+    of_heads = [op for op in products if op.input_value(1).get_node().get_type_name() == "Constant"]
+    assert len(of_heads) == 4, "of two exit heads the projection and the classifier, in fp32"
+
+
+def test_quantize_int8__for_openvino_refuses_below_the_stated_agreement(exported: Path) -> None:
+    pytest.importorskip("nncf", reason="INT8 for OpenVINO needs the openvino extra")
+    for name in FILES:
+        exported.with_name(name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="no INT8 file was written"):
+        quantize_int8(exported, IMAGES, 1.0, IMAGES, "openvino")
+    assert [path.name for path in exported.parent.iterdir()] == [exported.name]
+
+
+def test_quantize_int8__for_openvino_needs_images_for_ranges(exported: Path) -> None:
+    with pytest.raises(ConfigError, match="takes ranges of activations in advance: give images"):
+        quantize_int8(exported, IMAGES, runtime="openvino")
+
+
+@pytest.mark.parametrize("package", ["openvino", "nncf"])
+def test_quantize_int8__for_openvino_says_which_package_lacks(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    if package == "openvino":
+        pytest.importorskip("nncf", reason="without NNCF, that one is named")
+    monkeypatch.setitem(sys.modules, package, None)
+    before = {*exported.parent.iterdir()}
+    with pytest.raises(ConfigError, match=rf"needs the package {package}: pip install 'tokenexit\[openvino\]'"):
+        quantize_int8(exported, IMAGES, 0.5, IMAGES, "openvino")
+    assert {*exported.parent.iterdir()} == before
+
+
+def test_export__for_openvino_needs_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny_segmenter("fcn", exits=(1, 2), depth=3).save_pretrained(tmp_path / "model")
+    options = ("--method", "dtop", "--out", tmp_path / "out", "--quantize", "int8-openvino")
+    assert "--quantize int8-openvino needs --images" in wrong(capsys, "export", tmp_path / "model", *options)
+
+
+def test_export__for_openvino_says_the_miou_of_both(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("nncf", reason="INT8 for OpenVINO needs the openvino extra")
+    classes = Scenes(1).labels.num_classes
+    tiny_segmenter("fcn", exits=(1, 2), depth=3, num_classes=classes).save_pretrained(tmp_path / "model")
+    Image.fromarray(np.full((40, 50, 3), 90, np.uint8)).save(tmp_path / "image.png")
+    options = ("--method", "dtop", "--threshold", 0.75, "--out", tmp_path / "out", "--quantize", "int8-openvino")
+    images = ("--images", tmp_path / "image.png", "--agreement", 0)
+    said = fine(capsys, "export", tmp_path / "model", *options, *images, "--data", "scenes")
+    assert re.search(r"mIoU \d+\.\d\d, \d+\.\d\d of the float file, on \d+ images", said)
+    assert (tmp_path / "out" / FILES[0]).exists()
