@@ -107,6 +107,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")
     parser.add_argument("--trained", default="dense", help="how the model was trained, for the rows")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--static", action="store_true", help="sizes and stops alone, without exits")
     parser.add_argument("--no-plans", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -123,11 +124,17 @@ def main() -> None:
         settings["thresholds"] = options.thresholds
     notebook = Notebook(options.out, settings)
     thresholds = options.thresholds or [one[: len(model.config.exits)] for one in THRESHOLDS]
+    if options.static:
+        thresholds = []
     for size in options.sizes:
         rows = list(rows_at(model, size, thresholds))
-        for row in notebook.once(f"size {size:g}", partial(figures, model, Cached(data), rows, size in AT_RANDOM)):
+        for row in notebook.once(
+            f"size {size:g}", partial(figures, model, Cached(data), rows, size in AT_RANDOM and not options.static)
+        ):
             print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
-    for labels in () if options.no_plans or not model.decode_head.takes_live_tokens else (False, True):
+    for labels in (
+        () if options.static or options.no_plans or not model.decode_head.takes_live_tokens else (False, True)
+    ):
         key = f"plans by {'labels' if labels else 'agreement'}"
         for row in notebook.once(key, partial(plans, model, data, chosen_on, labels)):
             print(f"{key}, {row['budget']:.0%}: {row['plan']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs")
