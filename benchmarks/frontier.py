@@ -124,17 +124,17 @@ def main() -> None:
         settings["thresholds"] = options.thresholds
     notebook = Notebook(options.out, settings)
     thresholds = options.thresholds or [one[: len(model.config.exits)] for one in THRESHOLDS]
+    at_random: tuple[float, ...] = AT_RANDOM
+    planned_by: tuple[bool, ...] = (False, True)
     if options.static:
-        thresholds = []
+        thresholds, at_random = [], ()
+    if options.static or options.no_plans or not model.decode_head.takes_live_tokens:
+        planned_by = ()
     for size in options.sizes:
         rows = list(rows_at(model, size, thresholds))
-        for row in notebook.once(
-            f"size {size:g}", partial(figures, model, Cached(data), rows, size in AT_RANDOM and not options.static)
-        ):
+        for row in notebook.once(f"size {size:g}", partial(figures, model, Cached(data), rows, size in at_random)):
             print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
-    for labels in (
-        () if options.static or options.no_plans or not model.decode_head.takes_live_tokens else (False, True)
-    ):
+    for labels in planned_by:
         key = f"plans by {'labels' if labels else 'agreement'}"
         for row in notebook.once(key, partial(plans, model, data, chosen_on, labels)):
             print(f"{key}, {row['budget']:.0%}: {row['plan']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs")
