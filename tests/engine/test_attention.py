@@ -59,6 +59,27 @@ def test_attention__equals_the_reference_for_any_packing_of_queries_and_keys(att
     assert_close(out, by_hand(q, k, v, lengths_q, lengths_k))
 
 
+@pytest.mark.parametrize("path", ["as it comes", "padded", "products"])
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 4), st.lists(st.integers(1, 3), max_size=4)), min_size=1, max_size=4),
+    equal=st.booleans(),
+)
+def test_attention__a_key_of_weight_w_counts_as_w_equal_keys(path, pairs, equal):
+    pairs = [pairs[0]] * len(pairs) if equal else pairs
+    lengths_q, counts = [q for q, _ in pairs], [count for _, image in pairs for count in image]
+    lengths_k, repeated = [len(image) for _, image in pairs], [sum(image) for _, image in pairs]
+    q, k, v = drawn(lengths_q, lengths_k)
+    times = torch.tensor(counts, dtype=torch.int64)
+    expected = by_hand(q, k.repeat_interleave(times, 0), v.repeat_interleave(times, 0), lengths_q, repeated)
+    packings = Packing.of(lengths_q, CPU), Packing.of(lengths_k, CPU)
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "padded":
+            patch.setattr(attention, "attention_path", lambda *_: "padded")
+        if path == "products":
+            patch.setattr(attention, "_fused", attention._products)
+        assert_close(packed_attention(q, k, v, *packings, weight=times.float()), expected)
+
+
 @given(pairs=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 4)), min_size=1, max_size=4))
 def test_attention__loop_and_padded_paths_have_the_same_gradients(pairs):
     lengths_q, lengths_k = [p[0] for p in pairs], [p[1] for p in pairs]

@@ -8,6 +8,8 @@ from tests.oracles import methods as oracle
 from tests.oracles.methods import Weights
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DToP
+from tokenexit.methods.reduced import Reduced
+from tokenexit.reducers.mpm import MPM
 
 SOME = [(16, 20), (9, 33), (4, 4)]
 
@@ -61,6 +63,65 @@ def test_dtop__equals_its_oracle_for_mixed_heads_and_any_k(
         assert torch.equal(out.exit_index[i], answer.stage)
         assert_close(out.grid_logits[i], answer.grid)
         assert_close(out[i].logits[0], answer.full)
+
+
+@given(
+    power=st.sampled_from([0.5, 1.0]),
+    k=st.sampled_from([0, 1, 3]),
+    shares=st.tuples(st.sampled_from([0.3, 0.6, 1.0]), st.sampled_from([0.4, 0.8])),
+    seed=st.integers(0, 20),
+    class_token=st.booleans(),
+)
+def test_context_weight__equals_its_oracle_which_counts_keys(power, k, shares, seed, class_token):
+    model = tiny_segmenter(["fcn", "linear"], "linear", seed=seed, class_token=class_token)
+    weights, images = Weights.of(model), batch(seed)
+
+    def answers(thresholds):
+        return [oracle.dtop(weights, image, thresholds, k, context_weight=power) for image in images]
+
+    thresholds = choose_thresholds(answers, shares)
+    expected = answers(thresholds)
+    assume(all(answer.gap > MARGIN for answer in expected))
+    out = run(model, images, DToP(thresholds, k, context_weight=power))
+    for i, answer in enumerate(expected):
+        assert torch.equal(out.exit_index[i], answer.stage)
+        assert_close(out.grid_logits[i], answer.grid)
+
+
+def test_context_weight__changes_answers_where_tokens_leave_and_no_bit_where_none_do():
+    model = tiny_segmenter(["fcn", "linear"], "linear", seed=3)
+    plain, weighed = (run(model, batch(), DToP(0.3, 1, context_weight=power)) for power in (0.0, 1.0))
+    assert any((index < 2).any() for index in plain.exit_index)
+    assert all(torch.equal(a == 0, b == 0) for a, b in zip(plain.exit_index, weighed.exit_index)), "at the first exit"
+    assert not torch.allclose(plain.grid_logits[0], weighed.grid_logits[0])
+    never = [run(model, batch(), DToP(1.0, 1, context_weight=power)) for power in (0.0, 1.0)]
+    assert all(torch.equal(a, b) for a, b in zip(never[0].grid_logits, never[1].grid_logits))
+
+
+def test_context_weight__an_image_does_not_depend_on_those_beside_it():
+    model, method = tiny_segmenter(["fcn", "linear"], "linear", seed=3), DToP(0.4, 2, context_weight=0.5)
+    together = run(model, batch(), method)
+    for i, image in enumerate(batch()):
+        alone = run(model, [image], method)
+        assert torch.equal(alone.exit_index[0], together.exit_index[i])
+        assert_close(alone.grid_logits[0], together.grid_logits[i])
+
+
+def test_context_weight__counts_a_merged_token_for_its_cells():
+    """Two alike patches merge before the first exit: who is left inherits from them as from two."""
+    model = tiny_segmenter(["fcn", "linear"], "linear", seed=3)
+    method = Reduced(DToP(0.4, 2, context_weight=1.0), MPM((1,)))
+    out = run(model, batch(), method)
+    assert all(torch.isfinite(logits).all() for logits in out.grid_logits)
+    for i, image in enumerate(batch()):
+        assert_close(run(model, [image], method).grid_logits[0], out.grid_logits[i])
+
+
+def test_context_weight__trains_with_weights_that_carry_no_gradient():
+    model = tiny_segmenter(["fcn", "linear"], "linear", seed=3).train()
+    out = model(batch(), DToP(0.4, 2, context_weight=0.5))
+    sum(logits.sum() for logits in out.grid_logits).backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
 
 
 # The rule.
@@ -366,6 +427,7 @@ def test_defaults__are_the_published_ones():
     ("options", "words"),
     [
         ({"keep_per_class": -1}, r"keep_per_class must be at least 0, got -1: use 0"),
+        ({"context_weight": 1.5}, r"context_weight must be in .*, got 1.5"),
         ({"finish": "early"}, r"finish must be auto, presence_last, frozen or masks, got 'early'"),
         ({"threshold": 1.2}, r"threshold must be in \[0, 1\], got 1.2"),
         ({"threshold": "high"}, r"threshold must be a number, got 'high'"),

@@ -152,8 +152,12 @@ def dtop(
     boundary_guard: bool = False,
     cap: Sequence[float] | None = None,
     rejoin: int = 0,
+    context_weight: float = 0.0,
 ) -> Answer:
-    """DToP on one image. rejoin: before so many last blocks all tokens are there again, and the end answers for all."""
+    """DToP on one image. rejoin: before so many last blocks all tokens are there again, and the end answers for all.
+
+    context_weight: those that leave are shared out among live tokens of their class, which then count as more keys.
+    """
     image, config = image.double(), weights.vit
     grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
     n, classes = grid[0] * grid[1], weights.config.num_classes
@@ -170,6 +174,7 @@ def dtop(
     stage = torch.full((n,), len(exits))
     last_presence, answer = None, Answer(None, torch.empty(0), stage, [])
     always = torch.ones(prefix, dtype=torch.bool)
+    stands_for = [1.0] * n  # how many patches
     named: dict[int, int] = {}  # the class of every token when it was last seen
 
     def write(which: int | None) -> Tensor:
@@ -188,7 +193,8 @@ def dtop(
     for i in range(config.depth):
         if i >= config.depth - rejoin:
             alive[:] = True
-        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid)
+        counts = torch.tensor([1.0] * prefix + [m**context_weight for m in stands_for], dtype=torch.float64)
+        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid, counts)
         answer.live.append(int(alive.sum()))
         if i + 1 in exits:
             e = exits.index(i + 1)
@@ -214,6 +220,11 @@ def dtop(
             for p in leaving:
                 alive[p] = False
                 stage[p] = e
+                heirs = [q for q in absolute if q not in leaving and named[q] == named[p]]
+                for q in heirs:
+                    stands_for[q] += stands_for[p] / len(heirs)
+            if context_weight:
+                answer.gap = min([answer.gap, *ahead.values()])
     write(None)
     if holds == "mask":
         assert last_presence is not None

@@ -108,8 +108,12 @@ def attention(
     num_heads: int,
     rope: tuple[Tensor, str] | None = None,
     eps: float = 1e-6,
+    counts: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention of every row over the living rows; rope: angles of the rows, and which channels are pairs."""
+    """Softmax attention of every row over the living rows; rope: angles of the rows, and which channels are pairs.
+
+    counts: as how many keys each row counts.
+    """
     q, k, v = linear(state, "qkv", x).chunk(3, dim=-1)
     width = q.shape[1] // num_heads
     heads = []
@@ -118,7 +122,8 @@ def attention(
         q_n, k_n = (t[:, part] if rope is None else turned(t[:, part], *rope) for t in (q, k))
         score = q_n @ k_n.T / math.sqrt(width)
         score = score.masked_fill(~alive[None, :], -math.inf)
-        heads.append(torch.softmax(score, dim=1) @ v[:, part])
+        seen = torch.exp(score - score.amax(1, keepdim=True)) * (1.0 if counts is None else counts)
+        heads.append(seen / seen.sum(1, keepdim=True) @ v[:, part])
     joined = torch.cat(heads, dim=1)
     if "norm.weight" in state:
         joined = layer_norm(state, "norm", joined, eps)
@@ -147,24 +152,33 @@ def block(
     eps: float = 1e-6,
     kind: str = "gelu",
     rope: tuple[Tensor, str] | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     if not alive.any():
         return x
     one = torch.ones(x.shape[1], dtype=torch.float64)
     y = x + state.get("ls1.gamma", one) * attention(
-        under(state, "attn."), layer_norm(state, "norm1", x, eps), alive, num_heads, rope, eps
+        under(state, "attn."), layer_norm(state, "norm1", x, eps), alive, num_heads, rope, eps, counts
     )
     y = y + state.get("ls2.gamma", one) * mlp(under(state, "mlp."), layer_norm(state, "norm2", y, eps), kind, eps)
     return torch.where(alive[:, None], y, x)
 
 
-def run_block(state: State, config, index: int, x: Tensor, alive: Tensor, grid: tuple[int, int]) -> Tensor:
+def run_block(
+    state: State,
+    config,
+    index: int,
+    x: Tensor,
+    alive: Tensor,
+    grid: tuple[int, int],
+    counts: Tensor | None = None,
+) -> Tensor:
     part = under(state, f"blocks.{index}.")
     if not config.k_bias and "attn.qkv.bias" in part:
         part["attn.qkv.bias"] = part["attn.qkv.bias"].clone()
         part["attn.qkv.bias"][config.embed_dim : 2 * config.embed_dim] = 0.0
     rope = None if config.rope is None else (angles(config, grid), config.rope)
-    return block(part, x, alive, config.num_heads, config.norm_eps, config.mlp, rope)
+    return block(part, x, alive, config.num_heads, config.norm_eps, config.mlp, rope, counts)
 
 
 def final_norm(state: State, config, x: Tensor) -> Tensor:

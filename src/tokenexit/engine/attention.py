@@ -9,6 +9,9 @@ frozen ones. Four ways lead to the same result; `attention_path` names the one t
 - `loop`: CPU; one fused call for each image over views, nothing is padded or copied.
 - `varlen`: CUDA in bf16 or fp16; the variable-length kernel of torch.
 - `padded`: anything else; images padded to the longest, padding masked out.
+
+Keys may have weights: one of weight w counts as w equal keys, `w e^s` in place of `e^s` in the softmax. The
+variable-length kernel knows none, so that CUDA pads then.
 """
 
 from __future__ import annotations
@@ -47,21 +50,24 @@ def packed_attention(
     packing_q: Packing,
     packing_k: Packing,
     dropout: float = 0.0,
+    weight: Tensor | None = None,
 ) -> Tensor:
     """Apply softmax attention within each image, scaled by `H ** -0.5`.
 
     q_TNH: `(Tq, N, H)`; k_TNH, v_TNH: `(Tk, N, H)`. Returns `(Tq, N, H)`. A query whose image has no key at all
-    receives zeros. dropout: probability to drop an attention weight; pass 0 outside training.
+    receives zeros. dropout: probability to drop an attention weight; pass 0 outside training. weight: `(Tk,)` fp32,
+    positive, of each key; all count once if not given.
     """
+    bias = None if weight is None else weight.log().to(q_TNH.dtype)
     uniform = packing_q.uniform and packing_k.uniform and packing_k.longest > 0
     path = attention_path(q_TNH.device, q_TNH.dtype, uniform)
     if path == "batched":
-        return _batched(q_TNH, k_TNH, v_TNH, len(packing_q.lengths), dropout)
+        return _batched(q_TNH, k_TNH, v_TNH, len(packing_q.lengths), dropout, bias)
     if path == "loop":
-        return _loop(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout)
-    if path == "varlen" and dropout == 0.0:
+        return _loop(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout, bias)
+    if path == "varlen" and dropout == 0.0 and bias is None:
         return _varlen(q_TNH, k_TNH, v_TNH, packing_q, packing_k)
-    return padded_attention(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout)
+    return padded_attention(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout, bias)
 
 
 @dataclass(frozen=True)
@@ -95,20 +101,26 @@ def masked_attention(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packi
     return out.index_copy(0, others, unmasked.to(q_TNH.dtype))
 
 
-def _batched(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: float) -> Tensor:
+def _batched(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: float, bias: Tensor | None = None
+) -> Tensor:
     q, k, v = (
         t.unflatten(0, (images, t.shape[0] // images)).transpose(1, 2) for t in (q_TNH, k_TNH, v_TNH)
     )  # (B, N, t, H)
     attend = _products if q_TNH.dtype == torch.bfloat16 and _products_are_faster(q_TNH.device) else _fused
-    return attend(q, k, v, dropout).transpose(1, 2).flatten(0, 1)
+    of_keys = None if bias is None else bias.view(images, 1, 1, -1)
+    return attend(q, k, v, dropout, of_keys).transpose(1, 2).flatten(0, 1)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-    """Attend from `(B, N, tq, H)` to keys and values `(B, N, tk, H)`, with torch's fused kernel."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:
+    """Attend from `(B, N, tq, H)` to keys and values `(B, N, tk, H)`, with torch's fused kernel.
+
+    bias: `(B, 1, 1, tk)`, added to the scores of each key.
+    """
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout)
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:
     """Compute the same as two matrix products and a softmax, in pieces whose scores stay in the cache.
 
     The fused CPU kernel multiplies bf16 at the rate of fp32 where the processor has no matrix tiles (AMX); plain
@@ -117,25 +129,28 @@ def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
     images, heads, rows, _ = q.shape
     q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     step = max(SCORES_IN_CACHE // max(k.shape[1], 1), 1)
+    together = max(step // max(rows, 1), 1)  # heads at once
+    of_heads = None if bias is None else bias.expand(images, heads, 1, -1).flatten(0, 1)  # (B N, 1, tk)
+    biases = [None] * (images * heads) if of_heads is None else of_heads.split(together)
 
-    if step >= rows:  # several heads at once
-        together = max(step // max(rows, 1), 1)
+    if step >= rows:
         pieces = [
-            _piece(*of_heads, dropout) for of_heads in zip(q.split(together), k.split(together), v.split(together))
+            _piece(*each, dropout) for each in zip(q.split(together), k.split(together), v.split(together), biases)
         ]
     else:
         even = -(-rows // -(-rows // step))  # rows of a head in pieces of nearly equal size
         pieces = [
-            torch.cat([_piece(some, k_1, v_1, dropout) for some in q_1.split(even, 1)], 1)
-            for q_1, k_1, v_1 in zip(q.split(1), k.split(1), v.split(1))
+            torch.cat([_piece(some, k_1, v_1, bias_1, dropout) for some in q_1.split(even, 1)], 1)
+            for q_1, k_1, v_1, bias_1 in zip(q.split(1), k.split(1), v.split(1), biases)
         ]
     out: Tensor = torch.cat(pieces).unflatten(0, (images, heads))
     return out
 
 
-def _piece(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _piece(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, dropout: float) -> Tensor:
     """Attend from some rows of some heads, scaled `(n, t, H)`, to all keys of these heads `(n, tk, H)`."""
-    weights = torch.softmax(torch.bmm(q, k.transpose(1, 2)), -1)
+    keys = k.transpose(1, 2)
+    weights = torch.softmax(torch.bmm(q, keys) if bias is None else torch.baddbmm(bias, q, keys), -1)
     return torch.bmm(F.dropout(weights, dropout) if dropout else weights, v)
 
 
@@ -152,15 +167,18 @@ def _loop(
     packing_q: Packing,
     packing_k: Packing,
     dropout: float,
+    bias: Tensor | None,
 ) -> Tensor:
-    images = zip(q_TNH.split(packing_q.lengths), k_TNH.split(packing_k.lengths), v_TNH.split(packing_k.lengths))
-    return torch.cat([_one_image(q, k, v, dropout) for q, k, v in images])
+    keys = packing_k.lengths
+    biases = [None] * len(keys) if bias is None else bias.split(keys)
+    images = zip(q_TNH.split(packing_q.lengths), k_TNH.split(keys), v_TNH.split(keys), biases)
+    return torch.cat([_one_image(q, k, v, dropout, own) for q, k, v, own in images])
 
 
-def _one_image(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, dropout: float) -> Tensor:
+def _one_image(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, dropout: float, bias: Tensor | None) -> Tensor:
     if k_TNH.shape[0] == 0:
         return _nothing_seen(q_TNH, k_TNH, v_TNH)
-    return _batched(q_TNH, k_TNH, v_TNH, 1, dropout)
+    return _batched(q_TNH, k_TNH, v_TNH, 1, dropout, bias)
 
 
 def _nothing_seen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
@@ -183,8 +201,12 @@ def padded_attention(
     packing_q: Packing,
     packing_k: Packing,
     dropout: float = 0.0,
+    bias: Tensor | None = None,
 ) -> Tensor:
-    """Attend in `(B, longest)` batches with the padding masked out; the other paths are compared with this one."""
+    """Attend in `(B, longest)` batches with the padding masked out; the other paths are compared with this one.
+
+    bias: `(Tk,)`, added to the scores of each key.
+    """
     q = pad(q_TNH, packing_q).transpose(1, 2)  # (B, N, tq, H)
     k = pad(k_TNH, packing_k).transpose(1, 2)
     v = pad(v_TNH, packing_k).transpose(1, 2)
@@ -194,7 +216,8 @@ def padded_attention(
     visible = torch.arange(k.shape[2], device=k.device) < lengths_k[:, None]  # (B, tk)
     # An image without keys would turn into NaN; let it see padding (zeros), which yields the zeros we promise.
     visible = visible | (lengths_k == 0)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :], dropout_p=dropout)
+    mask = visible if bias is None else torch.where(visible, pad(bias, packing_k), -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :], dropout_p=dropout)
     return unpad(out.transpose(1, 2), packing_q)
 
 

@@ -81,6 +81,8 @@ class Tokens:
         cover: `(cells,)` int64, the cell of the token that stands for each cell, once tokens were merged; None where
             every cell stands for itself. A cell and its cover lie in one image, `cover[cover] == cover`, and the cover
             of a cell whose token has left the network changes no more.
+        weight: `(T,)` fp32, positive: attention of the backbone's blocks counts a token as that many keys; None where
+            each is one. Heads see none.
     """
 
     x: Tensor
@@ -90,6 +92,7 @@ class Tokens:
     num_prefix: int
     phases: Tensor | None = None
     cover: Tensor | None = None
+    weight: Tensor | None = None
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -107,6 +110,14 @@ class Tokens:
     def phases_at(self, index: Tensor) -> Tensor | None:
         """Return the phases of these rows."""
         return None if self.phases is None else self.phases.index_select(0, index)
+
+    def weights(self) -> Tensor:
+        """Return `weight`, which is 1 for each token where nothing else was said."""
+        return torch.ones(len(self.position), device=self.x.device) if self.weight is None else self.weight
+
+    def weight_at(self, index: Tensor) -> Tensor | None:
+        """Return the weights of these rows."""
+        return None if self.weight is None else self.weight.index_select(0, index)
 
     def patch_index(self) -> Tensor:
         """Return the rows of the patch tokens among the T, `(P,)` int64."""
@@ -147,6 +158,7 @@ class Tokens:
             position=self.position.index_select(0, index),
             packing=Packing.of(lengths, self.x.device),
             phases=self.phases_at(index),
+            weight=self.weight_at(index),
         )
 
     def _rows_that_stay(self, mask: Tensor) -> tuple[Tensor, list[int]]:
@@ -191,7 +203,10 @@ class Tokens:
         cells = torch.arange(self.cells, device=into.device)
         target = cells.index_copy(0, position, position.index_select(0, into))
         cover = target if self.cover is None else target.index_select(0, self.cover)
-        return replace(self, x=self.x.index_copy(0, rows, x), cover=cover).keep(stays)
+        own = self.weight
+        if own is not None:  # a group counts as much as its tokens did
+            own = own.index_copy(0, rows, torch.zeros_like(total[:, 0]).index_add(0, into, own.index_select(0, rows)))
+        return replace(self, x=self.x.index_copy(0, rows, x), cover=cover, weight=own).keep(stays)
 
     def apart(self, kept: Tokens) -> Tokens:
         """Return the live patch tokens that are not among `kept`, of which all are live here. One synchronisation."""
@@ -212,8 +227,13 @@ class Tokens:
         phases = self.phases
         if phases is not None and others.phases is not None:
             phases = torch.cat([phases, others.phases]).index_select(0, order)
+        weight = None
+        if self.weight is not None or others.weight is not None:
+            weight = torch.cat([self.weights(), others.weights()]).index_select(0, order)
         packing = Packing.of(lengths, x.device)
-        return replace(self, x=x, position=position.index_select(0, order), packing=packing, phases=phases)
+        return replace(
+            self, x=x, position=position.index_select(0, order), packing=packing, phases=phases, weight=weight
+        )
 
     def spread(self, canvas: Tensor) -> Tensor:
         """Return a canvas `(cells, ...)` in which every cell has the row of the token that stands for it."""
@@ -255,6 +275,7 @@ class Tokens:
             packing=packing,
             phases=self.phases_at(index),
             cover=None,
+            weight=self.weight_at(index),
         )
 
 

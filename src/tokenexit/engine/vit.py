@@ -398,12 +398,17 @@ class Attention(nn.Module):
         q, k = (rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in (q, k))
         return torch.cat([q, k, v], dim=1)
 
-    def attend(self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None) -> Tensor:
-        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only."""
+    def attend(
+        self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only.
+
+        weight: of each token as a key, where none is masked.
+        """
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         if masked is not None:
             return masked_attention(q_TNH, k_TNH, v_TNH, packing, masked).flatten(1)
-        return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
+        return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing, weight=weight).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -499,13 +504,18 @@ class Block(nn.Module):
         self.ls2 = nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale)
 
     def forward(
-        self, x: Tensor, packing: Packing, phases: Tensor | None = None, masked: MaskedRows | None = None
+        self,
+        x: Tensor,
+        packing: Packing,
+        phases: Tensor | None = None,
+        masked: MaskedRows | None = None,
+        weight: Tensor | None = None,
     ) -> Tensor:
         """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary.
 
-        masked: rows that see some keys only.
+        masked: rows that see some keys only. weight: `(T,)` of tokens as keys, see `Tokens`.
         """
-        attended = self.attn.attend(self.before(x, phases), packing, masked)
+        attended = self.attn.attend(self.before(x, phases), packing, masked, weight)
         if not (self.training and self.drop_path > 0.0):
             return self.after(x, attended)
         first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
@@ -730,11 +740,12 @@ class ViT(nn.Module):
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` (inclusive) to `stop` (exclusive) on the live tokens."""
-        x, phases = tokens.x, tokens.phases
-        if self.captured is not None and not torch.is_grad_enabled() and self.captured.fits(tokens.packing):
-            return tokens.with_x(self.captured.run(x, tokens.packing, start, stop, phases))
+        x, phases, weight = tokens.x, tokens.phases, tokens.weight
+        captured = None if torch.is_grad_enabled() or weight is not None else self.captured
+        if captured is not None and captured.fits(tokens.packing):
+            return tokens.with_x(captured.run(x, tokens.packing, start, stop, phases))
         for block in self.blocks[start:stop]:
-            x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases)
+            x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight)
         return tokens.with_x(x)
 
     def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:
@@ -745,7 +756,7 @@ class ViT(nn.Module):
         block = self.blocks[n]
         assert isinstance(block, Block)
         qkv = block.before(tokens.x, tokens.phases)
-        attended = block.attn.attend(qkv, tokens.packing)
+        attended = block.attn.attend(qkv, tokens.packing, weight=tokens.weight)
         drops = block.training and block.drop_path > 0.0 and block.drop_path_attention
         factor = drop_path(block.drop_path, tokens.packing, attended.dtype) if drops else None
         mixed = block.mix(tokens.x, attended, factor)
@@ -777,7 +788,7 @@ class ViT(nn.Module):
     def capture_blocks(self, step: int = STEP, record: Record | None = None) -> None:
         """Replay spans of blocks as CUDA graphs, which saves the launches of small batches.
 
-        Weights must not change afterwards, and calls must not overlap.
+        Weights must not change afterwards, and calls must not overlap. Tokens with weights as keys run without graphs.
 
         Args:
             step: number of tokens between two padded lengths; a graph is recorded at the first use of each.

@@ -41,9 +41,8 @@ class OneImage(Tokens):
         x = self.x[self.num_prefix :]
         packing = Packing.of([x.shape[0]], x.device)
         phases = None if self.phases is None else self.phases[self.num_prefix :]
-        return replace(
-            self, x=x, position=self.position[self.num_prefix :], packing=packing, num_prefix=0, phases=phases
-        )
+        position = self.position[self.num_prefix :]
+        return replace(self, x=x, position=position, packing=packing, num_prefix=0, phases=phases, weight=None)
 
     def keep(self, mask: Tensor) -> Tokens:
         index = mask.nonzero().squeeze(1)
@@ -55,7 +54,8 @@ class OneImage(Tokens):
         x = self.x.index_select(0, index)
         packing = Packing.of([x.shape[0]], x.device)
         position = self.position.index_select(0, index)
-        return replace(self, x=x, position=position, packing=packing, phases=self.phases_at(index))
+        phases, weight = self.phases_at(index), self.weight_at(index)
+        return replace(self, x=x, position=position, packing=packing, phases=phases, weight=weight)
 
 
 class ExitGraph(nn.Module):

@@ -14,7 +14,9 @@ differs from the release, and why:
 - `finish="frozen"` is offered beside the published finish, in which a later head's presence re-weighs what left;
 - a decode head of masks (EoMT), which is younger than the paper, sees live tokens in its blocks, and the features with
   which others left where it makes masks of the whole grid: the backdrop. `finish="masks"`, ours, takes its answer for
-  exited tokens, too.
+  exited tokens, too;
+- `context_weight`, ours and off by default: tokens that stay count in attention for those of their class that have
+  left, so that what is common in the image does not become rare in its context.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, K classes, B images.
 """
@@ -42,8 +44,8 @@ from tokenexit.methods.base import (
     option,
     record_of,
 )
-from tokenexit.methods.selection import confidence, nobody, scale_logits
-from tokenexit.methods.thresholded import Graded, ThresholdMethod, of_exit, per_exit
+from tokenexit.methods.selection import confidence, inherit, nobody, scale_logits
+from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_exit
 
 Finish = Literal["auto", "presence_last", "frozen", "masks"]
 
@@ -70,6 +72,7 @@ class DToPState:
     presence: Tensor | None = None
     exit_records: tuple[ExitRecord, ...] = ()
     backdrop: Canvas | None = None
+    mass: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -85,6 +88,9 @@ class DToP(ThresholdMethod[DToPState]):
             heads throughout; "frozen" keeps the scores a token left with; "masks" takes the masks of a decode head that
             has them for exited tokens, too; "auto" is presence_last where all heads are ATM, else frozen.
         detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no).
+        context_weight: power p in [0, 1]. Tokens that leave are shared out among live ones of their image and predicted
+            class; one that then stands for m patches counts as m ** p keys in attention. 0 is published; 0.5 is worth a
+            try where few tokens stay.
         threshold_warmup: share of the training over which thresholds fall from 1 to their value.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
         score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.
@@ -107,6 +113,11 @@ class DToP(ThresholdMethod[DToPState]):
         "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
     detach_canvas: bool = option(False, "no gradient of later losses into tokens that exited earlier")
+    context_weight: float = option(
+        0.0,
+        "power of the number of patches that a live token stands for, which have left, by which attention counts it",
+        kw_only=True,
+    )
     stop: int | None = option(
         None, "number of the exit at which all tokens that are left leave, 1 the first", kw_only=True
     )
@@ -115,6 +126,7 @@ class DToP(ThresholdMethod[DToPState]):
         super().__post_init__()
         if self.keep_per_class < 0:
             raise ConfigError(f"keep_per_class must be at least 0, got {self.keep_per_class}: use 0 to keep none.")
+        check_share("context_weight", self.context_weight)
         if self.finish not in get_args(Finish):
             raise ConfigError(f"finish must be auto, presence_last, frozen or masks, got '{self.finish}': choose one.")
         if self.stop is not None and self.stop < 1:
@@ -162,6 +174,11 @@ class DToP(ThresholdMethod[DToPState]):
                 "stop ends the network before a decode head of masks, whose answers are finer than those of exits: "
                 "leave it out."
             )
+        if self.context_weight and model.decode_head.kind == "masks":
+            raise ConfigError(
+                "context_weight is of the backbone's attention, and this model's last blocks are its decode head's "
+                "(eomt): leave it at 0."
+            )
         if self.finish == "presence_last" and _kinds(model) != {"atm"}:
             raise ConfigError(
                 "finish='presence_last' needs ATM heads at every exit and at the end: use finish='frozen'."
@@ -181,6 +198,7 @@ class DToP(ThresholdMethod[DToPState]):
             exit_index=Canvas(everywhere),
             label=Canvas(everywhere),
             backdrop=Canvas(tokens.patches().x) if model.decode_head.takes_backdrop else None,
+            mass=torch.ones(tokens.cells, device=tokens.x.device) if self.context_weight else None,
         )
 
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
@@ -207,7 +225,8 @@ class DToP(ThresholdMethod[DToPState]):
         # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
         if n == self.last_exit or nobody(leaves):
             return tokens, state
-        return tokens.keep(~leaves), state
+        kept = tokens.keep(~leaves)
+        return (kept, state) if state.mass is None else self._weighed(kept, state.mass, patches, graded, leaves, state)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Let easy tokens leave, but for the k most confident of each predicted class (`PruneHead` of the release).
@@ -256,6 +275,22 @@ class DToP(ThresholdMethod[DToPState]):
         if self.finish == "masks" or state.scores is None:
             return result
         return replace(result, frozen=state.scores.read())
+
+    def _weighed(
+        self, kept: Tokens, mass: Tensor, patches: Tokens, graded: Graded, leaves: Tensor, state: DToPState
+    ) -> tuple[Tokens, DToPState]:
+        """Return the kept tokens with their weights as keys; they inherit what left stands for."""
+        with torch.no_grad():
+            images, image = len(graded.grids), graded.packing.image_index()
+            if patches.cover is not None:  # a merged token stands for its cells
+                mass = torch.zeros_like(mass).index_add(0, patches.cover, mass)
+            own = mass.index_select(0, patches.position)
+            own = inherit(own, leaves, graded.label, image, images, graded.num_classes)
+            mass = torch.zeros_like(mass).index_copy(0, patches.position, own)
+            rows = kept.patch_index()
+            counts = mass.index_select(0, kept.position.index_select(0, rows)) ** self.context_weight
+            weight = torch.ones(len(kept.position), device=mass.device).index_copy(0, rows, counts)
+        return replace(kept, weight=weight), replace(state, mass=mass)
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
         """Write a head's output to the live cells of the canvas; exited cells stay as they are."""

@@ -112,6 +112,22 @@ def nobody(mask: Tensor) -> bool:
     return on_host(mask) and not len(mask.numpy().nonzero()[0])
 
 
+def inherit(mass: Tensor, leaves: Tensor, label: Tensor, image: Tensor, images: int, num_classes: int) -> Tensor:
+    """Share what tokens that leave stand for among those of the same image and predicted class that stay.
+
+    All heirs get equal parts; what a class leaves that has no heir is lost.
+
+    mass: `(P,)` fp32, how many patches each token stands for; leaves `(P,)` bool; label `(P,)` predicted class; image
+    `(P,)`, of so many. Returns `(P,)`: what each stands for then, 0 for those that leave.
+    """
+    group = image * num_classes + label
+    nothing = torch.zeros(images * num_classes, device=mass.device)
+    left = nothing.index_add(0, group, mass * leaves)
+    heirs = nothing.index_add(0, group, (~leaves).to(mass.dtype))
+    share = (left / heirs.clamp(min=1)).index_select(0, group)
+    return torch.where(leaves, 0.0, mass + share)
+
+
 def retain_top_k(
     candidate: Tensor, score: Tensor, label: Tensor, image: Tensor | None, num_classes: int, k: int
 ) -> Tensor:
