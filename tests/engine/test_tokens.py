@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -157,3 +159,30 @@ def test_insert__puts_back_what_was_apart_in_raster_order_bit_for_bit(grids, pre
     for a, b in ((back.x, tokens.x), (back.position, tokens.position), (back.packing.offsets, tokens.packing.offsets)):
         assert torch.equal(a, b)
     assert back.packing.lengths == tokens.packing.lengths
+
+
+def weighed(grids, prefix, seed=0):
+    tokens = packed(grids, prefix)
+    generator = torch.Generator().manual_seed(seed)
+    return replace(tokens, weight=torch.rand(len(tokens.position), generator=generator) + 0.5)
+
+
+def test_weight__goes_with_its_token_and_not_to_heads():
+    tokens = weighed(((2, 3), (1, 4)), 2)
+    mask = torch.tensor([1, 0, 1, 1, 0, 0, 1, 1, 0, 1], dtype=torch.bool)
+    kept = tokens.keep(mask)
+    own = {(int(p), float(x)): float(w) for p, x, w in zip(tokens.position, tokens.x[:, 0], tokens.weight)}
+    assert [own[int(p), float(x)] for p, x in zip(kept.position, kept.x[:, 0])] == kept.weight.tolist()
+    assert kept.patches().weight is None
+    assert tokens.unmerged() is tokens
+
+
+def test_weight__of_merged_tokens_is_their_sum_and_that_of_inserted_ones_their_own():
+    tokens = weighed(((1, 4),), 1)
+    merged = tokens.merge(torch.tensor([0, 0, 2, 0]))
+    prefix, first, second, third, fourth = tokens.weight.tolist()
+    assert merged.weight.tolist() == pytest.approx([prefix, first + second + fourth, third])
+    group = first + second + fourth
+    assert merged.unmerged().weight.tolist() == pytest.approx([prefix, group, group, third, group])
+    kept = tokens.keep(torch.tensor([True, False, True, False]))
+    assert torch.equal(kept.insert(tokens.apart(kept)).weight, torch.tensor([prefix, first, 1.0, third, 1.0]))

@@ -51,6 +51,7 @@ CASES: list[tuple[str, Method[Any]]] = [
     ("fcn", DoViT(0.26, rejoin=1)),
     ("linear", PAUMER(0.1)),
     ("fcn", Truncated(1)),
+    ("fcn", DToP(0.26, 1, context_weight=0.5)),
     ("fcn", DToP(0.26, 1, stop=2)),
     ("atm", DToP(0.3, 2, stop=2)),
 ]

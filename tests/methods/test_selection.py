@@ -12,6 +12,7 @@ from tokenexit.methods import selection
 from tokenexit.methods.selection import (
     confidence,
     exceeds,
+    inherit,
     on_boundary,
     pooled_label,
     pooled_score,
@@ -279,3 +280,25 @@ def test_on_boundary__equals_a_loop_over_cells_and_images_do_not_touch(grids, se
 def test_on_boundary__corners_do_not_touch():
     label = torch.tensor([0, 0, 0, 0, 0, 0, 0, 0, 1])
     assert on_boundary(label, [(3, 3)]).tolist() == [False] * 5 + [True, False, True, True]
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.sampled_from([1.0, 2.5, 4.0]), st.booleans(), st.integers(0, 2)), min_size=0, max_size=12
+    ),
+    first=st.integers(0, 12),
+)
+def test_inherit__shares_equally_within_an_image_and_class_and_loses_what_has_no_heir(rows, first):
+    first = min(first, len(rows))
+    image = [0] * first + [1] * (len(rows) - first)
+    mass, leaves, label = (list(column) for column in zip(*rows)) if rows else ([], [], [])
+    found = inherit(
+        torch.tensor(mass), torch.tensor(leaves, dtype=torch.bool), torch.tensor(label, dtype=torch.int64),
+        torch.tensor(image, dtype=torch.int64), 2, 3,
+    )  # fmt: skip
+    expected = [0.0 if gone else own for own, gone in zip(mass, leaves)]
+    for i, gone in enumerate(leaves):
+        heirs = [j for j in range(len(rows)) if not leaves[j] and (image[j], label[j]) == (image[i], label[i])]
+        for j in heirs if gone else ():
+            expected[j] += mass[i] / len(heirs)
+    assert found.tolist() == pytest.approx(expected)

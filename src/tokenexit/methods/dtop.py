@@ -287,9 +287,8 @@ class DToP(ThresholdMethod[DToPState]):
             own = mass.index_select(0, patches.position)
             own = inherit(own, leaves, graded.label, image, images, graded.num_classes)
             mass = torch.zeros_like(mass).index_copy(0, patches.position, own)
-            rows = kept.patch_index()
-            counts = mass.index_select(0, kept.position.index_select(0, rows)) ** self.context_weight
-            weight = torch.ones(len(kept.position), device=mass.device).index_copy(0, rows, counts)
+            counts = torch.cat([mass**self.context_weight, mass.new_ones(1)])  # the last for prefix tokens
+            weight = counts.index_select(0, torch.where(kept.position < 0, mass.shape[0], kept.position))
         return replace(kept, weight=weight), replace(state, mass=mass)
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
