@@ -21,10 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.engine.tokens import Packing, rows_where
+from tokenexit.engine.tokens import Packing, PaddedPacking, rows_where
 
 SCORES_IN_CACHE = 2**20
 """Attention scores that one piece of `_products` holds: 2 MiB in bf16, about a core's own cache."""
+UNSEEN = -1e4
+"""Added to scores of padding: its exponential is 0, and unlike infinity every precision holds it."""
 
 AttentionPath = Literal["batched", "loop", "varlen", "padded"]
 
@@ -53,6 +55,8 @@ def packed_attention(
     q_TNH: `(Tq, N, H)`; k_TNH, v_TNH: `(Tk, N, H)`. Returns `(Tq, N, H)`. A query whose image has no key at all
     receives zeros. dropout: probability to drop an attention weight; pass 0 outside training.
     """
+    if isinstance(packing_k, PaddedPacking):
+        return _without_padding(q_TNH, k_TNH, v_TNH, packing_k.visible, dropout)
     uniform = packing_q.uniform and packing_k.uniform and packing_k.longest > 0
     path = attention_path(q_TNH.device, q_TNH.dtype, uniform)
     if path == "batched":
@@ -101,6 +105,13 @@ def _batched(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: 
     )  # (B, N, t, H)
     attend = _products if q_TNH.dtype == torch.bfloat16 and _products_are_faster(q_TNH.device) else _fused
     return attend(q, k, v, dropout).transpose(1, 2).flatten(0, 1)
+
+
+def _without_padding(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, visible: Tensor, dropout: float) -> Tensor:
+    """Attend within one image to the keys that are `visible (Tk,)`, whatever finite values the others have."""
+    added = torch.where(visible, 0.0, UNSEEN).to(q_TNH.dtype)[None, None, None]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_TNH, v_TNH))  # (1, N, t, H)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)[0].transpose(0, 1)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
