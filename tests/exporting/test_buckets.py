@@ -72,9 +72,28 @@ def test_choose_buckets__follow_images_else_the_calibration_else_nothing() -> No
     calibrated = choose_buckets(model, method, (12, 16))
     assert calibrated.source == "mean shares of the calibration"
     assert calibrated.tokens[0][:-1] < (0.6 * 192 + 16,) * 3
-    assert calibrated.tokens[1][-2] <= 0.2 * 192 + 8
+    assert calibrated.tokens[1][1] <= 1.3 * 0.2 * 192 + 8
+    quantiles = [[0.3, 0.35, 0.4], [0.1, 0.2, 0.2]]
+    reached = {"live_after_exit": [0.35, 0.2], "live_after_exit_quantiles": quantiles}
+    model.calibration = Calibration(method={"name": "dtop"}, reached=reached)
+    exact = choose_buckets(model, method, (12, 16))
+    assert exact.source == "live tokens of the calibration's images"
+    assert 0.7 * 0.3 * 192 <= exact.tokens[0][0] < exact.tokens[0][1] <= 1.3 * 0.4 * 192 + 8
+    assert exact.tokens[1][0] <= 0.2 * 192 + 8
+    assert exact.waste < calibrated.waste
     assert choose_buckets(model, DoViT(), (12, 16)).source == even.source, "it is another method's"
     assert choose_buckets(model, DToP(0.6, 2, stop=1), (12, 16)).tokens == ()
+
+
+def test_choose_buckets__leave_room_for_other_images_than_those_that_were_counted() -> None:
+    model = tiny_segmenter("fcn")
+    alike = {"live_after_exit_quantiles": [[0.5] * 21, [0.2] * 21]}  # as of the images of one video
+    model.calibration = Calibration(method={"name": "dtop"}, reached=alike)
+    found = choose_buckets(model, DToP(0.6, 2), (24, 32))
+    for held, share in zip(found.tokens, (0.5, 0.2)):
+        for factor in (0.8, 1.0, 1.25):
+            count = round(share * factor * 768)
+            assert count <= smallest(held, count) <= 1.4 * count + 8
 
 
 @pytest.mark.parametrize(

@@ -207,7 +207,7 @@ def _parser() -> argparse.ArgumentParser:
         "--buckets",
         metavar="TOKENS",
         help="numbers of patch tokens that stages hold, as 600,300, or for each exit 600,300/400,200; if not given, "
-        "chosen for at most 32 of --images, else for the calibration's shares, else evenly",
+        "chosen for at most 32 of --images, else for the calibration's, else evenly",
     )
     parser.add_argument(
         "--bucket-count", type=int, metavar="N", help="number of buckets of each stage that are chosen (default: 4)"

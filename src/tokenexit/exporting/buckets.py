@@ -1,7 +1,7 @@
 """Buckets are the numbers of tokens that a stage's files hold: chosen so that padding costs least.
 
 A bucket's price is that of its padding: with live counts of images, the multiply-adds that images take in the smallest
-bucket that holds them, over those of their own tokens.
+bucket that holds them, over those of their own tokens. They are chosen for counts spread around those of the images.
 
 Legend: N patches of an image, E exits behind which the network goes on, n images.
 """
@@ -28,6 +28,10 @@ ALIGNED = 8
 CHOICES = 128
 LIKELY = 64
 """Counts that stand for a distribution."""
+OTHERS = (0.7, 0.8, 0.9, 1.0, 1.1, 1.2, 1.3)
+"""Images to come are like those that were counted, and not the same: each count stands for these multiples of it."""
+ANYTHING = 0.1
+"""Beside them, so many more counts that are equally likely, whatever was counted."""
 
 Counts = Sequence[Sequence[int]]
 """For each of n images its live patch tokens behind each of E exits."""
@@ -64,8 +68,8 @@ def choose_buckets(
 ) -> Buckets:
     """Choose buckets for images of one grid.
 
-    Live counts are measured on `images`; without any they follow from the shares that the model's calibration reached,
-    if it is one of this method, and are else taken to be equally likely.
+    Live counts are measured on `images`; without any they are those of the images that the model was calibrated on for
+    this method, and are else taken to be equally likely.
 
     Args:
         model: the segmenter, in evaluation mode.
@@ -81,11 +85,14 @@ def choose_buckets(
     cells, exits = grid[0] * grid[1], go_on(model, method)
     if count < 1:
         raise ConfigError(f"bucket count must be at least 1, got {count}: the bucket of all tokens is one.")
+    if exits == 0:
+        return Buckets((), 0.0, "the network ends at its first exit")
     counts, source = _live_counts(model, method, cells, images)
     costs = [_cost_behind(model, method, n, grid) for n in range(exits)]
     if asked is None:
         prefix = model.backbone.config.num_prefix_tokens
-        tokens = tuple(best_buckets([one[n] for one in counts], count, cells, costs[n], prefix) for n in range(exits))
+        expected = [_with_others([one[n] for one in counts], cells) for n in range(exits)]
+        tokens = tuple(best_buckets(own, count, cells, cost, prefix) for own, cost in zip(expected, costs))
     else:
         tokens = _by_hand(asked, exits, cells)
     return Buckets(tokens, _waste(counts, tokens, costs, _fixed_cost(model, method, grid)), source)
@@ -118,6 +125,13 @@ def best_buckets(counts: Sequence[int], most: int, cells: int, cost: Cost, prefi
     return ends[1]
 
 
+def _with_others(counts: Sequence[int], cells: int) -> list[int]:
+    """Return counts of images to come: those of one video are so much alike that the next one's fit no bucket."""
+    near = [min(cells, round(count * factor)) for count in counts for factor in OTHERS]
+    more = max(1, round(ANYTHING * len(near)))
+    return near + [round((i + 0.5) / more * cells) for i in range(more)]
+
+
 def smallest(buckets: Sequence[int], count: int) -> int:
     """Return the smallest of increasing `buckets` that holds `count` tokens."""
     return next(bucket for bucket in buckets if bucket >= count)
@@ -145,12 +159,17 @@ def _live_counts(
         return counts, f"live tokens of {len(images)} image{'s' if len(images) > 1 else ''}"
     likely = [(i + 0.5) / LIKELY for i in range(LIKELY)]
     calibration = model.calibration
-    shares = None if calibration is None else calibration.live_after_exit
-    if shares is not None and calibration is not None and calibration.method_name == method.name:
-        # All that a calibration keeps are means: counts are spread as far around them as they can be evenly.
-        spans = [(max(0.0, 2 * share - 1), min(1.0, 2 * share)) for share in shares[:exits]]
-        counts = [[round((low + at * (high - low)) * cells) for low, high in spans] for at in likely]
-        return counts, "mean shares of the calibration"
+    if calibration is not None and calibration.method_name == method.name:
+        if (quantiles := calibration.live_quantiles) is not None:
+            shares = list(zip(*quantiles[:exits]))
+            return [
+                [round(share * cells) for share in one] for one in shares
+            ], "live tokens of the calibration's images"
+        if (means := calibration.live_after_exit) is not None:
+            # Of means alone: counts are spread as far around them as they can be evenly.
+            spans = [(max(0.0, 2 * mean - 1), min(1.0, 2 * mean)) for mean in means[:exits]]
+            counts = [[round((low + at * (high - low)) * cells) for low, high in spans] for at in likely]
+            return counts, "mean shares of the calibration"
     return [[round(at * cells)] * exits for at in likely], "no images and no calibration: all counts equally likely"
 
 

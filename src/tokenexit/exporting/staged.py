@@ -255,7 +255,9 @@ def open_stages(folder: Path) -> Runner:
         raise ConfigError(f"stages need the package {error.name}: pip install 'tokenexit[export]'.") from None
     about: dict[str, Any] = json.loads((folder / MANIFEST).read_text())
     names = [file["file"] for stage in about["stages"] for file in stage["files"]]
-    return runner_of(Host(about, {name: onnxruntime.InferenceSession(folder / name) for name in names}))
+    providers = ["CPUExecutionProvider"]
+    sessions = {name: onnxruntime.InferenceSession(folder / name, providers=providers) for name in names}
+    return runner_of(Host(about, sessions))
 
 
 def runner_of(host: Host) -> Runner:
