@@ -141,6 +141,9 @@ def test_calibrate__meets_a_budget_by_a_true_run(method: Any, budget: float) -> 
     result = calibrate(images, method, Budget("budget", budget))
     run = true_run(images, build_method(result.method), dense_reference(images))
     assert run.mac_ratio == pytest.approx(result.reached["share_of_dense"])
+    live = (run.live / run.tokens[:, None]).numpy()
+    at = np.linspace(0, 1, 21)
+    np.testing.assert_allclose(np.array(result.live_quantiles), np.quantile(live, at, axis=0).T, rtol=0, atol=1e-4)
     assert 0.95 * budget <= run.mac_ratio <= budget
     assert len(method_of(result)["threshold"]) == 2
     assert "no" not in result.asked

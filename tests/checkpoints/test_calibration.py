@@ -11,7 +11,7 @@ import pytest
 from tests.helpers import tiny_segmenter
 from tokenexit import ExitSegmenter
 from tokenexit.checkpoints.calibration import Calibration, read_calibration
-from tokenexit.errors import CheckpointError
+from tokenexit.errors import CheckpointError, ConfigError
 
 FIRST_RELEASE: dict[str, Any] = {
     "format": 1,
@@ -33,7 +33,16 @@ def test_from_dict__reads_what_the_first_release_wrote() -> None:
     assert found.asked["budget"] == 0.6
     assert found.guarantee == FIRST_RELEASE["promise"]
     assert (found.method_name, found.mac_ratio, found.live_after_exit) == ("dtop", 0.59, (0.7, 0.4))
+    assert found.live_quantiles is None
     assert json.dumps(found.to_dict()) == json.dumps(FIRST_RELEASE)
+
+
+def test_live_quantiles__are_those_of_the_file() -> None:
+    content = {**FIRST_RELEASE, "reached": {"live_after_exit_quantiles": [[0.5, 0.7, 0.9], [0.1, 0.4, 0.6]]}}
+    assert Calibration.from_dict(content).live_quantiles == ((0.5, 0.7, 0.9), (0.1, 0.4, 0.6))
+    content["reached"] = {"live_after_exit_quantiles": [[0.5, 1.7]]}
+    with pytest.raises(ConfigError, match="live_after_exit_quantiles"):
+        Calibration.from_dict(content)
 
 
 def test_save__keeps_entries_of_a_calibration_that_this_version_does_not_know(tmp_path: Path) -> None:

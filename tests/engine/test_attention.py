@@ -17,7 +17,7 @@ from tokenexit.engine.attention import (
     segment_matmul,
     unpad,
 )
-from tokenexit.engine.tokens import Packing
+from tokenexit.engine.tokens import Packing, PaddedPacking
 
 CPU = torch.device("cpu")
 lengths = st.lists(st.integers(0, 5), min_size=1, max_size=4)
@@ -243,3 +243,20 @@ def test_masked_rows__that_see_all_are_as_if_there_were_no_mask():
     visible = (torch.arange(7) < torch.tensor(lengths)[:, None])[:, None].expand(2, 2, 7)
     masked = MaskedRows(torch.tensor([0, 1, 4, 5]), visible)
     assert_close(masked_attention(q, k, v, packing, masked), packed_attention(q, k, v, packing, packing))
+
+
+@given(st.integers(1, 6), st.integers(0, 5), st.floats(-1e4, 1e4))
+def test_packed_attention__does_not_see_padding(live: int, padding: int, filling: float) -> None:
+    q, k, v = drawn([3], [live])
+    rows = torch.full((padding, 2, 4), filling)
+    visible = torch.arange(live + padding) < live
+    padded = PaddedPacking((live + padding,), CPU, visible)
+    out = packed_attention(q, torch.cat([k, rows / 1e3]), torch.cat([v, rows]), Packing.of([3], CPU), padded)
+    assert_close(out, by_hand(q, k, v, [3], [live]))
+
+
+def test_padded_packing__stays_padded_behind_rows_in_front() -> None:
+    packing = PaddedPacking((3,), CPU, torch.tensor([True, True, False]))
+    assert packing.behind(2).lengths == (5,)
+    assert packing.behind(2).visible.tolist() == [True, True, True, True, False]
+    assert Packing.of([3, 1], CPU).behind(2) == Packing.of([5, 3], CPU)

@@ -11,7 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tokenexit.runtime.atomic import atomic_write
+from tokenexit.errors import ConfigError
+from tokenexit.runtime.atomic import atomic_folder, atomic_write
 
 
 def test_whole__the_file_appears_when_the_block_ends(tmp_path: Path) -> None:
@@ -66,3 +67,38 @@ def test_whole__a_writer_that_replaces_the_temporary_file_does_not_make_it_priva
     with atomic_write(tmp_path / "a.safetensors") as unfinished:
         save_file({"a": torch.zeros(1)}, unfinished)
     assert permissions_of(tmp_path / "a.safetensors") == 0o644
+
+
+def test_folder__appears_when_the_block_ends_and_replaces_an_older_one(tmp_path: Path) -> None:
+    for turn in ("old", "new"):
+        with atomic_folder(tmp_path / "made", "mark") as unfinished:
+            (unfinished / "mark").write_text(turn)
+            (unfinished / turn).write_text("")
+            assert (tmp_path / "made").exists() == (turn == "new")
+        assert [path.name for path in tmp_path.iterdir()] == ["made"]
+        assert sorted(path.name for path in (tmp_path / "made").iterdir()) == ["mark", turn]
+
+
+@pytest.mark.parametrize("interruption", [ValueError, KeyboardInterrupt])
+def test_folder__an_interrupted_block_leaves_the_older_one(tmp_path: Path, interruption: type[BaseException]) -> None:
+    with atomic_folder(tmp_path / "made", "mark") as unfinished:
+        (unfinished / "mark").write_text("old")
+    with pytest.raises(interruption), atomic_folder(tmp_path / "made", "mark") as unfinished:
+        (unfinished / "mark").write_text("half")
+        raise interruption
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+    assert (tmp_path / "made" / "mark").read_text() == "old"
+
+
+def test_folder__of_somebody_else_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thesis").write_text("")
+    (tmp_path / "file").write_text("")
+    for name in ("folder", "file"):
+        with pytest.raises(ConfigError, match="is no folder with mark"), atomic_folder(tmp_path / name, "mark"):
+            pytest.fail("nothing may be written")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
+    (tmp_path / "empty").mkdir()
+    with atomic_folder(tmp_path / "empty", "mark") as unfinished:
+        (unfinished / "mark").write_text("")
+    assert (tmp_path / "empty" / "mark").exists()

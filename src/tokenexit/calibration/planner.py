@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet, Reference, TrueRun, true_run
@@ -24,6 +25,8 @@ PRICES = (0.0, 0.01, 0.03, 0.1)
 """Multiples of `context_price` that paths are built with."""
 COMPARED_IMAGES = 32
 """Images on which paths are compared by true runs."""
+LIVE_QUANTILES = 21
+"""Of the live shares behind an exit over images: every twentieth, least and largest included."""
 
 
 @dataclass(frozen=True)
@@ -159,10 +162,15 @@ def figures_of(run: TrueRun, planner: Planner, position: float) -> dict[str, Any
 
 def costs_of(run: TrueRun) -> dict[str, Any]:
     """Return the costs of a true run, over its images, under their names in `calibration.json`."""
+    live = run.live.double() / run.tokens[:, None]
     return {
         "share_of_dense": run.mac_ratio,
         "share_of_dense_standard_error": run.mac_ratio_error,
         "gmacs_mean": run.macs.double().mean().item() / GIGA,
         "share_of_dense_largest": (run.macs.double() / run.dense_macs).max().item(),
-        "live_after_exit": [round(x, 5) for x in (run.live.double() / run.tokens[:, None]).mean(0).tolist()],
+        "live_after_exit": [round(x, 5) for x in live.mean(0).tolist()],
+        "live_after_exit_quantiles": [
+            [round(x, 4) for x in shares]
+            for shares in live.quantile(torch.linspace(0, 1, LIVE_QUANTILES, dtype=live.dtype), dim=0).T.tolist()
+        ],
     }

@@ -18,6 +18,7 @@ CALIBRATE = "calibrate again, or delete it"
 
 class _Reached(TypedDict, total=False):
     live_after_exit: list[Share]
+    live_after_exit_quantiles: list[list[Share]]
     share_of_dense: float
 
 
@@ -83,6 +84,12 @@ class Calibration:
         """The share of patch tokens that is live after each exit on the calibration images, where the file says so."""
         shares = self.reached.get("live_after_exit")
         return None if shares is None else tuple(shares)
+
+    @property
+    def live_quantiles(self) -> tuple[tuple[float, ...], ...] | None:
+        """For each exit, evenly spaced quantiles of that share over the images, least and largest included, or None."""
+        quantiles = self.reached.get("live_after_exit_quantiles")
+        return None if quantiles is None else tuple(map(tuple, quantiles))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of `calibration.json`; empty entries are left out."""

@@ -1,10 +1,11 @@
-"""The command `export`: one file for another runtime, exits included."""
+"""The command `export`: one file for another runtime, or a folder of stages, exits included."""
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tokenexit.cli.chosen_methods import asked_methods, chosen_methods, say_if_uncalibrated
 from tokenexit.cli.method_options import add_method_choice
@@ -12,8 +13,10 @@ from tokenexit.cli.options import (
     add_dataset_options,
     add_model_argument,
     add_threads_option,
+    check_counts,
     command_parser,
     dataset_of,
+    image_size,
     load_model,
     start_threads,
 )
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+    from tokenexit.exporting.export import Exported
+    from tokenexit.methods import Method
     from tokenexit.segmenter import ExitSegmenter
 
 IN_ADVANCE = ("int8-static", "int8-openvino")
@@ -42,6 +47,15 @@ def export(arguments: list[str]) -> int:
         raise ConfigError("--data is for the mIoU of an INT8 file beside the float one: add --quantize.")
     if options.agreement is not None and not options.quantize:
         raise ConfigError("--agreement is of an INT8 file with the float one: add --quantize int8.")
+    if options.format != "stages":
+        for name in ("image_size", "buckets", "bucket_count"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --format stages: leave one of them out.")
+    if options.buckets is not None and options.bucket_count is not None:
+        raise ConfigError("--bucket-count is how many buckets are chosen, and --buckets gives them: leave one out.")
+    check_counts(options, "image_size", "bucket_count")
+    buckets = None if options.buckets is None else _buckets(options.buckets)
+    size = None if options.image_size is None else image_size(options)
     asked = asked_methods(options.method, options)
     from tokenexit.exporting.export import export_model
     from tokenexit.exporting.pictures import compared_images
@@ -53,21 +67,74 @@ def export(arguments: list[str]) -> int:
     start_threads(options)
     model = load_model(options)
     (method,) = chosen_methods(model, asked)
+    if options.format == "stages":
+        return _stages(options, model, method, size, buckets)
     images = compared_images(model, options.images)
     if options.format == "compiled":
         print("compiling, which takes a minute or more", flush=True)
     made = export_model(model, method, images, options.out, options.format)
     say_if_uncalibrated(model, asked)
-    few = f" but for at most {made.elsewhere:.1%} of an image's tokens, whose scores are equal to rounding"
-    other = few if made.elsewhere else ""
-    print(
-        f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\nin {made.runs} runs beside the model exits were the "
-        f"same{other}, logits within {made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at "
-        f"least {made.same_pixels:.3%} of the pixels of the same class"
-    )
+    print(f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\n{_compared(made)}")
     if options.quantize:
         _quantize(options, model, made.path, images, agreement)
     return 0
+
+
+def _compared(made: Exported) -> str:
+    """Say how what was written compares with the model."""
+    few = f" but for at most {made.elsewhere:.1%} of an image's tokens, whose scores are equal to rounding"
+    return (
+        f"in {made.runs} runs beside the model exits were the same{few if made.elsewhere else ''}, logits within "
+        f"{made.error:.1e} of exact ones (the model's own: {made.own_error:.1e}), and at least {made.same_pixels:.3%} "
+        "of the pixels of the same class"
+    )
+
+
+def _stages(
+    options: argparse.Namespace,
+    model: ExitSegmenter,
+    method: Method[Any],
+    size: tuple[int, int] | None,
+    buckets: list[list[int]] | None,
+) -> int:
+    """Write the folder of stages; say which buckets it has and what their padding costs."""
+    from tokenexit.exporting.buckets import COUNT
+    from tokenexit.exporting.pictures import compared_images, images_for_ranges
+    from tokenexit.exporting.staged import export_stages
+
+    if size is not None:
+        model.preprocessing = replace(model.preprocessing, resize=size)
+    images = compared_images(model, options.images)
+    counted = [] if options.images is None else images_for_ranges(model, options.images)
+    print("writing stages, each for every bucket, which takes a minute or more", flush=True)
+    made = export_stages(
+        model,
+        method,
+        images,
+        options.out,
+        counted=counted,
+        buckets=buckets,
+        bucket_count=options.bucket_count or COUNT,
+    )
+    held = "".join(
+        f"buckets behind exit {n}: {', '.join(map(str, tokens))} patch tokens\n"
+        for n, tokens in enumerate(made.buckets.tokens, start=1)
+    )
+    print(
+        f"{made.compared.path}: {made.files} files, {made.megabytes:.1f} MB\n{held}padding adds "
+        f"{made.buckets.waste:.1%} to the multiply-adds ({made.buckets.source})\n{_compared(made.compared)}"
+    )
+    return 0
+
+
+def _buckets(text: str) -> list[list[int]]:
+    """Read `600,300`, or one such list for each exit, `600,300/400,200`."""
+    try:
+        return [[int(number) for number in one.split(",")] for one in text.split("/")]
+    except ValueError:
+        raise ConfigError(
+            f"--buckets {text} must be numbers of patch tokens: give 600,300, or for each exit 600,300/400,200."
+        ) from None
 
 
 def _quantize(
@@ -101,10 +168,17 @@ def _quantize(
 
 def _parser() -> argparse.ArgumentParser:
     parser = command_parser(
-        "export", "One file for another runtime, exits included: ONNX, a torch.export program, or compiled code."
+        "export",
+        "One file for another runtime, exits included: ONNX, a torch.export program, or compiled code; or stages "
+        "of fixed shapes.",
     )
     add_model_argument(parser)
-    parser.add_argument("--format", choices=("onnx", "torch", "compiled"), default="onnx", help="format of the file")
+    parser.add_argument(
+        "--format",
+        choices=("onnx", "torch", "compiled", "stages"),
+        default="onnx",
+        help="format of the file; stages: a folder of ONNX files with fixed shapes, for runtimes that know no others",
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder for the file")
     add_method_choice(parser)
     parser.add_argument(
@@ -125,6 +199,22 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         metavar="SHARE",
         help="least share of labels, and of exits, in which the INT8 file must be the float one (default: 0.9)",
+    )
+    parser.add_argument(
+        "--image-size",
+        type=int,
+        nargs="+",
+        metavar="PIXELS",
+        help="size of images in stages: one side, or height and width; that of the model's images if not given",
+    )
+    parser.add_argument(
+        "--buckets",
+        metavar="TOKENS",
+        help="numbers of patch tokens that stages hold, as 600,300, or for each exit 600,300/400,200; if not given, "
+        "chosen for at most 32 of --images, else for the calibration's, else evenly",
+    )
+    parser.add_argument(
+        "--bucket-count", type=int, metavar="N", help="number of buckets of each stage that are chosen (default: 4)"
     )
     add_dataset_options(parser, "val", "labelled images for the mIoU of an INT8 file beside the float one")
     add_threads_option(parser)

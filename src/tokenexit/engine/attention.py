@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.engine.tokens import Packing, rows_where
+from tokenexit.engine.tokens import Packing, PaddedPacking, rows_where
 
 SCORES_IN_CACHE = 2**20
 """Attention scores that one piece of `_products` holds: 2 MiB in bf16, about a core's own cache."""
+UNSEEN = -1e4
+"""Added to scores of padding: its exponential is 0, and unlike infinity every precision holds it."""
 
 AttentionPath = Literal["batched", "loop", "varlen", "padded"]
 
@@ -59,6 +61,8 @@ def packed_attention(
     positive, of each key; all count once if not given.
     """
     bias = None if weight is None else weight.log().to(q_TNH.dtype)
+    if isinstance(packing_k, PaddedPacking):
+        return _without_padding(q_TNH, k_TNH, v_TNH, packing_k.visible, dropout, bias)
     uniform = packing_q.uniform and packing_k.uniform and packing_k.longest > 0
     path = attention_path(q_TNH.device, q_TNH.dtype, uniform)
     if path == "batched":
@@ -110,6 +114,15 @@ def _batched(
     attend = _products if q_TNH.dtype == torch.bfloat16 and _products_are_faster(q_TNH.device) else _fused
     of_keys = None if bias is None else bias.view(images, 1, 1, -1)
     return attend(q, k, v, dropout, of_keys).transpose(1, 2).flatten(0, 1)
+
+
+def _without_padding(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, visible: Tensor, dropout: float, bias: Tensor | None
+) -> Tensor:
+    """Attend within one image to the keys that are `visible (Tk,)`, whatever finite values the others have."""
+    added = torch.where(visible, 0.0 if bias is None else bias, UNSEEN).to(q_TNH.dtype)[None, None, None]
+    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_TNH, v_TNH))  # (1, N, t, H)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)[0].transpose(0, 1)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:

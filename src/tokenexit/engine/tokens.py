@@ -64,6 +64,25 @@ class Packing:
         counts = (self.offsets[1:] - self.offsets[:-1]).long()
         return torch.repeat_interleave(images, counts, output_size=self.total)
 
+    def behind(self, rows: int) -> Packing:
+        """Return the packing with so many more rows in front of each image."""
+        return Packing.of([rows + length for length in self.lengths], self.device)
+
+
+@dataclass(frozen=True)
+class PaddedPacking(Packing):
+    """One image whose last rows are padding, which nobody attends to; graphs of one size are made of it.
+
+    Attributes:
+        visible: `(T,)` bool, rows that are no padding; one at least.
+    """
+
+    visible: Tensor
+
+    def behind(self, rows: int) -> PaddedPacking:
+        lengths, front = super().behind(rows).lengths, self.visible.new_ones(rows)
+        return PaddedPacking(lengths, self.device, torch.cat([front, self.visible]))
+
 
 @dataclass(frozen=True)
 class Tokens:

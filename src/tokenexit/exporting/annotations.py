@@ -25,6 +25,7 @@ def annotate(path: Path) -> None:
     for value in (*model.graph.input, *model.graph.output):
         names = DIMENSIONS.get(value.name, ())
         for dimension, name in zip(value.type.tensor_type.shape.dim[-2:], names):
-            dimension.dim_param = name
+            if not dimension.HasField("dim_value"):
+                dimension.dim_param = name
     del model.graph.value_info[:]
     onnx.save(model, path, format="protobuf")

@@ -116,22 +116,14 @@ def export_model(
     check_exportable(model, method)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILES[format]
-    with _explained(model):
+    with explained(model):
         program = trace(model, method)
     about = metadata(model, method)
-    with _explained(model), atomic_write(path) as unfinished:
+    with explained(model), atomic_write(path) as unfinished:
         write, open_file = WRITERS[format]
         write(program, about, unfinished)
-        runs = _compare(model, method, images, open_file(unfinished))
-    worst = max(runs, key=lambda run: run.error)
-    return Exported(
-        path=path,
-        runs=len(runs),
-        error=worst.error,
-        own_error=worst.own_error,
-        same_pixels=min(run.same_pixels for run in runs),
-        elsewhere=max(run.elsewhere for run in runs),
-    )
+        runs = compare(model, method, images, open_file(unfinished))
+    return summarised(path, runs)
 
 
 def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedProgram:
@@ -140,7 +132,7 @@ def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedPro
     image = torch.zeros(1, 3, 5 * patch + 1, 7 * patch + 2)  # no multiple of the patch, no square, not the table's grid
     dynamic = {"image": {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}, "thresholds": None}
     # Sizes of 0 and 1 are not special: the graph must not depend on the example's sizes.
-    with torch.no_grad(), _quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
+    with torch.no_grad(), quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         example = (image, threshold_table(model, method))
         return torch.export.export(ExitGraph(model, method), example, dynamic_shapes=dynamic, strict=False)
 
@@ -175,7 +167,10 @@ def _kind_of_maps(kinds: Sequence[str]) -> str:
     return "class logits before a softmax" if list(kinds) == ["softmax"] else "scores in [0, 1]"
 
 
-def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
+def write_onnx(
+    program: torch.export.ExportedProgram, about: dict[str, Any], path: Path, outputs: Sequence[str] = OUTPUTS
+) -> None:
+    """Write a program with these names of outputs as an ONNX file. Raises `ConfigError` for missing packages."""
     try:
         import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
@@ -183,13 +178,13 @@ def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], pa
     from tokenexit.exporting.annotations import annotate
     from tokenexit.exporting.translations import TRANSLATIONS
 
-    with _quiet():
+    with quiet():
         made = torch.onnx.export(
             program,
             (),
             dynamo=True,
             opset_version=OPSET,
-            output_names=list(OUTPUTS),
+            output_names=list(outputs),
             custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
@@ -200,7 +195,7 @@ def _write_onnx(program: torch.export.ExportedProgram, about: dict[str, Any], pa
 
 
 def _write_torch(program: torch.export.ExportedProgram, about: dict[str, Any], path: Path) -> None:
-    with _quiet():
+    with quiet():
         torch.export.save(program, path, extra_files={"tokenexit.json": json.dumps(about)})
 
 
@@ -220,7 +215,7 @@ def open_onnx(path: Path) -> Runner:
 
 
 def _open_torch(path: Path) -> Runner:
-    with _quiet():
+    with quiet():
         return _runner(torch.export.load(path).module(check_guards=False))
 
 
@@ -230,7 +225,7 @@ def _write_compiled(program: torch.export.ExportedProgram, about: dict[str, Any]
 
     settings = {"aot_inductor.metadata": {"tokenexit": json.dumps(about)}}
     try:
-        with _quiet():
+        with quiet():
             aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
     except InvalidCxxCompiler:
         raise ConfigError("--format compiled needs a C++ compiler: install g++, or name yours in CXX.") from None
@@ -240,7 +235,7 @@ def open_compiled(path: Path) -> Runner:
     """Return a function that runs a compiled package."""
     from torch._inductor import aoti_load_package
 
-    with _quiet():
+    with quiet():
         return _runner(aoti_load_package(str(path)))
 
 
@@ -257,7 +252,7 @@ def _runner(graph: Callable[..., Any]) -> Runner:
 
 Writer = Callable[[torch.export.ExportedProgram, dict[str, Any], Path], None]
 WRITERS: dict[Format, tuple[Writer, Callable[[Path], Runner]]] = {
-    "onnx": (_write_onnx, open_onnx),
+    "onnx": (write_onnx, open_onnx),
     "torch": (_write_torch, _open_torch),
     "compiled": (_write_compiled, open_compiled),
 }
@@ -271,8 +266,24 @@ class _Run:
     elsewhere: float = 0.0
 
 
-def _compare(model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], run: Runner) -> list[_Run]:
-    """Compare every image at every setting. Raises `CheckpointError` where the file differs from the model."""
+def summarised(path: Path, runs: Sequence[_Run]) -> Exported:
+    """Return how a file compares with the model in the worst of all runs."""
+    worst = max(runs, key=lambda run: run.error)
+    return Exported(
+        path=path,
+        runs=len(runs),
+        error=worst.error,
+        own_error=worst.own_error,
+        same_pixels=min(run.same_pixels for run in runs),
+        elsewhere=max(run.elsewhere for run in runs),
+    )
+
+
+def compare(model: ExitSegmenter, method: Method[Any], images: Sequence[Tensor], run: Runner) -> list[_Run]:
+    """Compare a file with the model on every image, at the method's thresholds, at 1 and at 0.
+
+    Raises `CheckpointError` where it differs from the model.
+    """
     table = threshold_table(model, method).numpy()
     settings = [table] if method.thresholds is None else [table, np.ones_like(table), np.zeros_like(table)]
     exact = copy.deepcopy(model).double()
@@ -359,7 +370,7 @@ def _with_table(method: Method[Any], thresholds: npt.NDArray[np.float32]) -> Met
 
 
 @contextmanager
-def _explained(model: ExitSegmenter) -> Iterator[None]:
+def explained(model: ExitSegmenter) -> Iterator[None]:
     """Turn what the exporters raise about a decode head of the user's own into one sentence."""
     try:
         yield
@@ -375,7 +386,7 @@ def _explained(model: ExitSegmenter) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the exporters' notes to their own developers."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

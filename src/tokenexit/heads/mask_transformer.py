@@ -11,7 +11,7 @@ from torch import nn
 from tokenexit.engine import ops
 from tokenexit.engine.attention import segment_matmul
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.tokens import Grid, Packing, Tokens
+from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import Block
 from tokenexit.heads.base import Head, HeadOutput, attention_heads, check_head_options, check_head_rate, init_linear
 
@@ -73,7 +73,7 @@ class MaskTransformerHead(Head):
         lengths = tokens.packing.lengths
         rows = [part for image in x.split(lengths) for part in (queries, image)]
         position = [part for image in tokens.position.split(lengths) for part in (minus_one, image)]
-        packing = Packing.of([classes + n for n in lengths], x.device)
+        packing = tokens.packing.behind(classes)
         x, where = torch.cat(rows), torch.cat(position)  # these blocks have no rotary positions
         return replace(tokens, x=x, position=where, packing=packing, num_prefix=classes, phases=None)
 

@@ -194,7 +194,7 @@ class DToP(ThresholdMethod[DToPState]):
         everywhere = all_stay(tokens, model.num_exits)
         return DToPState(
             logits=empty,
-            scores=empty if _canvas_value(model, self.finish) == "scores" else None,
+            scores=empty if canvas_value(model, self.finish) == "scores" else None,
             exit_index=Canvas(everywhere),
             label=Canvas(everywhere),
             backdrop=Canvas(tokens.patches().x) if model.decode_head.takes_backdrop else None,
@@ -260,7 +260,7 @@ class DToP(ThresholdMethod[DToPState]):
         else:  # nobody is left for later heads
             did_not_run = (ExitRecord(),) * (model.num_exits - self.last_exit)
             state = replace(state, exit_records=(*state.exit_records, *did_not_run))
-        value = _canvas_value(model, self.finish)
+        value = canvas_value(model, self.finish)
         if value == "logits" and model.decode_head.kind == "atm":  # presence_last
             image = cell_packing(tokens).image_index()
             scores = class_scores("atm", tokens.spread(state.logits.read()), state.presence, image)
@@ -312,7 +312,7 @@ def _kinds(model: ModelView) -> set[str]:
     return {head.kind for head in (*model.exit_heads, model.decode_head)}
 
 
-def _canvas_value(model: ModelView, finish: str) -> Value:
+def canvas_value(model: ModelView, finish: str) -> Value:
     """Return what the canvas must hold so that all its cells mean the same."""
     kinds = _kinds(model)
     if kinds == {"softmax"} or (kinds == {"atm"} and finish != "frozen"):

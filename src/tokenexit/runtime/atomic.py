@@ -1,9 +1,10 @@
-"""Atomic writes: a file is there whole or not at all, with the permissions that the user's umask grants."""
+"""Atomic writes: a file or folder is there whole or not at all, with the permissions that the user's umask grants."""
 
 from __future__ import annotations
 
 import os
 import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,31 @@ def atomic_write(path: Path) -> Iterator[Path]:
     except BaseException:
         unfinished.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def atomic_folder(path: Path, mark: str) -> Iterator[Path]:
+    """Yield an empty folder beside `path`, which takes its place if the block ends well and is removed if it does not.
+
+    mark: a file that every such folder holds; one without it is somebody else's and not replaced. A call that is killed
+    while it replaces an older folder may leave that under a hidden name, but never a mixture.
+
+    Raises `ConfigError` where `path` is anything else than such a folder or an empty one, and OSError as writing does.
+    """
+    if path.exists() and not (path.is_dir() and ((path / mark).exists() or not any(path.iterdir()))):
+        raise ConfigError(f"{path} is there, and is no folder with {mark}: move it, or name another folder.")
+    unfinished = path.with_name(f".{secrets.token_hex(6)}")
+    unfinished.mkdir()
+    try:
+        yield unfinished
+        older = unfinished.with_suffix(".older")
+        if path.exists():
+            os.rename(path, older)
+        os.rename(unfinished, path)
+    except BaseException:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
+    shutil.rmtree(older, ignore_errors=True)
 
 
 @contextmanager

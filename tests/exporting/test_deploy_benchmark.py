@@ -1,0 +1,62 @@
+"""The benchmark of what users deploy measures all of it on one image, and goes on where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from benchmarks import deploy
+
+from tests.helpers import random_image, tiny_segmenter
+
+
+def row() -> dict[str, Any]:
+    """A row as its file holds it."""
+    cells = [
+        {"what": what, "precision": precision, "runtime": "onnxruntime", "ms": [ms, ms - 1, ms + 1], "agreement": 0.98}
+        for precision in ("fp32", "int8")
+        for what, ms in (("dense", 200.0), ("exits", 100.0))
+    ]
+    gain = {"median": 2.0, "interval": [1.9, 2.1]}
+    return {"mac_ratio": 1.69, "cells": cells, "speed-up": {f"onnxruntime {each}": gain for each in ("fp32", "int8")}}
+
+
+def test_measured__times_every_cell_and_compares_it_with_dense_in_fp32(tmp_path: Path) -> None:
+    for package in ("onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="ONNX needs the export extra")
+    model = tiny_segmenter("fcn", exits=(1,), depth=2)
+    found = deploy.measured(model, random_image(24, 32), rounds=3, threads=1, folder=tmp_path, compiled=False)
+    by = {(cell["what"], cell["precision"], cell["runtime"]): cell for cell in found["cells"]}
+    runtimes = ("torch eager", "onnxruntime")
+    assert set(by) == {(w, p, r) for w in ("dense", "exits") for p in ("fp32", "int8") for r in runtimes}
+    assert found["mac_ratio"] > 1.02, "half of the tokens leave, and pass by one of two blocks"
+    assert by["dense", "fp32", "torch eager"]["agreement"] == by["dense", "fp32", "onnxruntime"]["agreement"] == 1.0
+    assert by["exits", "fp32", "torch eager"]["agreement"] == by["exits", "fp32", "onnxruntime"]["agreement"] < 1.0
+    assert 0.8 < by["dense", "int8", "torch eager"]["agreement"] < 1.0, "its weights are others"
+    assert all(low <= median <= high for median, low, high in (cell["ms"] for cell in found["cells"]))
+    assert set(found["speed-up"]) == {
+        f"{runtime} {precision}" for runtime in runtimes for precision in ("fp32", "int8")
+    }
+
+
+def test_main__measures_rows_without_a_file_and_prints_the_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called: list[list[str]] = []
+
+    def measure(command: list[str], **_: object) -> None:
+        called.append(command)
+        (tmp_path / f"{command[-1]}.json").write_text(json.dumps(row()))
+
+    monkeypatch.setattr(deploy.subprocess, "run", measure)
+    monkeypatch.setattr(sys, "argv", ["deploy", "--out", str(tmp_path)])
+    deploy.main()
+    first = capsys.readouterr().out
+    assert "| small-512-1 | onnxruntime, int8 | 200 [199, 201] | 100 [99, 101] | 2.00 [1.90, 2.10] | 1.69 " in first
+    assert [command[-1] for command in called] == ["small-512-1"]
+    deploy.main()
+    assert capsys.readouterr().out == first
+    assert len(called) == 1, "the row has its file"
