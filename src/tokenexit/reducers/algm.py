@@ -24,7 +24,7 @@ With register tokens, which are excluded like the class token, the alternation c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.reducers.base import Reducer, Site, check_block, check_number
+from tokenexit.reducers.base import COSINES, Reducer, Site, check_block, check_number
 from tokenexit.reducers.matching import above_mean, alike_windows, bipartite, bipartite_ops, window_ops
 
 
@@ -56,6 +56,7 @@ class ALGM(Reducer):
     name: ClassVar[str] = "algm"
     title: ClassVar[str] = "ALGM"
     main_option: ClassVar[str] = "threshold"
+    trials: ClassVar[tuple[Any, ...]] = COSINES
 
     threshold: float = 0.9
     local_block: int | None = 1

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
+
+COSINES = (0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
+"""Thresholds of likeness that calibration tries, around those that were published."""
 
 
 @dataclass(frozen=True)
@@ -42,11 +45,13 @@ class Reducer(ABC):
         name: its name in YAML, JSON and on the command line.
         title: its name in tables and figures.
         main_option: the option that `--merge NAME:VALUE` sets.
+        trials: values of that option that calibration tries, from merging little to much; none where it sets no amount.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     main_option: ClassVar[str]
+    trials: ClassVar[tuple[Any, ...]] = ()
 
     @property
     def label(self) -> str:

@@ -12,7 +12,7 @@ release reaches its thresholds, 0.88 on ADE20K and 0.95 on Cityscapes, by a curr
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from torch import Tensor
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
-from tokenexit.reducers.base import Reducer, Site, check_block, check_number
+from tokenexit.reducers.base import COSINES, Reducer, Site, check_block, check_number
 from tokenexit.reducers.matching import components
 
 
@@ -39,6 +39,7 @@ class G2TM(Reducer):
     name: ClassVar[str] = "g2tm"
     title: ClassVar[str] = "G2TM"
     main_option: ClassVar[str] = "threshold"
+    trials: ClassVar[tuple[Any, ...]] = COSINES
 
     threshold: float = 0.95
     block: int = 2

@@ -26,7 +26,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
-from typing import ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -37,7 +37,7 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.reducers.base import Reducer, Site, check_number
+from tokenexit.reducers.base import COSINES, Reducer, Site, check_number
 from tokenexit.reducers.matching import window_ops, window_similarity, windows
 
 Policy = Literal["similarity", "entropy"]
@@ -62,6 +62,7 @@ class Supertokens(Reducer):
     name: ClassVar[str] = "supertokens"
     title: ClassVar[str] = "Supertokens"
     main_option: ClassVar[str] = "threshold"
+    trials: ClassVar[tuple[Any, ...]] = COSINES
 
     threshold: float = 0.95
     sizes: tuple[int, ...] = (2, 4)

@@ -18,7 +18,7 @@ every attention and every MLP.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class ToMe(Reducer):
     name: ClassVar[str] = "tome"
     title: ClassVar[str] = "ToMe"
     main_option: ClassVar[str] = "ratio"
+    trials: ClassVar[tuple[Any, ...]] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
 
     ratio: float = 0.02
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,7 @@ class ZeroTPrune(Reducer):
     name: ClassVar[str] = "zerotprune"
     title: ClassVar[str] = "Zero-TPrune"
     main_option: ClassVar[str] = "keep"
+    trials: ClassVar[tuple[Any, ...]] = ((0.95,), (0.9,), (0.8,), (0.7,), (0.6,), (0.5,))
 
     keep: tuple[float, ...] = (0.7,)
     blocks: tuple[int, ...] = (3, 6, 9)
