@@ -22,6 +22,7 @@ Captured = pytest.CaptureFixture[str]
 def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "PRICES", (0.0,))
     monkeypatch.setattr("tokenexit.calibration.threshold_path.LEVELS", 12)
+    monkeypatch.setattr("tokenexit.cli.progress.FIRST_LINE", 1e9)  # a busy machine says how far it is
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +131,26 @@ def test_calibrate__chooses_the_amount_of_merging_with_the_thresholds(
     assert said(capsys, "evaluate", model, *EVALUATE, tmp_path / "e.json") == ""
     (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
     assert build_method(row["method"]) == build_method(content["method"])
+
+
+def test_policy__fits_a_network_that_supertokens_follow(
+    trained: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "with_net"
+    words = ("policy", trained, "--out", out, "--sizes", "2", "--steps", "2", "--batch", "1", "--device", "cpu")
+    assert main(list(map(str, words))) == 0
+    told = capsys.readouterr().out
+    assert "windows of 2 x 2 patches: " in told
+    assert "--merge supertokens:0.95,policy=net" in told
+    by = ("--merge", "supertokens:0,sizes=2,policy=net")
+    said(capsys, "evaluate", out, "--method", "dense", *by, *EVALUATE, tmp_path / "e.json")
+    (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert row["label"] == "dense + supertokens threshold=0.0 sizes=2 policy=net"
+    assert row["gmacs_mean"] < row["dense_gmacs_mean"]
+    lacking = said(capsys, "evaluate", trained, "--method", "dense", *by, *EVALUATE, tmp_path / "e.json", status=2)
+    assert "policy 'net' is a network that this model lacks: fit one with `tokenexit policy`." in lacking
+    wrong = said(capsys, "evaluate", out, "--merge", "supertokens:0.9,policy=net", "--method", "dense", status=2)
+    assert "sizes must be some of (2,)" in wrong
 
 
 def test_auto__is_a_value_that_calibrate_alone_chooses(trained: Path, capsys: Captured) -> None:
