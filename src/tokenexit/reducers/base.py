@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -78,6 +78,10 @@ class Reducer(ABC):
         """Count what `embed` does beside the backbone's own, on one image."""
         return Ops()
 
+    def at(self, progress: float) -> Self:
+        """Return the reducer to train with after a share `progress` in [0, 1] of the training."""
+        return self
+
     @abstractmethod
     def sites(self, depth: int) -> tuple[Site, ...]:
         """Return where a network of so many blocks is reduced, in order; nowhere if `embed` does it all."""
@@ -92,6 +96,36 @@ class Reducer(ABC):
     @abstractmethod
     def ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         """Count the comparisons of a site on one image that arrives with so many live patch tokens."""
+
+
+@dataclass(frozen=True)
+class Adjustable(Reducer):
+    """The base of reducers whose main option sets how much merges.
+
+    Attributes:
+        idle: the value of that option from which curricula start, at which nothing merges but what is equal.
+        warmup: share of the training over which the option goes from `idle` to its value, linearly, as thresholds of
+            exits fall.
+
+    Raises:
+        ConfigError: for a share out of range.
+    """
+
+    idle: ClassVar[float]
+
+    warmup: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number("warmup", self.warmup, 0, 1, "it is a share of the training")
+
+    def at(self, progress: float) -> Self:
+        if progress >= self.warmup:
+            return self
+        done, value = progress / self.warmup, getattr(self, self.main_option)
+        several = value if isinstance(value, tuple) else (value,)
+        now = tuple(self.idle + done * (one - self.idle) for one in several)
+        changed: dict[str, Any] = {self.main_option: now if isinstance(value, tuple) else now[0]}
+        return replace(self, **changed)
 
 
 def check_number(name: str, value: float, low: float, high: float, meaning: str) -> None:

@@ -40,7 +40,7 @@ from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.engine.window_policy import nested, policy_ops
 from tokenexit.errors import ConfigError
-from tokenexit.reducers.base import COSINES, Reducer, Site, check_number
+from tokenexit.reducers.base import COSINES, Adjustable, Site, check_number
 from tokenexit.reducers.matching import window_ops, window_similarity, windows
 
 Policy = Literal["similarity", "entropy", "net"]
@@ -49,7 +49,7 @@ LEVELS, STEP = 64, 0.1
 
 
 @dataclass(frozen=True)
-class Supertokens(Reducer):
+class Supertokens(Adjustable):
     """One token for each window of patches that are alike.
 
     Attributes:
@@ -66,12 +66,14 @@ class Supertokens(Reducer):
     title: ClassVar[str] = "Supertokens"
     main_option: ClassVar[str] = "threshold"
     trials: ClassVar[tuple[Any, ...]] = COSINES
+    idle: ClassVar[float] = 1.0
 
     threshold: float = 0.95
     sizes: tuple[int, ...] = (2, 4)
     policy: Policy = "similarity"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("threshold", self.threshold, -1, 2, "above 1 no window shares a token")
         if self.policy not in get_args(Policy):
             raise ConfigError(f"policy must be similarity, entropy or net, got '{self.policy}': choose one.")

@@ -26,12 +26,12 @@ from torch import Tensor
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
-from tokenexit.reducers.base import Reducer, Site, check_number
+from tokenexit.reducers.base import Adjustable, Site, check_number
 from tokenexit.reducers.matching import bipartite, bipartite_ops, most_alike
 
 
 @dataclass(frozen=True)
-class ToMe(Reducer):
+class ToMe(Adjustable):
     """Token merging, the same number of tokens in every block.
 
     Attributes:
@@ -46,10 +46,12 @@ class ToMe(Reducer):
     title: ClassVar[str] = "ToMe"
     main_option: ClassVar[str] = "ratio"
     trials: ClassVar[tuple[Any, ...]] = (0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05)
+    idle: ClassVar[float] = 0.0
 
     ratio: float = 0.02
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("ratio", self.ratio, 0, 0.5, "0 merges nothing, 0.5 half of the tokens")
 
     def sites(self, depth: int) -> tuple[Site, ...]:
