@@ -117,7 +117,7 @@ def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], sta
     if not site.inside:
         return method.at_site(site, tokens, state, None)
     work.attended.append(tokens.packing.lengths)
-    tokens, qkv = backbone.attend(tokens, site.after)
+    tokens, qkv = backbone.attend(tokens, site.after, site.weighed)
     tokens = method.at_site(site, tokens, state, qkv)
     work.fed.append(tokens.packing.lengths)
     return backbone.feed(tokens, site.after)

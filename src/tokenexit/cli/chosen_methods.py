@@ -175,6 +175,8 @@ def _value(kind: Any, text: str) -> Any:
     """What a text on the command line says of a reducer's option of this type."""
     if get_origin(kind) is Literal:
         return text
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
     if text == "none":
         return None
     value = numbers("merge", text)

@@ -47,21 +47,49 @@ def packed_attention(
     packing_q: Packing,
     packing_k: Packing,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Apply softmax attention within each image, scaled by `H ** -0.5`.
 
     q_TNH: `(Tq, N, H)`; k_TNH, v_TNH: `(Tk, N, H)`. Returns `(Tq, N, H)`. A query whose image has no key at all
-    receives zeros. dropout: probability to drop an attention weight; pass 0 outside training.
+    receives zeros. dropout: probability to drop an attention weight; pass 0 outside training. scale: another factor on
+    products of queries and keys.
     """
     uniform = packing_q.uniform and packing_k.uniform and packing_k.longest > 0
     path = attention_path(q_TNH.device, q_TNH.dtype, uniform)
     if path == "batched":
-        return _batched(q_TNH, k_TNH, v_TNH, len(packing_q.lengths), dropout)
+        return _batched(q_TNH, k_TNH, v_TNH, len(packing_q.lengths), dropout, scale)
     if path == "loop":
-        return _loop(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout)
+        return _loop(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout, scale)
     if path == "varlen" and dropout == 0.0:
-        return _varlen(q_TNH, k_TNH, v_TNH, packing_q, packing_k)
-    return padded_attention(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout)
+        return _varlen(q_TNH, k_TNH, v_TNH, packing_q, packing_k, scale)
+    return padded_attention(q_TNH, k_TNH, v_TNH, packing_q, packing_k, dropout, scale)
+
+
+def weighed_attention(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packing, log_weight: Tensor) -> Tensor:
+    """Apply self-attention within each image in which each key counts as many times as it weighs, by all paths.
+
+    The softmax is of `q k H ** -0.5 + log w` (proportional attention of ToMe). Channels of ones in the queries and of
+    logarithms in the keys add them, so that no kernel needs to know: two of them, the value and what its precision
+    leaves of it, padded to the multiple of 8 that kernels take. Shapes as in `packed_attention`.
+
+    log_weight: `(T,)` fp32 of each row as a key.
+    """
+    heads, width = q_TNH.shape[1:]
+    value = (log_weight * width**0.5)[:, None, None]
+    high = value.to(k_TNH.dtype)
+    low = (value - high.float()).to(k_TNH.dtype)
+    more = weight_channels(width)
+    ones = q_TNH.new_zeros(more).index_fill(0, torch.arange(2, device=q_TNH.device), 1.0)
+    k_more = F.pad(torch.cat([high, low], 2), (0, more - 2)).expand(-1, heads, -1)
+    q = torch.cat([q_TNH, ones.expand(len(q_TNH), heads, -1)], 2)
+    k = torch.cat([k_TNH, k_more], 2)
+    return packed_attention(q, k, F.pad(v_TNH, (0, more)), packing, packing, scale=width**-0.5)[..., :width]
+
+
+def weight_channels(width: int) -> int:
+    """Return how many channels `weighed_attention` adds to heads of this width."""
+    return 2 + -(width + 2) % 8
 
 
 @dataclass(frozen=True)
@@ -95,27 +123,30 @@ def masked_attention(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packi
     return out.index_copy(0, others, unmasked.to(q_TNH.dtype))
 
 
-def _batched(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: float) -> Tensor:
+def _batched(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, images: int, dropout: float, scale: float | None = None
+) -> Tensor:
     q, k, v = (
         t.unflatten(0, (images, t.shape[0] // images)).transpose(1, 2) for t in (q_TNH, k_TNH, v_TNH)
     )  # (B, N, t, H)
     attend = _products if q_TNH.dtype == torch.bfloat16 and _products_are_faster(q_TNH.device) else _fused
-    return attend(q, k, v, dropout).transpose(1, 2).flatten(0, 1)
+    return attend(q, k, v, dropout, scale).transpose(1, 2).flatten(0, 1)
 
 
-def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None = None) -> Tensor:
     """Attend from `(B, N, tq, H)` to keys and values `(B, N, tk, H)`, with torch's fused kernel."""
-    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, scale=scale)
 
 
-def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
+def _products(q: Tensor, k: Tensor, v: Tensor, dropout: float, scale: float | None = None) -> Tensor:
     """Compute the same as two matrix products and a softmax, in pieces whose scores stay in the cache.
 
     The fused CPU kernel multiplies bf16 at the rate of fp32 where the processor has no matrix tiles (AMX); plain
     products run at the bf16 rate and make attention two to three times faster, forward and backward.
     """
     images, heads, rows, _ = q.shape
-    q, k, v = (q * q.shape[-1] ** -0.5).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (q * scale).flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
     step = max(SCORES_IN_CACHE // max(k.shape[1], 1), 1)
 
     if step >= rows:  # several heads at once
@@ -152,15 +183,16 @@ def _loop(
     packing_q: Packing,
     packing_k: Packing,
     dropout: float,
+    scale: float | None,
 ) -> Tensor:
     images = zip(q_TNH.split(packing_q.lengths), k_TNH.split(packing_k.lengths), v_TNH.split(packing_k.lengths))
-    return torch.cat([_one_image(q, k, v, dropout) for q, k, v in images])
+    return torch.cat([_one_image(q, k, v, dropout, scale) for q, k, v in images])
 
 
-def _one_image(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, dropout: float) -> Tensor:
+def _one_image(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, dropout: float, scale: float | None) -> Tensor:
     if k_TNH.shape[0] == 0:
         return _nothing_seen(q_TNH, k_TNH, v_TNH)
-    return _batched(q_TNH, k_TNH, v_TNH, 1, dropout)
+    return _batched(q_TNH, k_TNH, v_TNH, 1, dropout, scale)
 
 
 def _nothing_seen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
@@ -168,10 +200,13 @@ def _nothing_seen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor) -> Tensor:
     return q_TNH * 0 + (k_TNH.sum() + v_TNH.sum()) * 0
 
 
-def _varlen(q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing_q: Packing, packing_k: Packing) -> Tensor:
+def _varlen(
+    q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing_q: Packing, packing_k: Packing, scale: float | None
+) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    out = varlen_attn(q_TNH, k_TNH, v_TNH, packing_q.offsets, packing_k.offsets, packing_q.longest, packing_k.longest)
+    offsets, longest = (packing_q.offsets, packing_k.offsets), (packing_q.longest, packing_k.longest)
+    out = varlen_attn(q_TNH, k_TNH, v_TNH, *offsets, *longest, scale=scale)
     assert isinstance(out, Tensor)  # a tuple only if auxiliary outputs are requested
     return out
 
@@ -183,6 +218,7 @@ def padded_attention(
     packing_q: Packing,
     packing_k: Packing,
     dropout: float = 0.0,
+    scale: float | None = None,
 ) -> Tensor:
     """Attend in `(B, longest)` batches with the padding masked out; the other paths are compared with this one."""
     q = pad(q_TNH, packing_q).transpose(1, 2)  # (B, N, tq, H)
@@ -194,7 +230,7 @@ def padded_attention(
     visible = torch.arange(k.shape[2], device=k.device) < lengths_k[:, None]  # (B, tk)
     # An image without keys would turn into NaN; let it see padding (zeros), which yields the zeros we promise.
     visible = visible | (lengths_k == 0)[:, None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :], dropout_p=dropout)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=visible[:, None, None, :], dropout_p=dropout, scale=scale)
     return unpad(out.transpose(1, 2), packing_q)
 
 

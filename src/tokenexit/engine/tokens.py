@@ -232,6 +232,11 @@ class Tokens:
         count = torch.zeros_like(self.cover).index_add(0, self.cover, torch.ones_like(self.cover))
         return count.index_select(0, position)
 
+    def log_sizes(self) -> Tensor:
+        """Return the logarithm of `sizes` for each token, 0 for prefix tokens: `(T,)` fp32."""
+        zeros = torch.zeros(len(self.x), device=self.x.device)
+        return zeros.index_copy(0, self.patch_index(), self.sizes().float().log())
+
     def unmerged(self) -> Tokens:
         """Return the tokens of all cells, each with the features of the one that stands for it, which must be live."""
         if self.cover is None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tokenexit.engine import ops
-from tokenexit.engine.attention import MaskedRows, masked_attention, packed_attention
+from tokenexit.engine.attention import MaskedRows, masked_attention, packed_attention, weighed_attention
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing, PeriodPrecision, Places, rope_periods, rope_phases, rotate
@@ -408,11 +408,18 @@ class Attention(nn.Module):
         q, k = (rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in (q, k))
         return torch.cat([q, k, v], dim=1)
 
-    def attend(self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None) -> Tensor:
-        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only."""
+    def attend(
+        self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None, log_weight: Tensor | None = None
+    ) -> Tensor:
+        """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection.
+
+        masked: rows that see some keys only. log_weight: `(T,)`, of tokens as keys, see `weighed_attention`.
+        """
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         if masked is not None:
             return masked_attention(q_TNH, k_TNH, v_TNH, packing, masked).flatten(1)
+        if log_weight is not None:
+            return weighed_attention(q_TNH, k_TNH, v_TNH, packing, log_weight).flatten(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing).flatten(1)
 
 
@@ -760,15 +767,17 @@ class ViT(nn.Module):
             x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases)
         return tokens.with_x(x)
 
-    def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:
+    def attend(self, tokens: Tokens, n: int, weighed: bool = False) -> tuple[Tokens, Tensor]:
         """Run block `n` up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`.
 
         With `feed` it draws stochastic depth as the whole block does. Activations of both are kept in training.
+
+        weighed: a token counts as a key as many times as it stands for cells, see `weighed_attention`.
         """
         block = self.blocks[n]
         assert isinstance(block, Block)
         qkv = block.before(tokens.x, tokens.phases)
-        attended = block.attn.attend(qkv, tokens.packing)
+        attended = block.attn.attend(qkv, tokens.packing, log_weight=tokens.log_sizes() if weighed else None)
         drops = block.training and block.drop_path > 0.0 and block.drop_path_attention
         factor = drop_path(block.drop_path, tokens.packing, attended.dtype) if drops else None
         mixed = block.mix(tokens.x, attended, factor)

@@ -30,11 +30,14 @@ class Site:
         after: number of blocks before it, as exits are counted.
         inside: whether it lies further on, behind the attention of the next block and before its MLP.
         rejoins: whether tokens that had left come back there, which is a method's own site, see `rejoin_sites`.
+        weighed: whether, in the attention of the block that it lies inside of, a token counts as a key as many times as
+            it stands for cells.
     """
 
     after: int
     inside: bool = False
     rejoins: bool = False
+    weighed: bool = False
 
 
 @dataclass(frozen=True)
