@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
 from tokenexit.cli.method_options import (
@@ -145,6 +144,7 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
             )
     from tokenexit.reducers import REDUCERS as KINDS
     from tokenexit.reducers import build_reducer
+    from tokenexit.reducers.base import option_names
     from tokenexit.runtime.schema import hints
 
     found: list[Reducer | None] = []
@@ -164,7 +164,7 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
             if option not in known or not value:
                 raise ConfigError(
                     f"--merge {text}: '{option}' is no option with its value: write {name}:VALUE,OPTION=VALUE with "
-                    f"options {', '.join(f.name for f in fields(kind))}."
+                    f"options {', '.join(option_names(kind))}."
                 )
             spec[option] = _value(known[option], value)
         found.append(build_reducer(spec))

@@ -60,7 +60,7 @@ class Reducer(ABC):
     def label(self) -> str:
         """The name in a table row: the reducer, its main option, and others that differ from their defaults."""
         default = type(self)()
-        others = [f.name for f in fields(self) if f.name != self.main_option]
+        others = [name for name in option_names(self) if name != self.main_option]
         named = [name for name in others if getattr(self, name) != getattr(default, name)]
         return " ".join([self.name, *(f"{name}={_text(getattr(self, name))}" for name in (self.main_option, *named))])
 
@@ -129,6 +129,11 @@ class Adjustable(Reducer):
         now = tuple(self.idle + done * (one - self.idle) for one in several)
         changed: dict[str, Any] = {self.main_option: now if isinstance(value, tuple) else now[0]}
         return replace(self, **changed)
+
+
+def option_names(reducer: Reducer | type[Reducer]) -> list[str]:
+    """Return the names of a reducer's options, those that it shares with others last."""
+    return [f.name for f in sorted(fields(reducer), key=lambda f: f.kw_only is True)]
 
 
 def check_number(name: str, value: float, low: float, high: float, meaning: str) -> None:
