@@ -13,7 +13,7 @@ Source: the paper. Where this differs from it, and why:
 - with rotary positions keys are compared as attention compares them, rotated.
 
 The rows "ToMe" of comparisons on Segmenter (Expedit) are another algorithm, which merges before and unmerges after
-every attention and every MLP.
+every attention and every MLP: `python -m benchmarks.sublayer`.
 """
 
 from __future__ import annotations
