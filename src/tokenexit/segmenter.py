@@ -23,6 +23,7 @@ from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
+from tokenexit.engine.window_policy import WindowPolicy
 from tokenexit.errors import ConfigError
 from tokenexit.heads import EoMTHead, Head, HeadSpec, ModuleHead, build_head, normalize_head
 from tokenexit.heads.eomt import hand_over, take_joint_blocks
@@ -116,7 +117,7 @@ def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], sta
     if not site.inside:
         return method.at_site(site, tokens, state, None)
     work.attended.append(tokens.packing.lengths)
-    tokens, qkv = backbone.attend(tokens, site.after)
+    tokens, qkv = backbone.attend(tokens, site.after, site.weighed)
     tokens = method.at_site(site, tokens, state, qkv)
     work.fed.append(tokens.packing.lengths)
     return backbone.feed(tokens, site.after)
@@ -338,6 +339,18 @@ class ExitSegmenter(PretrainedMixin):
         normal = tuple(normalize_head(spec) for spec in specs)
         model.config = replace(self.config, exits=tuple(blocks), exit_heads=normal)
         model.calibration, model.records = None, {}
+        return model
+
+    def with_window_policy(self, policy: WindowPolicy) -> ExitSegmenter:
+        """Return this model, not calibrated, with a network that chooses windows for `Supertokens`; weights are shared.
+
+        Args:
+            policy: the network, for patches of this backbone's size.
+        """
+        model = copy(self)
+        model._modules = {**self._modules, "backbone": self.backbone.with_window_policy(policy)}
+        model.config = replace(self.config, backbone=model.backbone.config)
+        model.calibration = None
         return model
 
     def check(self, method: MethodLike) -> None:

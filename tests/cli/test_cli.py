@@ -303,14 +303,19 @@ def test_evaluate_merges_tokens_beside_exits(model: Path, tmp_path: Path, capsys
         *("dense + mpm after=1/2", "dtop 0.6 + mpm after=1/2", "dense + tome ratio=0.02", "dtop 0.6 + tome ratio=0.02"),
     ]
     assert rows[4]["gmacs_mean"] < rows[0]["gmacs_mean"]
-    assert rows[2]["method"]["by"] == {"name": "g2tm", "threshold": 0.2, "block": 2}
+    assert rows[2]["method"]["by"] == {"name": "g2tm", "threshold": 0.2, "block": 2, "warmup": 0.0}
 
 
 def test_merge_takes_options_of_its_reducer(model: Path, tmp_path: Path, capsys: Captured) -> None:
     fine(
         *(capsys, "evaluate", model, "--limit", "1", "--json", tmp_path / "figures.json", "--method", "dtop"),
         *("--threshold", "0.6", "--device", "cpu", "--merge", "algm:0.5,global_block=none"),
-        *("supertokens:0.5,policy=entropy,sizes=2", "supertokens:0.8", "zerotprune:0.5/0.25,blocks=1/2,iterations=3"),
+        *(
+            "supertokens:0.5,policy=entropy,sizes=2",
+            "supertokens:0.8",
+            "zerotprune:0.5/0.25,blocks=1/2,iterations=3",
+            "tome:0.1,proportional=true",
+        ),
     )
     rows = json.loads((tmp_path / "figures.json").read_text())["results"]
     assert [row["label"] for row in rows] == [
@@ -318,6 +323,7 @@ def test_merge_takes_options_of_its_reducer(model: Path, tmp_path: Path, capsys:
         "dtop 0.6 + supertokens threshold=0.5 sizes=2 policy=entropy",
         "dtop 0.6 + supertokens threshold=0.8",
         "dtop 0.6 + zerotprune keep=0.5/0.25 blocks=1/2 iterations=3",
+        "dtop 0.6 + tome ratio=0.1 proportional=True",
     ]
 
 

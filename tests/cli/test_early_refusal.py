@@ -28,6 +28,7 @@ NEEDED = {
     "predict": ["m", "i.png"],
     "calibrate": ["m", "--budget", "0.6"],
     "export": ["m", "--out", "x"],
+    "policy": ["m", "--out", "x"],
     "convert": ["a.pth", "b"],
     "data": ["check", "camvid"],
     "completion": ["bash"],
@@ -58,6 +59,7 @@ WRONG: dict[str, list[list[str]]] = {
     "export": [METHOD, ["--threads", "two"], ["--format", "nope"], ["--method", "dense", "--score", "margin"]],
     "cost": [["--backbone", "nope"], ["--head", "nope"], ["--num-classes", "0"], ["--image-size", "1", "2", "3"]],
     "gate": [METHOD, MACHINE, ["--image-size", "0"], ["--method", "dense", "--score", "margin"]],
+    "policy": [DATA, MACHINE, ["--sizes", "0"], ["--steps", "0"], ["--batch", "few"]],
     "convert": [
         ["--kind", "nope"],
         ["--exits", "two"],

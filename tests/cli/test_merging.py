@@ -11,6 +11,8 @@ import pytest
 from tests.training.tiny import silent, tiny_run, write_dataset
 from tokenexit.calibration import planner
 from tokenexit.cli import main
+from tokenexit.methods import build_method
+from tokenexit.reducers import Supertokens
 from tokenexit.training.loop import train
 
 Captured = pytest.CaptureFixture[str]
@@ -20,6 +22,7 @@ Captured = pytest.CaptureFixture[str]
 def _fewer_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(planner, "PRICES", (0.0,))
     monkeypatch.setattr("tokenexit.calibration.threshold_path.LEVELS", 12)
+    monkeypatch.setattr("tokenexit.cli.progress.FIRST_LINE", 1e9)  # a busy machine says how far it is
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +110,55 @@ def test_sweep__has_a_curve_with_merging_and_one_without(
     results = json.loads((tmp_path / "s" / "sweep.json").read_text())["results"]
     series = {row["series"] for key, row in results.items() if key.startswith("row")}
     assert series == {"dense", "dtop, thresholds chosen", "dtop + mpm after=1, thresholds chosen"}
+
+
+def test_calibrate__chooses_the_amount_of_merging_with_the_thresholds(
+    model: Path, data: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Supertokens, "trials", (0.9, -1.0))
+    budget = ("--budget", "0.6", *CALIBRATE[2:])
+    assert main(list(map(str, ("calibrate", model, *budget, "--merge", "supertokens:auto,sizes=2")))) == 0
+    told = capsys.readouterr().out
+    assert "supertokens: trying threshold " in told
+    assert "no merging: " in told
+    content = json.loads((model / "calibration.json").read_text())
+    tried = content["reached"]["merging_tried"]
+    assert all(one["by"] is None or one["by"]["sizes"] == [2] for one in tried)  # its other options stay
+    assert len(tried) > 1
+    kept = content["method"].get("by") if content["method"]["name"] == "reduced" else None
+    assert kept == tried[0]["by"]
+    assert not (model / ".calibrating.json").exists()
+    assert said(capsys, "evaluate", model, *EVALUATE, tmp_path / "e.json") == ""
+    (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert build_method(row["method"]) == build_method(content["method"])
+
+
+def test_policy__fits_a_network_that_supertokens_follow(
+    trained: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "with_net"
+    words = ("policy", trained, "--out", out, "--sizes", "2", "--steps", "2", "--batch", "1", "--device", "cpu")
+    assert main(list(map(str, words))) == 0
+    told = capsys.readouterr().out
+    assert "windows of 2 x 2 patches: " in told
+    assert "--merge supertokens:0.95,policy=net" in told
+    by = ("--merge", "supertokens:0,sizes=2,policy=net")
+    said(capsys, "evaluate", out, "--method", "dense", *by, *EVALUATE, tmp_path / "e.json")
+    (row,) = json.loads((tmp_path / "e.json").read_text())["results"]
+    assert row["label"] == "dense + supertokens threshold=0.0 sizes=2 policy=net"
+    assert row["gmacs_mean"] < row["dense_gmacs_mean"]
+    lacking = said(capsys, "evaluate", trained, "--method", "dense", *by, *EVALUATE, tmp_path / "e.json", status=2)
+    assert "policy 'net' is a network that this model lacks: fit one with `tokenexit policy`." in lacking
+    wrong = said(capsys, "evaluate", out, "--merge", "supertokens:0.9,policy=net", "--method", "dense", status=2)
+    assert "sizes must be some of (2,)" in wrong
+
+
+def test_auto__is_a_value_that_calibrate_alone_chooses(trained: Path, capsys: Captured) -> None:
+    words = ("evaluate", trained, "--method", "dense", "--merge", "algm:auto")
+    assert "auto is a value that calibrate alone chooses" in said(capsys, *words, status=2)
+    calibrate = ("calibrate", trained, *CALIBRATE, "--merge")
+    assert "mpm has no amount to choose: give it as it is." in said(capsys, *calibrate, "mpm:auto", status=2)
+    assert "algn" in said(capsys, *calibrate, "algn:auto", status=2)
 
 
 @pytest.mark.parametrize(

@@ -260,3 +260,49 @@ def test_padded_packing__stays_padded_behind_rows_in_front() -> None:
     assert packing.behind(2).lengths == (5,)
     assert packing.behind(2).visible.tolist() == [True, True, True, True, False]
     assert Packing.of([3, 1], CPU).behind(2) == Packing.of([5, 3], CPU)
+
+
+@pytest.mark.parametrize("path", ["batched or loop", "padded"])
+@given(
+    sizes=st.lists(st.lists(st.integers(1, 5), max_size=5), min_size=1, max_size=3), width=st.sampled_from([4, 6, 8])
+)
+def test_attention_by_weight__equals_attention_to_keys_that_are_there_as_often(path, sizes, width):
+    lengths = [len(own) for own in sizes]
+    counts = torch.tensor([count for own in sizes for count in own], dtype=torch.int64)
+    q, k, v = drawn(lengths, lengths, width=width)
+    with pytest.MonkeyPatch.context() as patch:
+        if path == "padded":
+            patch.setattr(attention, "attention_path", lambda *_: "padded")
+        out = packed_attention(q, k, v, *[Packing.of(lengths, CPU)] * 2, weight=counts.float())
+    often = [t.repeat_interleave(counts, 0) for t in (k, v)]
+    expected = by_hand(q, *often, lengths, [sum(own) for own in sizes])
+    assert_close(out, expected)
+    if out.numel():
+        direction = torch.randn(out.shape, generator=torch.Generator().manual_seed(0))
+        ours, theirs = (torch.autograd.grad((o * direction).sum(), (q, k, v)) for o in (out, expected))
+        for a, b in zip(ours, theirs):
+            assert_close(a, b)
+
+
+def test_attention_by_weight__in_bf16_is_about_as_close_as_attention_without():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(200, 2, 64, generator=generator) for _ in range(3))
+    counts, packing = torch.randint(1, 60, (200,), generator=generator), Packing.of([200], CPU)
+    often = [t.repeat_interleave(counts, 0) for t in (k, v)]
+    exact = packed_attention(q, *often, packing, Packing.of([int(counts.sum())], CPU))
+    half = [t.bfloat16() for t in (q, k, v)]
+    error = (packed_attention(*half, packing, packing, weight=counts.float()).float() - exact).abs().max()
+    without = (packed_attention(*half, packing, packing).float() - packed_attention(q, k, v, packing, packing)).abs()
+    assert error < 2 * without.max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 4e-2)])
+def test_attention_by_weight__on_cuda_equals_attention_to_keys_that_are_there_as_often(dtype, tolerance):
+    lengths, device = [5, 2, 17], torch.device("cuda")
+    counts = torch.randint(1, 9, (24,), generator=torch.Generator().manual_seed(0))
+    q, k, v = (t.detach() for t in drawn(lengths, lengths, width=64))
+    often = [t.repeat_interleave(counts, 0) for t in (k, v)]
+    given = (t.to(device, dtype) for t in (q, k, v))
+    out = packed_attention(*given, *[Packing.of(lengths, device)] * 2, weight=counts.float().to(device))
+    assert_close(out.cpu(), by_hand(q, *often, lengths, [int(own.sum()) for own in counts.split(lengths)]), tolerance)

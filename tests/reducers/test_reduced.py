@@ -202,7 +202,7 @@ def refusals():
     yield "sizes must be sides of windows that nest, got \\(2, 3\\)", lambda m: Supertokens(0.9, (2, 3))
     yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (1, 2))
     yield "sizes must be sides of windows that nest", lambda m: Supertokens(0.9, (4, 4))
-    yield "policy must be similarity or entropy", lambda m: Supertokens(0.9, policy="net")
+    yield "policy must be similarity, entropy or net", lambda m: Supertokens(0.9, policy="nut")
     yield "labels must be one mask for each image", _with_labels_of_another_image
 
 

@@ -7,8 +7,9 @@ import tokenexit
 from tests.helpers import gently_varied, random_image, tiny_segmenter
 from tests.reducers.test_reduced import NEVER, REDUCING
 from tests.training.tiny import silent, tiny_run, write_dataset
+from tokenexit.errors import ConfigError
 from tokenexit.methods import Cropr, Dense, DoViT, DToP, FixedRatio, Reduced, spec_of
-from tokenexit.reducers import MPM, ToMe
+from tokenexit.reducers import ALGM, G2TM, MPM, Supertokens, ToMe, ZeroTPrune, build_reducer
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.loop import train
 
@@ -68,3 +69,50 @@ def test_training__runs_from_a_configuration_with_the_reducer_on(tmp_path):
     model = ExitSegmenter.from_pretrained(tmp_path / "run")
     with torch.no_grad():
         assert model([gently_varied(24, 32)], Reduced(DToP(0.36), by)).ledger.live[0][0] == 44
+
+
+@pytest.mark.parametrize(
+    ("by", "half", "option"),
+    [
+        (ALGM(0.8, 1, 3, warmup=0.5), 0.9, "threshold"),
+        (G2TM(0.6, 1, warmup=0.5), 0.8, "threshold"),
+        (Supertokens(0.5, warmup=0.5), 0.75, "threshold"),
+        (ToMe(0.1, warmup=0.5), 0.05, "ratio"),
+        (ZeroTPrune((0.6, 0.8), (1, 3), (3,), warmup=0.5), (0.8, 0.9), "keep"),
+    ],
+)
+def test_warmup__goes_from_merging_nothing_to_the_value_in_a_line(by, half, option):
+    assert getattr(by.at(0.25), option) == pytest.approx(half)
+    assert by.at(0.5) == by.at(1.0) == by
+    model = tiny_segmenter("fcn", depth=4)
+    with torch.no_grad():
+        start = model([random_image(16, 20)], Reduced(Dense(), by).at(0.0))
+        end = model([gently_varied(16, 20)], Reduced(Dense(), by).at(1.0))
+    if not isinstance(by, ALGM):  # whose second stage is relative
+        assert start.ledger.live == ((20,) * 4,)
+    assert end.ledger.live[0][-1] < 20
+    exits = DToP(0.6, threshold_warmup=0.5)
+    assert Reduced(exits, by).at(0.25) == Reduced(exits.at(0.25), by.at(0.25))
+    assert build_reducer({"name": by.name, "warmup": 0.5}).warmup == 0.5
+
+
+def test_warmup__is_a_share_of_the_training_of_reducers_that_merge_an_amount():
+    with pytest.raises(ConfigError, match="warmup must be a number from 0 to 1, got 2"):
+        ALGM(0.9, warmup=2)
+    with pytest.raises(ConfigError, match="'mpm' has no option 'warmup'"):
+        build_reducer({"name": "mpm", "warmup": 0.5})
+    assert MPM().at(0.0) == MPM()
+
+
+def test_training__merges_more_with_every_step_of_the_warmup(tmp_path, monkeypatch):
+    seen, reduce = [], ToMe.reduce
+
+    def spied(self, site, tokens, qkv):
+        seen.append((site.after, self.ratio))
+        return reduce(self, site, tokens, qkv)
+
+    monkeypatch.setattr(ToMe, "reduce", spied)
+    methods = [{"name": "reduced", "method": "dense", "by": {"name": "tome", "ratio": 0.2, "warmup": 0.75}}]
+    config = tiny_run(write_dataset(tmp_path / "d"), tmp_path / "run", methods=methods, steps=4)
+    train(config, say=silent, progress=False)
+    assert [ratio for after, ratio in seen if after == 0] == pytest.approx([0.0, 0.2 / 3, 0.4 / 3, 0.2])

@@ -30,8 +30,8 @@ from tests.serving.live import LABELS, Client, drawing, encoded, multipart, png,
 from tests.serving.test_metrics import values
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Gated, Resized, spec_of
-from tokenexit.reducers import Supertokens
+from tokenexit.methods import Dense, DoViT, DToP, Gated, Reduced, Resized, spec_of
+from tokenexit.reducers import MPM, Supertokens
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits, create_app
 from tokenexit.serving.pace import Pace, dense_macs
@@ -603,6 +603,18 @@ def test_view__shows_classes_scores_and_exits_of_the_models_answer(head: str) ->
     np.testing.assert_array_equal(bytes_of(found["exit_stage"], found["grid"]), wanted.exit_index[0])
     assert found["extent"] == [24 / 4, 33 / 4]
     assert found["share_of_dense"] == pytest.approx(wanted.ledger.share_of_dense[0])
+
+
+def test_view__has_the_groups_of_merged_tokens() -> None:
+    model, by = small_model(), MPM((1, 2))
+    with running(model, by=by) as merging, running(model) as plain:
+        found = shown(merging, image=kept(merging, png()), method="dtop", compute=0.2)
+        alone = shown(plain, image=kept(plain, png()), method="dtop", compute=0.2)
+    wanted = model.predict(drawing(), Reduced(DToP(tuple(found["threshold"])), by))
+    groups = np.frombuffer(base64.b64decode(found["groups"]), "<u4").reshape(found["grid"])
+    np.testing.assert_array_equal(groups, wanted.groups[0])
+    assert len(np.unique(groups)) < groups.size
+    assert alone["groups"] == ""
 
 
 def test_view__of_a_model_with_windows_has_a_cell_for_every_patch() -> None:

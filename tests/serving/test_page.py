@@ -21,6 +21,8 @@ from tests.serving.browser import CHROMIUM, Browser
 from tests.serving.live import LABELS, Client, drawing, png, running, small_model
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.inputs.labels import default_labels
+from tokenexit.methods import DToP, Reduced
+from tokenexit.reducers import MPM
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits
 
@@ -176,6 +178,28 @@ def test_images__have_the_colours_of_their_legends(page: Browser, client: Client
     stages = np.asarray(predicted(client, photo, method="dtop", compute=0.2)["exit_stage"])
     colours = np.asarray(client.get("/model").json["colours"])
     assert [int(v) for v in exits.split(",")] == colours[stages].ravel().tolist()
+
+
+def test_exit_map__outlines_groups_of_merged_tokens(browser: Browser, photo: Path) -> None:
+    model, by = small_model(), MPM((1, 2))
+    with running(model, by=by) as client:
+        page = turned(upload(method(opened(browser, client), "dtop"), photo), 0.2)
+        lines = page.run(
+            "(() => { const c = painted(64, 48, (context) => outlined(context, views.dtop, 64, 48));"
+            " return [...c.getContext('2d').getImageData(0, 0, 64, 48).data].filter((_, i) => i % 4 === 3); })()"
+        )
+        thresholds = predicted(client, photo, method="dtop", compute=0.2)["threshold"]
+        page.click(".look", 0.3, 0.3)
+        said = text(page, "#readout")
+        assert page.problems == []
+    (groups,) = model.predict(Image.open(photo), Reduced(DToP(tuple(thresholds)), by)).groups
+    pixels = groups.numpy().repeat(4, 0).repeat(4, 1)
+    wanted = np.zeros((48, 64), dtype=bool)
+    wanted[1:] |= pixels[1:] != pixels[:-1]
+    wanted[:, 1:] |= pixels[:, 1:] != pixels[:, :-1]
+    np.testing.assert_array_equal(np.reshape(lines, (48, 64)) > 0, wanted)
+    patches = int((groups == groups[3, 4]).sum())
+    assert (f"its token stands for {patches} patches and " in said) == (patches > 1)
 
 
 def test_dial__moves_with_keys_and_all_follows(page: Browser) -> None:

@@ -66,7 +66,7 @@ def for_bound(
         len(positions), lambda j: sequential_test.passes(planner.method_at(positions[j]))
     )
     if count == 0:
-        raise ConfigError(sequential_test.out_of_reach())
+        raise ConfigError(sequential_test.out_of_reach("" if by is None else "merge less, "))
     position, run, figures = positions[count - 1], sequential_test.accepted, sequential_test.figures
     assert run is not None, "some position was accepted"
     reached = {**figures_of(run, planner, position), **figures, "places_tested": min(count + 1, len(positions))}
@@ -102,24 +102,33 @@ def positions_to_test(planner: Planner, sequential_test: SequentialTest) -> list
     sequential_test: on images that are not tested. The path is chosen by what it costs where pilot runs lose
         `PILOT_FRACTION` of the bound.
     """
-    found = []
-    for path in planner.paths:
-        planner.path = path
-        spots, seen = pilot_runs(planner, sequential_test)
-        position = _crossing(spots, seen, PILOT_FRACTION)
-        found.append((planner.mac_ratio(position), path, spots, seen))
-    _, planner.path, spots, seen = min(found, key=lambda one: one[0])
+    spots, seen = fix_path(planner, sequential_test)
     positions = [0.0]
-    for position in sorted({*spots, *(_crossing(spots, seen, wanted) for wanted in RATIOS)}):
+    for position in sorted({*spots, *(crossing(spots, seen, wanted) for wanted in RATIOS)}):
         if position > positions[-1] + 1e-2:
             positions.append(position)
     return positions if planner.by is not None else positions[1:]  # merging alone may lose something
 
 
+def fix_path(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:
+    """Use the path that costs least where pilot runs lose `PILOT_FRACTION` of the bound; return its `pilot_runs`."""
+    found = []
+    for path in planner.paths:
+        planner.path = path
+        spots, seen = pilot_runs(planner, sequential_test)
+        position = crossing(spots, seen, PILOT_FRACTION)
+        found.append((planner.mac_ratio(position), path, spots, seen))
+    _, planner.path, spots, seen = min(found, key=lambda one: one[0])
+    return spots, seen
+
+
 def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:
-    """Positions evenly spaced in predicted compute, and the losses there over the bound, made to rise."""
+    """Positions evenly spaced in predicted compute, and the losses there over the bound, made to rise.
+
+    At the first position nobody leaves; beside merging something is lost there, too.
+    """
     first, last = planner.mac_ratio(0.0), planner.mac_ratio(planner.path.end)
-    spots, seen = [0.0], [0.0]
+    spots, seen = [0.0], [0.0 if planner.by is None else sequential_test.ratio(planner.method_at(0.0))]
     for i in range(PILOT_RUNS):
         spot = position_where(planner.mac_ratio, first + (last - first) * (i + 1) / PILOT_RUNS, planner.path.end)
         if spot > spots[-1]:
@@ -130,8 +139,10 @@ def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[
     return spots, seen
 
 
-def _crossing(spots: Sequence[float], seen: Sequence[float], wanted: float) -> float:
+def crossing(spots: Sequence[float], seen: Sequence[float], wanted: float) -> float:
     """The position at which a rising line through the points first reaches `wanted`; the last one if it does not."""
+    if seen[0] >= wanted:
+        return spots[0]
     for i in range(1, len(spots)):
         if seen[i] >= wanted:
             rise = seen[i] - seen[i - 1]
@@ -198,8 +209,8 @@ class SequentialTest:
             p = risk_control.hoeffding_bentkus(mean, n, target.alpha).item()
         return p <= delta, {**figures, "p_value": p}
 
-    def out_of_reach(self) -> str:
-        """Say why not even the first position passed, and what would."""
+    def out_of_reach(self, cure: str = "") -> str:
+        """Say why not even the first position passed, and what would. cure: another one, with a comma behind it."""
         target, n = self.target, len(self.calibration_set)
         asked = f"{target.what}={target.value:g}"
         if target.what == "max_miou_drop":
@@ -210,7 +221,7 @@ class SequentialTest:
             share = self._last["share_of_images_above"]
             return (
                 f"{asked} is out of reach on all but {target.images_above:g} of images: with the most careful exits "
-                f"{share:.3f} of {n} exceed it; ask for a larger loss or share, or use --method dense."
+                f"{share:.3f} of {n} exceed it; ask for a larger loss or share, {cure}or use --method dense."
             )
         mean = self._last["mean_loss"] / target.clip
         if target.in_expectation:
@@ -219,7 +230,7 @@ class SequentialTest:
             bound = risk_control.smallest_bound(mean, n, target.confidence) * target.clip
         return (
             f"{asked} is out of reach: with the most careful exits {n} images support a bound of {bound:.4g}; ask for "
-            "that or more, give more images, or use --method dense."
+            f"that or more, give more images, {cure}or use --method dense."
         )
 
     def _drop(self, run: TrueRun) -> tuple[float, float, float]:

@@ -20,6 +20,7 @@ from tokenexit.cli import (
     evaluate,
     export,
     gate,
+    policy,
     predict,
     quickstart,
     report,
@@ -49,6 +50,7 @@ usage: tokenexit COMMAND [options]       tokenexit COMMAND --help for a command'
   cost         multiply-adds of a model, without weights
   export       ONNX or a torch.export program, exits included, compared with the model first
   gate         which exits pay on this machine at an image's size, and why
+  policy       a small network, learned from labels, that says which windows of patches may share one token
   convert      a model from weights of timm, Hugging Face, mmsegmentation, Segmenter, DINOv2, DToP or DoViT
   data         check of a dataset before anyone trains on it: counts, sizes, class shares, what is damaged
   doctor       what this machine and installation can do
@@ -111,6 +113,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "export": export.export,
     "cost": cost.cost,
     "gate": gate.gate,
+    "policy": policy.policy,
     "convert": convert.convert,
     "data": data.data,
     "doctor": doctor.doctor,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tokenexit.cli.chosen_methods import merged, methods_of, reducers_of
+from tokenexit.cli.chosen_methods import merged, methods_of, reducer_to_choose
 from tokenexit.cli.method_options import add_merge_option, add_method_options, threshold_method_names
 from tokenexit.cli.options import (
     add_data_options,
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from tokenexit.calibration.targets import CalibrationTarget
     from tokenexit.checkpoints.calibration import Calibration
 
+PROGRESS_FILE = ".calibrating.json"
+"""What was tried of merging so far, in the folder of the calibration, until that is written."""
+
 
 def calibrate(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
@@ -40,12 +43,15 @@ def calibrate(arguments: list[str]) -> int:
     if target is None and (options.fit_temperature or options.cap is not None):
         raise ConfigError("--cbt follows from labels alone: leave --cap and --fit-temperature out.")
     (method,) = methods_of([options.method], options)
-    (by,) = reducers_of(options.merge)
+    by, choose_merging = reducer_to_choose(options.merge)
+    progress = (options.out or options.model) / PROGRESS_FILE if choose_merging else None
     calibration_set, about = _calibration_set(options)
     method = merged(calibration_set.model, method, by)
     with inference(calibration_set.model.device, options.precision):
-        result = _calibration(calibration_set, method, target, about, options)
+        result = _calibration(calibration_set, method, target, about, options, choose_merging, progress)
     path = write_calibration(result, options.model, options.out or options.model)
+    if progress is not None:
+        progress.unlink(missing_ok=True)
     _print_calibration(result)
     print(f"calibration: {path}")
     return 0
@@ -64,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     method = parser.add_argument("--method", metavar="NAME", default=known[0], help=f"method: {', '.join(known)}")
     completes(method, known)
     add_method_options(parser, without=("cap",), only=known)
-    add_merge_option(parser)
+    add_merge_option(parser, chosen=True)
     parser.add_argument("--cap", type=share, help="largest share of dense multiply-adds that any image may cost")
     add_keep_option(parser)
     parser.add_argument(
@@ -164,6 +170,8 @@ def _calibration(
     target: CalibrationTarget | None,
     about: dict[str, Any],
     options: argparse.Namespace,
+    choose_merging: bool,
+    progress: Path | None,
 ) -> Calibration:
     """Thresholds for a target, or class-based ones if there is none."""
     from tokenexit.calibration.calibrate import calibrate as run
@@ -181,6 +189,8 @@ def _calibration(
         seed=options.seed,
         temperatures=options.fit_temperature,
         plan=options.plan,
+        choose_merging=choose_merging,
+        progress=progress,
         about=about,
         say=print,
     )

@@ -7,10 +7,17 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import fields
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin
 
-from tokenexit.cli.method_options import CALIBRATED, NO_MERGING, REDUCERS, method_names, method_options, options_of
+from tokenexit.cli.method_options import (
+    CALIBRATED,
+    CHOSEN,
+    NO_MERGING,
+    REDUCERS,
+    method_names,
+    method_options,
+    options_of,
+)
 from tokenexit.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
@@ -105,6 +112,22 @@ def chosen_methods(
     return [_build("dense")]
 
 
+def reducer_to_choose(text: str | None) -> tuple[Reducer | None, bool]:
+    """What merges tokens beside a method that is calibrated, and whether its value is to be chosen, as in `NAME:auto`.
+
+    Raises `ConfigError`, for a reducer whose value sets no amount, too.
+    """
+    first, comma, others = (text or "").partition(",")
+    name, _, value = first.partition(":")
+    if value != CHOSEN:
+        (by,) = reducers_of(text)
+        return by, False
+    (by,) = reducers_of(f"{name}{comma}{others}")
+    if by is None or not by.trials:
+        raise ConfigError(f"--merge {text}: {name} has no amount to choose: give it as it is.")
+    return by, True
+
+
 def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
     """What merges tokens beside a method, for every `--merge`; None alone if it was not given.
 
@@ -121,6 +144,7 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
             )
     from tokenexit.reducers import REDUCERS as KINDS
     from tokenexit.reducers import build_reducer
+    from tokenexit.reducers.base import option_names
     from tokenexit.runtime.schema import hints
 
     found: list[Reducer | None] = []
@@ -135,10 +159,12 @@ def reducers_of(texts: Sequence[str] | str | None) -> list[Reducer | None]:
         given = {kind.main_option: value} if colon else {}
         given |= {option: rest for option, _, rest in (other.partition("=") for other in others)}
         for option, value in given.items():
+            if value == CHOSEN:
+                raise ConfigError(f"--merge {text}: {CHOSEN} is a value that calibrate alone chooses: give a number.")
             if option not in known or not value:
                 raise ConfigError(
                     f"--merge {text}: '{option}' is no option with its value: write {name}:VALUE,OPTION=VALUE with "
-                    f"options {', '.join(f.name for f in fields(kind))}."
+                    f"options {', '.join(option_names(kind))}."
                 )
             spec[option] = _value(known[option], value)
         found.append(build_reducer(spec))
@@ -149,6 +175,8 @@ def _value(kind: Any, text: str) -> Any:
     """What a text on the command line says of a reducer's option of this type."""
     if get_origin(kind) is Literal:
         return text
+    if kind is bool and text in ("true", "false"):
+        return text == "true"
     if text == "none":
         return None
     value = numbers("merge", text)

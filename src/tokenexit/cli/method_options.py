@@ -19,6 +19,8 @@ CALIBRATED = "calibrated"
 REDUCERS = ("algm", "mpm", "tome", "g2tm", "supertokens", "zerotprune")
 """The names of `tokenexit.reducers.REDUCERS`, which would import torch."""
 NO_MERGING = "none"
+CHOSEN = "auto"
+"""The value of a reducer that `calibrate` chooses, in `--merge NAME:auto`."""
 FOLDER = Path(__file__).parents[1] / "methods"
 TYPES: dict[str, type] = {"int": int, "int | None": int, "float": float, "float | None": float}
 """Annotations that are one number on the command line; others are text such as `0.98/0.9/0.8`."""
@@ -87,9 +89,13 @@ def add_method_choice(parser: Any, default: str = f"{CALIBRATED} one, else dense
     add_method_options(parser, several)
 
 
-def add_merge_option(parser: Any, *, several: bool = False) -> None:
-    """Add `--merge`, what merges tokens beside the method's exits."""
+def add_merge_option(parser: Any, *, several: bool = False, chosen: bool = False) -> None:
+    """Add `--merge`, what merges tokens beside the method's exits.
+
+    several: each is a row of its own. chosen: whether the command chooses a value itself.
+    """
     rows = ", none among them for a row without" if several else ""
+    rows += f"; {CHOSEN} as a value is chosen with the thresholds" if chosen else ""
     parser.add_argument(
         "--merge",
         nargs="+" if several else None,

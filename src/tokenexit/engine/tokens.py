@@ -271,6 +271,11 @@ class Tokens:
         count = torch.zeros_like(self.cover).index_add(0, self.cover, torch.ones_like(self.cover))
         return count.index_select(0, position)
 
+    def weights_by_size(self) -> Tensor:
+        """Return `weights` times `sizes`, of prefix tokens as they are: `(T,)` fp32."""
+        sizes = torch.ones(len(self.x), device=self.x.device)
+        return self.weights() * sizes.index_copy(0, self.patch_index(), self.sizes().float())
+
     def unmerged(self) -> Tokens:
         """Return the tokens of all cells, each with the features of the one that stands for it, which must be live."""
         if self.cover is None:

@@ -9,6 +9,7 @@ Legend: T live tokens of the batch, B images, C channels, N heads, H channels pe
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from dataclasses import asdict, dataclass, fields, replace
 from types import MethodType
 from typing import Annotated, Any, Literal
@@ -24,6 +25,7 @@ from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_grap
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing, PeriodPrecision, Places, rope_periods, rope_phases, rotate
 from tokenexit.engine.tokens import Grid, Packing, Tokens, group_equal
+from tokenexit.engine.window_policy import WindowPolicy, nested
 from tokenexit.errors import ConfigError
 from tokenexit.runtime.schema import Between, Share, check_fields
 
@@ -76,6 +78,8 @@ class ViTConfig:
         drop_path: probability of dropping a residual branch at the last block, linear over the depth from 0.
         drop_path_attention: drop attention branches too; the releases of DToP and DoViT drop MLP branches alone, as
             mmsegmentation does.
+        window_policy: sides in patches of the windows of which a small network says whether they may share a token, see
+            `WindowPolicy`; none without it.
 
     Raises:
         ConfigError: for a field outside its type or bounds, and for fields that contradict each other.
@@ -112,10 +116,16 @@ class ViTConfig:
     pos_embed_offset: Share = 0.0
     drop_path: Share = 0.0
     drop_path_attention: bool = True
+    window_policy: tuple[Side, ...] = ()
 
     def __post_init__(self) -> None:
         check_fields(self)
         object.__setattr__(self, "pos_embed_grid", tuple(self.pos_embed_grid))
+        object.__setattr__(self, "window_policy", tuple(self.window_policy))
+        if not nested(self.window_policy):
+            raise ConfigError(
+                f"window_policy must be sides of windows that nest, got {self.window_policy}: write (2, 4)."
+            )
         if self.embed_dim % self.num_heads:
             raise ConfigError(
                 f"embed_dim must be a multiple of num_heads={self.num_heads}, got {self.embed_dim}: change either."
@@ -165,8 +175,8 @@ class ViTConfig:
         return int(self.embed_dim * self.mlp_ratio)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields by name, as JSON holds them."""
-        return asdict(self)
+        """Return all fields by name, as JSON holds them; the sides of a policy only where there is one."""
+        return {name: value for name, value in asdict(self).items() if name != "window_policy" or value}
 
 
 _TINY = ViTConfig()
@@ -584,6 +594,8 @@ class ViT(nn.Module):
 
     pos_embed: nn.Parameter
     """The position table `(1, prefix rows + h w, C)`; None where the configuration has none."""
+    window_policy: WindowPolicy | None
+    """The network that chooses windows for `Supertokens`, which learns apart from the rest; None without one."""
 
     def __init__(self, config: ViTConfig) -> None:
         super().__init__()
@@ -616,6 +628,8 @@ class ViT(nn.Module):
         )
         self.norm_pre = nn.LayerNorm(dim, config.norm_eps) if config.norm_pre else nn.Identity()
         self.norm = nn.LayerNorm(dim, config.norm_eps) if config.final_norm else nn.Identity()
+        policy = WindowPolicy(config.patch_size, config.window_policy) if config.window_policy else None
+        self.register_module("window_policy", None if policy is None else policy.requires_grad_(False))
         self.grad_checkpointing = False
         """Recompute each block in the backward pass instead of keeping its activations."""
         self.captured: CapturedBlocks | None = None
@@ -634,6 +648,8 @@ class ViT(nn.Module):
     def reset_parameters(self) -> None:
         """Draw weights and embeddings from a truncated normal of 0.02 and set biases to zero, as timm does."""
         for name, parameter in self.named_parameters():
+            if name.startswith("window_policy."):
+                continue  # convolutions keep their own start
             if name.endswith(("cls_token", "reg_token", "pos_embed")) or parameter.ndim > 1:
                 nn.init.trunc_normal_(parameter, std=0.02)
             elif name.endswith("bias"):
@@ -686,6 +702,13 @@ class ViT(nn.Module):
             phases = rope_phases(grid, prefix, periods, config.rope, config.places, side)[prefix:]
             phases = phases.unflatten(0, (rows, columns))
         return self.norm_pre(x.permute(0, 2, 3, 1)), phases
+
+    def with_window_policy(self, policy: WindowPolicy) -> ViT:
+        """Return this backbone with a network that chooses windows; weights are shared."""
+        backbone = copy(self)
+        backbone._modules = {**self._modules, "window_policy": policy.requires_grad_(False)}
+        backbone.config = replace(self.config, window_policy=policy.sides)
+        return backbone
 
     def _periods(self, x: Tensor) -> Tensor:
         """Return the periods of rotary positions, in fp32 at least."""
@@ -748,15 +771,18 @@ class ViT(nn.Module):
             x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight)
         return tokens.with_x(x)
 
-    def attend(self, tokens: Tokens, n: int) -> tuple[Tokens, Tensor]:
+    def attend(self, tokens: Tokens, n: int, weighed: bool = False) -> tuple[Tokens, Tensor]:
         """Run block `n` up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`.
 
         With `feed` it draws stochastic depth as the whole block does. Activations of both are kept in training.
+
+        weighed: a token counts as a key once for each cell that it stands for.
         """
         block = self.blocks[n]
         assert isinstance(block, Block)
         qkv = block.before(tokens.x, tokens.phases)
-        attended = block.attn.attend(qkv, tokens.packing, weight=tokens.weight)
+        weight = tokens.weights_by_size() if weighed else tokens.weight
+        attended = block.attn.attend(qkv, tokens.packing, weight=weight)
         drops = block.training and block.drop_path > 0.0 and block.drop_path_attention
         factor = drop_path(block.drop_path, tokens.packing, attended.dtype) if drops else None
         mixed = block.mix(tokens.x, attended, factor)

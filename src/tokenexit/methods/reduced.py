@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar, NoReturn, Self
 
 from torch import Tensor
 
@@ -57,6 +57,9 @@ class Reduced(Wrapper):
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[object]]]:
         """Yield the runs of the method inside."""
         return ((run, replace(self, method=each)) for run, each in self.method.runs(grids, max_tokens))
+
+    def at(self, progress: float) -> Self:
+        return replace(self, method=self.method.at(progress), by=self.by.at(progress))
 
     def check(self, model: ModelView) -> None:
         if not self.batch_independent:

@@ -1,12 +1,11 @@
 """Reducers merge or drop tokens between exits; `tokenexit.Reduced` puts one beside any method."""
 
 from collections.abc import Mapping
-from dataclasses import fields
 from typing import Any
 
 from tokenexit.errors import ConfigError
 from tokenexit.reducers.algm import ALGM
-from tokenexit.reducers.base import Reducer, Site
+from tokenexit.reducers.base import Reducer, Site, option_names
 from tokenexit.reducers.g2tm import G2TM
 from tokenexit.reducers.mpm import MPM
 from tokenexit.reducers.supertokens import Supertokens
@@ -39,7 +38,7 @@ def build_reducer(spec: ReducerSpec) -> Reducer:
     kind = REDUCERS.get(name or "")
     if kind is None:
         raise ConfigError(f"reducer '{name}' is unknown: choose one of {', '.join(REDUCERS)}.")
-    known = [f.name for f in fields(kind)]
+    known = option_names(kind)
     for option, value in options.items():
         if option not in known:
             raise ConfigError(f"reducer '{name}' has no option '{option}': it takes {', '.join(known)}.")
@@ -54,7 +53,7 @@ def reducer_spec(reducer: Reducer, whole: bool = False) -> dict[str, Any]:
     whole: list all options, and not only those that differ from their defaults.
     """
     default = type(reducer)()
-    options = {f.name: getattr(reducer, f.name) for f in fields(reducer)}
+    options = {name: getattr(reducer, name) for name in option_names(reducer)}
     listed = {name: value for name, value in options.items() if whole or value != getattr(default, name)}
     return {"name": reducer.name, **{k: list(v) if isinstance(v, tuple) else v for k, v in listed.items()}}
 

@@ -24,7 +24,7 @@ With register tokens, which are excluded like the class token, the alternation c
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,16 +33,17 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.reducers.base import Reducer, Site, check_block, check_number
+from tokenexit.reducers.base import COSINES, Adjustable, Site, check_block, check_number
 from tokenexit.reducers.matching import above_mean, alike_windows, bipartite, bipartite_ops, window_ops
 
 
 @dataclass(frozen=True)
-class ALGM(Reducer):
+class ALGM(Adjustable):
     """Adaptive local-then-global merging.
 
     Attributes:
-        threshold: mean cosine of a window's tokens from which on they merge; above 1 none do.
+        threshold: mean cosine of a window's tokens from which on they merge; above 1 none do. `warmup` moves it alone:
+            the second stage is relative and merges from the start.
         local_block: the block in which windows merge, 1 the first; None leaves the stage out.
         global_block: the block in which alike tokens merge wherever they are, 5 of 12 and 7 of 24 as published; None
             leaves the stage out.
@@ -56,6 +57,8 @@ class ALGM(Reducer):
     name: ClassVar[str] = "algm"
     title: ClassVar[str] = "ALGM"
     main_option: ClassVar[str] = "threshold"
+    trials: ClassVar[tuple[Any, ...]] = COSINES
+    idle: ClassVar[float] = 1.0
 
     threshold: float = 0.9
     local_block: int | None = 1
@@ -64,6 +67,7 @@ class ALGM(Reducer):
     divisor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("threshold", self.threshold, -1, 2, "above 1 no window merges")
         check_block("local_block", self.local_block)
         check_block("global_block", self.global_block)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import ClassVar
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, ClassVar, Self
 
 from torch import Tensor
 
@@ -17,6 +17,9 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
+
+COSINES = (0.99, 0.98, 0.96, 0.94, 0.92, 0.9, 0.87, 0.84, 0.8, 0.75, 0.7, 0.6, 0.5)
+"""Thresholds of likeness that calibration tries, around those that were published."""
 
 
 @dataclass(frozen=True)
@@ -27,11 +30,14 @@ class Site:
         after: number of blocks before it, as exits are counted.
         inside: whether it lies further on, behind the attention of the next block and before its MLP.
         rejoins: whether tokens that had left come back there, which is a method's own site, see `rejoin_sites`.
+        weighed: whether, in the attention of the block that it lies inside of, a token counts as a key as many times as
+            it stands for cells.
     """
 
     after: int
     inside: bool = False
     rejoins: bool = False
+    weighed: bool = False
 
 
 @dataclass(frozen=True)
@@ -42,17 +48,19 @@ class Reducer(ABC):
         name: its name in YAML, JSON and on the command line.
         title: its name in tables and figures.
         main_option: the option that `--merge NAME:VALUE` sets.
+        trials: values of that option that calibration tries, from merging little to much; none where it sets no amount.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     main_option: ClassVar[str]
+    trials: ClassVar[tuple[Any, ...]] = ()
 
     @property
     def label(self) -> str:
         """The name in a table row: the reducer, its main option, and others that differ from their defaults."""
         default = type(self)()
-        others = [f.name for f in fields(self) if f.name != self.main_option]
+        others = [name for name in option_names(self) if name != self.main_option]
         named = [name for name in others if getattr(self, name) != getattr(default, name)]
         return " ".join([self.name, *(f"{name}={_text(getattr(self, name))}" for name in (self.main_option, *named))])
 
@@ -73,6 +81,10 @@ class Reducer(ABC):
         """Count what `embed` does beside the backbone's own, on one image."""
         return Ops()
 
+    def at(self, progress: float) -> Self:
+        """Return the reducer to train with after a share `progress` in [0, 1] of the training."""
+        return self
+
     @abstractmethod
     def sites(self, depth: int) -> tuple[Site, ...]:
         """Return where a network of so many blocks is reduced, in order; nowhere if `embed` does it all."""
@@ -87,6 +99,41 @@ class Reducer(ABC):
     @abstractmethod
     def ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         """Count the comparisons of a site on one image that arrives with so many live patch tokens."""
+
+
+@dataclass(frozen=True)
+class Adjustable(Reducer):
+    """The base of reducers whose main option sets how much merges.
+
+    Attributes:
+        idle: the value of that option from which curricula start, at which nothing merges but what is equal.
+        warmup: share of the training over which the option goes from `idle` to its value, linearly, as thresholds of
+            exits fall.
+
+    Raises:
+        ConfigError: for a share out of range.
+    """
+
+    idle: ClassVar[float]
+
+    warmup: float = field(default=0.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_number("warmup", self.warmup, 0, 1, "it is a share of the training")
+
+    def at(self, progress: float) -> Self:
+        if progress >= self.warmup:
+            return self
+        done, value = progress / self.warmup, getattr(self, self.main_option)
+        several = value if isinstance(value, tuple) else (value,)
+        now = tuple(self.idle + done * (one - self.idle) for one in several)
+        changed: dict[str, Any] = {self.main_option: now if isinstance(value, tuple) else now[0]}
+        return replace(self, **changed)
+
+
+def option_names(reducer: Reducer | type[Reducer]) -> list[str]:
+    """Return the names of a reducer's options, those that it shares with others last."""
+    return [f.name for f in sorted(fields(reducer), key=lambda f: f.kw_only is True)]
 
 
 def check_number(name: str, value: float, low: float, high: float, meaning: str) -> None:

@@ -9,11 +9,13 @@ Sources: CTS, content-aware token sharing (Lu, de Geus, Dubbelman; CVPR 2023; re
 no code was published and no more than two abstracts could be read, for several sizes and for exits beside them:
 `Reduced(DToP(0.95), Supertokens())`; APT (ICLR 2026), abstract, for going from large windows to small by entropy.
 
-What chooses windows is not theirs. CTS and STEP train a network for it; the policies here need no training:
+What chooses windows is not theirs. CTS and STEP train a large network for it; two of three policies need no training:
 
 - `similarity`: the mean cosine of a window's patches as they are embedded, without positions (ALGM's rule on windows);
 - `entropy`: 1 - H / log 64 for the entropy H of the window's grey levels, means of the channels in steps of 0.1 of the
-  image as it was normalised. APT's levels have thresholds of their own, and its large patches a trained module.
+  image as it was normalised. APT's levels have thresholds of their own, and its large patches a trained module;
+- `net`: the probability, from a small network of the model's (`WindowPolicy`, fitted to labels by `tokenexit policy`),
+  that a window holds one class. CTS's labels, without its EfficientNet and without its fixed count.
 
 Further differences: every image has its own number of supertokens, where CTS takes a fixed one; tokens stay in raster
 order, where CTS puts supertokens last, which no block can tell; windows are cut from any grid, and those that it cuts
@@ -23,10 +25,10 @@ off stay patches. With rotary positions coordinates are averaged; that is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
-from typing import ClassVar, Literal, get_args
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -36,24 +38,25 @@ from tokenexit.engine import ops
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.window_policy import nested, policy_ops
 from tokenexit.errors import ConfigError
-from tokenexit.reducers.base import Reducer, Site, check_number
+from tokenexit.reducers.base import COSINES, Adjustable, Site, check_number
 from tokenexit.reducers.matching import window_ops, window_similarity, windows
 
-Policy = Literal["similarity", "entropy"]
+Policy = Literal["similarity", "entropy", "net"]
 LEVELS, STEP = 64, 0.1
 """Grey levels of the entropy policy, in units of the normalised image, and symmetric about 0."""
 
 
 @dataclass(frozen=True)
-class Supertokens(Reducer):
+class Supertokens(Adjustable):
     """One token for each window of patches that are alike.
 
     Attributes:
         threshold: how alike a window's patches are, at most 1, from which on they share a token; above 1 none do.
         sizes: sides of windows in patches, each a multiple of the one before.
-        policy: "similarity" of patches as they are embedded, or the "entropy" of grey levels, as 1 minus its share of
-            the largest.
+        policy: "similarity" of patches as they are embedded, the "entropy" of grey levels, as 1 minus its share of the
+            largest, or the probability of one class by the "net" of a model that has one.
 
     Raises:
         ConfigError: for a value out of range, and for sizes that do not nest.
@@ -62,17 +65,32 @@ class Supertokens(Reducer):
     name: ClassVar[str] = "supertokens"
     title: ClassVar[str] = "Supertokens"
     main_option: ClassVar[str] = "threshold"
+    trials: ClassVar[tuple[Any, ...]] = COSINES
+    idle: ClassVar[float] = 1.0
 
     threshold: float = 0.95
     sizes: tuple[int, ...] = (2, 4)
     policy: Policy = "similarity"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_number("threshold", self.threshold, -1, 2, "above 1 no window shares a token")
         if self.policy not in get_args(Policy):
-            raise ConfigError(f"policy must be similarity or entropy, got '{self.policy}': choose one.")
-        if any(side <= before or side % before for before, side in pairwise((1, *self.sizes))):
+            raise ConfigError(f"policy must be similarity, entropy or net, got '{self.policy}': choose one.")
+        if not nested(self.sizes):
             raise ConfigError(f"sizes must be sides of windows that nest, got {self.sizes}: write (2, 4) or (2, 4, 8).")
+
+    def check(self, backbone: ViTConfig) -> None:
+        super().check(backbone)
+        if self.policy != "net":
+            return
+        if not backbone.window_policy:
+            raise ConfigError("policy 'net' is a network that this model lacks: fit one with `tokenexit policy`.")
+        if not set(self.sizes) <= set(backbone.window_policy):
+            raise ConfigError(
+                f"sizes must be some of {backbone.window_policy}, which this model's network was fitted for, got "
+                f"{self.sizes}: choose them, or fit another with `tokenexit policy`."
+            )
 
     def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
         projected = backbone.project(images)
@@ -85,13 +103,14 @@ class Supertokens(Reducer):
         for members, patches in projected:
             grid, patch = (patches.shape[2], patches.shape[3]), backbone.config.patch_size
             pixels = _padded(torch.stack([images[i] for i in members]), grid, patch)
+            alike = self.alike_by_side(members, pixels, patches, backbone)
             for side in reversed(self.sizes):
                 cells = windows([grid], side, x.device)  # (W, side^2), of each of these images
                 if len(cells) == 0:
                     continue
                 cells = (first[members][:, None, None] + cells).flatten(0, 1)  # (b W, side^2)
                 corner = cells[:, 0]  # a larger window holds all of this one or nothing, and so its corner
-                shares = free[corner] & (self.alike(members, pixels, patches, side) >= self.threshold).flatten()
+                shares = free[corner] & (alike[side] >= self.threshold).flatten()
                 values, places = backbone.embed_windows(pixels, side)
                 x = _put(x, row[corner], shares, values.flatten(0, 2))
                 if phases is not None and places is not None:
@@ -101,6 +120,17 @@ class Supertokens(Reducer):
                 free = free.index_copy(0, cells.flatten(), (free[cells] & ~shares[:, None]).flatten())
 
         return replace(tokens, x=x, phases=phases, cover=cover).keep(cover == torch.arange(len(cover), device=x.device))
+
+    def alike_by_side(
+        self, images: Sequence[int], pixels: Tensor, patches: Tensor, backbone: ViT
+    ) -> Mapping[int, Tensor]:
+        """Return `alike` of every size that has a whole window, by side."""
+        sides = [side for side in self.sizes if min(patches.shape[2:]) >= side]
+        if self.policy == "net" and sides:
+            assert backbone.window_policy is not None, "checked"
+            with torch.no_grad():
+                return {side: x.sigmoid() for side, x in backbone.window_policy(pixels, max(sides)).items()}
+        return {side: self.alike(images, pixels, patches, side) for side in sides}
 
     def alike(self, images: Sequence[int], pixels: Tensor, patches: Tensor, side: int) -> Tensor:
         """Return how alike the patches of every whole window are, at most 1: `(b, W)`, windows in raster order.
@@ -117,6 +147,8 @@ class Supertokens(Reducer):
             work += ops.conv2d(grid[0] // side, grid[1] // side, 3, backbone.embed_dim, backbone.patch_size)
             if self.compares:
                 work += window_ops(grid, side, backbone.embed_dim)
+        if self.policy == "net" and (sides := [side for side in self.sizes if min(grid) >= side]):
+            work += policy_ops(grid, backbone.patch_size, backbone.window_policy, max(sides))
         return work
 
     @property

@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.reducers.base import Reducer, Site, check_number
+from tokenexit.reducers.base import Adjustable, Site, check_number
 from tokenexit.reducers.matching import nearest, unit
 
 Number = TypeVar("Number", int, float)
@@ -50,7 +50,7 @@ LEAST_VARIANCE, MOST_VARIANCE = 0.01, 0.7
 
 
 @dataclass(frozen=True)
-class ZeroTPrune(Reducer):
+class ZeroTPrune(Adjustable):
     """Pruning by the attention graph.
 
     Attributes:
@@ -67,6 +67,8 @@ class ZeroTPrune(Reducer):
     name: ClassVar[str] = "zerotprune"
     title: ClassVar[str] = "Zero-TPrune"
     main_option: ClassVar[str] = "keep"
+    trials: ClassVar[tuple[Any, ...]] = ((0.95,), (0.9,), (0.8,), (0.7,), (0.6,), (0.5,))
+    idle: ClassVar[float] = 1.0
 
     keep: tuple[float, ...] = (0.7,)
     blocks: tuple[int, ...] = (3, 6, 9)
@@ -74,6 +76,7 @@ class ZeroTPrune(Reducer):
     share_similar: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for share in self.keep:
             check_number("keep", share, 0, 1, "1 drops nothing")
         check_number("share_similar", self.share_similar, 0, 1, "0 drops by rank alone")

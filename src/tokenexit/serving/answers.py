@@ -91,7 +91,8 @@ class View(Figures):
 
     size: height and width of the maps. labels: class of each pixel, a byte, or two, low first, beyond 256 classes.
     scores: of that class, 255 for certain. grid: rows and columns of `exit_stage`, a byte for each token. extent:
-    height and width of the image in tokens, less than the grid's where the image was padded.
+    height and width of the image in tokens, less than the grid's where the image was padded. groups: four bytes for
+    each token, low first, equal where one merged token stood for several; empty where none merged, and in windows.
     """
 
     size: tuple[int, int]
@@ -100,6 +101,7 @@ class View(Figures):
     grid: tuple[int, int]
     extent: tuple[float, float]
     exit_stage: str
+    groups: str
 
 
 def figures(model: ExitSegmenter, method: Method[Any], answer: Answer, labels: npt.NDArray[Any], size: Size) -> Figures:
@@ -179,6 +181,7 @@ def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) 
         grid=grid.shape,
         extent=extent,
         exit_stage=_base64(grid.astype(np.uint8)),
+        groups=_base64(answer.output.groups[0].cpu().numpy().astype("<u4")) if answer.output.groups else "",
     )
 
 

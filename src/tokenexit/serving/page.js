@@ -71,7 +71,8 @@ function decoded(view) {
   const bytes = (text) => Uint8Array.from(atob(text), (sign) => sign.charCodeAt(0));
   const labels = bytes(view.labels);
   const wide = labels.length > view.size[0] * view.size[1];
-  return { ...view, labels: wide ? new Uint16Array(labels.buffer) : labels, scores: bytes(view.scores), exit_stage: bytes(view.exit_stage) };
+  const groups = new Uint32Array(bytes(view.groups).buffer);
+  return { ...view, labels: wide ? new Uint16Array(labels.buffer) : labels, scores: bytes(view.scores), exit_stage: bytes(view.exit_stage), groups };
 }
 
 // ---------------------------------------------------------------------------------------------------- what is asked
@@ -159,6 +160,18 @@ function coloured(values, width, height, colours) {
   });
 }
 
+// Thin lines between merged tokens, each of which stands for a group of patches.
+function outlined(context, { groups, grid: [rows, columns], extent }, w, h) {
+  context.globalAlpha = 0.3;
+  context.fillStyle = "#ffffff";
+  const x = (column) => Math.round((column * w) / extent[1]), y = (row) => Math.round((row * h) / extent[0]);
+  groups.forEach((group, i) => {
+    const row = Math.floor(i / columns), column = i % columns;
+    if (row && groups[i - columns] !== group) context.fillRect(x(column), y(row), x(column + 1) - x(column), 1);
+    if (column && groups[i - 1] !== group) context.fillRect(x(column), y(row), 1, y(row + 1) - y(row));
+  });
+}
+
 const LOOKS = {
   Image: (view) => painted(current.bitmap.width, current.bitmap.height, (context) => context.drawImage(current.bitmap, 0, 0)),
   Prediction: (view) => coloured(view.labels, view.size[1], view.size[0], about.palette),
@@ -179,6 +192,7 @@ const LOOKS = {
       context.globalAlpha = 0.72;
       context.imageSmoothingEnabled = false;
       context.drawImage(tiles, 0, 0, view.extent[1], view.extent[0], 0, 0, w, h);
+      outlined(context, view, w, h);
     });
   },
 };
@@ -332,7 +346,8 @@ function drawPoint() {
     line.innerHTML = "<span></span><b></b><span></span>";
     line.children[0].textContent = chosenMethod() === "compare" ? `${titleOf(method)}: ` : "";
     line.children[1].textContent = about.classes[view.labels[at]];
-    line.children[2].textContent = `, ${score}; its token ${where}.`;
+    const patches = view.groups.reduce((count, group) => count + (group === view.groups[token]), 0);
+    line.children[2].textContent = `, ${score}; its token ${patches > 1 ? `stands for ${patches} patches and ` : ""}${where}.`;
     return line;
   });
   const view = Object.values(views)[0], where = document.createElement("div");
