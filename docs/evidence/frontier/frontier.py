@@ -28,7 +28,7 @@ import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-AT = {"camvid": (1.5, 2.0, 3.0, 4.0), "cwfid": (8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
+AT = {"camvid": (1.5, 2.0, 3.0, 4.0), "cwfid": (3.0, 6.0, 8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
 """GMACs of an image at which curves are compared."""
 KINDS = {
     "dense": ("Dense at other sizes", "#222222", "d", "--"),
@@ -40,6 +40,12 @@ KINDS = {
     "dtop": ("DToP, any size", "#1f6fb4", "o", ""),
     "dtop, trained on": ("DToP on the dense model trained on", "#6fa8d6", "o", ""),
     "dtop, finetuned": ("DToP Finetune, any size", "#1f6fb4", "s", ""),
+    "dense, finetuned early": ("Dense of the model with early exits", "#c58f8f", "d", "--"),
+    "truncated, finetuned early": ("stopped, of the model with early exits", "#e3c4c4", "^", ""),
+    "dtop, finetuned early": ("DToP Finetune with early exits, any size", "#b3262a", "o", ""),
+    "random, finetuned early": ("random exits at its counts", "#d9a0a0", "x", ""),
+    "dense, trained on, early heads": ("Dense, trained on with early heads", "#5f7f5f", "d", "--"),
+    "truncated, trained on, early heads": ("stopped, trained on with early heads", "#a9c0a9", "^", ""),
     "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
     "planned by labels": ("plans of size, stop and exits, by labels", "#0f7f6b", "P", "-"),
     "random": ("random exits at DToP's counts", "#bbbbbb", "x", ""),
@@ -112,6 +118,7 @@ def compared(rows: list[Row], gmacs: float, figure: str) -> dict[str, float]:
         "static": STATIC,
         "dtop": ("dtop",),
         "dtop, finetuned": ("dtop, finetuned",),
+        "dtop, finetuned early": ("dtop, finetuned early",),
         "planned": ("planned",),
         "planned by labels": ("planned by labels",),
     }
@@ -122,13 +129,15 @@ def tables(data: str, rows: list[Row]) -> None:
     seeds = sorted({row["seed"] for row in rows})
     for figure in ("miou", "boundary_iou"):
         print(f"\n{data}, {figure}, seeds {seeds}\n")
-        print("| GMACs | best static plan | DToP, any size | DToP Finetune | plan, by agreement | plan, by labels |")
-        print("|---:|---:|---:|---:|---:|---:|")
+        print(
+            "| GMACs | best static | DToP, any size | Finetune | early exits | plan, by agreement | plan, by labels |"
+        )
+        print("|---:|---:|---:|---:|---:|---:|---:|")
         for gmacs in AT[data]:
             found = [compared([row for row in rows if row["seed"] == seed], gmacs, figure) for seed in seeds]
             static = [one["static"] for one in found]
             cells = [f"{mean(static):.2f}"]
-            for name in ("dtop", "dtop, finetuned", "planned", "planned by labels"):
+            for name in ("dtop", "dtop, finetuned", "dtop, finetuned early", "planned", "planned by labels"):
                 gains = [one[name] - one["static"] for one in found if not math.isnan(one[name])]
                 spread = f" ± {stdev(gains):.2f}" if gains[1:] else ""
                 cells.append(f"{mean(one[name] for one in found):.2f} ({mean(gains):+.2f}{spread})" if gains else "")
@@ -161,7 +170,7 @@ def random_gains(data: str, rows: list[Row]) -> None:
 
 def draw(data: str, rows: list[Row], out: Path) -> None:
     """Draw every point, and the best static plan of each seed as a line."""
-    figure, axes = plt.subplots(figsize=(8.5, 5.4), layout="constrained")
+    figure, axes = plt.subplots(figsize=(11, 5.4), layout="constrained")
     seeds = sorted({row["seed"] for row in rows})
     for kind, (name, colour, marker, line) in KINDS.items():
         for n, seed in enumerate(seeds):
@@ -183,7 +192,7 @@ def draw(data: str, rows: list[Row], out: Path) -> None:
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     named = dict(zip(*axes.get_legend_handles_labels()[::-1]))
-    axes.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="lower right")
+    axes.legend(named.values(), named.keys(), fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(out, dpi=130)
 
 
