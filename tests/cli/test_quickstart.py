@@ -165,6 +165,72 @@ def test_pace__measures_fewer_steps_on_a_slow_machine(monkeypatch: pytest.Monkey
     assert trained == [2, 2, 3, 3]
 
 
+@pytest.mark.parametrize(("steps", "factor"), [(500, 1.0), (240, 1.0), (200, 1.2), (100, 1.6), (6, 1.6)])
+def test_stretch__gives_a_slow_machine_more_time_to_train(steps: int, factor: float) -> None:
+    assert quickstart.stretch(steps) == pytest.approx(factor)
+
+
+class Stop(Exception):
+    """Ends a quickstart where there is nothing more to see."""
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, out: Path, minutes: float | None, steps: int) -> tuple[str, int, float]:
+    """What a quickstart says of its training, its steps, and the seconds from its begin after which all shall be done.
+
+    Finding out how many steps fit takes half a minute, and the training three.
+    """
+    clock, trained, ends = Clock(monkeypatch), [], []
+    begun = clock.now
+
+    def pace(seconds: float, seed: int) -> tuple[int, str]:
+        clock.now += 30.0
+        return steps, "fp32"
+
+    def train(recipe: TrainConfig, say: Any) -> None:
+        trained.append(recipe.steps)
+        clock.now += 180.0
+
+    def calibrated(model: Any, saved: Path, allowance: Any, say: Any) -> None:
+        ends.append(allowance.end - begun)
+        raise Stop
+
+    monkeypatch.setattr(quickstart, "pace", pace)
+    monkeypatch.setattr("tokenexit.training.loop.train", train)
+    monkeypatch.setattr(quickstart, "calibrated_methods", calibrated)
+    said = io.StringIO()
+    with redirect_stdout(said), pytest.raises(Stop):
+        quickstart.run_quickstart(out, minutes)
+    return said.getvalue(), trained[0], ends[0]
+
+
+def test_quickstart__on_a_slow_machine_trains_for_longer_within_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said, steps, end = planned(monkeypatch, tmp_path, None, steps=100)
+    assert steps == 160
+    assert "take about 4 minutes in place of 2.5, as this machine is slow or busy" in " ".join(said.split())
+    assert end == pytest.approx(60 * quickstart.ALL_MINUTES)
+
+
+def test_quickstart__on_a_fast_machine_trains_as_long_as_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said, steps, end = planned(monkeypatch, tmp_path, None, steps=400)
+    assert steps == 400
+    assert said.endswith("take about 2.5 minutes\n")
+    assert end == pytest.approx(60 * quickstart.ALL_MINUTES)
+
+
+@pytest.mark.parametrize(("minutes", "after"), [(1.0, 3.5), (10.0, 10.0)])
+def test_quickstart__takes_the_time_that_was_asked_for_however_slow_the_machine(
+    minutes: float, after: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said, steps, end = planned(monkeypatch, tmp_path, minutes, steps=100)
+    assert steps == 100
+    assert said.endswith(f"take about {minutes:g} minutes\n")
+    assert end == pytest.approx(30 + 180 + 60 * after)
+
+
 def test_forward_seconds__is_the_median_of_some_after_one_that_warms(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, times = Clock(monkeypatch), iter([90.0, 3.0, 50.0, 2.0])
 

@@ -35,6 +35,10 @@ CALIBRATING, EVALUATING, SHOWING, ADAPTING = 50.0, 4.0, 8.0, 16.0
 """Time of one scene in each phase, in forward passes of the dense model; measured."""
 MINUTES, MINUTES_AFTER = 2.5, 3.5
 """Minutes of training, and of all that follows; a longer training gives the same to both."""
+LONGEST, ALL_MINUTES = 4.0, 6.5
+"""Minutes of training on a slow machine, at most, and of the whole command, where no time was asked for."""
+ENOUGH_STEPS = 240
+"""Steps of training for which a slow machine takes longer."""
 MEASURED_STEPS, WARMING_STEPS = 6, 2
 MEASURING = 0.15
 """Share of the training's time for which each precision is measured."""
@@ -48,12 +52,15 @@ class Made:
     tune_images: int
 
 
-def run_quickstart(out: Path, minutes: float = MINUTES, seed: int = 0) -> list[Evaluation]:
+def run_quickstart(out: Path, minutes: float | None = None, seed: int = 0) -> list[Evaluation]:
     """Train for about `minutes`, calibrate on the val split, compare on the test split, write a report.
 
-    What follows the training gets `MINUTES_AFTER`, or as long as that took if it is more: on a slow machine it takes
-    fewer scenes, and the model is not adapted. DToP's calibration is saved with the model. Prints one table and the
-    paths of what it wrote. Safe to interrupt: a second call starts anew.
+    What follows the training gets `MINUTES_AFTER`, or as long as that took if it is more. If no time is asked for, the
+    training takes `MINUTES`, or more where few steps fit into them, and all together `ALL_MINUTES`. On a slow machine
+    what follows takes fewer scenes, and the model is not adapted.
+
+    DToP's calibration is saved with the model. Prints one table and the paths of what it wrote. Safe to interrupt: a
+    second call starts anew.
     """
     from tokenexit.data.registry import open_dataset
     from tokenexit.evaluation.evaluate import evaluate
@@ -61,18 +68,23 @@ def run_quickstart(out: Path, minutes: float = MINUTES, seed: int = 0) -> list[E
     from tokenexit.training.loop import train
     from tokenexit.training.recipes import SIZE, scene_recipe
 
-    if minutes <= 0:
+    begun = time.monotonic()
+    if minutes is not None and minutes <= 0:
         raise ConfigError(f"--minutes {minutes} must be positive.")
     from rich.console import Console
     from rich.progress import track
 
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     console.print("one small ViT for three methods, on street scenes drawn as training goes")
-    steps, precision = pace(minutes * 60, seed)
-    console.print(f"{steps} steps in {precision}, the faster precision here, take about {minutes:g} minutes")
+    steps, precision = pace(60 * (minutes or MINUTES), seed)
+    longer = 1.0 if minutes else stretch(steps)
+    steps, taken = int(longer * steps), longer * (minutes or MINUTES)
+    slow = "" if longer == 1.0 else f" in place of {MINUTES:g}, as this machine is slow or busy"
+    console.print(f"{steps} steps in {precision}, the faster precision here, take about {taken:.2g} minutes{slow}")
     model = train(scene_recipe(out / "model", steps, precision, seed), say=console.print)
 
-    allowance = Allowance(time.monotonic() + 60 * max(minutes, MINUTES_AFTER), lambda: forward_seconds(model))
+    end = time.monotonic() + 60 * max(minutes, MINUTES_AFTER) if minutes else begun + 60 * ALL_MINUTES
+    allowance = Allowance(end, lambda: forward_seconds(model))
     methods, tuned_on = calibrated_methods(model, out / "model", allowance, console.print)
     count = allowance.images(TEST_IMAGES, FEWEST_TEST, EVALUATING, later=SHOWN_IMAGES * SHOWING)
     test = open_dataset("scenes", None, "test", length=count, size=SIZE)
@@ -102,6 +114,11 @@ def pace(seconds: float, seed: int) -> tuple[int, Precision]:
         times = {precision: timed_steps(Path(folder), measured, precision, seed) for precision in PRECISIONS}
     fastest = min(PRECISIONS, key=lambda precision: times[precision])
     return max(MEASURED_STEPS, int(seconds * measured / times[fastest])), fastest
+
+
+def stretch(steps: int) -> float:
+    """Factor by which a training of so many steps takes longer than `MINUTES`, as fewer teach a model very little."""
+    return min(LONGEST / MINUTES, max(1.0, ENOUGH_STEPS / steps))
 
 
 def timed_steps(folder: Path, steps: int, precision: Precision, seed: int) -> float:
@@ -286,7 +303,11 @@ def report_sections(
 def quickstart(arguments: list[str]) -> int:
     parser = command_parser("quickstart", "Train on drawn street scenes and compare Dense, DToP and DoViT in a report.")
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder for the model and the report")
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="approximate time of training")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        help=f"approximate time of training; if not given {MINUTES:g}, and up to {LONGEST:g} on a slow machine",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed")
     add_threads_option(parser)
     options = parser.parse_args(arguments)
