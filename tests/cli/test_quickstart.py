@@ -28,6 +28,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "SIZE", (32, 48))
+        patch.setattr(recipes, "WARMUP_SHARE", 10.0)  # a model that has hardly begun sees one class, of which few stay
+        patch.setattr(quickstart, "BATCHES", {8: 1.0})
         patch.setattr(quickstart, "pace", lambda seconds, seed: (3, "fp32"))
         patch.setattr(quickstart, "TUNE_IMAGES", 2)
         patch.setattr(quickstart, "TEST_IMAGES", 4)
@@ -96,6 +98,8 @@ def on_a_slow_machine(finished: dict[str, Any]) -> dict[str, Any]:
     before = {folder: len(list((out / folder).iterdir())) for folder in ("scenes", "pictures")}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(recipes, "SIZE", (32, 48))
+        patch.setattr(recipes, "WARMUP_SHARE", 10.0)  # a model that has hardly begun sees one class, of which few stay
+        patch.setattr(quickstart, "BATCHES", {8: 1.0})
         patch.setattr(quickstart, "pace", lambda seconds, seed: (3, "fp32"))
         for name, count in {"TUNE_IMAGES": 6, "TEST_IMAGES": 8, "SHOWN_IMAGES": 2}.items():
             patch.setattr(quickstart, name, count)
@@ -113,6 +117,7 @@ def test_a_slow_machine__takes_fewer_scenes_and_says_the_true_numbers(on_a_slow_
     assert "evaluated on 3 scenes of the test split in place of 8, as this machine is slow or busy" in said
     assert all(len(result.gmacs) == 3 for result in on_a_slow_machine["results"])
     page = (on_a_slow_machine["out"] / "report.html").read_text()
+    assert "was trained for 3 steps of 8 scenes drawn by a program" in page
     assert "On 3 held-out street scenes" in page
     assert "multiply-adds on 2 scenes of the val split" in page
     assert "figures are from 3 scenes of the test split" in page
@@ -165,9 +170,32 @@ def test_pace__measures_fewer_steps_on_a_slow_machine(monkeypatch: pytest.Monkey
     assert trained == [2, 2, 3, 3]
 
 
-@pytest.mark.parametrize(("steps", "factor"), [(500, 1.0), (240, 1.0), (200, 1.2), (100, 1.6), (6, 1.6)])
-def test_stretch__gives_a_slow_machine_more_time_to_train(steps: int, factor: float) -> None:
-    assert quickstart.stretch(steps) == pytest.approx(factor)
+Course = quickstart.Course
+
+
+@pytest.mark.parametrize(
+    ("fitting", "course"),
+    [
+        (500, Course(500, 8, 2.5)),
+        (240, Course(240, 8, 2.5)),
+        (200, Course(240, 8, 3.0)),
+        (130, Course(round(130 * 1.6 * 2 / 1.05), 4, 4.0)),
+        (70, Course(round(70 * 1.6 * 4 / 1.2), 2, 4.0)),
+        (6, Course(32, 2, 4.0)),
+    ],
+)
+def test_course_of__a_slow_machine_is_longer_and_of_smaller_batches(fitting: int, course: quickstart.Course) -> None:
+    assert quickstart.course_of(fitting, None) == pytest.approx(course)
+
+
+@pytest.mark.parametrize("minutes", [0.5, 10.0])
+def test_course_of__takes_the_time_that_was_asked_for(minutes: float) -> None:
+    assert quickstart.course_of(100, minutes) == (round(400 / 1.2), 2, minutes)
+    assert quickstart.course_of(1000, minutes) == (1000, 8, minutes)
+
+
+def test_course_of__full_batches_are_those_of_the_recipe(tmp_path: Path) -> None:
+    assert max(quickstart.BATCHES) == recipes.scene_recipe(tmp_path, 1, "fp32", 0).batch_size
 
 
 class Stop(Exception):
@@ -175,9 +203,9 @@ class Stop(Exception):
 
 
 def planned(monkeypatch: pytest.MonkeyPatch, out: Path, minutes: float | None, steps: int) -> tuple[str, int, float]:
-    """What a quickstart says of its training, its steps, and the seconds from its begin after which all shall be done.
+    """What a quickstart says of its training, its scenes, and the seconds from its begin after which all shall be done.
 
-    Finding out how many steps fit takes half a minute, and the training three.
+    steps: those that fit. Finding that out takes half a minute, and the training three.
     """
     clock, trained, ends = Clock(monkeypatch), [], []
     begun = clock.now
@@ -187,7 +215,7 @@ def planned(monkeypatch: pytest.MonkeyPatch, out: Path, minutes: float | None, s
         return steps, "fp32"
 
     def train(recipe: TrainConfig, say: Any) -> None:
-        trained.append(recipe.steps)
+        trained.append(recipe.steps * recipe.batch_size)
         clock.now += 180.0
 
     def calibrated(model: Any, saved: Path, allowance: Any, say: Any) -> None:
@@ -206,17 +234,20 @@ def planned(monkeypatch: pytest.MonkeyPatch, out: Path, minutes: float | None, s
 def test_quickstart__on_a_slow_machine_trains_for_longer_within_the_same_time(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said, steps, end = planned(monkeypatch, tmp_path, None, steps=100)
-    assert steps == 160
-    assert "take about 4 minutes in place of 2.5, as this machine is slow or busy" in " ".join(said.split())
+    said, scenes, end = planned(monkeypatch, tmp_path, None, steps=130)
+    assert scenes == 396 * 4
+    assert (
+        "396 steps of 4 scenes in fp32, the faster precision here, take about 4 minutes in place of 2.5, as this machine is slow or busy"
+        in " ".join(said.split())
+    )
     assert end == pytest.approx(60 * quickstart.ALL_MINUTES)
 
 
 def test_quickstart__on_a_fast_machine_trains_as_long_as_it_says(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said, steps, end = planned(monkeypatch, tmp_path, None, steps=400)
-    assert steps == 400
+    said, scenes, end = planned(monkeypatch, tmp_path, None, steps=400)
+    assert scenes == 400 * 8
     assert said.endswith("take about 2.5 minutes\n")
     assert end == pytest.approx(60 * quickstart.ALL_MINUTES)
 
@@ -225,8 +256,8 @@ def test_quickstart__on_a_fast_machine_trains_as_long_as_it_says(
 def test_quickstart__takes_the_time_that_was_asked_for_however_slow_the_machine(
     minutes: float, after: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    said, steps, end = planned(monkeypatch, tmp_path, minutes, steps=100)
-    assert steps == 100
+    said, scenes, end = planned(monkeypatch, tmp_path, minutes, steps=100)
+    assert scenes == 333 * 2
     assert said.endswith(f"take about {minutes:g} minutes\n")
     assert end == pytest.approx(30 + 180 + 60 * after)
 
