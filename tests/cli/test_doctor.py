@@ -162,8 +162,8 @@ def test_busy_cores_are_a_warning_with_what_was_timed_and_what_commands_do(monke
     assert pretend_cores(monkeypatch, 2, Processors(2, 2, None), 1.04, BUSY) == Finding(
         "threads",
         "torch starts 2; 2 logical CPUs, 2 of them usable by this process, 1.0 of them idle: others keep the rest "
-        "busy, and fewer threads are faster (a small network's pass: 10 ms with 1, 100 ms with 2); commands start 1; "
-        "for programs of your own set OMP_NUM_THREADS=1.",
+        "busy, and fewer threads do as well or better (a small network's pass: 10 ms with 1, 100 ms with 2); commands "
+        "start 1; for programs of your own set OMP_NUM_THREADS=1.",
         "warn",
     )
 

@@ -189,11 +189,16 @@ def test_thread_choice__leaves_out_busy_cores_where_that_is_faster(monkeypatch: 
     assert machine.timed == [(8, 5)]
 
 
-def test_thread_choice__keeps_all_threads_where_fewer_are_not_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thread_choice__keeps_all_threads_where_they_are_clearly_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     """As where others have a low priority, or have ended since."""
-    Machine(monkeypatch, 2, t2=0.0100, t1=0.0095)  # not by a tenth
+    Machine(monkeypatch, 2, t2=0.0100, t1=0.0112)
     choice = thread_choice(2, 1.0)
     assert (choice.threads, choice.reason) == (2, "")
+
+
+def test_thread_choice__takes_fewer_where_both_are_as_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch, 2, t2=0.0100, t1=0.0105)
+    assert thread_choice(2, 1.0).threads == 1
 
 
 @pytest.mark.parametrize("idle", [0.0, 0.4, 1.2])
@@ -204,7 +209,7 @@ def test_thread_choice__starts_one_thread_at_least(idle: float, monkeypatch: pyt
 
 def test_thread_choice__says_why_there_are_fewer_than_cores() -> None:
     assert ThreadChoice(1, 2, 0.96, {2: 0.123, 1: 0.0205}).reason == (
-        "torch starts 1 of 2 threads, as other programs leave 1.0 cores idle and fewer are faster now (a small "
+        "torch starts 1 of 2 threads, as other programs leave 1.0 cores idle and fewer do as well or better (a small "
         "network's pass: 20.5 ms with 1, 123 ms with 2); --threads N says otherwise"
     )
 

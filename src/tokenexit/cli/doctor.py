@@ -198,7 +198,8 @@ def _threads() -> Iterator[Finding]:
     if threads > found.cores:
         text += f": more than cores, so they {'' if given else 'would '}wait for each other"
     elif choice.reason:
-        text += f": others keep the rest busy, and fewer threads are faster (a small network's pass: {choice.timed})"
+        timed = f"a small network's pass: {choice.timed}"
+        text += f": others keep the rest busy, and fewer threads do as well or better ({timed})"
     if choice.threads == threads:
         yield Finding("threads", text)
     elif given:

@@ -139,7 +139,7 @@ def add_threads_option(parser: Any) -> None:
         default=None,
         metavar="N",
         help="number of threads for torch; if not given, OMP_NUM_THREADS, else one for each core, or fewer while "
-        "others keep cores busy and that is faster",
+        "others keep cores busy and that is no slower",
     )
 
 

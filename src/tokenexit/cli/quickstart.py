@@ -89,7 +89,7 @@ def run_quickstart(out: Path, minutes: float | None = None, seed: int = 0) -> li
     console = Console(width=None if Console().is_terminal else 160, highlight=False)
     console.print("one small ViT for three methods, on street scenes drawn as training goes")
     fitting, precision = pace(60 * (minutes or MINUTES), seed)
-    course = course_of(fitting, minutes)
+    course = in_time(course_of(fitting, minutes), precision, seed)
     slow = f" in place of {MINUTES:g}, as this machine is slow or busy" if course.minutes > (minutes or MINUTES) else ""
     console.print(
         f"{course.steps} steps of {course.batch_size} scenes in {precision}, the faster precision here, take about "
@@ -145,13 +145,26 @@ def course_of(fitting: int, minutes: float | None) -> Course:
     return Course(steps, batch_size, longer * (minutes or MINUTES))
 
 
-def timed_steps(folder: Path, steps: int, precision: Precision, seed: int) -> float:
+def in_time(course: Course, precision: Precision, seed: int) -> Course:
+    """The same with as many steps as fit into its time by a measurement of its own, if its batches are smaller.
+
+    Where others keep cores busy, threads wait for each other once an operation, however small the batch.
+    """
+    if course.batch_size == max(BATCHES):
+        return course
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = timed_steps(Path(folder), MEASURED_STEPS, precision, seed, course.batch_size) / MEASURED_STEPS
+    fitting = int(60 * course.minutes / max(seconds, 1e-6))
+    return course._replace(steps=max(MEASURED_STEPS, min(course.steps, fitting)))
+
+
+def timed_steps(folder: Path, steps: int, precision: Precision, seed: int, batch_size: int = max(BATCHES)) -> float:
     """Seconds of a training of so many steps."""
     from tokenexit.training.loop import train
     from tokenexit.training.recipes import scene_recipe
 
     start = time.monotonic()
-    train(scene_recipe(folder, steps, precision, seed), say=lambda line: None, progress=False)
+    train(scene_recipe(folder, steps, precision, seed, batch_size), say=lambda line: None, progress=False)
     return time.monotonic() - start
 
 

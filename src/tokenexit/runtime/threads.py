@@ -24,8 +24,8 @@ WAIT_VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 SPINS = 10_000
 """Rounds that a thread waits awake for the others, some tenths of a millisecond: longer than the pauses between the
 operations of a network, and shorter than the turns that the system gives programs on a core."""
-MARGIN = 0.9
-"""Share of the time with all threads from which on fewer threads are faster for sure."""
+MARGIN = 1.1
+"""Time with fewer threads, over that with all, up to which fewer are taken on a busy machine."""
 TIMED_ROUNDS, TIMED_STRETCH = 3, 0.1
 """How often each number of threads is timed, and for how many seconds at a time."""
 
@@ -82,7 +82,7 @@ class ThreadChoice:
             return ""
         return (
             f"torch starts {self.threads} of {self.cores} threads, as other programs leave {self.idle:.1f} cores idle "
-            f"and fewer are faster now (a small network's pass: {self.timed}); --threads N says otherwise"
+            f"and fewer do as well or better (a small network's pass: {self.timed}); --threads N says otherwise"
         )
 
 
@@ -173,7 +173,7 @@ def thread_choice(most: int, idle: float | None) -> ThreadChoice:
     """Choose a number of threads from the cores that are there, and from those that are idle now.
 
     One for each core, and nothing is timed, if enough cores are idle. Otherwise that number and the number of idle
-    cores are timed, and the latter is taken if it is faster by a tenth: threads wait for each other after every
+    cores are timed, and the latter is taken unless it is slower by a tenth: threads wait for each other after every
     operation, so one thread on a core that another program keeps busy can hold up all.
 
     most: number of threads that torch would start by itself, which is never exceeded. idle: number of usable cores
