@@ -13,6 +13,7 @@ import torch
 
 from tokenexit.cli import doctor
 from tokenexit.cli.doctor import Finding, diagnose, format_findings
+from tokenexit.runtime import threads
 from tokenexit.runtime.threads import THREAD_VARIABLES, Processors
 
 
@@ -105,14 +106,26 @@ def test_a_needed_package_that_is_missing_or_old_is_a_failure_with_the_cure(monk
 
 def test_more_threads_than_processors_is_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 10_000)
+    monkeypatch.setattr(doctor, "idle_cores", lambda: None)
     (finding,) = doctor._threads()
     assert finding.status == "warn"
     assert "OMP_NUM_THREADS=" in finding.finding
 
 
-def pretend_cores(monkeypatch: pytest.MonkeyPatch, threads: int, found: Processors, **environment: str) -> Finding:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    monkeypatch.setattr(doctor, "processors", lambda: found)
+def pretend_cores(
+    monkeypatch: pytest.MonkeyPatch,
+    started: int,
+    found: Processors,
+    idle: float | None = None,
+    seconds: dict[int, float] | None = None,
+    **environment: str,
+) -> Finding:
+    """The finding where torch starts so many threads; seconds: of a pass by their number."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: started)
+    monkeypatch.setattr(threads, "pass_seconds", lambda counts: seconds)
+    for module in (doctor, threads):
+        monkeypatch.setattr(module, "processors", lambda: found)
+        monkeypatch.setattr(module, "idle_cores", lambda: idle)
     for name in THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
@@ -139,6 +152,40 @@ def test_too_many_threads_of_the_environment_are_a_warning_with_its_name(monkeyp
 def test_no_more_threads_than_cores_are_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     finding = pretend_cores(monkeypatch, 2, Processors(8, 8, 1.5))
     assert (finding.status, finding.finding.split(";")[0]) == ("ok", "torch starts 2")
+
+
+BUSY = {2: 0.1, 1: 0.01}
+"""Seconds of a pass by the number of threads, where another program keeps one of two cores busy."""
+
+
+def test_busy_cores_are_a_warning_with_what_was_timed_and_what_commands_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pretend_cores(monkeypatch, 2, Processors(2, 2, None), 1.04, BUSY) == Finding(
+        "threads",
+        "torch starts 2; 2 logical CPUs, 2 of them usable by this process, 1.0 of them idle: others keep the rest "
+        "busy, and fewer threads do as well or better (a small network's pass: 10 ms with 1, 100 ms with 2); commands "
+        "start 1; for programs of your own set OMP_NUM_THREADS=1.",
+        "warn",
+    )
+
+
+def test_busy_cores_where_the_environment_says_how_many_are_a_warning_with_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    finding = pretend_cores(monkeypatch, 2, Processors(2, 2, None), 1.0, BUSY, OMP_NUM_THREADS="2")
+    assert finding.status == "warn"
+    assert finding.finding.endswith("; set OMP_NUM_THREADS=1, or leave out OMP_NUM_THREADS=2.")
+
+
+@pytest.mark.parametrize(
+    ("started", "idle", "seconds"), [(2, 2.0, None), (2, 1.0, {2: 0.01, 1: 0.02}), (1, 0.0, None), (2, None, None)]
+)
+def test_threads_that_commands_start_too_are_fine(
+    started: int, idle: float | None, seconds: dict[int, float] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finding = pretend_cores(monkeypatch, started, Processors(2, 2, None), idle, seconds)
+    assert finding.status == "ok"
+    assert finding.finding.startswith(f"torch starts {started}; 2 logical CPUs")
+    assert finding.finding.endswith("usable by this process" if idle is None else f", {idle} of them idle")
 
 
 @pytest.mark.parametrize(("load", "status"), [(3.4, "ok"), (4.6, "warn"), (None, "ok")])

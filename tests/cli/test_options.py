@@ -66,6 +66,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
     monkeypatch.setattr(torch, "set_num_threads", told.append)
     monkeypatch.setattr(threads, "processors", lambda: threads.Processors(8, 8, 1.5))
+    monkeypatch.setattr(threads, "idle_cores", lambda: 8.0)
     for name in threads.THREAD_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return told
@@ -102,6 +103,24 @@ def test_threads__are_chosen_by_quickstart_and_train_too(
     fine(capsys, "train", "--out", tmp_path)
     fine(capsys, "train", "--out", tmp_path, "--threads", "4")
     assert started == [2, 3, 2, 4]
+
+
+def test_threads__fewer_than_cores_are_explained_once_on_stderr(
+    started: list[int], monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    monkeypatch.setattr(threads, "idle_cores", lambda: 0.9)
+    monkeypatch.setattr(threads, "pass_seconds", lambda counts: {2: 0.1, 1: 0.01})
+    given = argparse.Namespace(device="cpu", precision="fp32", threads=None)
+    machine_of(given)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("note: torch starts 1 of 2 threads, as other programs leave 0.9 cores idle")
+    assert said.err.endswith("--threads N says otherwise.\n")
+    assert said.err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    machine_of(given)
+    assert capsys.readouterr().err == ""  # of several processes, the first speaks
+    assert started == [1, 1]
 
 
 def test_threads__are_left_alone_by_the_package(started: list[int]) -> None:

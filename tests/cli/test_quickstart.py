@@ -28,6 +28,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("quickstart")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recipes, "SIZE", (32, 48))
+        patch.setattr(recipes, "WARMUP_SHARE", 10.0)  # a model that has hardly begun sees one class, of which few stay
+        patch.setattr(quickstart, "BATCHES", {8: 1.0})
         patch.setattr(quickstart, "pace", lambda seconds, seed: (3, "fp32"))
         patch.setattr(quickstart, "TUNE_IMAGES", 2)
         patch.setattr(quickstart, "TEST_IMAGES", 4)
@@ -96,6 +98,8 @@ def on_a_slow_machine(finished: dict[str, Any]) -> dict[str, Any]:
     before = {folder: len(list((out / folder).iterdir())) for folder in ("scenes", "pictures")}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(said):
         patch.setattr(recipes, "SIZE", (32, 48))
+        patch.setattr(recipes, "WARMUP_SHARE", 10.0)  # a model that has hardly begun sees one class, of which few stay
+        patch.setattr(quickstart, "BATCHES", {8: 1.0})
         patch.setattr(quickstart, "pace", lambda seconds, seed: (3, "fp32"))
         for name, count in {"TUNE_IMAGES": 6, "TEST_IMAGES": 8, "SHOWN_IMAGES": 2}.items():
             patch.setattr(quickstart, name, count)
@@ -113,6 +117,7 @@ def test_a_slow_machine__takes_fewer_scenes_and_says_the_true_numbers(on_a_slow_
     assert "evaluated on 3 scenes of the test split in place of 8, as this machine is slow or busy" in said
     assert all(len(result.gmacs) == 3 for result in on_a_slow_machine["results"])
     page = (on_a_slow_machine["out"] / "report.html").read_text()
+    assert "was trained for 3 steps of 8 scenes drawn by a program" in page
     assert "On 3 held-out street scenes" in page
     assert "multiply-adds on 2 scenes of the val split" in page
     assert "figures are from 3 scenes of the test split" in page
@@ -163,6 +168,107 @@ def test_pace__measures_fewer_steps_on_a_slow_machine(monkeypatch: pytest.Monkey
     trained = slow_training(monkeypatch, fp32=5.0, bf16=10.0)
     assert quickstart.pace(100, 0) == (20, "fp32")
     assert trained == [2, 2, 3, 3]
+
+
+Course = quickstart.Course
+
+
+@pytest.mark.parametrize(
+    ("fitting", "course"),
+    [
+        (500, Course(500, 8, 2.5)),
+        (240, Course(240, 8, 2.5)),
+        (200, Course(240, 8, 3.0)),
+        (130, Course(round(130 * 1.6 * 2 / 1.05), 4, 4.0)),
+        (70, Course(round(70 * 1.6 * 4 / 1.2), 2, 4.0)),
+        (6, Course(32, 2, 4.0)),
+    ],
+)
+def test_course_of__a_slow_machine_is_longer_and_of_smaller_batches(fitting: int, course: quickstart.Course) -> None:
+    assert quickstart.course_of(fitting, None) == pytest.approx(course)
+
+
+@pytest.mark.parametrize("minutes", [0.5, 10.0])
+def test_course_of__takes_the_time_that_was_asked_for(minutes: float) -> None:
+    assert quickstart.course_of(100, minutes) == (round(400 / 1.2), 2, minutes)
+    assert quickstart.course_of(1000, minutes) == (1000, 8, minutes)
+
+
+def test_course_of__full_batches_are_those_of_the_recipe(tmp_path: Path) -> None:
+    assert max(quickstart.BATCHES) == recipes.scene_recipe(tmp_path, 1, "fp32", 0).batch_size
+
+
+def test_in_time__takes_the_steps_of_smaller_batches_that_fit_by_their_own_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trained = slow_training(monkeypatch, fp32=1.5, bf16=1.5)
+    assert quickstart.in_time(Course(331, 2, 4.0), "bf16", 0) == Course(160, 2, 4.0)
+    assert quickstart.in_time(Course(100, 2, 4.0), "bf16", 0) == Course(100, 2, 4.0)
+    assert trained == [6, 6]
+    assert quickstart.in_time(Course(331, 8, 4.0), "bf16", 0) == Course(331, 8, 4.0)
+    assert trained == [6, 6]
+
+
+class Stop(Exception):
+    """Ends a quickstart where there is nothing more to see."""
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, out: Path, minutes: float | None, steps: int) -> tuple[str, int, float]:
+    """What a quickstart says of its training, its scenes, and the seconds from its begin after which all shall be done.
+
+    steps: those that fit. Finding that out takes half a minute, and the training three.
+    """
+    clock, trained, ends = Clock(monkeypatch), [], []
+    begun = clock.now
+
+    def pace(seconds: float, seed: int) -> tuple[int, str]:
+        clock.now += 30.0
+        return steps, "fp32"
+
+    def train(recipe: TrainConfig, say: Any, progress: bool = True) -> None:
+        trained.append(recipe.steps * recipe.batch_size)
+        clock.now += 180.0 if progress else 0.0  # a measurement shows none
+
+    def calibrated(model: Any, saved: Path, allowance: Any, say: Any) -> None:
+        ends.append(allowance.end - begun)
+        raise Stop
+
+    monkeypatch.setattr(quickstart, "pace", pace)
+    monkeypatch.setattr("tokenexit.training.loop.train", train)
+    monkeypatch.setattr(quickstart, "calibrated_methods", calibrated)
+    said = io.StringIO()
+    with redirect_stdout(said), pytest.raises(Stop):
+        quickstart.run_quickstart(out, minutes)
+    return " ".join(said.getvalue().split()), trained[-1], ends[0]
+
+
+def test_quickstart__on_a_slow_machine_trains_for_longer_within_the_same_time(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said, scenes, end = planned(monkeypatch, tmp_path, None, steps=130)
+    assert scenes == 396 * 4
+    assert "396 steps of 4 scenes in fp32, the faster precision here, take about 4 minutes in place of 2.5" in said
+    assert "as this machine is slow or busy" in said
+    assert end == pytest.approx(60 * quickstart.ALL_MINUTES)
+
+
+def test_quickstart__on_a_fast_machine_trains_as_long_as_it_says(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said, scenes, end = planned(monkeypatch, tmp_path, None, steps=400)
+    assert scenes == 400 * 8
+    assert said.endswith("take about 2.5 minutes")
+    assert end == pytest.approx(60 * quickstart.ALL_MINUTES)
+
+
+@pytest.mark.parametrize(("minutes", "after"), [(1.0, 3.5), (10.0, 10.0)])
+def test_quickstart__takes_the_time_that_was_asked_for_however_slow_the_machine(
+    minutes: float, after: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    said, scenes, end = planned(monkeypatch, tmp_path, minutes, steps=100)
+    assert scenes == 333 * 2
+    assert said.endswith(f"take about {minutes:g} minutes")
+    assert end == pytest.approx(30 + 180 + 60 * after)
 
 
 def test_forward_seconds__is_the_median_of_some_after_one_that_warms(monkeypatch: pytest.MonkeyPatch) -> None:

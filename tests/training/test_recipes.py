@@ -23,6 +23,7 @@ from tokenexit.training.optim import learning_rate
 from tokenexit.training.parsing import RECIPES as RECIPES_FOLDER
 from tokenexit.training.parsing import parse_train
 from tokenexit.training.plan import plan, skeleton
+from tokenexit.training.recipes import scene_recipe
 
 CONFIGS = RECIPES_FOLDER
 PAGE = Path(__file__).parents[2] / "docs" / "reference" / "recipes.md"
@@ -518,3 +519,8 @@ def test_dovit_recipes__decay_every_group_to_the_same_rate(name: str, head: bool
     steps = [0, 1, last // 2, last - 1]
     expected = [(peak - 1e-4) * (1 - step / last) ** 0.9 + 1e-4 for step in steps]
     assert rates(run, head, steps) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("steps", "warmup"), [(1500, 30), (300, 30), (60, 6), (3, 1)])
+def test_scene_recipe__warms_up_for_a_tenth_of_a_short_training(tmp_path: Path, steps: int, warmup: int) -> None:
+    assert scene_recipe(tmp_path, steps, "fp32", 0).optim.warmup_steps == warmup

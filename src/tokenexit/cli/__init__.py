@@ -32,6 +32,7 @@ from tokenexit.cli.completion import answer_shell
 from tokenexit.cli.options import exit_status
 from tokenexit.errors import TokenExitError
 from tokenexit.runtime.memory import keep_buffers
+from tokenexit.runtime.threads import shorten_waits
 from tokenexit.version import __version__
 
 HELP = f"""tokenexit {__version__}: early exits for the tokens of plain Vision Transformers
@@ -76,6 +77,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tokenexit: command '{name}' is unknown: choose one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
     keep_buffers()
+    shorten_waits()
     try:
         status = _status(COMMANDS[name], rest)
         sys.stdout.flush()  # here, where a reader that has gone is no surprise

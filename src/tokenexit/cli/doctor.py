@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from tokenexit.cli.options import command_parser
-from tokenexit.runtime.threads import given_threads, load, processors
+from tokenexit.runtime.threads import given_threads, idle_cores, load, processors, thread_choice
 
 if TYPE_CHECKING:
     import torch
@@ -188,18 +188,25 @@ def _cpu_model() -> str:
 
 
 def _threads() -> Iterator[Finding]:
+    """Threads that torch starts by itself, or as the environment says, beside those that commands start."""
     import torch
 
     found, threads, given = processors(), torch.get_num_threads(), given_threads()
-    text = f"torch starts {threads}; {found}"
-    if threads <= found.cores:
+    choice = thread_choice(threads, idle_cores())
+    idle = "" if choice.idle is None else f", {choice.idle:.1f} of them idle"
+    text = f"torch starts {threads}; {found}{idle}"
+    if threads > found.cores:
+        text += f": more than cores, so they {'' if given else 'would '}wait for each other"
+    elif choice.reason:
+        timed = f"a small network's pass: {choice.timed}"
+        text += f": others keep the rest busy, and fewer threads do as well or better ({timed})"
+    if choice.threads == threads:
         yield Finding("threads", text)
     elif given:
-        cure = f"set OMP_NUM_THREADS={found.cores}, or leave out {given}"
-        yield Finding("threads", f"{text}: more than cores, so they wait for each other; {cure}.", "warn")
+        yield Finding("threads", f"{text}; set OMP_NUM_THREADS={choice.threads}, or leave out {given}.", "warn")
     else:
-        cure = f"commands start {found.cores}; for programs of your own set OMP_NUM_THREADS={found.cores}"
-        yield Finding("threads", f"{text}: more than cores, so they would wait for each other; {cure}.", "warn")
+        cure = f"commands start {choice.threads}; for programs of your own set OMP_NUM_THREADS={choice.threads}"
+        yield Finding("threads", f"{text}; {cure}.", "warn")
 
 
 def _load() -> Iterator[Finding]:
@@ -208,7 +215,7 @@ def _load() -> Iterator[Finding]:
     if now is None:
         yield Finding("load", "this system does not say")
     elif now > logical:
-        cure = "times here are not those of a quiet machine, and --threads 1 waits least"
+        cure = "times are not those of a quiet machine; measure when it is, and threads above says what commands start"
         yield Finding("load", f"{now:.1f} on {logical} logical CPUs, which others keep busy: {cure}.", "warn")
     else:
         yield Finding("load", f"{now:.1f} on {logical} logical CPUs")

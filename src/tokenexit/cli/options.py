@@ -138,15 +138,20 @@ def add_threads_option(parser: Any) -> None:
         type=int,
         default=None,
         metavar="N",
-        help="number of threads for torch; if not given, OMP_NUM_THREADS, else no more than there are cores",
+        help="number of threads for torch; if not given, OMP_NUM_THREADS, else one for each core, or fewer while "
+        "others keep cores busy and that is no slower",
     )
 
 
 def start_threads(options: Any) -> None:
-    """Let torch start as many threads as `--threads` says, else the environment, else no more than there are cores."""
+    """Let torch start as many threads as `--threads` says, else the environment, else as suits what is there now.
+
+    Fewer than cores are explained on stderr, by the first of several processes.
+    """
     from tokenexit.runtime.threads import choose_threads
 
-    choose_threads(options.threads)
+    first = os.environ.get("RANK", "0") == "0"
+    choose_threads(options.threads, say=lambda reason: print(f"note: {reason}.", file=sys.stderr) if first else None)
 
 
 def add_running_options(parser: argparse.ArgumentParser) -> None:
