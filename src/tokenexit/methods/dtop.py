@@ -89,8 +89,8 @@ class DToP(ThresholdMethod[DToPState]):
             has them for exited tokens, too; "auto" is presence_last where all heads are ATM, else frozen.
         detach_canvas: in training, stop the gradient of later losses into tokens that exited earlier (published: no).
         context_weight: power p in [0, 1]. Tokens that leave are shared out among live ones of their image and predicted
-            class; one that then stands for m patches counts as m ** p keys in attention. 0 is published; 0.5 is worth a
-            try where few tokens stay.
+            class; one that then stands for m patches counts as m ** p keys in attention. 0 is published; 0.5 helps a
+            model that was trained without exits where one class is most of the image (docs/evidence/frontier.md).
         threshold_warmup: share of the training over which thresholds fall from 1 to their value.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
         score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.
