@@ -140,7 +140,8 @@ def tables(data: str, rows: list[Row]) -> None:
             for name in ("dtop", "dtop, finetuned", "dtop, finetuned early", "planned", "planned by labels"):
                 gains = [one[name] - one["static"] for one in found if not math.isnan(one[name])]
                 spread = f" ± {stdev(gains):.2f}" if gains[1:] else ""
-                cells.append(f"{mean(one[name] for one in found):.2f} ({mean(gains):+.2f}{spread})" if gains else "")
+                own = mean(one[name] for one in found if not math.isnan(one[name])) if gains else math.nan
+                cells.append(f"{own:.2f} ({mean(gains):+.2f}{spread})" if gains else "")
             print(f"| {gmacs:g} | {' | '.join(cells)} |")
 
 
