@@ -163,6 +163,7 @@ def figures_of(run: TrueRun, planner: Planner, position: float) -> dict[str, Any
 def costs_of(run: TrueRun) -> dict[str, Any]:
     """Return the costs of a true run, over its images, under their names in `calibration.json`."""
     live = run.live.double() / run.tokens[:, None]
+    shares = torch.linspace(0, 1, LIVE_QUANTILES, dtype=live.dtype)
     return {
         "share_of_dense": run.mac_ratio,
         "share_of_dense_standard_error": run.mac_ratio_error,
@@ -170,7 +171,6 @@ def costs_of(run: TrueRun) -> dict[str, Any]:
         "share_of_dense_largest": (run.macs.double() / run.dense_macs).max().item(),
         "live_after_exit": [round(x, 5) for x in live.mean(0).tolist()],
         "live_after_exit_quantiles": [
-            [round(x, 4) for x in shares]
-            for shares in live.quantile(torch.linspace(0, 1, LIVE_QUANTILES, dtype=live.dtype), dim=0).T.tolist()
+            [round(x, 4) for x in of_exit.quantile(shares).tolist()] for of_exit in live.unbind(1)
         ],
     }

@@ -37,23 +37,7 @@ IN_ADVANCE = ("int8-static", "int8-openvino")
 
 def export(arguments: list[str]) -> int:
     options = _parser().parse_args(arguments)
-    if options.out.exists() and not options.out.is_dir():
-        raise ConfigError(f"--out {options.out} is a file: name a folder.")
-    if options.quantize and options.format != "onnx":
-        raise ConfigError(f"--quantize is for --format onnx, got {options.format}: leave one of them out.")
-    if options.quantize in IN_ADVANCE and options.images is None:
-        raise ConfigError(f"--quantize {options.quantize} needs --images like those that the file will see: add them.")
-    if not options.quantize and (options.data or options.data_root) is not None:
-        raise ConfigError("--data is for the mIoU of an INT8 file beside the float one: add --quantize.")
-    if options.agreement is not None and not options.quantize:
-        raise ConfigError("--agreement is of an INT8 file with the float one: add --quantize int8.")
-    if options.format != "stages":
-        for name in ("image_size", "buckets", "bucket_count"):
-            if getattr(options, name) is not None:
-                raise ConfigError(f"--{name.replace('_', '-')} is for --format stages: leave one of them out.")
-    if options.buckets is not None and options.bucket_count is not None:
-        raise ConfigError("--bucket-count is how many buckets are chosen, and --buckets gives them: leave one out.")
-    check_counts(options, "image_size", "bucket_count")
+    _check(options)
     buckets = None if options.buckets is None else _buckets(options.buckets)
     size = None if options.image_size is None else image_size(options)
     asked = asked_methods(options.method, options)
@@ -78,6 +62,27 @@ def export(arguments: list[str]) -> int:
     if options.quantize:
         _quantize(options, model, made.path, images, agreement)
     return 0
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Reject options that exclude each other."""
+    if options.out.exists() and not options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a file: name a folder.")
+    if options.quantize and options.format != "onnx":
+        raise ConfigError(f"--quantize is for --format onnx, got {options.format}: leave one of them out.")
+    if options.quantize in IN_ADVANCE and options.images is None:
+        raise ConfigError(f"--quantize {options.quantize} needs --images like those that the file will see: add them.")
+    if not options.quantize and (options.data or options.data_root) is not None:
+        raise ConfigError("--data is for the mIoU of an INT8 file beside the float one: add --quantize.")
+    if options.agreement is not None and not options.quantize:
+        raise ConfigError("--agreement is of an INT8 file with the float one: add --quantize int8.")
+    if options.format != "stages":
+        for name in ("image_size", "buckets", "bucket_count"):
+            if getattr(options, name) is not None:
+                raise ConfigError(f"--{name.replace('_', '-')} is for --format stages: leave one of them out.")
+    if options.buckets is not None and options.bucket_count is not None:
+        raise ConfigError("--bucket-count is how many buckets are chosen, and --buckets gives them: leave one out.")
+    check_counts(options, "image_size", "bucket_count")
 
 
 def _compared(made: Exported) -> str:
@@ -188,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
         metavar="IMAGE|DIR",
         help="images on which file and model are compared, three at most; drawn ones if not given",
     )
+    _add_int8_options(parser)
+    _add_stage_options(parser)
+    add_dataset_options(parser, "val", "labelled images for the mIoU of an INT8 file beside the float one")
+    add_threads_option(parser)
+    return parser
+
+
+def _add_int8_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--quantize",
         choices=("int8", *IN_ADVANCE),
@@ -200,6 +213,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="least share of labels, and of exits, in which the INT8 file must be the float one (default: 0.9)",
     )
+
+
+def _add_stage_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image-size",
         type=int,
@@ -216,6 +232,3 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--bucket-count", type=int, metavar="N", help="number of buckets of each stage that are chosen (default: 4)"
     )
-    add_dataset_options(parser, "val", "labelled images for the mIoU of an INT8 file beside the float one")
-    add_threads_option(parser)
-    return parser
