@@ -2,11 +2,11 @@
 
     python docs/evidence/frontier/frontier.py docs/evidence/frontier/*_seed?.json
 
-Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, or `trained on` for
-as many steps without them, which is the control. Beside the runs it writes `frontier.json`, a row for each measured
-point, and a plot for each data set; it prints Markdown tables. The best static plan for some multiply-adds is the dense
-model at any size, stopped after any exit's block: the points that no other static point beats, joined by lines over the
-logarithm of multiply-adds, as sizes go on.
+Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, `trained on` for as
+many steps without them, which is the control, or `heads alone`, fitted to the dense model as it is. Beside the runs it
+writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints Markdown tables. The best
+static plan for some multiply-adds is the dense model at any size, stopped after any exit's block: the points that no
+other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ KINDS = {
     "truncated, finetuned early": ("stopped, of the model with early exits", "#e3c4c4", "^", ""),
     "dtop, finetuned early": ("DToP Finetune with early exits, any size", "#b3262a", "o", ""),
     "random, finetuned early": ("random exits at its counts", "#d9a0a0", "x", ""),
-    "dense, trained on, early heads": ("Dense, trained on with early heads", "#5f7f5f", "d", "--"),
-    "truncated, trained on, early heads": ("stopped, trained on with early heads", "#a9c0a9", "^", ""),
+    "dense, heads alone": ("Dense, early heads fitted to it", "#5f7f5f", "d", "--"),
+    "truncated, heads alone": ("stopped at heads fitted to Dense", "#a9c0a9", "^", ""),
     "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
     "planned by labels": ("plans of size, stop and exits, by labels", "#0f7f6b", "P", "-"),
     "random": ("random exits at DToP's counts", "#bbbbbb", "x", ""),
