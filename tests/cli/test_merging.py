@@ -104,7 +104,7 @@ def test_predict__draws_groups_of_merged_tokens_in_exit_maps(
 def test_sweep__has_a_curve_with_merging_and_one_without(
     model: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="drawing needs the plot extra")
     words = ("--method", "dtop", "--keep-per-class", "1", "--points", "2", "--input-scale", "--full-range")
     said(capsys, "sweep", model, *words, "--merge", "none", "mpm:1", "--out", tmp_path / "s", "--device", "cpu")
     results = json.loads((tmp_path / "s" / "sweep.json").read_text())["results"]

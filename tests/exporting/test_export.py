@@ -106,32 +106,6 @@ def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, metho
     assert about["score"] == "probability"
 
 
-@pytest.mark.parametrize(
-    ("head", "method"),
-    [("fcn", DToP(0.26, 1)), ("atm", DToP(0.3, 2)), ("fcn", DoViT(0.26, min_improvement=0.0))],
-)
-def test_openvino__says_what_the_model_says_if_told_to_stay_in_fp32(
-    head: str, method: DToP | DoViT, tmp_path: Path
-) -> None:
-    needs_onnx()
-    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    model = tiny_segmenter(head)
-    made = export_model(model, method, [random_image(12, 16)], tmp_path)
-    run = openvino.Core().compile_model(made.path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
-    own = threshold_table(model, method)
-    left: set[int] = set()
-    for seed, size in enumerate(SIZES):
-        image = random_image(*size, seed=seed)
-        for thresholds in (own, torch.ones_like(own), own + 0.05):
-            found = run({"image": image[None].numpy(), "thresholds": thresholds.numpy()})
-            with torch.no_grad():
-                ours = model([image], replace(method, threshold=tuple(thresholds.tolist())))
-            assert_close(torch.from_numpy(found["grid_logits"][0]), ours.grid_logits[0])
-            assert np.array_equal(found["exit_stage"][0], ours.exit_index[0].numpy())
-            left |= set(ours.exit_index[0].unique().tolist())
-    assert len(left) > 1, "some leave and some stay"
-
-
 def test_export_model__writes_torch_programs_with_the_same_facts(tmp_path: Path) -> None:
     made = export_model(tiny_segmenter(), Dense(), [random_image(21, 30)], tmp_path, "torch")
     facts = {"tokenexit.json": ""}

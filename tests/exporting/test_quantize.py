@@ -39,12 +39,6 @@ pytest.importorskip("onnxruntime", reason="ONNX needs the export extra")
 IMAGES = [random_image(48, 64, seed=0), random_image(41, 70, seed=1)]
 
 
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    model = tiny_segmenter("fcn", exits=(1, 2), depth=3)
-    return export_model(model, DToP(0.75, 2), [random_image(21, 30)], tmp_path_factory.mktemp("int8")).path
-
-
 def test_quantize_int8__leaves_exit_heads_in_float_and_keeps_the_metadata(exported: Path) -> None:
     found = quantize_int8(exported, IMAGES)
     assert found.path == exported.with_name(FILE)

@@ -3,17 +3,16 @@ example's."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from benchmarks.stages import example
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -30,7 +29,6 @@ from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Gated, Method, Reduced
 from tokenexit.reducers import ToMe
 from tokenexit.segmenter import ExitSegmenter
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "stages_host.py"
 SIZES = [(21, 30), (16, 40)]
 BY_CLASS = ((0.5, 0.6, 0.7, 0.8, 0.9), 0.7)
 ROPE: dict[str, Any] = {"rope": "half", "pos_embed": False, "num_registers": 2}
@@ -50,15 +48,6 @@ CASES: dict[str, tuple[str, Method[Any], dict[str, Any]]] = {
     "dovit without prefix": ("fcn", DoViT(0.6, blend_weight=0.0), {"class_token": False}),
     "dovit setr pup": ("setr_pup", DoViT(0.25), {}),
 }
-
-
-def example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stages_host", EXAMPLE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 class Traced:

@@ -124,7 +124,7 @@ def _missing(error: ModuleNotFoundError) -> ConfigError:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence NNCF's progress bars and its notes."""
+    """Silence what NNCF notes beside its progress bars."""
     import nncf
 
     logger, before = logging.getLogger("nncf"), logging.getLogger("nncf").level

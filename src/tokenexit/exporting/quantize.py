@@ -93,13 +93,14 @@ def quantize_int8(
         raise ConfigError("there is no image to compare the INT8 file with the float one on: give one.")
     if runtime == "openvino" and not ranges:
         raise ConfigError("INT8 for OpenVINO takes ranges of activations in advance: give images for them.")
-    names, thresholds = FILES[runtime], thresholds_of(path)
+    names, about = FILES[runtime], metadata_of(path)
+    thresholds = np.array(about["thresholds"], np.float32)
     with ExitStack() as stack:
         out = [stack.enter_context(atomic_write(path.with_name(name))) for name in names]
         with _quiet():
             if runtime == "openvino":
                 in_float = exit_head_nodes(_load(path))
-                openvino.write_openvino(path, out, _asked(ranges, thresholds), in_float, metadata_of(path))
+                openvino.write_openvino(path, out, _asked(ranges, thresholds), in_float, about)
             elif ranges:
                 _write_static(path, out[0], ranges, thresholds)
             else:
@@ -248,7 +249,7 @@ def miou_of(path: Path, preprocessing: Preprocessing, data: SegmentationDataset)
     if preprocessing.window is not None:
         raise ConfigError("mIoU of an exported file is for images taken whole, and this model takes windows.")
     for_openvino = path.suffix == ".xml"
-    run = _open("openvino", path, path.with_suffix(".bin")) if for_openvino else open_onnx(path)
+    run = _open("openvino", path, path.with_suffix(".bin")) if for_openvino else _open("onnxruntime", path)
     about = metadata_of(path)
     thresholds = np.array(about["thresholds"], np.float32)
     classes = len(about["classes"])
