@@ -96,21 +96,26 @@ def median_interval(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def interleaved_ms(
-    contenders: Mapping[str, Contender], rounds: int, device: torch.device, precision: Precision, rivals: Sequence[str]
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    device: torch.device,
+    precision: Precision,
+    rivals: Sequence[str],
+    warmup: int = 2,
 ) -> dict[str, list[float]]:
-    """Milliseconds of every contender in every round; two rounds before are not counted.
+    """Milliseconds of every contender in every round; the rounds of warm-up before are not counted.
 
     Rivals bring their own precision; all others run under one autocast block, as a program with many images does.
     """
     times: dict[str, list[float]] = {name: [] for name in contenders}
-    for turn in range(rounds + 2):
+    for turn in range(warmup + rounds):
         for name, call in contenders.items():
             _synchronize(device)
             start = time.perf_counter()
             with inference(device, "fp32" if name in rivals else precision):
                 call()
             _synchronize(device)
-            if turn > 1:
+            if turn >= warmup:
                 times[name].append(1e3 * (time.perf_counter() - start))
     return times
 

@@ -1,12 +1,14 @@
-"""Measure what a user would deploy: dense and exits, fp32 and INT8, in torch and onnxruntime, in turn in one process.
+"""Measure what a user would deploy: dense and exits, fp32 and INT8, in torch, onnxruntime and OpenVINO, in turn.
 
     python -m benchmarks.deploy --out docs/evidence/performance/deploy
+    python -m benchmarks.deploy --out docs/evidence/performance/deploy --only small-1024 base-512 --threads 2
     python -m benchmarks.deploy --out docs/evidence/performance/deploy --tables
 
 Batch 1, to labels at full size. Random weights: the threshold of the one exit lets half of the tokens leave, in INT8
 the one at which as many leave. torch in INT8 is dynamic quantisation of linear layers, exit heads left in fp32; torch
-has no compiled form of that. Compiled exits have compiled blocks, compiled dense is one graph. Times are medians over
-rounds with 95 % intervals, ratios are taken round by round; agreement is the share of fp32 dense's labels.
+has no compiled form of that. onnxruntime in INT8 takes ranges as they come, OpenVINO in advance, from the image itself.
+Compiled exits have compiled blocks, compiled dense is one graph. Times are medians over rounds with 95 % intervals,
+ratios are taken round by round; agreement is the share of fp32 dense's labels.
 
 Every row is a process of its own and a JSON file; interrupted, it goes on with the first row that has no file.
 """
@@ -34,7 +36,8 @@ from benchmarks.conversion import median_interval, processor, ratio
 from benchmarks.rivals import plain
 from tokenexit.exporting.export import export_model
 from tokenexit.exporting.graph import OUTPUTS
-from tokenexit.exporting.quantize import quantize_int8, thresholds_of
+from tokenexit.exporting.openvino import open_openvino
+from tokenexit.exporting.quantize import Thresholds, quantize_int8, thresholds_of
 from tokenexit.heads import class_scores
 from tokenexit.methods import Dense, DToP, Method
 from tokenexit.outputs.segmentation import resize_maps
@@ -42,8 +45,8 @@ from tokenexit.runtime.memory import keep_buffers
 from tokenexit.runtime.precision import inference
 from tokenexit.segmenter import ExitSegmenter
 
-ROWS = (("vit_small_patch16", 512),)
-RUNTIMES = ("torch eager", "torch compiled", "onnxruntime")
+ROWS = tuple((backbone, size) for size in (512, 1024) for backbone in ("vit_small_patch16", "vit_base_patch16"))
+RUNTIMES = ("torch eager", "torch compiled", "onnxruntime", "OpenVINO")
 PRECISIONS = ("fp32", "int8")
 
 Labels = npt.NDArray[np.int64]
@@ -114,8 +117,20 @@ def in_onnxruntime(path: Path, image: Tensor, threads: int) -> Callable[[], Labe
     return lambda: session.run(list(OUTPUTS[:1]), feeds)[0][0]
 
 
+def in_openvino(*files: Path, image: Tensor, thresholds: Thresholds) -> Callable[[], Labels]:
+    """The labels of an exported file, or of the graph and weights of an INT8 model."""
+    run = open_openvino(*files)
+    return lambda: run(image[None].numpy(), thresholds)[0][0]
+
+
 def cells(
-    model: ExitSegmenter, image: Tensor, tau: float, folder: Path, threads: int, compiled: bool = True
+    model: ExitSegmenter,
+    image: Tensor,
+    tau: float,
+    folder: Path,
+    threads: int,
+    compiled: bool = True,
+    openvino: bool = True,
 ) -> dict[Cell, Callable[[], Labels]]:
     """All that a user could deploy, by what it is; each returns labels `(H, W)`."""
     methods: dict[str, Method[Any]] = {"dense": Dense(), "exits": DToP(tau)}
@@ -131,6 +146,11 @@ def cells(
         found[name, "fp32", "onnxruntime"] = in_onnxruntime(path, image, threads)
         int8 = quantize_int8(path, [image], agreement=0.0).path
         found[name, "int8", "onnxruntime"] = in_onnxruntime(int8, image, threads)
+        if openvino:
+            found[name, "fp32", "OpenVINO"] = in_openvino(path, image=image, thresholds=thresholds_of(path))
+            graph = quantize_int8(path, [image], agreement=0.0, ranges=[image], runtime="openvino").path
+            files = (graph, graph.with_suffix(".bin"))
+            found[name, "int8", "OpenVINO"] = in_openvino(*files, image=image, thresholds=thresholds_of(graph))
     if compiled:
         blocks = copy.deepcopy(model)
         blocks.backbone.compile_blocks()
@@ -140,11 +160,17 @@ def cells(
 
 
 def measured(
-    model: ExitSegmenter, image: Tensor, rounds: int, threads: int, folder: Path, compiled: bool = True
+    model: ExitSegmenter,
+    image: Tensor,
+    rounds: int,
+    threads: int,
+    folder: Path,
+    compiled: bool = True,
+    openvino: bool = True,
 ) -> dict[str, Any]:
     """Time all cells in turn; two rounds before are not counted, in which graphs are compiled."""
     tau = half_leaves(model, image)
-    found = cells(model, image, tau, folder, threads, compiled)
+    found = cells(model, image, tau, folder, threads, compiled, openvino)
     times: dict[Cell, list[float]] = {cell: [] for cell in found}
     answers: dict[Cell, Labels] = {}
     with inference(torch.device("cpu")):
@@ -213,8 +239,13 @@ def one_row(backbone: str, size: int, threads: int, rounds: int, path: Path) -> 
     with tempfile.TemporaryDirectory() as folder:
         row = measured(model, image, rounds, threads, Path(folder))
     import onnxruntime
+    import openvino
 
-    versions = {"torch": torch.__version__, "onnxruntime": onnxruntime.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "onnxruntime": onnxruntime.__version__,
+        "openvino": openvino.__version__,
+    }
     machine = {"processor": processor(torch.device("cpu")), "threads": threads}
     settings = {"backbone": backbone, "size": size, "batch": 1}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -223,9 +254,18 @@ def one_row(backbone: str, size: int, threads: int, rounds: int, path: Path) -> 
     )
 
 
+def _chosen(parser: argparse.ArgumentParser, rows: Mapping[str, Any], options: argparse.Namespace) -> list[str]:
+    there = [row.rpartition("-")[0] for row in rows]
+    for name in options.only:
+        if name not in there:
+            parser.error(f"--only must be of {', '.join(there)}, got {name}.")
+    return [f"{name}-{options.threads}" for name in options.only]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows' files")
+    parser.add_argument("--only", nargs="+", help="backbones and sizes, such as small-512; all without it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--row", help="name of a single row to measure in this process")
@@ -236,10 +276,11 @@ def main() -> None:
     if options.row:
         one_row(*rows[options.row], options.threads, options.rounds, options.out / f"{options.row}.json")
         return
-    for number, name in enumerate(rows, 1):
+    wanted = rows if options.only is None else {name: rows[name] for name in _chosen(parser, rows, options)}
+    for number, name in enumerate(wanted, 1):
         if options.tables or (options.out / f"{name}.json").exists():
             continue
-        print(f"{number} of {len(rows)}: {name}", file=sys.stderr, flush=True)
+        print(f"{number} of {len(wanted)}: {name}", file=sys.stderr, flush=True)
         same = ["--out", str(options.out), "--threads", str(options.threads), "--rounds", str(options.rounds)]
         command = [sys.executable, "-m", "benchmarks.deploy", *same, "--row", name]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)

@@ -139,6 +139,7 @@ def rows_of(
     rounds: int,
     precision: Precision,
     rivals: bool,
+    warmup: int,
 ) -> list[dict[str, Any]]:
     """A row for each method, the first dense; then, with rivals, the plain dense model eager and compiled."""
     bounds = [0, *accumulate(math.prod(model.backbone.patch_embed.grid(*image.shape[1:])) for image in images)]
@@ -154,7 +155,7 @@ def rows_of(
             singles = [plain(model, images[i : i + 1], precision, compiled) for i in range(len(images))]
             calls[f"{name} one"] = partial(lambda singles: [call() for call in singles], singles)
             own += [f"{name} batch", f"{name} one"]
-    times = interleaved_ms(calls, rounds, model.device, precision, own)
+    times = interleaved_ms(calls, rounds, model.device, precision, own, warmup)
 
     rows: list[dict[str, Any]] = []
     for n, method in enumerate(methods):
@@ -202,12 +203,14 @@ def table_of(rows: Sequence[dict[str, Any]], batch: int) -> str:
     return "\n".join(lines)
 
 
-def mixed(model: ExitSegmenter, images: Sequence[Tensor], rounds: int, precision: Precision) -> list[dict[str, Any]]:
+def mixed(
+    model: ExitSegmenter, images: Sequence[Tensor], rounds: int, precision: Precision, warmup: int
+) -> list[dict[str, Any]]:
     """ALGM's windows: how many merge in each image of a batch, and by the published rule, the batch's fewest."""
     method = Reduced(Dense(), ALGM(0.9, 1, None))
     ledger = model(images, method).ledger
     calls = {"dense": partial(model, images, Dense()), "own": partial(model, images, method)}
-    times = interleaved_ms(calls, rounds, model.device, precision, ())
+    times = interleaved_ms(calls, rounds, model.device, precision, (), warmup)
     speedup = median_interval([dense / own for dense, own in zip(times["dense"], times["own"])])
     merged = [(cells - live[-1]) // 3 for cells, live in zip(ledger.tokens, ledger.live)]
     rows: list[dict[str, Any]] = []
@@ -253,6 +256,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp16"), default="fp32")
     parser.add_argument("--rivals", action="store_true", help="plain dense model too, eager and compiled")
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before, which are not counted")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", type=Path)
@@ -272,10 +276,10 @@ def main() -> None:
     exits = imposed(cells, options.leave, generator).to(device)
     with inference(device, options.precision):
         if options.table == "mixed":
-            results = mixed(model, images, options.rounds, options.precision)
+            results = mixed(model, images, options.rounds, options.precision, options.warmup)
         else:
             methods = contenders(exits, options.table)
-            results = rows_of(model, images, methods, options.rounds, options.precision, options.rivals)
+            results = rows_of(model, images, methods, options.rounds, options.precision, options.rivals, options.warmup)
             print(table_of(results, options.batch))
     settings = {key: str(value) for key, value in vars(options).items() if key != "json"}
     machine = {"torch": torch.__version__, "threads": torch.get_num_threads(), "processor": processor(device)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,12 @@ def test_measured__times_every_cell_and_compares_it_with_dense_in_fp32(tmp_path:
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX needs the export extra")
     model = tiny_segmenter("fcn", exits=(1,), depth=2)
-    found = deploy.measured(model, random_image(24, 32), rounds=3, threads=1, folder=tmp_path, compiled=False)
+    openvino = all(find_spec(name) is not None for name in ("openvino", "nncf"))
+    found = deploy.measured(
+        model, random_image(24, 32), rounds=3, threads=1, folder=tmp_path, compiled=False, openvino=openvino
+    )
     by = {(cell["what"], cell["precision"], cell["runtime"]): cell for cell in found["cells"]}
-    runtimes = ("torch eager", "onnxruntime")
+    runtimes = ("torch eager", "onnxruntime", *(["OpenVINO"] if openvino else []))
     assert set(by) == {(w, p, r) for w in ("dense", "exits") for p in ("fp32", "int8") for r in runtimes}
     assert found["mac_ratio"] > 1.02, "half of the tokens leave, and pass by one of two blocks"
     assert by["dense", "fp32", "torch eager"]["agreement"] == by["dense", "fp32", "onnxruntime"]["agreement"] == 1.0
@@ -52,7 +56,7 @@ def test_main__measures_rows_without_a_file_and_prints_the_table(
         (tmp_path / f"{command[-1]}.json").write_text(json.dumps(row()))
 
     monkeypatch.setattr(deploy.subprocess, "run", measure)
-    monkeypatch.setattr(sys, "argv", ["deploy", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["deploy", "--out", str(tmp_path), "--only", "small-512"])
     deploy.main()
     first = capsys.readouterr().out
     assert "| small-512-1 | onnxruntime, int8 | 200 [199, 201] | 100 [99, 101] | 2.00 [1.90, 2.10] | 1.69 " in first
@@ -60,3 +64,13 @@ def test_main__measures_rows_without_a_file_and_prints_the_table(
     deploy.main()
     assert capsys.readouterr().out == first
     assert len(called) == 1, "the row has its file"
+
+
+def test_main__names_the_rows_there_are_where_only_asks_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["deploy", "--out", str(tmp_path), "--only", "huge-512"])
+    with pytest.raises(SystemExit):
+        deploy.main()
+    wanted = "--only must be of small-512, base-512, small-1024, base-1024, got huge-512."
+    assert wanted in capsys.readouterr().err
