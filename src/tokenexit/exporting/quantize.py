@@ -34,8 +34,8 @@ AGREEMENT = 0.9
 REPEATS = 3
 MATCHED = 0.002
 """Thresholds of an exit stay where the share of tokens that leave there is that of the float file to this."""
-SHIFT, HALVINGS = 2.0, 6
-"""Thresholds are looked for within this distance, in logits, of the float file's, by so many halvings."""
+SHIFT, HALVINGS = 2.0, 20
+"""Thresholds are looked for within this distance, in logits, of the float file's, by at most so many halvings."""
 
 Thresholds = npt.NDArray[np.float32]
 
@@ -162,10 +162,10 @@ def matched_thresholds(
     own, wanted = thresholds.copy(), left_by(float_file, thresholds)
     left = left_by(int8_file, own)
     for n in range(len(thresholds)):
-        if abs(left[n] - wanted[n]) <= MATCHED:
-            continue
         low, high = -SHIFT, SHIFT
         for _ in range(HALVINGS):
+            if abs(left[n] - wanted[n]) <= MATCHED:
+                break
             middle = (low + high) / 2
             own[n] = _moved(thresholds[n], middle)
             left = left_by(int8_file, own)
