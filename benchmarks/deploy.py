@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.conversion import median_interval, processor, ratio
 from benchmarks.rivals import plain
-from tokenexit.exporting.export import export_model
+from tokenexit.exporting.export import Runner, export_model
 from tokenexit.exporting.graph import OUTPUTS
 from tokenexit.exporting.openvino import open_openvino
 from tokenexit.exporting.quantize import Thresholds, quantize_int8, thresholds_of
@@ -117,9 +117,8 @@ def in_onnxruntime(path: Path, image: Tensor, threads: int) -> Callable[[], Labe
     return lambda: session.run(list(OUTPUTS[:1]), feeds)[0][0]
 
 
-def in_openvino(*files: Path, image: Tensor, thresholds: Thresholds) -> Callable[[], Labels]:
-    """The labels of an exported file, or of the graph and weights of an INT8 model."""
-    run = open_openvino(*files)
+def in_openvino(run: Runner, image: Tensor, thresholds: Thresholds) -> Callable[[], Labels]:
+    """The labels of an exported file at its own thresholds."""
     return lambda: run(image[None].numpy(), thresholds)[0][0]
 
 
@@ -147,10 +146,10 @@ def cells(
         int8 = quantize_int8(path, [image], agreement=0.0).path
         found[name, "int8", "onnxruntime"] = in_onnxruntime(int8, image, threads)
         if openvino:
-            found[name, "fp32", "OpenVINO"] = in_openvino(path, image=image, thresholds=thresholds_of(path))
+            found[name, "fp32", "OpenVINO"] = in_openvino(open_openvino(path), image, thresholds_of(path))
             graph = quantize_int8(path, [image], agreement=0.0, ranges=[image], runtime="openvino").path
-            files = (graph, graph.with_suffix(".bin"))
-            found[name, "int8", "OpenVINO"] = in_openvino(*files, image=image, thresholds=thresholds_of(graph))
+            run = open_openvino(graph, graph.with_suffix(".bin"))
+            found[name, "int8", "OpenVINO"] = in_openvino(run, image, thresholds_of(graph))
     if compiled:
         blocks = copy.deepcopy(model)
         blocks.backbone.compile_blocks()
@@ -254,29 +253,22 @@ def one_row(backbone: str, size: int, threads: int, rounds: int, path: Path) -> 
     )
 
 
-def _chosen(parser: argparse.ArgumentParser, rows: Mapping[str, Any], options: argparse.Namespace) -> list[str]:
-    there = [row.rpartition("-")[0] for row in rows]
-    for name in options.only:
-        if name not in there:
-            parser.error(f"--only must be of {', '.join(there)}, got {name}.")
-    return [f"{name}-{options.threads}" for name in options.only]
-
-
 def main() -> None:
+    names = [f"{backbone.split('_')[1]}-{size}" for backbone, size in ROWS]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the rows' files")
-    parser.add_argument("--only", nargs="+", help="backbones and sizes, such as small-512; all without it")
+    parser.add_argument("--only", nargs="+", choices=names, default=names, help="rows to measure; all without it")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--row", help="name of a single row to measure in this process")
     parser.add_argument("--tables", action="store_true", help="table of existing figures only, without measurements")
     options = parser.parse_args()
 
-    rows = {f"{backbone.split('_')[1]}-{size}-{options.threads}": (backbone, size) for backbone, size in ROWS}
+    rows = {f"{name}-{options.threads}": row for name, row in zip(names, ROWS)}
     if options.row:
         one_row(*rows[options.row], options.threads, options.rounds, options.out / f"{options.row}.json")
         return
-    wanted = rows if options.only is None else {name: rows[name] for name in _chosen(parser, rows, options)}
+    wanted = [f"{name}-{options.threads}" for name in options.only]
     for number, name in enumerate(wanted, 1):
         if options.tables or (options.out / f"{name}.json").exists():
             continue

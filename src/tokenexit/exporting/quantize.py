@@ -155,23 +155,21 @@ def matched_thresholds(
     """
     asked = [image[None].numpy() for image in images]
 
-    def left_by(file: Runner, tried: Thresholds) -> list[float]:
-        exits = np.concatenate([file(image, tried)[2].ravel() for image in asked])
-        near.append(max(MATCHED, 1.01 / exits.size))  # of few tokens, one more or less
-        return [float(np.mean(exits <= n)) for n in range(len(thresholds))]
+    def exits_of(file: Runner, tried: Thresholds) -> npt.NDArray[np.int64]:
+        return np.concatenate([file(image, tried)[2].ravel() for image in asked])
 
-    near: list[float] = []
-    own, wanted = thresholds.copy(), left_by(float_file, thresholds)
-    left = left_by(int8_file, own)
+    own, wanted = thresholds.copy(), exits_of(float_file, thresholds)
+    left = exits_of(int8_file, own)
+    near = max(MATCHED, 1.01 / wanted.size)  # of few tokens, one more or less
     for n in range(len(thresholds)):
         low, high = -SHIFT, SHIFT
         for _ in range(HALVINGS):
-            if abs(left[n] - wanted[n]) <= near[0]:
+            if abs(np.mean(left <= n) - np.mean(wanted <= n)) <= near:
                 break
             middle = (low + high) / 2
             own[n] = _moved(thresholds[n], middle)
-            left = left_by(int8_file, own)
-            if left[n] > wanted[n]:
+            left = exits_of(int8_file, own)
+            if np.mean(left <= n) > np.mean(wanted <= n):
                 low = middle  # a higher threshold lets fewer leave
             else:
                 high = middle
