@@ -256,7 +256,7 @@ def balance(model: ExitSegmenter) -> None:
 def test_consumer_example__gives_the_masks_of_predict_for_every_preprocessing(
     head: str, method: Any, tmp_path: Path
 ) -> None:
-    """Pixel for pixel: reading, resizing, windows and merging leave no room but rounding, which decides none here."""
+    """Pixel for pixel: all steps leave no room but rounding, which decides between classes with one logit alone."""
     onnxruntime = needs_onnx()
     example, files = consumer(), photos(tmp_path)
     model = tiny_segmenter(head)
@@ -275,7 +275,10 @@ def test_consumer_example__gives_the_masks_of_predict_for_every_preprocessing(
             thresholds = np.array(about["thresholds"], np.float32)
             labels, exits = example.segment(session, about, image, thresholds)
             expected = model.predict(path, method)
-            assert np.array_equal(labels, expected.labels[0].numpy()), (options, name)
+            assert labels.shape == expected.labels[0].shape
+            for y, x in np.argwhere(labels != expected.labels[0].numpy()):
+                own, other = expected.logits[0][[int(expected.labels[0][y, x]), int(labels[y, x])], y, x].tolist()
+                assert own == pytest.approx(other, abs=1e-6), (options, name)
             single = getattr(expected, "windows", expected)
             assert np.array_equal(exits, torch.cat([stages.flatten() for stages in single.exit_index]).numpy())
             seen.add(labels.tobytes())
