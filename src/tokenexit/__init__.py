@@ -36,6 +36,7 @@ _HOME = {
     "G2TM": "tokenexit.reducers",
     "Supertokens": "tokenexit.reducers",
     "ZeroTPrune": "tokenexit.reducers",
+    "CoarseFirst": "tokenexit.reducers",
     "SegmentationOutput": "tokenexit.outputs.segmentation",
     "segmentation_loss": "tokenexit.outputs.losses",
     "train": "tokenexit.training.loop",
@@ -89,7 +90,7 @@ if TYPE_CHECKING:
     from tokenexit.outputs.losses import segmentation_loss
     from tokenexit.outputs.segmentation import SegmentationOutput
     from tokenexit.prediction.predict_files import predict_files
-    from tokenexit.reducers import ALGM, G2TM, MPM, Supertokens, ToMe, ZeroTPrune
+    from tokenexit.reducers import ALGM, G2TM, MPM, CoarseFirst, Supertokens, ToMe, ZeroTPrune
     from tokenexit.segmenter import ExitSegmenter
     from tokenexit.training.config import TrainConfig
     from tokenexit.training.loop import train
@@ -104,6 +105,7 @@ __all__ = [
     "Calibration",
     "CalibrationSet",
     "CheckpointError",
+    "CoarseFirst",
     "ConfigError",
     "Cropr",
     "DToP",

@@ -315,6 +315,7 @@ def test_merge_takes_options_of_its_reducer(model: Path, tmp_path: Path, capsys:
             "supertokens:0.8",
             "zerotprune:0.5/0.25,blocks=1/2,iterations=3",
             "tome:0.1,proportional=true",
+            "coarse_first:2,side=3",
         ),
     )
     rows = json.loads((tmp_path / "figures.json").read_text())["results"]
@@ -324,6 +325,7 @@ def test_merge_takes_options_of_its_reducer(model: Path, tmp_path: Path, capsys:
         "dtop 0.6 + supertokens threshold=0.8",
         "dtop 0.6 + zerotprune keep=0.5/0.25 blocks=1/2 iterations=3",
         "dtop 0.6 + tome ratio=0.1 proportional=True",
+        "dtop 0.6 + coarse_first after=2 side=3",
     ]
 
 
@@ -332,13 +334,16 @@ def test_merge_takes_options_of_its_reducer(model: Path, tmp_path: Path, capsys:
     [
         (
             "algn:0.9",
-            "--merge algn:0.9 is unknown: choose algm, mpm, tome, g2tm, supertokens, zerotprune, or none for no",
+            "--merge algn:0.9 is unknown: choose algm, mpm, tome, g2tm, supertokens, zerotprune, coarse_first, or "
+            "none for no",
         ),
         ("algm:high", "--merge high is no number"),
         ("mpm:0.5", "--merge takes whole numbers here, got 0.5"),
         ("algm:0.9,tau=0.9", "'tau' is no option with its value: write algm:VALUE,OPTION=VALUE with options threshold"),
         ("supertokens,sizes=2/3", "sizes must be sides of windows that nest, got (2, 3)"),
         ("supertokens,policy=labels", "policy of reducer 'supertokens' must be"),
+        ("coarse_first:0", "after must be at least 1, got 0"),
+        ("coarse_first:40", "reduces tokens at block 41 and this backbone has"),
         ("tome:0.7", "ratio must be a number from 0 to 0.5, got 0.7"),
         ("mpm:1 --references", "--references are rows without merged tokens: leave it or --merge out."),
         ("mpm:1 --gate", "--gate closes exits by times without merged tokens: leave it or --merge out."),

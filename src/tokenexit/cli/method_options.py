@@ -16,7 +16,7 @@ from typing import Any
 
 CALIBRATED = "calibrated"
 """The name of the method that a model was calibrated for, at the calibration's thresholds."""
-REDUCERS = ("algm", "mpm", "tome", "g2tm", "supertokens", "zerotprune")
+REDUCERS = ("algm", "mpm", "tome", "g2tm", "supertokens", "zerotprune", "coarse_first")
 """The names of `tokenexit.reducers.REDUCERS`, which would import torch."""
 NO_MERGING = "none"
 CHOSEN = "auto"
@@ -102,7 +102,7 @@ def add_merge_option(parser: Any, *, several: bool = False, chosen: bool = False
         default=None,
         metavar="NAME[:VALUE][,OPTION=VALUE]",
         help="merge tokens between exits, too, with algm:THRESHOLD, mpm, tome:RATIO, g2tm:THRESHOLD, "
-        f"zerotprune:KEEP or supertokens:THRESHOLD,sizes=2/4{rows}",
+        f"zerotprune:KEEP, supertokens:THRESHOLD,sizes=2/4 or coarse_first:BLOCK{rows}",
     )
 
 

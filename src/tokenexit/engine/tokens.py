@@ -85,6 +85,19 @@ class PaddedPacking(Packing):
 
 
 @dataclass(frozen=True)
+class Detail:
+    """What is held back of patches that share a token until the token is split: a row for each cell of the canvas.
+
+    Attributes:
+        x: `(cells, C)`, each patch as it is embedded, less what was embedded in its stead; 0 of those that are alone.
+        phases: `(cells, 2 H)` of each patch; None without rotary positions.
+    """
+
+    x: Tensor
+    phases: Tensor | None
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Live tokens of a batch, image after image.
 
@@ -99,9 +112,10 @@ class Tokens:
         phases: `(T, 2 H)` cosines and sines of rotary positions, which go where their token goes; None without them.
         cover: `(cells,)` int64, the cell of the token that stands for each cell, once tokens were merged; None where
             every cell stands for itself. A cell and its cover lie in one image, `cover[cover] == cover`, and the cover
-            of a cell whose token has left the network changes no more.
+            of a cell whose token has left the network changes no more. `split` makes it each cell's own again.
         weight: `(T,)` fp32, positive: attention of the backbone's blocks counts a token as that many keys; None where
             each is one. Heads see none.
+        detail: what `split` gives back to cells that share a token; None where tokens are never split. Heads see none.
     """
 
     x: Tensor
@@ -112,6 +126,7 @@ class Tokens:
     phases: Tensor | None = None
     cover: Tensor | None = None
     weight: Tensor | None = None
+    detail: Detail | None = None
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -265,7 +280,7 @@ class Tokens:
 
     def sizes(self) -> Tensor:
         """Return how many cells each live patch token stands for, `(P,)` int64."""
-        position = self.position.index_select(0, self.patch_index())
+        position = self._live_cells()
         if self.cover is None:
             return torch.ones_like(position)
         count = torch.zeros_like(self.cover).index_add(0, self.cover, torch.ones_like(self.cover))
@@ -280,17 +295,54 @@ class Tokens:
         """Return the tokens of all cells, each with the features of the one that stands for it, which must be live."""
         if self.cover is None:
             return self
-        lengths = [self.num_prefix + h * w for h, w in self.grids]
-        packing = Packing.of(lengths, self.x.device)
-        image = cell_packing(self).image_index()
-        row = torch.arange(self.cells, device=image.device) + (image + 1) * self.num_prefix  # of each cell
+        cells = torch.arange(self.cells, device=self.x.device)
+        return replace(self._copied_to(cells, [h * w for h, w in self.grids]), cover=None, detail=None)
+
+    def split(self) -> Tokens:
+        """Return one token for each cell of the live ones: what the token has become, and the cell's own `detail`.
+
+        The blocks so far have added the same to all cells of a token. Each has an equal part of its weight as a key.
+        What has left is not split, and what is alone stays as it is. One host synchronisation, for the counts.
+        """
+        if self.cover is None or self.detail is None:
+            return self
+        lives = torch.zeros(self.cells, dtype=torch.bool, device=self.x.device).index_fill(0, self._live_cells(), True)
+        lives = self.spread(lives)
+        counts = torch.zeros(len(self.grids), dtype=torch.int64, device=lives.device)
+        live = counts.index_add(0, cell_packing(self).image_index(), lives.long()).tolist()  # buffers, CPU attention
+        cells = rows_where(lives, sum(live))
+        cover = self.cover.index_copy(0, cells, cells)
+        tokens = replace(self, weight=self._weight_of_a_cell())._copied_to(cells, live)
+        rows, phases = tokens.patch_index(), tokens.phases
+        x = tokens.x.index_add(0, rows, self.detail.x.index_select(0, cells).to(tokens.x.dtype))
+        if phases is not None and self.detail.phases is not None:
+            phases = phases.index_copy(0, rows, self.detail.phases.index_select(0, cells))
+        return replace(tokens, x=x, phases=phases, cover=cover, detail=None)
+
+    def _live_cells(self) -> Tensor:
+        """Return the cells at which live patch tokens are, `(P,)` int64."""
+        return self.position.index_select(0, self.patch_index())
+
+    def _weight_of_a_cell(self) -> Tensor | None:
+        """Return `weight` over the number of cells that each token stands for; of prefix tokens as it is."""
+        if self.weight is None:
+            return None
+        rows = self.patch_index()
+        return self.weight.index_copy(0, rows, self.weight.index_select(0, rows) / self.sizes())
+
+    def _copied_to(self, cells: Tensor, live: Sequence[int]) -> Tokens:
+        """Return prefix tokens and, for each of these cells, a copy of the live token that stands for it.
+
+        cells: in raster order, so many of each image. What stands for which cell is not changed.
+        """
+        packing = Packing.of([self.num_prefix + n for n in live], self.x.device)
+        image = Packing.of(live, self.x.device).image_index()
+        row = torch.arange(len(cells), device=cells.device) + (image + 1) * self.num_prefix  # of each of the cells
         prefix = replace(self, packing=packing).prefix_index()
-        live = self.patch_index()
-        source = torch.zeros_like(row).index_copy(0, self.position.index_select(0, live), live)
-        position = torch.full((packing.total,), -1, device=row.device).index_copy(
-            0, row, torch.arange(self.cells, device=row.device)
-        )
-        index = torch.zeros_like(position).index_copy(0, row, self.spread(source))
+        source = torch.zeros(self.cells, dtype=torch.int64, device=cells.device)
+        source = self.spread(source.index_copy(0, self._live_cells(), self.patch_index()))
+        position = torch.full((packing.total,), -1, device=cells.device).index_copy(0, row, cells)
+        index = torch.zeros_like(position).index_copy(0, row, source.index_select(0, cells))
         index = index.index_copy(0, prefix, self.prefix_index())
         return replace(
             self,
@@ -298,7 +350,6 @@ class Tokens:
             position=position,
             packing=packing,
             phases=self.phases_at(index),
-            cover=None,
             weight=self.weight_at(index),
         )
 

@@ -204,7 +204,7 @@ class DoViT(ThresholdMethod[DoViTState]):
         state = DoViTState(full, keep, score, exit_index, last_label, (*state.exit_records, record))
         if tokens.cover is None and nobody(stopped):
             return full, state
-        return replace(full, cover=tokens.cover).keep(_that_stand(chosen, tokens)), state
+        return replace(full, cover=tokens.cover, detail=tokens.detail).keep(_that_stand(chosen, tokens)), state
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         return rejoin_sites(self.rejoin, depth)
@@ -248,8 +248,8 @@ class DoViT(ThresholdMethod[DoViTState]):
         with torch.no_grad():
             score, label = self.grade(n, head, out, seen.grids)
             if not on_grid:
-                score = scatter(score.new_zeros(patches.cells), live.position, score)
-                label = scatter(label.new_zeros(patches.cells), live.position, label)
+                score = live.spread(scatter(score.new_zeros(patches.cells), live.position, score))
+                label = live.spread(scatter(label.new_zeros(patches.cells), live.position, label))
         return score, label, record_of(head, seen, out, out.logits if model.with_records else None)
 
 
@@ -309,8 +309,11 @@ def _put_back(full: Tokens, tokens: Tokens) -> Tokens:
     """
     if tokens.packing is full.packing:  # nobody has left or merged
         return full.with_x(tokens.x)
-    x = scatter(full.x, _rows_in_full(full, tokens), tokens.x)
+    rows = _rows_in_full(full, tokens)
+    x = scatter(full.x, rows, tokens.x)
     if tokens.cover is not None:
+        if full.phases is not None and tokens.phases is not None:  # tokens that came apart have their own
+            full = replace(full, phases=scatter(full.phases, rows, tokens.phases))
         image = cell_packing(tokens).image_index()
         own = torch.arange(tokens.cells, device=x.device) + (image + 1) * tokens.num_prefix  # the row of each cell
         x = x.index_copy(0, own, x.index_select(0, own[tokens.cover]))

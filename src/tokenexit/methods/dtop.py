@@ -289,6 +289,8 @@ class DToP(ThresholdMethod[DToPState]):
             mass = torch.zeros_like(mass).index_copy(0, patches.position, own)
             counts = torch.cat([mass**self.context_weight, mass.new_ones(1)])  # the last for prefix tokens
             weight = counts.index_select(0, torch.where(kept.position < 0, mass.shape[0], kept.position))
+            if kept.detail is not None:  # a token that comes apart leaves an equal part to each of its cells
+                mass = patches.spread(mass.index_copy(0, patches.position, own / patches.sizes()))
         return replace(kept, weight=weight), replace(state, mass=mass)
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:

@@ -19,6 +19,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView
 from tokenexit.methods.wrapper import Wrapper
 from tokenexit.reducers.base import Reducer, Site
+from tokenexit.reducers.coarse_first import CoarseFirst
 from tokenexit.reducers.mpm import MPM
 
 
@@ -68,6 +69,12 @@ class Reduced(Wrapper):
             raise ConfigError("the decode head 'eomt' takes no merged tokens yet: run this model with exits alone.")
         self.by.check(model.backbone)
         super().check(model)
+        back = min((site.after for site in self.method.sites(model.backbone.depth)), default=model.backbone.depth)
+        if isinstance(self.by, CoarseFirst) and self.by.after >= back:
+            raise ConfigError(
+                f"after must be below {back}, the number of blocks before tokens that left come back, got "
+                f"{self.by.after}: what has left is not split."
+            )
 
     def for_export(self) -> NoReturn:
         raise ConfigError("a graph holds no reducer of tokens yet: export the method inside.")

@@ -6,6 +6,7 @@ from typing import Any
 from tokenexit.errors import ConfigError
 from tokenexit.reducers.algm import ALGM
 from tokenexit.reducers.base import Reducer, Site, option_names
+from tokenexit.reducers.coarse_first import CoarseFirst
 from tokenexit.reducers.g2tm import G2TM
 from tokenexit.reducers.mpm import MPM
 from tokenexit.reducers.supertokens import Supertokens
@@ -13,7 +14,9 @@ from tokenexit.reducers.tome import ToMe
 from tokenexit.reducers.zero_tprune import ZeroTPrune
 from tokenexit.runtime.schema import check, hints
 
-REDUCERS: dict[str, type[Reducer]] = {kind.name: kind for kind in (ALGM, MPM, ToMe, G2TM, Supertokens, ZeroTPrune)}
+REDUCERS: dict[str, type[Reducer]] = {
+    kind.name: kind for kind in (ALGM, MPM, ToMe, G2TM, Supertokens, ZeroTPrune, CoarseFirst)
+}
 
 ReducerSpec = str | Mapping[str, Any]
 """A reducer's name, or a mapping with `name` and its own fields: `{"name": "algm", "threshold": 0.9}`."""
@@ -63,6 +66,7 @@ __all__ = [
     "G2TM",
     "MPM",
     "REDUCERS",
+    "CoarseFirst",
     "Reducer",
     "ReducerSpec",
     "Site",

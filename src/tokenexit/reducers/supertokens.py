@@ -25,7 +25,7 @@ off stay patches. With rotary positions coordinates are averaged; that is ours.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar, Literal, get_args
@@ -37,7 +37,7 @@ from torch import Tensor
 from tokenexit.engine import ops
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import Projected, ViT, ViTConfig
 from tokenexit.engine.window_policy import nested, policy_ops
 from tokenexit.errors import ConfigError
 from tokenexit.reducers.base import COSINES, Adjustable, Site, check_number
@@ -93,33 +93,12 @@ class Supertokens(Adjustable):
             )
 
     def embed(self, images: Sequence[Tensor], backbone: ViT) -> Tokens:
+        def share(members: Sequence[int], pixels: Tensor, patches: Tensor) -> Mapping[int, Tensor]:
+            found = self.alike_by_side(members, pixels, patches, backbone)
+            return {side: value >= self.threshold for side, value in found.items()}
+
         projected = backbone.project(images)
-        tokens = backbone.embed(images, projected)
-        x, phases, row = tokens.x, tokens.phases, tokens.patch_index()  # the row of each cell
-        cover = torch.arange(tokens.cells, device=x.device)
-        free = torch.ones_like(cover, dtype=torch.bool)
-        first = torch.tensor([0, *accumulate(h * w for h, w in tokens.grids)], device=x.device)
-
-        for members, patches in projected:
-            grid, patch = (patches.shape[2], patches.shape[3]), backbone.config.patch_size
-            pixels = _padded(torch.stack([images[i] for i in members]), grid, patch)
-            alike = self.alike_by_side(members, pixels, patches, backbone)
-            for side in reversed(self.sizes):
-                cells = windows([grid], side, x.device)  # (W, side^2), of each of these images
-                if len(cells) == 0:
-                    continue
-                cells = (first[members][:, None, None] + cells).flatten(0, 1)  # (b W, side^2)
-                corner = cells[:, 0]  # a larger window holds all of this one or nothing, and so its corner
-                shares = free[corner] & (alike[side] >= self.threshold).flatten()
-                values, places = backbone.embed_windows(pixels, side)
-                x = _put(x, row[corner], shares, values.flatten(0, 2))
-                if phases is not None and places is not None:
-                    phases = _put(phases, row[corner], shares, places.flatten(0, 1).repeat(len(members), 1))
-                taken = torch.where(shares[:, None], corner[:, None], cover[cells])
-                cover = cover.index_copy(0, cells.flatten(), taken.flatten())
-                free = free.index_copy(0, cells.flatten(), (free[cells] & ~shares[:, None]).flatten())
-
-        return replace(tokens, x=x, phases=phases, cover=cover).keep(cover == torch.arange(len(cover), device=x.device))
+        return share_windows(backbone.embed(images, projected), images, projected, backbone, self.sizes, share)
 
     def alike_by_side(
         self, images: Sequence[int], pixels: Tensor, patches: Tensor, backbone: ViT
@@ -144,7 +123,7 @@ class Supertokens(Adjustable):
     def embed_ops(self, grid: Grid, backbone: ViTConfig) -> Ops:
         work = Ops()
         for side in self.sizes:
-            work += ops.conv2d(grid[0] // side, grid[1] // side, 3, backbone.embed_dim, backbone.patch_size)
+            work += embedding_ops(grid, side, backbone)
             if self.compares:
                 work += window_ops(grid, side, backbone.embed_dim)
         if self.policy == "net" and (sides := [side for side in self.sizes if min(grid) >= side]):
@@ -202,6 +181,51 @@ class LabelledSupertokens(Supertokens):
     @property
     def compares(self) -> bool:
         return False
+
+
+Chosen = Callable[[Sequence[int], Tensor, Tensor], Mapping[int, Tensor]]
+"""From numbers of images of one size in the call, their pixels `(b, 3, h p, w p)` and projected patches `(b, C, h, w)`
+to the whole windows that are to share a token, `(b, W)` bool in raster order, by side."""
+
+
+def share_windows(
+    tokens: Tokens, images: Sequence[Tensor], projected: Projected, backbone: ViT, sides: Sequence[int], chosen: Chosen
+) -> Tokens:
+    """Let windows of patches share one token, embedded as one patch, at their upper left cell; the largest first.
+
+    tokens: of all patches of the images `(3, H, W)`, whose projections are `projected`. sides: of windows, each a
+    multiple of the one before.
+    """
+    x, phases, row = tokens.x, tokens.phases, tokens.patch_index()  # the row of each cell
+    cover = torch.arange(tokens.cells, device=x.device)
+    free = torch.ones_like(cover, dtype=torch.bool)
+    first = torch.tensor([0, *accumulate(h * w for h, w in tokens.grids)], device=x.device)
+
+    for members, patches in projected:
+        grid, patch = (patches.shape[2], patches.shape[3]), backbone.config.patch_size
+        pixels = _padded(torch.stack([images[i] for i in members]), grid, patch)
+        share = chosen(members, pixels, patches)
+        for side in reversed(sides):
+            cells = windows([grid], side, x.device)  # (W, side^2), of each of these images
+            if len(cells) == 0:
+                continue
+            cells = (first[members][:, None, None] + cells).flatten(0, 1)  # (b W, side^2)
+            corner = cells[:, 0]  # a larger window holds all of this one or nothing, and so its corner
+            shares = free[corner] & share[side].flatten()
+            values, places = backbone.embed_windows(pixels, side)
+            x = _put(x, row[corner], shares, values.flatten(0, 2))
+            if phases is not None and places is not None:
+                phases = _put(phases, row[corner], shares, places.flatten(0, 1).repeat(len(members), 1))
+            taken = torch.where(shares[:, None], corner[:, None], cover[cells])
+            cover = cover.index_copy(0, cells.flatten(), taken.flatten())
+            free = free.index_copy(0, cells.flatten(), (free[cells] & ~shares[:, None]).flatten())
+
+    return replace(tokens, x=x, phases=phases, cover=cover).keep(cover == torch.arange(len(cover), device=x.device))
+
+
+def embedding_ops(grid: Grid, side: int, backbone: ViTConfig) -> Ops:
+    """Count the embedding of all whole windows of one side of an image."""
+    return ops.conv2d(grid[0] // side, grid[1] // side, 3, backbone.embed_dim, backbone.patch_size)
 
 
 @torch.no_grad()
