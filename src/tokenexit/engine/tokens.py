@@ -91,10 +91,12 @@ class Detail:
     Attributes:
         x: `(cells, C)`, each patch as it is embedded, less what was embedded in its stead; 0 of those that are alone.
         phases: `(cells, 2 H)` of each patch; None without rotary positions.
+        weight: `(cells,)` of each patch as a key, where tokens have weights; None where each is one.
     """
 
     x: Tensor
     phases: Tensor | None
+    weight: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -301,8 +303,8 @@ class Tokens:
     def split(self) -> Tokens:
         """Return one token for each cell of the live ones: what the token has become, and the cell's own `detail`.
 
-        The blocks so far have added the same to all cells of a token. Each has an equal part of its weight as a key.
-        What has left is not split, and what is alone stays as it is. One host synchronisation, for the counts.
+        The blocks so far have added the same to all cells of a token. What has left is not split, and what is alone
+        stays as it is. One host synchronisation, for the counts.
         """
         if self.cover is None or self.detail is None:
             return self
@@ -312,23 +314,19 @@ class Tokens:
         live = counts.index_add(0, cell_packing(self).image_index(), lives.long()).tolist()  # buffers, CPU attention
         cells = rows_where(lives, sum(live))
         cover = self.cover.index_copy(0, cells, cells)
-        tokens = replace(self, weight=self._weight_of_a_cell())._copied_to(cells, live)
-        rows, phases = tokens.patch_index(), tokens.phases
+        tokens = self._copied_to(cells, live)
+        rows, phases, weight = tokens.patch_index(), tokens.phases, tokens.weight
         x = tokens.x.index_add(0, rows, self.detail.x.index_select(0, cells).to(tokens.x.dtype))
         if phases is not None and self.detail.phases is not None:
             phases = phases.index_copy(0, rows, self.detail.phases.index_select(0, cells))
-        return replace(tokens, x=x, phases=phases, cover=cover, detail=None)
+        if weight is not None:
+            own = torch.ones_like(self.detail.x[:, 0]) if self.detail.weight is None else self.detail.weight
+            weight = weight.index_copy(0, rows, own.index_select(0, cells).to(weight.dtype))
+        return replace(tokens, x=x, phases=phases, cover=cover, weight=weight, detail=None)
 
     def _live_cells(self) -> Tensor:
         """Return the cells at which live patch tokens are, `(P,)` int64."""
         return self.position.index_select(0, self.patch_index())
-
-    def _weight_of_a_cell(self) -> Tensor | None:
-        """Return `weight` over the number of cells that each token stands for; of prefix tokens as it is."""
-        if self.weight is None:
-            return None
-        rows = self.patch_index()
-        return self.weight.index_copy(0, rows, self.weight.index_select(0, rows) / self.sizes())
 
     def _copied_to(self, cells: Tensor, live: Sequence[int]) -> Tokens:
         """Return prefix tokens and, for each of these cells, a copy of the live token that stands for it.

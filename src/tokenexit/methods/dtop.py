@@ -223,7 +223,8 @@ class DToP(ThresholdMethod[DToPState]):
             state = replace(state, backdrop=state.backdrop.write(patches.position, patches.x))
 
         # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
-        if n == self.last_exit or nobody(leaves):
+        merged = state.mass is not None and patches.cover is not None  # which count by their size from here on
+        if n == self.last_exit or (nobody(leaves) and not merged):
             return tokens, state
         kept = tokens.keep(~leaves)
         return (kept, state) if state.mass is None else self._weighed(kept, state.mass, patches, graded, leaves, state)
@@ -289,8 +290,9 @@ class DToP(ThresholdMethod[DToPState]):
             mass = torch.zeros_like(mass).index_copy(0, patches.position, own)
             counts = torch.cat([mass**self.context_weight, mass.new_ones(1)])  # the last for prefix tokens
             weight = counts.index_select(0, torch.where(kept.position < 0, mass.shape[0], kept.position))
-            if kept.detail is not None:  # a token that comes apart leaves an equal part to each of its cells
+            if kept.detail is not None:  # a token that is split later leaves an equal part to each of its cells
                 mass = patches.spread(mass.index_copy(0, patches.position, own / patches.sizes()))
+                kept = replace(kept, detail=replace(kept.detail, weight=mass**self.context_weight))
         return replace(kept, weight=weight), replace(state, mass=mass)
 
     def _write(self, head: Head, patches: Tokens, out: HeadOutput, state: DToPState, model: ModelView) -> DToPState:
