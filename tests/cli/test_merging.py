@@ -95,10 +95,12 @@ def test_predict__draws_groups_of_merged_tokens_in_exit_maps(
     trained: Path, data: Path, tmp_path: Path, capsys: Captured
 ) -> None:
     words = ("--method", "dtop", "--threshold", "1", "--save", "exits", "--device", "cpu")
-    for name, merge in (("a", ()), ("b", ("--merge", "supertokens:0.5,sizes=2"))):
+    merging = {"a": (), "b": ("--merge", "supertokens:0.5,sizes=2"), "c": ("--merge", "coarse_first:1")}
+    for name, merge in merging.items():
         said(capsys, "predict", trained, data / "images" / "test", "--out", tmp_path / name, *words, *merge)
-    plain, lined = (next((tmp_path / name).glob("p0*.png")).read_bytes() for name in ("a", "b"))
+    plain, lined, split = (next((tmp_path / name).glob("p0*.png")).read_bytes() for name in merging)
     assert plain != lined
+    assert split not in (plain, lined)  # nobody has left and all have come apart: each patch is outlined
 
 
 def test_sweep__has_a_curve_with_merging_and_one_without(

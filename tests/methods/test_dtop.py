@@ -9,6 +9,7 @@ from tests.oracles.methods import Weights
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DToP
 from tokenexit.methods.reduced import Reduced
+from tokenexit.methods.thresholded import NEVER
 from tokenexit.reducers.mpm import MPM
 
 SOME = [(16, 20), (9, 33), (4, 4)]
@@ -115,6 +116,18 @@ def test_context_weight__counts_a_merged_token_for_its_cells():
     assert all(torch.isfinite(logits).all() for logits in out.grid_logits)
     for i, image in enumerate(batch()):
         assert_close(run(model, [image], method).grid_logits[0], out.grid_logits[i])
+
+
+def test_context_weight__of_merged_tokens_does_not_depend_on_who_leaves_in_other_images():
+    model = tiny_segmenter(["fcn", "linear"], "linear", seed=3)
+    recorded = [run(model, [image], Reduced(Dense(), MPM((0,))), with_records=True) for image in batch()[:2]]
+    low, high = sorted(float(one.exit_records[0].logits.softmax(1).max()) for one in recorded)
+    assert high - low > MARGIN
+    method = Reduced(DToP(((low + high) / 2, NEVER), 0, context_weight=1.0), MPM((0,)))
+    together = run(model, batch()[:2], method)
+    assert sorted(int((index == 0).any()) for index in together.exit_index) == [0, 1]
+    for i, image in enumerate(batch()[:2]):
+        assert_close(run(model, [image], method).grid_logits[0], together.grid_logits[i])
 
 
 def test_context_weight__trains_with_weights_that_carry_no_gradient():

@@ -1,4 +1,4 @@
-"""Reducers merge or drop tokens between exits; `tokenexit.Reduced` puts one beside any method."""
+"""Reducers merge, drop or split tokens between exits; `tokenexit.Reduced` puts one beside any method."""
 
 from collections.abc import Mapping
 from typing import Any

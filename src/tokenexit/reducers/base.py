@@ -1,4 +1,4 @@
-"""A reducer is a frozen value that merges or drops tokens at sites in the network: the base of all of them.
+"""A reducer is a frozen value that merges, drops or splits tokens at sites in the network: the base of all of them.
 
 A method decides at exits, with heads; a reducer decides between, and inside, blocks, from features alone. What it drops
 stays answered: the cover of `Tokens` names, for every cell, the token that stands for it.
