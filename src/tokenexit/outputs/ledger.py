@@ -28,7 +28,7 @@ class MacsByPart:
         embed: patch embedding.
         blocks: all blocks, prefix tokens included.
         exit_heads: heads of the exits that ran.
-        decode_head: the head at the end.
+        decode_head: the head at the end, and stage adapters in front of it.
         reduction: comparisons by which a reducer merges or drops tokens.
     """
 
@@ -120,6 +120,8 @@ def write_ledger(
             elif record.head_tokens:
                 heads += head.ops(record.head_tokens[i], grid)
         final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
+        if records[-1].beside:
+            final += records[-1].beside[i]
         embed = backbone.embed_ops(grid)
         compared = Ops() if reduction is None else reduction[i]
         live.append(tuple(max(0, block[i] - prefix) for block in fed))  # and those after the last block
