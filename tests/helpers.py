@@ -13,7 +13,7 @@ from tests.oracles.methods import Answer
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
-from tokenexit.heads import Head, HeadOutput
+from tokenexit.heads import Head, HeadOutput, StageAdapter
 from tokenexit.methods import ModelView
 from tokenexit.segmenter import ExitSegmenter
 
@@ -60,6 +60,7 @@ def tiny_segmenter(
     exits: Sequence[int] = (1, 3),
     num_classes: int = 5,
     seed: int = 0,
+    stage_adapter: bool = False,
     **backbone: Any,
 ) -> ExitSegmenter:
     """A model with lively random weights, in evaluation mode: scores spread over (0, 1), so that tokens do leave."""
@@ -70,7 +71,9 @@ def tiny_segmenter(
     exit_head = [head_spec(h) for h in exit_head] if isinstance(exit_head, list | tuple) else head_spec(exit_head)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = ExitSegmenter(tiny_config(**backbone), num_classes, tuple(exits), exit_head, decode_head)
+        model = ExitSegmenter(
+            tiny_config(**backbone), num_classes, tuple(exits), exit_head, decode_head, stage_adapter=stage_adapter
+        )
         enliven(model)
     return model.eval()
 
@@ -183,4 +186,5 @@ def call_view(model: ExitSegmenter, with_records: bool = False) -> ModelView:
         num_classes=model.config.num_classes,
         has_class_token=model.config.backbone.class_token,
         with_records=with_records,
+        stage_adapters=[adapter for adapter in model.stage_adapters if isinstance(adapter, StageAdapter)],
     )

@@ -82,6 +82,7 @@ class SegmenterConfig:
         exits: number of blocks before each exit, increasing.
         exit_heads: specification of each exit's head.
         decode_head: specification of the head at the end.
+        stage_adapter: an adapter for each exit, see `StageAdapter`.
 
     Raises:
         ConfigError: for a value of another type or out of range.
@@ -92,6 +93,7 @@ class SegmenterConfig:
     exits: tuple[int, ...] = (3, 6, 9)
     exit_heads: tuple[dict[str, Any], ...] = ()
     decode_head: dict[str, Any] = field(default_factory=lambda: {"kind": "fcn"})
+    stage_adapter: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -112,20 +114,21 @@ class SegmenterConfig:
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return lists, mappings, strings and numbers only, as JSON holds them."""
-        return {
+        """Return lists, mappings, strings and numbers only, as JSON holds them; adapters only where there are some."""
+        values = {
             "backbone": self.backbone.to_dict(),
             "num_classes": self.num_classes,
             "exits": list(self.exits),
             "exit_heads": list(self.exit_heads),
             "decode_head": self.decode_head,
         }
+        return values | ({"stage_adapter": True} if self.stage_adapter else {})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> SegmenterConfig:
         """Build a configuration from what `to_dict` returns. Raises `ConfigError` for unknown or wrong values."""
         names = [f.name for f in fields(cls)]
-        check_keys("model", values, known=names, needed=names)
+        check_keys("model", values, known=names, needed=[name for name in names if name != "stage_adapter"])
         check_keys("backbone", values["backbone"], known=[f.name for f in fields(ViTConfig)])
         for name in ("exits", "exit_heads"):
             check(name, values[name], list[Any])
@@ -135,6 +138,7 @@ class SegmenterConfig:
             exits=tuple(values["exits"]),
             exit_heads=tuple(normalize_head(head) for head in values["exit_heads"]),
             decode_head=normalize_head(values["decode_head"]),
+            stage_adapter=values.get("stage_adapter", False),
         )
 
 
@@ -271,6 +275,7 @@ class PretrainedMixin(nn.Module):
                     exit_head=config.exit_heads,
                     decode_head=decode_head,
                     preprocessing=preprocessing,
+                    stage_adapter=config.stage_adapter,
                 )
         except ConfigError as error:
             raise damaged(folder / CONFIG_FILE, error, AGAIN) from None

@@ -25,7 +25,7 @@ from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViT, ViTConfig, vit_config
 from tokenexit.engine.window_policy import WindowPolicy
 from tokenexit.errors import ConfigError
-from tokenexit.heads import EoMTHead, Head, HeadSpec, ModuleHead, build_head, normalize_head
+from tokenexit.heads import EoMTHead, Head, HeadSpec, ModuleHead, StageAdapter, build_head, normalize_head
 from tokenexit.heads.eomt import hand_over, take_joint_blocks
 from tokenexit.hub.fetch import resolve_weights
 from tokenexit.inputs.images import ImageSource, load_image
@@ -136,6 +136,8 @@ class ExitSegmenter(PretrainedMixin):
             `exits` may then be as deep as what is left. Or a `ModuleHead`, which `tokenexit.wrap` makes of your own
             module.
         preprocessing: how images become inputs; saved with the model.
+        stage_adapter: a `StageAdapter` for each exit, through which the decode head reads tokens that DoViT or PAUMER
+            stopped there; other methods pass it by.
         weights: backbone weights to start from, a timm-named `.safetensors` or `.pth` file or `hf-hub:OWNER/NAME`.
         **backbone_options: fields of `ViTConfig` to change, for example `class_token=False`.
 
@@ -145,6 +147,7 @@ class ExitSegmenter(PretrainedMixin):
         backbone: the `ViT`.
         exit_heads: the heads of the exits, in order.
         decode_head: the head at the end.
+        stage_adapters: the adapters of the exits, in order; empty without `stage_adapter`.
         load_report: which weights were loaded, missing, unexpected or resized; None without `weights`.
         calibration: the `Calibration` of `calibration.json`, None for a model that was not calibrated.
         records: contents of `training.json` and `evaluation.json` that were found beside the model, by file name.
@@ -163,6 +166,7 @@ class ExitSegmenter(PretrainedMixin):
         decode_head: HeadSpec | ModuleHead = "fcn",
         preprocessing: Preprocessing | None = None,
         weights: str | Path | None = None,
+        stage_adapter: bool = False,
         **backbone_options: Any,
     ) -> None:
         super().__init__()
@@ -181,6 +185,7 @@ class ExitSegmenter(PretrainedMixin):
             exits=tuple(exits),
             exit_heads=tuple(normalize_head(spec) for spec in specs),
             decode_head=spec,
+            stage_adapter=stage_adapter,
         )
         self.preprocessing = preprocessing or Preprocessing(labels=default_labels(num_classes))
         check_labels(self.preprocessing, num_classes)
@@ -197,6 +202,9 @@ class ExitSegmenter(PretrainedMixin):
             self.load_report = load_backbone(loaded, read_state_dict(path), source=f"weights '{path}'")
             if isinstance(self.decode_head, EoMTHead) and loaded is not self.backbone:
                 hand_over(loaded, self.backbone, self.decode_head)
+        self.stage_adapters = nn.ModuleList()
+        if stage_adapter:
+            self.stage_adapters.extend(self._new_adapters(len(exits)))  # whose norms are copies of what was loaded
 
     @property
     def device(self) -> torch.device:
@@ -319,12 +327,17 @@ class ExitSegmenter(PretrainedMixin):
             raise ConfigError(f"exits must be some of {self.config.exits}, got {missing[0]}: it has no exit there.")
         numbers = [self.config.exits.index(block) for block in blocks]
         specs = [self.config.exit_heads[n] for n in numbers]
-        return self.with_exit_heads(blocks, specs, [self.exit_heads[n] for n in numbers])
+        model = self.with_exit_heads(blocks, specs, [self.exit_heads[n] for n in numbers])
+        if self.config.stage_adapter:
+            model._modules["stage_adapters"] = nn.ModuleList(self.stage_adapters[n] for n in numbers)
+        return model
 
     def with_exit_heads(
         self, blocks: Sequence[int], specs: Sequence[HeadSpec], heads: Sequence[nn.Module]
     ) -> ExitSegmenter:
         """Return this model with other exits, neither calibrated nor with records; weights are shared.
+
+        Stage adapters, where it has them, are new ones.
 
         Args:
             blocks: number of blocks before each exit, increasing.
@@ -339,7 +352,20 @@ class ExitSegmenter(PretrainedMixin):
         normal = tuple(normalize_head(spec) for spec in specs)
         model.config = replace(self.config, exits=tuple(blocks), exit_heads=normal)
         model.calibration, model.records = None, {}
+        return model.with_stage_adapters() if self.config.stage_adapter else model
+
+    def with_stage_adapters(self) -> ExitSegmenter:
+        """Return this model, not calibrated, with new stage adapters, which change nothing yet; weights are shared."""
+        model = copy(self)
+        adapters = nn.ModuleList(self._new_adapters(len(self.config.exits)))
+        model._modules = {**self._modules, "stage_adapters": adapters.train(self.training)}
+        model.config = replace(self.config, stage_adapter=True)
+        model.calibration = None
         return model
+
+    def _new_adapters(self, number: int) -> list[StageAdapter]:
+        norm, width = self.backbone.norm, self.config.backbone.embed_dim
+        return [StageAdapter(norm, width).to(self.backbone.patch_embed.proj.weight) for _ in range(number)]
 
     def with_window_policy(self, policy: WindowPolicy) -> ExitSegmenter:
         """Return this model, not calibrated, with a network that chooses windows for `Supertokens`; weights are shared.
@@ -379,6 +405,7 @@ class ExitSegmenter(PretrainedMixin):
             num_classes=self.config.num_classes,
             has_class_token=self.config.backbone.class_token,
             with_records=with_records,
+            stage_adapters=[adapter for adapter in self.stage_adapters if isinstance(adapter, StageAdapter)],
         )
 
     def segment(

@@ -206,6 +206,17 @@ def test_costs__are_the_ledgers_for_the_counts_of_a_true_run(head: str, method: 
     assert MacTable(images.model, chosen, grids).macs(live).tolist() == run.macs.tolist()
 
 
+@pytest.mark.parametrize("method", [DToP(keep_per_class=2), DoViT()], ids=["dtop", "dovit"])
+def test_costs__of_a_model_with_stage_adapters_are_the_ledgers(method: Any) -> None:
+    images = calibration_set(3, exit_head="fcn", stage_adapter=True)
+    chosen = with_thresholds(method, (0.4, 0.3))
+    run = true_run(images, chosen, dense_reference(images))
+    live = torch.cat([run.tokens[:, None], run.live], 1)
+    assert live[:, -1].sum() < live[:, 0].sum()
+    grids = DensePass.of(images, chosen).grids
+    assert MacTable(images.model, chosen, grids).macs(live).tolist() == run.macs.tolist()
+
+
 @pytest.mark.parametrize("decode", ["fcn", "setr_pup", "atm"])
 def test_dense_pass__knows_the_dense_answer(decode: str) -> None:
     images = calibration_set(2, exit_head="atm" if decode == "atm" else "fcn", decode_head=decode)

@@ -262,14 +262,15 @@ def test_evaluate_prints_a_row_per_method_and_threshold_and_writes_json(
         *("--method", "dense", "dtop", "--threshold", "0.9", "0.4/0.3", "--references", "--device", "cpu"),
     )
     labels = ["dense", "dtop 0.9", "dtop 0.4/0.3", "random, counts of dtop 0.9", "random, counts of dtop 0.4/0.3"]
-    labels += ["agreement oracle", "truncated after=1 (block 1)", "truncated after=2 (block 2)"]
+    labels += ["agreement oracle", "oracle in context", "greedy by labels"]
+    labels += ["truncated after=1 (block 1)", "truncated after=2 (block 2)"]
     for label in labels:
         assert f"│ {label} " in text
     assert "3 images of folder (test), fp32 on cpu" in text
     assert "bright" in text  # a class
     content = json.loads((tmp_path / "figures.json").read_text())
     assert [row["label"] for row in content["results"]] == labels
-    assert [row["latency_ms_median"] is None for row in content["results"]] == [False] * 6 + [True] * 2
+    assert [row["latency_ms_median"] is None for row in content["results"]] == [False] * 6 + [True, False, True, True]
     assert content["about"]["split"] == "test"
 
 

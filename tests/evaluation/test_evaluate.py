@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
@@ -20,7 +21,8 @@ from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.results import Evaluation, Scaled
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.methods import Dense, DoViT, DToP, Gated, Method, Resized, build_method
-from tokenexit.methods.reference import PrescribedExits
+from tokenexit.methods.reference import FrozenContext, LabelledExits, PrescribedExits, agreement_exits, patch_labels
+from tokenexit.outputs.ledger import with_frozen_keys
 from tokenexit.outputs.windows import window_boxes
 from tokenexit.segmenter import ExitSegmenter
 
@@ -206,6 +208,54 @@ def test_the_agreement_oracle_is_that_of_a_search_over_the_dense_pass(model: Exi
             if truth != VOID:
                 confusion[truth, answer] += 1
     assert oracle.confusion.tolist() == confusion.tolist()
+
+
+def test_the_oracle_in_context_has_the_exits_of_the_agreement_oracle_and_frozen_tokens_as_keys(
+    model: ExitSegmenter,
+) -> None:
+    alone, context = evaluate(model, Images(), [Dense()], references=("oracle", "context"))[1:]
+    assert context.label == "oracle in context"
+    assert context.live == alone.live
+    assert min(context.live_mean) < 1.0
+    assert all(math.isnan(ms) for ms in context.latency_ms)
+    confusion = np.zeros((CLASSES, CLASSES), np.int64)
+    for i in range(3):
+        image = model.preprocessing.to_tensor(Images()[i].image)
+        with torch.inference_mode():
+            dense = model([image], with_records=True)
+            exits = agreement_exits(dense.exit_records, dense.ledger.tokens)
+            output = model([image], FrozenContext(exit_index=exits))
+            plain = model([image], PrescribedExits(exit_index=exits)).ledger
+        assert context.gmacs[i] == with_frozen_keys(plain, model.backbone).gmacs[0] > alone.gmacs[i]
+        for truth, answer in zip(Images()[i].mask.flatten().tolist(), output.labels[0].flatten().tolist()):
+            if truth != VOID:
+                confusion[truth, answer] += 1
+    assert context.confusion.tolist() == confusion.tolist()
+    assert context.confusion.tolist() != alone.confusion.tolist()
+
+
+@pytest.mark.parametrize("options", [{}, {"window": (8, 9), "stride": (5, 5)}, {"resize": (20, 30)}])
+def test_the_greedy_rule_sees_the_most_frequent_label_of_each_patch(options: dict[str, Any]) -> None:
+    model = tiny_segmenter("fcn", num_classes=CLASSES)
+    model.preprocessing = replace(model.preprocessing, **options)
+    (greedy,) = evaluate(model, Images(), [Dense()], references=["labels"])[1:]
+    assert greedy.label == "greedy by labels"
+    for i in range(3):
+        mask = Image.fromarray(Images()[i].mask)
+        image = model.preprocessing.to_tensor(Images()[i].image)
+        height, width = image.shape[1:]
+        truth = np.array(mask.resize((width, height), Image.Resampling.NEAREST))
+        ended, cells = [0, 0], 0
+        for top, left, bottom, right in window_boxes((height, width), options.get("window"), options.get("stride")):
+            part = torch.from_numpy(truth[top:bottom, left:right].astype(np.int64))
+            labels = patch_labels(part, model.config.backbone.patch_size, CLASSES, VOID)
+            with torch.inference_mode():
+                output = model([image[:, top:bottom, left:right]], LabelledExits(labels=labels))
+            cells += len(labels)
+            for n in range(2):
+                ended[n] += int((output.exit_index[0] > n).sum())
+        assert greedy.live[i] == pytest.approx([n / cells for n in ended])
+    assert 0.0 < greedy.live_mean[1] < greedy.live_mean[0] < 1.0
 
 
 def test_references_follow_the_finish_of_their_method() -> None:

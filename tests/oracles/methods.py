@@ -115,10 +115,27 @@ def to_image(grid: Tensor, image: Tensor, patch: int, upscale: int = 1) -> Tenso
     return maps[0, :, : image.shape[1], : image.shape[2]]
 
 
-def decode(weights: Weights, image: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor]:
-    """Final norm and decode head on a complete grid `(h w, C)`: maps at the patches and at the image."""
+def adapt(weights: Weights, n: int, x: Tensor) -> Tensor:
+    """One feature `(C,)` through the stage adapter of exit `n`: its own norm, and a matrix on top of it."""
+    state = under(weights.state, f"stage_adapters.{n}.")
+    if weights.vit.final_norm:
+        centred = x - x.mean()
+        x = centred / torch.sqrt((centred**2).mean() + weights.vit.norm_eps)
+        x = x * state["norm.weight"] + state["norm.bias"]
+    rows = [float(row @ x) for row in state["linear.weight"]]
+    return x + torch.tensor(rows, dtype=torch.float64) + state["linear.bias"]
+
+
+def decode(weights: Weights, image: Tensor, x: Tensor, stopped: Tensor | None = None) -> tuple[Tensor | None, Tensor]:
+    """Final norm and decode head on a complete grid `(h w, C)`: maps at the patches and at the image.
+
+    stopped: `(h w,)` exit whose adapter is in place of the final norm, where the model has adapters.
+    """
     grid, patch = grid_of(image, weights.vit.patch_size), weights.vit.patch_size
+    raw, exits = x, len(weights.config.exits)
     x = final_norm(weights.backbone, weights.vit, x)
+    if weights.config.stage_adapter and stopped is not None:
+        x = torch.stack([x[p] if e == exits else adapt(weights, e, raw[p]) for p, e in enumerate(stopped.tolist())])
     state, spec = weights.head(None)
     if spec["kind"] == "setr_pup":
         return None, to_image(setr_up_fine(state, spec, x, grid), image, patch)
@@ -391,6 +408,6 @@ def dovit(
             answers[b].live.append(int(computed[b].sum()))
 
     for b, (image, x) in enumerate(zip(images, xs)):
-        answers[b].grid, answers[b].full = decode(weights, image, x[prefix:])
+        answers[b].grid, answers[b].full = decode(weights, image, x[prefix:], None if rejoin else stages[b])
         answers[b].stage = stages[b].view(grids[b])
     return answers

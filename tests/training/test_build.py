@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,22 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from tests.helpers import enliven
 from tests.training.tiny import HEADS, tiny_run, write_dataset
 from tokenexit.data.base import Sample
 from tokenexit.data.loader import Cached
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.inputs.labels import default_labels
+from tokenexit.methods import PAUMER, Dense, DoViT, DToP, Method, Reduced
+from tokenexit.reducers import ALGM
 from tokenexit.segmenter import ExitSegmenter
-from tokenexit.training.build import build_dataset, build_model, build_preprocessing, build_transform
+from tokenexit.training.build import (
+    build_dataset,
+    build_model,
+    build_preprocessing,
+    build_transform,
+    check_adapters,
+)
 from tokenexit.training.config import DataConfig, ModelConfig
 
 LABELS = default_labels(3)
@@ -93,6 +103,45 @@ def test_init_from_takes_everything_from_the_saved_model(saved: Path) -> None:
     assert model.config == original.config
     assert model.preprocessing == original.preprocessing
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), original.state_dict().values()))
+
+
+def test_init_from__a_model_without_stage_adapters_gets_new_ones_and_keeps_those_it_has(saved: Path) -> None:
+    original = ExitSegmenter.from_pretrained(saved)
+    torch.manual_seed(0)
+    enliven(original)
+    original.save_pretrained(saved)
+    model, _ = build_model(config(init_from=str(saved), options={}, stage_adapter=True), DataConfig(), LABELS)
+    assert model.config.stage_adapter
+    image = [torch.randn(3, 24, 32)]
+    with torch.no_grad():
+        dovit = [each.eval()(image, DoViT(0.6)) for each in (model, original)]
+    assert (dovit[0].exit_index[0] < 2).any()
+    assert torch.equal(dovit[0].grid_logits[0], dovit[1].grid_logits[0])
+    with torch.no_grad():
+        model.stage_adapters.state_dict()["0.linear.weight"].uniform_()
+    model.save_pretrained(saved)
+    for asked in (False, True):
+        again, _ = build_model(config(init_from=str(saved), options={}, stage_adapter=asked), DataConfig(), LABELS)
+        kept, given = again.stage_adapters.state_dict(), model.stage_adapters.state_dict()
+        assert all(torch.equal(kept[name], given[name]) for name in given)
+    other = config(init_from=str(saved), options={}, new_exits=True, exits=[1])
+    fresh, _ = build_model(other, DataConfig(), LABELS)
+    new = fresh.stage_adapters.state_dict()
+    assert {name.partition(".")[0] for name in new} == {"0"}
+    assert not new["0.linear.weight"].any()
+    assert torch.equal(new["0.norm.weight"], original.backbone.state_dict()["norm.weight"])
+
+
+def test_stage_adapters__in_several_processes_every_method_must_use_them() -> None:
+    model, _ = build_model(config(stage_adapter=True), DataConfig(), LABELS)
+    plain, _ = build_model(config(), DataConfig(), LABELS)
+    unused: list[Method[Any]] = [Dense(), DToP(), DoViT(rejoin=1)]
+    check_adapters(model, [DoViT(), PAUMER(), Reduced(DoViT(), ALGM())], processes=2)
+    for method in unused:
+        check_adapters(model, [DoViT(), method], processes=1)
+        check_adapters(plain, [DoViT(), method], processes=2)
+        with pytest.raises(ConfigError, match=r"learn nothing from a step with .*, which 2 processes would wait for"):
+            check_adapters(model, [DoViT(), method], processes=2)
 
 
 def test_init_from_a_model_of_another_class_count_is_refused_with_both_counts(saved: Path) -> None:

@@ -37,6 +37,20 @@ def test_exit_heads_and_decode_head_learn_faster_and_the_backbone_does_not() -> 
         assert rate == pytest.approx(7e-3 if name.startswith(("exit_heads", "decode_head")) else 1e-3), name
 
 
+def test_stage_adapters_learn_as_heads_and_their_matrices_decay_towards_no_change() -> None:
+    model = tiny_segmenter("fcn", stage_adapter=True)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = parameter_groups(model, OptimConfig(lr=1e-3, head_lr_factor=7.0, weight_decay=0.05))
+    found = {names[id(p)]: (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
+    own = {name.partition(".")[2]: value for name, value in found.items() if name.startswith("stage_adapters.")}
+    assert set(own) == {
+        f"{n}.{layer}.{kind}" for n in (0, 1) for layer in ("norm", "linear") for kind in ("weight", "bias")
+    }
+    for name, (rate, decay) in own.items():
+        assert rate == pytest.approx(7e-3)
+        assert decay == (0.05 if name.endswith("linear.weight") else 0.0)
+
+
 def test_norms_biases_embeddings_and_prefix_tokens_do_not_decay() -> None:
     found = rates_and_decays("atm", OptimConfig(weight_decay=0.05))
     spared = {name for name, (_, decay) in found.items() if decay == 0.0}

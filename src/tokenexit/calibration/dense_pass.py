@@ -341,6 +341,8 @@ class MacTable:
         self.exits, self.last_exit = model.config.exits, method.last_exit
         self.depth = model.config.backbone.depth
         self.on_grid, self.scored_on_grid = method.decodes_grid, method.scores_grid
+        adapters = model.view().stage_adapters if method.adapts_stopped else ()
+        self.per_stopped = adapters[0].ops(1).macs if adapters else 0
         distinct = list(dict.fromkeys(grids))
         self.kind = torch.tensor([distinct.index(grid) for grid in grids])
         self.tables = [self._table(model, grid) for grid in distinct]
@@ -388,6 +390,7 @@ class MacTable:
             if self.last_exit is None:
                 macs = macs + (bounds[exits + 1] - bounds[exits]) * table[exits + 1][own[:, exits]]
                 macs = macs + table[exits][cells if self.on_grid else own[:, exits]]
+                macs = macs + self.per_stopped * (cells - own[:, exits])
             total[rows] = macs
         return total
 

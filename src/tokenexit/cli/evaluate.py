@@ -63,7 +63,7 @@ def evaluate(arguments: list[str]) -> int:
             rows,
             limit=options.limit,
             precision=options.precision,
-            references=("random", "oracle", "depths") if options.references else (),
+            references=("random", "oracle", "context", "labels", "depths") if options.references else (),
             progress=progress_bar("evaluating"),
         )
     if first:
@@ -93,7 +93,10 @@ def _parser() -> argparse.ArgumentParser:
         help="factors on the images' sides, each a row of every method; predictions are compared at full size",
     )
     parser.add_argument(
-        "--references", action="store_true", help="rows of random exits, an agreement oracle and a stop after each exit"
+        "--references",
+        action="store_true",
+        help="rows of random exits, an agreement oracle, the same with frozen tokens as context, a greedy rule that "
+        "sees labels, and a stop after each exit",
     )
     add_method_choice(parser, several=True)
     add_merge_option(parser, several=True)

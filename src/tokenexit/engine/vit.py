@@ -583,6 +583,14 @@ class Block(nn.Module):
             + ops.linear(fed, self.mlp_hidden // 2 if gated else self.mlp_hidden, self.dim)
         )
 
+    def frozen_ops(self, tokens: int, frozen: int) -> Ops:
+        """Count what so many tokens add to `ops` on one image that are keys and values alone."""
+        return (
+            ops.layer_norm(frozen, self.dim)
+            + ops.linear(frozen, self.dim, 2 * self.dim)
+            + ops.attention(tokens, frozen, self.dim)
+        )
+
 
 def _width(norm: nn.Module) -> int:
     """Return the channels that a norm inside a branch works on, 0 for none."""
@@ -842,6 +850,12 @@ class ViT(nn.Module):
         block = self.blocks[0]
         assert isinstance(block, Block)
         return block.ops(tokens, fed)
+
+    def frozen_ops(self, tokens: int, frozen: int) -> Ops:
+        """Count what tokens that are keys and values alone add to `block_ops` of one block, see `Block.frozen_ops`."""
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block.frozen_ops(tokens, frozen)
 
     def norm_ops(self, tokens: int) -> Ops:
         """Count the final LayerNorm on this many tokens."""

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenexit.data.base import SegmentationDataset
@@ -24,13 +25,28 @@ from tokenexit.evaluation.metrics import boundary_counts, boundary_iou, confusio
 from tokenexit.evaluation.results import Evaluation, Scaled
 from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Dense, Method, MethodLike, Truncated, as_method
-from tokenexit.methods.reference import PrescribedExits, agreement_exits, random_counterpart, random_exits
-from tokenexit.outputs.windows import Segmentation, dense_macs
+from tokenexit.methods.reference import (
+    FrozenContext,
+    LabelledExits,
+    PrescribedExits,
+    agreement_exits,
+    patch_labels,
+    random_counterpart,
+    random_exits,
+)
+from tokenexit.outputs.ledger import with_frozen_keys
+from tokenexit.outputs.windows import Segmentation, dense_macs, window_boxes
 from tokenexit.runtime.distributed import all_or_none, gather, rank_and_size
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
-ReferenceLine = Literal["random", "oracle", "depths"]
+ReferenceLine = Literal["random", "oracle", "context", "labels", "depths"]
+ORACLES: dict[ReferenceLine, tuple[Method[Any], str]] = {
+    "oracle": (PrescribedExits(), "agreement oracle"),
+    "context": (FrozenContext(), "oracle in context"),
+    "labels": (LabelledExits(), "greedy by labels"),
+}
+"""Reference lines that know answers: the method of each, and the name of its row."""
 
 
 @dataclass(frozen=True)
@@ -121,9 +137,11 @@ def evaluate(
         limit: number of images, the first ones; all if not given.
         precision: precision of the forward pass.
         references: reference lines behind the methods. "random": random exits at the counts of every DToP method;
-            "oracle": the dense-pass agreement oracle at full size, not for models with grid heads; "depths": a stop
-            after each exit, and dense if it is no row, all from one dense pass and without a time. True stands for
-            the first two.
+            "oracle": the dense-pass agreement oracle at full size, not for models with grid heads; "context": the same
+            exits where tokens that left stay keys and values, as they were, of those that go on, with the multiply-adds
+            of that and without a time; "labels": a token leaves at the first exit whose head says its patch's label;
+            "depths": a stop after each exit, and dense if it is no row, all from one dense pass and without a time.
+            True stands for the first two.
         progress: wraps the loop over images.
 
     Returns:
@@ -151,7 +169,7 @@ def evaluate(
         _Row(row if isinstance(row, Scaled) else Scaled(as_method(row)), classes, "random" in lines) for row in methods
     ]
     scales = {row.tally.input_scale for row in rows}
-    oracle = Tally(PrescribedExits(), "agreement oracle", classes) if "oracle" in lines else None
+    oracles = {line: Tally(method, label, classes) for line, (method, label) in ORACLES.items() if line in lines}
     depths = _depths(model) if "depths" in lines else []
     rank, processes = rank_and_size()
     with inference(model.device, precision):
@@ -159,10 +177,10 @@ def evaluate(
             with all_or_none():
                 if first + rank < count:
                     image = _EvaluatedImage.of(data, first + rank, model, scales)
-                    _judge(model, image, rows, oracle, depths, precision, data.labels.ignore_index, warm_up=first == 0)
+                    _judge(model, image, rows, oracles, depths, precision, data.labels.ignore_index, warm_up=first == 0)
     at_random = [row.at_random for row in rows if row.at_random is not None]
     has_dense = any(row.tally.method == Dense() and row.tally.input_scale == 1.0 for row in rows)
-    tallies = [*(row.tally for row in rows), *at_random, *([oracle] if oracle else [])]
+    tallies = [*(row.tally for row in rows), *at_random, *oracles.values()]
     tallies += depths[:-1] if has_dense else depths
     mine, *others = gather(tallies)
     for other in others:
@@ -175,7 +193,7 @@ def _judge(
     model: ExitSegmenter,
     image: _EvaluatedImage,
     rows: Sequence[_Row],
-    oracle: Tally | None,
+    oracles: Mapping[ReferenceLine, Tally],
     depths: Sequence[Tally],
     precision: Precision,
     ignore_index: int,
@@ -198,15 +216,39 @@ def _judge(
             generator = torch.Generator().manual_seed(image.index)
             shuffled = [random_exits(exits, generator).flatten() for exits in output.windows.exit_index]
             run(row.at_random, replace(row.counterpart, exit_index=torch.cat(shuffled)))
-    if oracle is None and not depths:
+    if "labels" in oracles:
+        run(oracles["labels"], LabelledExits(labels=_labels_of_patches(model, image, ignore_index)))
+    if not (depths or oracles.keys() & {"oracle", "context"}):
         return
+    tensor = image.images[1.0].to(model.device)
     with inference(model.device, precision):
-        dense = model.segment([image.images[1.0].to(model.device)], targets=[image.size], with_records=True)
+        dense = model.segment([tensor], targets=[image.size], with_records=True)
         for tally, output in zip(depths, stopped(model, dense) if depths else []):
             tally.add(output, image, ignore_index, model.config.exits, math.nan)
-    if oracle is not None:
-        windows = dense.windows
-        run(oracle, PrescribedExits(exit_index=agreement_exits(windows.exit_records, windows.ledger.tokens)))
+        if not oracles.keys() & {"oracle", "context"}:
+            return
+        exits = agreement_exits(dense.windows.exit_records, dense.windows.ledger.tokens)
+    if "oracle" in oracles:
+        run(oracles["oracle"], PrescribedExits(exit_index=exits))
+    if "context" in oracles:
+        with inference(model.device, precision):
+            alone = model.segment([tensor], PrescribedExits(exit_index=exits), targets=[image.size])
+            output = model.segment([tensor], FrozenContext(exit_index=exits), targets=[image.size])
+        ledger = with_frozen_keys(alone.windows.ledger, model.backbone)
+        output = output.with_windows(replace(output.windows, ledger=ledger))
+        oracles["context"].add(output, image, ignore_index, model.config.exits, math.nan)
+
+
+def _labels_of_patches(model: ExitSegmenter, image: _EvaluatedImage, ignore_index: int) -> Tensor:
+    """Return the label of each patch of all windows of an image at the model's own size, `(cells,)`."""
+    size = (image.images[1.0].shape[1], image.images[1.0].shape[2])
+    truth = image.truth
+    if size != image.size:
+        truth = F.interpolate(truth[None, None].double(), size, mode="nearest-exact")[0, 0].long()
+    patch, preprocessing = model.config.backbone.patch_size, model.preprocessing
+    boxes = window_boxes(size, preprocessing.window, preprocessing.stride)
+    parts = [truth[top:bottom, left:right] for top, left, bottom, right in boxes]
+    return torch.cat([patch_labels(part, patch, model.config.num_classes, ignore_index) for part in parts])
 
 
 def _depths(model: ExitSegmenter) -> list[Tally]:

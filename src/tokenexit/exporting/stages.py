@@ -65,6 +65,8 @@ def staged_method(model: ExitSegmenter, method: Method[Any]) -> StagedMethod:
         )
     if isinstance(method, DoViT) and method.rejoin is not None:
         raise ConfigError("stages hold no tokens that come back: leave rejoin out, or export to onnx.")
+    if isinstance(method, DoViT) and model.config.stage_adapter:
+        raise ConfigError("stages hold no stage adapters, which run on as many tokens as stopped: export to onnx.")
     if isinstance(method, DToP) and method.context_weight:
         raise ConfigError("stages know no weights of keys: leave context_weight at 0, or export to onnx.")
     if model.decode_head.kind == "masks":

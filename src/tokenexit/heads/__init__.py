@@ -23,6 +23,7 @@ from tokenexit.heads.mask_transformer import MaskTransformerHead
 from tokenexit.heads.module import MODULE, HeadModule, ModuleHead, head_from, module_spec
 from tokenexit.heads.pointwise import DINOv2LinearHead, FCNHead, LinearHead, SETRNaiveHead
 from tokenexit.heads.setr import SETRUpHead
+from tokenexit.heads.stage_adapter import StageAdapter
 from tokenexit.runtime.schema import check
 
 HEADS: dict[str, Callable[..., Head]] = {
@@ -108,6 +109,7 @@ __all__ = [
     "SETRNaiveHead",
     "SETRUpHead",
     "ScoreKind",
+    "StageAdapter",
     "build_head",
     "class_scores",
     "eomt_spec",

@@ -18,10 +18,19 @@ import torch
 from torch import Tensor
 
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.tokens import Grid, Tokens, cell_packing, scatter
+from tokenexit.engine.tokens import Grid, Tokens, cell_packing, rows_where, scatter
 from tokenexit.engine.vit import ViT, ViTConfig
 from tokenexit.errors import ConfigError
-from tokenexit.heads import EoMTHead, Head, HeadOutput, MaskPrediction, ScoreKind, class_scores, query_classes
+from tokenexit.heads import (
+    EoMTHead,
+    Head,
+    HeadOutput,
+    MaskPrediction,
+    ScoreKind,
+    StageAdapter,
+    class_scores,
+    query_classes,
+)
 from tokenexit.heads.eomt import prediction
 from tokenexit.reducers.base import Site
 
@@ -84,6 +93,8 @@ class ModelView:
         has_class_token: whether the first prefix token is a class token.
         with_records: record the full map of every exit, for losses and studies.
         mask_shares: in training of a decode head of masks, see `EoMTHead.forward`.
+        stage_adapters: for each exit what takes the place of the final norm for tokens that stopped there; none for a
+            model without them.
     """
 
     exits: tuple[int, ...]
@@ -95,6 +106,7 @@ class ModelView:
     has_class_token: bool
     with_records: bool
     mask_shares: tuple[float, ...] = ()
+    stage_adapters: Sequence[StageAdapter] = ()
 
     @property
     def num_exits(self) -> int:
@@ -119,6 +131,7 @@ class ExitRecord:
         masks: with records, of a head of masks on images of one size, its predictions, the last that of its end; losses
             of all are summed.
         work: of an exit that decides without its head's map, what that takes of each image; else the head's counts.
+        beside: of each image, work beside the head's: that of stage adapters in front of the decode head.
     """
 
     head_tokens: tuple[int, ...] = ()
@@ -130,6 +143,7 @@ class ExitRecord:
     seen: Tokens | None = None
     masks: tuple[MaskPrediction, ...] = ()
     work: tuple[Ops, ...] = ()
+    beside: tuple[Ops, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -400,25 +414,57 @@ def on_all_cells(head: Head, patches: Tokens) -> tuple[HeadOutput, Tokens]:
     return replace(out, logits=patches.spread(canvas), packing=cell_packing(patches)), patches
 
 
+def adapted(
+    seen: Tokens, normed: Tensor, exit_index: Tensor, adapters: Sequence[StageAdapter]
+) -> tuple[Tensor, tuple[Ops, ...]]:
+    """Put the adapters' rows in the place of the final norm's, for tokens that stopped at their exits.
+
+    seen: tokens of all cells. normed: `(T, C)` behind the final norm. exit_index: `(cells,)`. Returns the rows `(T, C)`
+    and the work on each image, in a graph none. One host read, of the counts.
+    """
+    rows, images, stages = seen.patch_index(), len(seen.grids), len(adapters) + 1
+    numbers: list[list[int]] | None = None
+    if not torch.compiler.is_compiling():  # a graph finds its counts when it runs, and nobody asks it for the work
+        image = cell_packing(seen).image_index()
+        numbers = torch.bincount(image * stages + exit_index, minlength=images * stages).view(images, stages).tolist()
+    work = [Ops()] * images
+    for n, adapter in enumerate(adapters):
+        here = exit_index == n
+        if numbers is None:
+            own = here.nonzero().squeeze(1)
+            torch._check(own.shape[0] <= here.shape[0])
+        else:
+            own = rows_where(here, sum(number[n] for number in numbers))
+            work = [done + adapter.ops(number[n]) for done, number in zip(work, numbers)]
+        own = rows.index_select(0, own)
+        normed = normed.index_copy(0, own, adapter(seen.x.index_select(0, own)).to(normed.dtype))
+    return normed, tuple(work)
+
+
 def decode_grid(
     tokens: Tokens,
     records: tuple[ExitRecord, ...],
     exit_index: Tensor,
     model: ModelView,
     backdrop: Tensor | None = None,
+    stale: bool = False,
 ) -> Result:
     """Run the decode head for the complete grid, as an ordinary segmenter does: final norm, head, scores for ATM.
 
-    tokens: all tokens of all images, with prefix; with a backdrop, see `EoMTHead.forward`, live ones.
+    tokens: all tokens of all images, with prefix; with a backdrop, see `EoMTHead.forward`, live ones. stale: whether
+        tokens have the features of the exit that `exit_index` says, where a model with stage adapters uses these.
     """
     head = model.decode_head
     seen = tokens if head.takes_prefix else tokens.patches()
-    seen = seen.with_x(model.norm(seen.x))
+    normed, beside = model.norm(seen.x), tuple[Ops, ...]()
+    if stale and model.stage_adapters:
+        normed, beside = adapted(seen, normed, exit_index, model.stage_adapters)
+    seen = seen.with_x(normed)
     if isinstance(head, EoMTHead):
         out = head(seen, model.mask_shares, backdrop)
     else:
         out, seen = on_all_cells(head, seen)
-    final = record_of(head, seen, out, out.logits, seen if model.with_records else None)
+    final = replace(record_of(head, seen, out, out.logits, seen if model.with_records else None), beside=beside)
     if head.kind == "softmax":
         return Result(out.logits, "logits", (*records, final), exit_index)
     if head.kind == "masks":

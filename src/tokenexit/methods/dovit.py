@@ -14,6 +14,8 @@ Where this differs from the release, and why:
   stops every token until scores have passed delta, at the start of a training. It is off by default;
 - the sequence is put back at exits and at the end, not after every block;
 - `rejoin`, off by default, lets stopped patches run through the last blocks again;
+- a model with `stage_adapter`, off by default, has an adapter of each exit in place of the final norm for the patches
+  that stopped there;
 - the threshold warm-up is a function of the saved training step, which the release forgets at a restart.
 
 Legend: P live patch tokens of the batch, cells = all patches of all images, T all tokens with prefix, C channels.
@@ -144,6 +146,10 @@ class DoViT(ThresholdMethod[DoViTState]):
     def scores_grid(self) -> bool:
         return self.scoring == "grid"
 
+    @property
+    def adapts_stopped(self) -> bool:
+        return self.rejoin is None
+
     def for_export(self) -> Method[Any]:
         if not self.batch_independent:
             raise ConfigError("batch_mode='mean' means nothing for one image: export with batch_mode='exact'.")
@@ -218,7 +224,8 @@ class DoViT(ThresholdMethod[DoViTState]):
         exit_index = state.exit_index
         if self.rejoin is None:
             exit_index = exit_index.write(tokens.patches().position, model.num_exits)
-        return decode_grid(full, state.exit_records, tokens.spread(exit_index.read()), model)
+        stale = self.adapts_stopped  # tokens that came back have features of the last block
+        return decode_grid(full, state.exit_records, tokens.spread(exit_index.read()), model, stale=stale)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
         """Stop patches above tau, and those whose score no longer grows (`do_vit.py` of the release)."""

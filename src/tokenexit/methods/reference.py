@@ -1,27 +1,31 @@
 """Reference lines run the same engine with prescribed exits.
 
 `PrescribedExits` lets every token leave at a given exit and is otherwise DToP. From it follow the lines that every
-result is compared with: random exits at matched counts, and the dense-pass agreement oracle.
+result is compared with: random exits at matched counts, and the dense-pass agreement oracle. `FrozenContext` is the
+same with tokens that left as keys and values in all later blocks, and `LabelledExits` lets a token leave where the exit
+head says the label of its patch.
 
-Legend: cells = all patches of all images, P live patch tokens, K classes.
+Legend: cells = all patches of all images, P live patch tokens, C channels, K classes, H, W sides of an image.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from tokenexit.engine.tokens import Grid, Packing
+from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
-from tokenexit.methods.base import ExitRecord, Method
-from tokenexit.methods.dtop import DToP
+from tokenexit.methods.base import ExitRecord, Method, ModelView, Result
+from tokenexit.methods.dtop import DToP, DToPState
 from tokenexit.methods.thresholded import Graded
+from tokenexit.reducers.base import Site
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,9 +48,8 @@ class PrescribedExits(DToP):
 
     def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
         """Yield runs of images, each with its own cells of the canvas."""
-        first_cell = [0, *accumulate(h * w for h, w in grids)]
         for run, _ in super().runs(grids, max_tokens):
-            cells = slice(first_cell[run.start], first_cell[run.stop])
+            cells = _cells_of(run, grids)
             yield run, self if self.exit_index is None else replace(self, exit_index=self.exit_index[cells])
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
@@ -55,6 +58,117 @@ class PrescribedExits(DToP):
         assert self.exit_index is not None, "PrescribedExits is made with the exits it prescribes"
         assert graded.position is not None, "exits run on live tokens alone"
         return self.exit_index.to(graded.position.device).index_select(0, graded.position) == n
+
+
+@dataclass(frozen=True)
+class ContextState(DToPState):
+    """The state of `FrozenContext`.
+
+    Attributes:
+        frozen: `(cells, C)` features, of tokens that have left those with which they left.
+        left: `(cells,)` bool.
+    """
+
+    frozen: Tensor = field(default_factory=lambda: torch.empty(0))
+    left: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(frozen=True, eq=False)
+class FrozenContext(PrescribedExits):
+    """Prescribed exits that cost no context: tokens that left stay keys and values, with the features they left with.
+
+    The plainest way to that result: every block runs on all tokens, and those that left are put back to what they were.
+    A call's ledger counts what ran; `outputs.ledger.with_frozen_keys` is what queries of live tokens alone would take.
+    """
+
+    name: ClassVar[str] = "imposed_in_context"
+    title: ClassVar[str] = "Prescribed exits in context"
+
+    def check(self, model: ModelView) -> None:
+        super().check(model)
+        if model.decode_head.kind == "masks":
+            raise ConfigError(
+                "a decode head of masks (eomt) has blocks of its own, in which tokens that left are no keys: leave "
+                "the line of frozen context out."
+            )
+
+    def sites(self, depth: int) -> tuple[Site, ...]:
+        return tuple(Site(after) for after in range(1, depth))
+
+    def start(self, tokens: Tokens, model: ModelView) -> ContextState:
+        nobody = torch.zeros(tokens.cells, dtype=torch.bool, device=tokens.x.device)
+        return ContextState(**vars(super().start(tokens, model)), frozen=tokens.patches().x, left=nobody)
+
+    def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
+        assert isinstance(state, ContextState)
+        assert self.exit_index is not None, "FrozenContext is made with the exits it prescribes"
+        _, seen = super().at_exit(n, tokens.keep(~state.left), state, model)
+        assert isinstance(seen, ContextState)
+        frozen = torch.where(state.left[:, None], state.frozen, tokens.patches().x)
+        return tokens, replace(seen, frozen=frozen, left=self.exit_index.to(frozen.device) <= n)
+
+    def at_site(self, site: Site, tokens: Tokens, state: DToPState, qkv: Tensor | None) -> Tokens:
+        assert isinstance(state, ContextState)
+        x = torch.where(state.left[:, None], state.frozen, tokens.patches().x)
+        return tokens.with_x(tokens.x.index_copy(0, tokens.patch_index(), x))
+
+    def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
+        assert isinstance(state, ContextState)
+        return super().result(tokens.keep(~state.left), state, model)
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledExits(DToP):
+    """A greedy rule that sees the labels: a token leaves at the first exit whose head says its patch's label.
+
+    Tokens that every exit head calls otherwise go through. Heads are those of the run itself, as in a method.
+
+    Attributes:
+        labels: `(cells,)` int64 over the batch's flat canvas, see `patch_labels`; a token with -1, of which nothing is
+            known, leaves at the first exit.
+    """
+
+    name: ClassVar[str] = "labelled"
+    title: ClassVar[str] = "Greedy by labels"
+    calibrates: ClassVar[bool] = False
+    may_gate: ClassVar[bool] = False
+
+    labels: Tensor | None = None
+
+    def for_export(self) -> Method[Any]:
+        raise ConfigError("a rule that sees the labels is no method to export: choose another, such as dtop.")
+
+    def runs(self, grids: Sequence[Grid], max_tokens: int | None = None) -> Iterator[tuple[range, Method[Any]]]:
+        """Yield runs of images, each with the labels of its own cells."""
+        for run, _ in super().runs(grids, max_tokens):
+            yield run, self if self.labels is None else replace(self, labels=self.labels[_cells_of(run, grids)])
+
+    def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
+        assert self.labels is not None, "LabelledExits is made with the labels it sees"
+        assert graded.position is not None, "exits run on live tokens alone"
+        wanted = self.labels.to(graded.position.device).index_select(0, graded.position)
+        return (wanted < 0) | (graded.label == wanted)
+
+
+def _cells_of(run: range, grids: Sequence[Grid]) -> slice:
+    """Return the cells of consecutive images on the flat canvas of all."""
+    first_cell = [0, *accumulate(h * w for h, w in grids)]
+    return slice(first_cell[run.start], first_cell[run.stop])
+
+
+def patch_labels(mask: Tensor, patch_size: int, num_classes: int, ignored: int) -> Tensor:
+    """Return the most frequent class of each patch of a mask `(H, W)` int64, the lowest of equally frequent ones.
+
+    Ignored pixels and those beyond the border do not count; a patch without others has -1. Returns `(cells,)` int64.
+    """
+    height, width = mask.shape
+    padded = F.pad(mask, (0, -width % patch_size, 0, -height % patch_size), value=ignored)
+    rows, columns = (side // patch_size for side in padded.shape)
+    pixels = padded.view(rows, patch_size, columns, patch_size).transpose(1, 2).reshape(rows * columns, -1)
+    seen = pixels != ignored
+    count = torch.zeros(len(pixels), num_classes, dtype=torch.int64, device=mask.device)
+    count.scatter_add_(1, pixels.masked_fill(~seen, 0), seen.long())
+    return torch.where(seen.any(1), count.argmax(1), -1)
 
 
 def random_counterpart(method: Method[Any]) -> PrescribedExits | None:

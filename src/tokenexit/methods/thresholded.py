@@ -163,6 +163,11 @@ class ThresholdMethod(Method[State]):
         """Whether exit heads score every patch of the grid, and not live ones alone."""
         return False
 
+    @property
+    def adapts_stopped(self) -> bool:
+        """Whether the decode head reads tokens that left through a model's stage adapters, where it has them."""
+        return False
+
     def with_thresholds(self, thresholds: Thresholds) -> Self:
         return replace(self, threshold=thresholds)
 

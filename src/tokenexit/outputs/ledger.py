@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -28,7 +28,7 @@ class MacsByPart:
         embed: patch embedding.
         blocks: all blocks, prefix tokens included.
         exit_heads: heads of the exits that ran.
-        decode_head: the head at the end.
+        decode_head: the head at the end, and stage adapters in front of it.
         reduction: comparisons by which a reducer merges or drops tokens.
     """
 
@@ -120,6 +120,8 @@ def write_ledger(
             elif record.head_tokens:
                 heads += head.ops(record.head_tokens[i], grid)
         final = decode_head.ops(records[-1].head_tokens[i], grid) if records[-1].head_tokens else Ops()
+        if records[-1].beside:
+            final += records[-1].beside[i]
         embed = backbone.embed_ops(grid)
         compared = Ops() if reduction is None else reduction[i]
         live.append(tuple(max(0, block[i] - prefix) for block in fed))  # and those after the last block
@@ -132,6 +134,19 @@ def write_ledger(
         parts=tuple(parts),
         dense_macs=tuple(dense),
     )
+
+
+def with_frozen_keys(ledger: Ledger, backbone: ViT) -> Ledger:
+    """Add what it takes that all tokens of an image which are not live are keys and values of those that are.
+
+    ledger: of a run in which they were not, with the same live tokens. A block without any query needs no keys.
+    """
+    prefix, parts = backbone.config.num_prefix_tokens, []
+    for live, tokens, part in zip(ledger.live, ledger.tokens, ledger.parts):
+        queries = [count + prefix for count in live]
+        extra = sum((backbone.frozen_ops(q, tokens + prefix - q) for q in queries if q), Ops())
+        parts.append(replace(part, blocks=part.blocks + extra.macs))
+    return replace(ledger, parts=tuple(parts))
 
 
 def dense_ops(backbone: ViT, decode_head: Head, grid: Grid) -> Ops:

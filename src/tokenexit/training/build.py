@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,8 @@ from tokenexit.errors import ConfigError, DataError
 from tokenexit.hub.fetch import resolve_folder
 from tokenexit.inputs.labels import Labels, default_labels
 from tokenexit.inputs.preprocessing import Preprocessing
+from tokenexit.methods import Method
+from tokenexit.methods.thresholded import ThresholdMethod
 from tokenexit.pretrained import MODEL_FILES, read_config
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.config import (
@@ -97,6 +100,8 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
             )
         if config.new_exits:
             model = _with_new_exits(model, config)
+        if config.stage_adapter and not model.config.stage_adapter:
+            model = model.with_stage_adapters()
         model.calibration = None  # thresholds belong to the weights they were chosen for
         _apply_augmentation(model, config)
         return model.train(), None
@@ -108,9 +113,25 @@ def build_model(config: ModelConfig, data: DataConfig, labels: Labels) -> tuple[
         decode_head=config.decode_head,
         preprocessing=build_preprocessing(data, labels),
         weights=config.weights,
+        stage_adapter=config.stage_adapter,
         **config.options,
     )
     return model.train(), model.load_report
+
+
+def check_adapters(model: ExitSegmenter, methods: Sequence[Method[Any]], processes: int) -> None:
+    """Reject, in a run of several processes, methods that pass stage adapters by.
+
+    Every process waits for the gradients of all parameters, and a step with such a method has none of these.
+    """
+    if processes == 1 or not model.config.stage_adapter:
+        return
+    for method in methods:
+        if not (isinstance(method.inner, ThresholdMethod) and method.inner.adapts_stopped):
+            raise ConfigError(
+                f"stage adapters learn nothing from a step with '{method.label}', which {processes} processes would "
+                "wait for: train with dovit or paumer alone and without rejoin, or in one process."
+            )
 
 
 def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
@@ -124,7 +145,7 @@ def _with_new_exits(saved: ExitSegmenter, config: ModelConfig) -> ExitSegmenter:
         preprocessing=saved.preprocessing,
     )
     model.backbone, model.decode_head = saved.backbone, saved.decode_head
-    return model
+    return model.with_stage_adapters() if saved.config.stage_adapter else model
 
 
 def _apply_augmentation(model: ExitSegmenter, config: ModelConfig) -> None:

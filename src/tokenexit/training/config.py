@@ -35,6 +35,9 @@ class ModelConfig:
     """Folder of a saved model to fine-tune; architecture, preprocessing and classes are taken from it."""
     new_exits: bool = False
     """Fresh exit heads, at `exits` and as `exit_head` says, on backbone and decode head of init_from."""
+    stage_adapter: bool = False
+    """An adapter (norm and linear layer) for each exit, through which the decode head of DoViT and PAUMER reads tokens
+    that stopped there; new ones are put on a saved model without them."""
     options: dict[str, Any] = field(default_factory=dict)
     """Fields of `ViTConfig` to change, such as drop_path; with init_from, drop_path, drop_path_attention and
     rope_rescale alone."""

@@ -37,7 +37,14 @@ from tokenexit.runtime.precision import slow_precision, training_precision
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.annealing import fades, mask_shares
 from tokenexit.training.batch_norm import synchronise_batch_norms
-from tokenexit.training.build import build_dataset, build_model, build_transform, open_validation, taught_labels
+from tokenexit.training.build import (
+    build_dataset,
+    build_model,
+    build_transform,
+    check_adapters,
+    open_validation,
+    taught_labels,
+)
 from tokenexit.training.checkpoint import (
     CHECKPOINTS,
     Best,
@@ -156,6 +163,7 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Tr
         synchronise_batch_norms(model)
     training_mode(model, config.freeze)
     check_taught_exits(config, model.config.exits)
+    check_adapters(model, methods, accelerator.num_processes)
     fades(config.masks, model.decode_head.joint_blocks, config.steps)  # which checks them
     run = TrainingRun(
         config=config,
