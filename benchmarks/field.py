@@ -8,7 +8,8 @@ conversion = (speed-up - 1) / (MAC ratio - 1), from medians over images; batches
 Agreement is the share of pixels with the dense model's class. Merging and thresholds are used as they are, on a model
 that was trained with neither. A model with exit heads "cropr" has rows of Cropr in place of exits. `--rivals` adds the
 dense model compiled, on the batch; peak memory is that of the batch. `labels_oracle` is what supertokens would cost and
-reach if the truth chose them. Untrained models and imposed counts: benchmarks.untrained.
+reach if the truth chose them. `--scale 2` runs every row at twice the side. Untrained models and imposed counts:
+benchmarks.untrained.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from tokenexit.data.loader import Spread
 from tokenexit.data.registry import open_dataset
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.evaluation.metrics import confusion_matrix, scores
+from tokenexit.evaluation.results import Scaled
 from tokenexit.heads import CroprHead
 from tokenexit.methods import Cropr, Dense, DoViT, DToP, FixedRatio, Method, Reduced, Resized, Truncated
 from tokenexit.reducers import ALGM, G2TM, MPM, Reducer, Supertokens, ToMe, ZeroTPrune
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=8, help="of a batch; 0 for none")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the sides of the images, of every row")
     parser.add_argument("--agree", type=int, default=24, help="images that agreement with dense is read from")
     parser.add_argument("--only", default="", help="regular expression of the labels of rows; dense is always there")
     parser.add_argument("--rivals", action="store_true", help="the dense model compiled, on the batch")
@@ -155,9 +158,11 @@ def main() -> None:
     if options.limit:
         data = Spread(data, options.limit)
     methods = [m for m in contenders(model) if m == Dense() or re.search(options.only, m.label)]
+    if options.scale != 1.0:
+        methods = [m for m in methods if not isinstance(m, Resized)]
     start = time.time()
-    images = [model.preprocessing.to_tensor(data[n * len(data) // options.agree].image) for n in range(options.agree)]
-    images = [image.to(device) for image in images]
+    spread = [data[n * len(data) // options.agree].image for n in range(options.agree)]
+    images = [model.preprocessing.to_tensor(image, options.scale).to(device) for image in spread]
     with inference(device, options.precision):
         agreed = agreements(model, images, methods)
         some = images[:: max(1, options.agree // options.batch)][: options.batch]
@@ -166,17 +171,18 @@ def main() -> None:
             if options.rounds
             else []
         )
-        oracle = None if model.preprocessing.window else labels_oracle(model, data)
+        oracle = None if model.preprocessing.window or options.scale != 1.0 else labels_oracle(model, data)
     print(f"agreement and batches: {time.time() - start:.0f} s", flush=True)
     rows = []
-    for n, found in enumerate(evaluate(model, data, methods, precision=options.precision)):
+    scaled = [Scaled(method, options.scale) for method in methods]
+    for n, found in enumerate(evaluate(model, data, scaled, precision=options.precision)):
         row = found.to_dict(data.labels.names) | {"agreement": agreed[n]}
         if batches:
             row["batch"] = batches[n]
         rows.append(row)
     dense = rows[0]["latency_ms_median"]
     for row in rows:
-        ratio = 1 / row["share_of_dense"]
+        ratio = rows[0]["gmacs_mean"] / row["gmacs_mean"]
         if ratio > 1.05:
             row["conversion"] = (dense / row["latency_ms_median"] - 1) / (ratio - 1)
     settings = {key: str(value) for key, value in vars(options).items() if key not in ("json", "model", "data_root")}

@@ -4,7 +4,8 @@
 
 The rivals of exits are static: the image at another size, everybody stopped after some block, both together. Plans are
 made on the images of `--plan-split`, by agreement with the dense model and by labels, and run on those of `--split`
-like every other row. Rows of one size are run in turn, and results are in the file as they come: a second call goes on.
+like every other row. `--merge supertokens:0.6,policy=net` adds exits beside merging at every size. Rows of one size are
+run in turn, and results are in the file as they come: a second call goes on.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from tokenexit.calibration.calibration_set import CalibrationSet, labelled
 from tokenexit.calibration.for_plan import on_all_exits
 from tokenexit.calibration.plans import choose_plan
 from tokenexit.calibration.survey import Survey
+from tokenexit.cli.chosen_methods import reducers_of
 from tokenexit.cli.progress import progress_bars
 from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import Cached
@@ -28,7 +30,8 @@ from tokenexit.data.registry import open_dataset
 from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import Evaluation, evaluate
 from tokenexit.evaluation.results import Scaled
-from tokenexit.methods import Dense, DToP, Method, Truncated
+from tokenexit.methods import Dense, DToP, Method, Reduced, Truncated
+from tokenexit.reducers import Reducer
 from tokenexit.runtime.memory import keep_buffers
 from tokenexit.runtime.notebook import Notebook
 from tokenexit.runtime.precision import inference
@@ -41,11 +44,14 @@ AT_RANDOM = (1.0, 0.7)
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-def rows_at(model: ExitSegmenter, size: float, thresholds: Sequence[Sequence[float]]) -> Iterator[Scaled]:
-    """Yield what runs at a size: dense, a stop after each exit, and exits at a few thresholds."""
+def rows_at(
+    model: ExitSegmenter, size: float, thresholds: Sequence[Sequence[float]], merging: Sequence[Reducer]
+) -> Iterator[Scaled]:
+    """Yield what runs at a size: dense, a stop after each exit, and exits at a few thresholds, beside merging too."""
     methods: list[Method[Any]] = [Dense(), *(Truncated(n + 1) for n in range(len(model.config.exits)))]
     if model.decode_head.takes_live_tokens:
-        methods += [DToP(tuple(one)) for one in thresholds]
+        exits = [DToP(tuple(one)) for one in thresholds]
+        methods += [*exits, *(Reduced(each, by) for by in merging for each in exits)]
     for method in methods:
         yield Scaled(method, size)
 
@@ -104,6 +110,7 @@ def main() -> None:
     parser.add_argument("--plan-split", default="val")
     parser.add_argument("--sizes", type=float, nargs="+", default=SIZES)
     parser.add_argument("--thresholds", nargs="+", type=per_exit, help="of exits, such as 0.99/0.95/0.9, a few of them")
+    parser.add_argument("--merge", nargs="+", default=[], help="reducers beside exits, such as supertokens:0.9")
     parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")
     parser.add_argument("--trained", default="dense", help="how the model was trained, for the rows")
     parser.add_argument("--threads", type=int, default=1)
@@ -122,8 +129,11 @@ def main() -> None:
                 "model": model.fingerprint(), "torch": torch.__version__, "threads": options.threads}  # fmt: skip
     if options.thresholds:
         settings["thresholds"] = options.thresholds
+    if options.merge:
+        settings["merge"] = options.merge
     notebook = Notebook(options.out, settings)
     thresholds = options.thresholds or [one[: len(model.config.exits)] for one in THRESHOLDS]
+    merging = [by for by in reducers_of(options.merge) if by is not None]
     at_random: tuple[float, ...] = AT_RANDOM
     planned_by: tuple[bool, ...] = (False, True)
     if options.static:
@@ -131,7 +141,7 @@ def main() -> None:
     if options.static or options.no_plans or not model.decode_head.takes_live_tokens:
         planned_by = ()
     for size in options.sizes:
-        rows = list(rows_at(model, size, thresholds))
+        rows = list(rows_at(model, size, thresholds, merging))
         for row in notebook.once(f"size {size:g}", partial(figures, model, Cached(data), rows, size in at_random)):
             print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
     for labels in planned_by:

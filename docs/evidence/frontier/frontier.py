@@ -63,6 +63,8 @@ def rows_of(file: Path) -> list[Row]:
         for found in results:
             spec = found["method"]
             kind = spec["name"]
+            if kind == "reduced":
+                kind, spec = f"{spec['method']['name']} and {spec['by']['name']}", spec["method"]
             if key.startswith("plans"):
                 kind = "planned by labels" if key.endswith("labels") else "planned"
             elif found["label"].startswith("random"):
