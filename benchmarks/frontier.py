@@ -34,7 +34,7 @@ from tokenexit.methods import Dense, DToP, Method, Reduced, Truncated
 from tokenexit.reducers import Reducer
 from tokenexit.runtime.memory import keep_buffers
 from tokenexit.runtime.notebook import Notebook
-from tokenexit.runtime.precision import inference
+from tokenexit.runtime.precision import Precision, inference
 from tokenexit.segmenter import ExitSegmenter
 
 SIZES = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
@@ -56,12 +56,21 @@ def rows_at(
         yield Scaled(method, size)
 
 
-def figures(model: ExitSegmenter, data: SegmentationDataset, rows: Sequence[Scaled], at_random: bool) -> list[Any]:
+def figures(
+    model: ExitSegmenter, data: SegmentationDataset, rows: Sequence[Scaled], at_random: bool, precision: Precision
+) -> list[Any]:
     """Run rows on all images; at random: with random exits at the counts of each, and the oracle at full size."""
     lines = ["random"] if at_random else []
     if at_random and rows[0].input_scale == 1.0:
         lines.append("oracle")
-    found = evaluate(model, data, rows, references=lines, progress=progress_bars()("running"))  # type: ignore[arg-type]
+    found = evaluate(
+        model,
+        data,
+        rows,
+        precision=precision,
+        references=lines,  # type: ignore[arg-type]
+        progress=progress_bars()("running"),
+    )
     dense = found[0] if rows[0].method == Dense() else None
     return [as_row(one, data, dense) for one in found]
 
@@ -114,6 +123,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="seed that the model was trained with, for the rows")
     parser.add_argument("--trained", default="dense", help="how the model was trained, for the rows")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of every row; plans take fp32")
     parser.add_argument("--static", action="store_true", help="sizes and stops alone, without exits")
     parser.add_argument("--no-plans", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
@@ -129,6 +139,8 @@ def main() -> None:
                 "model": model.fingerprint(), "torch": torch.__version__, "threads": options.threads}  # fmt: skip
     if options.thresholds:
         settings["thresholds"] = options.thresholds
+    if options.precision != "fp32":
+        settings["precision"] = options.precision
     if options.merge:
         settings["merge"] = options.merge
     notebook = Notebook(options.out, settings)
@@ -142,7 +154,8 @@ def main() -> None:
         planned_by = ()
     for size in options.sizes:
         rows = list(rows_at(model, size, thresholds, merging))
-        for row in notebook.once(f"size {size:g}", partial(figures, model, Cached(data), rows, size in at_random)):
+        run = partial(figures, model, Cached(data), rows, size in at_random, options.precision)
+        for row in notebook.once(f"size {size:g}", run):
             print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
     for labels in planned_by:
         key = f"plans by {'labels' if labels else 'agreement'}"

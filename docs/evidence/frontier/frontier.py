@@ -2,11 +2,12 @@
 
     python docs/evidence/frontier/frontier.py docs/evidence/frontier/*_seed?.json
 
-Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, `trained on` for as
-many steps without them, which is the control, or `heads alone`, fitted to the dense model as it is. Beside the runs it
-writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints Markdown tables. The best
-static plan for some multiply-adds is the dense model at any size, stopped after any exit's block: the points that no
-other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
+Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, `finetuned early`
+with exits from the first block on, `finetuned step` and `finetuned coarse` with supertokens or coarse first beside
+these, `trained on` for as many steps without them, which is the control, or `heads alone`, fitted to the dense model as
+it is. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
+Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
+block: the points that no other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
 """
 
 from __future__ import annotations
@@ -44,6 +45,19 @@ KINDS = {
     "truncated, finetuned early": ("stopped, of the model with early exits", "#e3c4c4", "^", ""),
     "dtop, finetuned early": ("DToP Finetune with early exits, any size", "#b3262a", "o", ""),
     "random, finetuned early": ("random exits at its counts", "#d9a0a0", "x", ""),
+    "dense, finetuned step": ("Dense of the model with exits and supertokens", "#c58f8f", "d", "--"),
+    "truncated, finetuned step": ("stopped, of the model with exits and supertokens", "#e3c4c4", "^", ""),
+    "dtop, finetuned step": ("DToP Finetune with early exits, any size", "#1f6fb4", "o", ""),
+    "dtop and supertokens, finetuned step": ("the same beside supertokens", "#b3262a", "o", ""),
+    "random, finetuned step": ("random exits at its counts", "#99aacc", "x", ""),
+    "oracle, finetuned step": ("agreement oracle", "#7b4fa3", "*", ""),
+    "dense, finetuned coarse": ("Dense of the model trained coarse first", "#a08fc5", "d", "--"),
+    "truncated, finetuned coarse": ("stopped, of the model trained coarse first", "#cfc4e3", "^", ""),
+    "dtop, finetuned coarse": ("DToP of the model trained coarse first, all fine", "#b9a6e0", "o", ""),
+    "dtop and coarse_first, finetuned coarse": ("DToP coarse first, any size", "#4b2fa3", "P", ""),
+    "random, finetuned coarse": ("random exits at its counts, all fine", "#bbbbbb", "+", ""),
+    "oracle, finetuned coarse": ("agreement oracle", "#7b4fa3", "*", ""),
+    "oracle, finetuned early": ("agreement oracle", "#7b4fa3", "*", ""),
     "dense, heads alone": ("Dense, early heads fitted to it", "#5f7f5f", "d", "--"),
     "truncated, heads alone": ("stopped at heads fitted to Dense", "#a9c0a9", "^", ""),
     "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
@@ -52,6 +66,17 @@ KINDS = {
     "random, finetuned": ("the same of the finetuned model", "#99aacc", "x", ""),
     "oracle": ("agreement oracle", "#7b4fa3", "*", ""),
 }
+COLUMNS = {
+    "dtop": "DToP, any size",
+    "dtop, finetuned": "Finetune",
+    "dtop, finetuned early": "early exits",
+    "dtop, finetuned step": "early exits, trained beside supertokens",
+    "dtop and supertokens, finetuned step": "the same with supertokens",
+    "dtop and coarse_first, finetuned coarse": "coarse first",
+    "planned": "plan, by agreement",
+    "planned by labels": "plan, by labels",
+}
+"""Kinds that are compared with the best static plan, and their heads in tables."""
 STATIC = tuple(kind for kind in KINDS if kind.startswith(("dense", "truncated")))
 
 
@@ -114,36 +139,28 @@ def at(points: Sequence[tuple[float, float]], gmacs: float) -> float:
     return points[-1][1]
 
 
-def compared(rows: list[Row], gmacs: float, figure: str) -> dict[str, float]:
-    """Return the best static figure at some multiply-adds, and those of exits at any size and of plans."""
-    kinds = {
-        "static": STATIC,
-        "dtop": ("dtop",),
-        "dtop, finetuned": ("dtop, finetuned",),
-        "dtop, finetuned early": ("dtop, finetuned early",),
-        "planned": ("planned",),
-        "planned by labels": ("planned by labels",),
-    }
-    return {name: at(best((r for r in rows if r["method"] in kind), figure), gmacs) for name, kind in kinds.items()}
+def curve(rows: Iterable[Row], kinds: Sequence[str], gmacs: float, figure: str) -> float:
+    """Return what points of some kinds reach at some multiply-adds, at any size."""
+    return at(best((row for row in rows if row["method"] in kinds), figure), gmacs)
 
 
 def tables(data: str, rows: list[Row]) -> None:
     seeds = sorted({row["seed"] for row in rows})
+    columns = [kind for kind in COLUMNS if any(row["method"] == kind for row in rows)]
     for figure in ("miou", "boundary_iou"):
         print(f"\n{data}, {figure}, seeds {seeds}\n")
-        print(
-            "| GMACs | best static | DToP, any size | Finetune | early exits | plan, by agreement | plan, by labels |"
-        )
-        print("|---:|---:|---:|---:|---:|---:|---:|")
+        print(f"| GMACs | best static | {' | '.join(COLUMNS[kind] for kind in columns)} |")
+        print(f"|---:|---:|{'---:|' * len(columns)}")
         for gmacs in AT[data]:
-            found = [compared([row for row in rows if row["seed"] == seed], gmacs, figure) for seed in seeds]
-            static = [one["static"] for one in found]
+            by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
+            static = [curve(mine, STATIC, gmacs, figure) for mine in by_seed]
             cells = [f"{mean(static):.2f}"]
-            for name in ("dtop", "dtop, finetuned", "dtop, finetuned early", "planned", "planned by labels"):
-                gains = [one[name] - one["static"] for one in found if not math.isnan(one[name])]
+            for kind in columns:
+                own = [curve(mine, (kind,), gmacs, figure) for mine in by_seed]
+                gains = [mine - other for mine, other in zip(own, static) if not math.isnan(mine)]
                 spread = f" ± {stdev(gains):.2f}" if gains[1:] else ""
-                own = mean(one[name] for one in found if not math.isnan(one[name])) if gains else math.nan
-                cells.append(f"{own:.2f} ({mean(gains):+.2f}{spread})" if gains else "")
+                reached = mean(one for one in own if not math.isnan(one)) if gains else math.nan
+                cells.append(f"{reached:.2f} ({mean(gains):+.2f}{spread})" if gains else "")
             print(f"| {gmacs:g} | {' | '.join(cells)} |")
 
 
