@@ -10,7 +10,7 @@ run in turn, and results are in the file as they come: a second call goes on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,16 +44,17 @@ AT_RANDOM = (1.0, 0.7)
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-def rows_at(
-    model: ExitSegmenter, size: float, thresholds: Sequence[Sequence[float]], merging: Sequence[Reducer]
-) -> Iterator[Scaled]:
-    """Yield what runs at a size: dense, a stop after each exit, and exits at a few thresholds, beside merging too."""
-    methods: list[Method[Any]] = [Dense(), *(Truncated(n + 1) for n in range(len(model.config.exits)))]
-    if model.decode_head.takes_live_tokens:
-        exits = [DToP(tuple(one)) for one in thresholds]
-        methods += [*exits, *(Reduced(each, by) for by in merging for each in exits)]
-    for method in methods:
-        yield Scaled(method, size)
+def static_plans(model: ExitSegmenter) -> list[Method[Any]]:
+    """Return what needs no exits: dense, and a stop after each of them."""
+    return [Dense(), *(Truncated(n + 1) for n in range(len(model.config.exits)))]
+
+
+def exit_plans(
+    thresholds: Sequence[Sequence[float]], stops: Sequence[int | None], merging: Sequence[Reducer]
+) -> list[Method[Any]]:
+    """Return exits at a few thresholds, stopped or not, alone and beside merging."""
+    exits = [DToP(tuple(one), stop=stop) for stop in stops for one in thresholds]
+    return [*exits, *(Reduced(each, by) for by in merging for each in exits)]
 
 
 def figures(
@@ -125,6 +126,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of every row; plans take fp32")
     parser.add_argument("--static", action="store_true", help="sizes and stops alone, without exits")
+    parser.add_argument("--exits-only", action="store_true", help="exits alone, where static plans were run before")
+    parser.add_argument(
+        "--stops", type=int, nargs="+", help="exits at which all that are left leave; none if not given"
+    )
     parser.add_argument("--no-plans", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -141,19 +146,25 @@ def main() -> None:
         settings["thresholds"] = options.thresholds
     if options.precision != "fp32":
         settings["precision"] = options.precision
-    if options.merge:
-        settings["merge"] = options.merge
+    for name in ("merge", "exits_only", "stops"):
+        if getattr(options, name):
+            settings[name] = getattr(options, name)
     notebook = Notebook(options.out, settings)
     thresholds = options.thresholds or [one[: len(model.config.exits)] for one in THRESHOLDS]
     merging = [by for by in reducers_of(options.merge) if by is not None]
     at_random: tuple[float, ...] = AT_RANDOM
     planned_by: tuple[bool, ...] = (False, True)
     if options.static:
-        thresholds, at_random = [], ()
+        thresholds = []
+    if options.static or options.exits_only:
+        at_random = ()
     if options.static or options.no_plans or not model.decode_head.takes_live_tokens:
         planned_by = ()
+    methods = [] if options.exits_only else static_plans(model)
+    if model.decode_head.takes_live_tokens:
+        methods += exit_plans(thresholds, options.stops or [None], merging)
     for size in options.sizes:
-        rows = list(rows_at(model, size, thresholds, merging))
+        rows = [Scaled(method, size) for method in methods]
         run = partial(figures, model, Cached(data), rows, size in at_random, options.precision)
         for row in notebook.once(f"size {size:g}", run):
             print(f"{row['label']}: mIoU {row['mIoU']:.2f} at {row['gmacs_mean']:.2f} GMACs", flush=True)
