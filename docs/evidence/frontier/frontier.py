@@ -39,6 +39,7 @@ KINDS = {
     "dense, trained on": ("Dense, trained on for as long", "#7a7a3c", "d", "--"),
     "truncated, trained on": ("stopped, trained on for as long", "#b9b98c", "^", ""),
     "dtop": ("DToP, any size", "#1f6fb4", "o", ""),
+    "dtop and supertokens": ("DToP beside supertokens (STEP), any size", "#b3262a", "P", ""),
     "dtop, trained on": ("DToP on the dense model trained on", "#6fa8d6", "o", ""),
     "dtop, finetuned": ("DToP Finetune, any size", "#1f6fb4", "s", ""),
     "dense, finetuned early": ("Dense of the model with early exits", "#c58f8f", "d", "--"),
@@ -47,8 +48,8 @@ KINDS = {
     "random, finetuned early": ("random exits at its counts", "#d9a0a0", "x", ""),
     "dense, finetuned step": ("Dense of the model with exits and supertokens", "#c58f8f", "d", "--"),
     "truncated, finetuned step": ("stopped, of the model with exits and supertokens", "#e3c4c4", "^", ""),
-    "dtop, finetuned step": ("DToP Finetune with early exits, any size", "#1f6fb4", "o", ""),
-    "dtop and supertokens, finetuned step": ("the same beside supertokens", "#b3262a", "o", ""),
+    "dtop, finetuned step": ("DToP of that model, early exits", "#8fb3d9", "o", ""),
+    "dtop and supertokens, finetuned step": ("the same beside supertokens", "#e08f8f", "o", ""),
     "random, finetuned step": ("random exits at its counts", "#99aacc", "x", ""),
     "oracle, finetuned step": ("agreement oracle", "#7b4fa3", "*", ""),
     "dense, finetuned coarse": ("Dense of the model trained coarse first", "#a08fc5", "d", "--"),
@@ -68,6 +69,7 @@ KINDS = {
 }
 COLUMNS = {
     "dtop": "DToP, any size",
+    "dtop and supertokens": "DToP beside supertokens",
     "dtop, finetuned": "Finetune",
     "dtop, finetuned early": "early exits",
     "dtop, finetuned step": "early exits, trained beside supertokens",
