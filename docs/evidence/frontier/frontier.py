@@ -29,7 +29,7 @@ import matplotlib.pyplot as plt
 
 Row = dict[str, Any]
 HERE = Path(__file__).parent
-AT = {"camvid": (1.5, 2.0, 3.0, 4.0), "cwfid": (3.0, 6.0, 8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
+AT = {"camvid": (1.0, 1.5, 2.0, 3.0, 4.0), "cwfid": (3.0, 6.0, 8.0, 14.0, 20.0, 35.0, 45.0, 70.0)}
 """GMACs of an image at which curves are compared."""
 KINDS = {
     "dense": ("Dense at other sizes", "#222222", "d", "--"),
@@ -206,6 +206,7 @@ def draw(data: str, rows: list[Row], out: Path) -> None:
     top = max(row["miou"] for row in rows)
     axes.set_ylim(top - 12, top + 0.7)
     axes.set_xscale("log")
+    axes.set_xlim(0.6 * AT[data][0], 1.15 * max(row["gmacs"] for row in rows))
     ticks = AT[data]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
