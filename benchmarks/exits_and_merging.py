@@ -11,7 +11,7 @@ block before the exit, see `ZeroTPrune`), those of highest rank, or random ones.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -119,16 +119,12 @@ def scores_of_who_leaves(model: ExitSegmenter, data: SegmentationDataset, ratios
         ranks = [noted.found[block] for block in exits]
         shuffle = torch.Generator().manual_seed(n)
         at_random = [torch.rand(len(ranks[0]), generator=shuffle) for _ in exits]
-        rules: dict[str, Callable[[], Sequence[Tensor]]] = {
-            "lowest PageRank": lambda ranks=ranks: ranks,  # type: ignore[misc]
-            "highest PageRank": lambda ranks=ranks: [-rank for rank in ranks],  # type: ignore[misc]
-            "random": lambda drawn=at_random: drawn,  # type: ignore[misc]
-        }
+        rules = {"lowest PageRank": ranks, "highest PageRank": [-rank for rank in ranks], "random": at_random}
         for ratio in ratios:
             shares = tuple(ratio ** (k + 1) for k in range(len(exits)))
             count(f"surest, {ratio:g}", image, truth, FixedRatio(shares))
-            for name, rank in rules.items():
-                count(f"{name}, {ratio:g}", image, truth, PrescribedExits(exit_index=leaving(rank(), ratio)))
+            for name, order in rules.items():
+                count(f"{name}, {ratio:g}", image, truth, PrescribedExits(exit_index=leaving(order, ratio)))
     return {name: tally.row() for name, tally in rows.items()}
 
 
@@ -144,9 +140,7 @@ def exits_by_size(
         image = model.preprocessing.to_tensor(data[n].image)
         both, plain = model([image], Reduced(method, by)), model([image], method)
         (groups,), (mine,), (its,) = both.groups, both.exit_index, plain.exit_index
-        sizes = torch.zeros(groups.numel(), dtype=torch.int64).index_add(
-            0, groups.flatten(), torch.ones_like(groups.flatten())
-        )[groups.flatten()]
+        sizes = groups.flatten().bincount()[groups.flatten()]
         for size in sizes.unique().tolist():
             for sums, index in ((together, mine), (alone, its)):
                 held = sums.setdefault(min(size, 16), torch.zeros(numbers, dtype=torch.int64))

@@ -15,6 +15,7 @@ from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.engine.vit import ViTConfig
 from tokenexit.heads import Head, HeadOutput, StageAdapter
 from tokenexit.methods import ModelView
+from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.segmenter import ExitSegmenter
 
 PATCH = 4
@@ -147,6 +148,15 @@ def distance(a: Tensor, b: Tensor) -> float:
 def assert_close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> None:
     assert a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)}"
     assert distance(a, b) <= tolerance, f"{distance(a, b):.2e} apart, allowed {tolerance:.0e}"
+
+
+def assert_answers(out: SegmentationOutput, expected: Sequence[Answer]) -> None:
+    """Hold a call to an oracle's answers: the exits, the grid where the decode head has one, and the map."""
+    for i, answer in enumerate(expected):
+        assert torch.equal(out.exit_index[i], answer.stage)
+        if answer.grid is not None:
+            assert_close(out.grid_logits[i], answer.grid)
+        assert_close(out[i].logits[0], answer.full)
 
 
 class FixedHead(Head):

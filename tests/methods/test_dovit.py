@@ -5,7 +5,16 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from tests.helpers import MARGIN, assert_close, call_view, choose_thresholds, fix_exit, random_image, tiny_segmenter
+from tests.helpers import (
+    MARGIN,
+    assert_answers,
+    assert_close,
+    call_view,
+    choose_thresholds,
+    fix_exit,
+    random_image,
+    tiny_segmenter,
+)
 from tests.oracles import methods as oracle
 from tests.oracles.methods import Weights
 from tokenexit.errors import ConfigError
@@ -66,11 +75,7 @@ def test_dovit__equals_its_oracle_for_mixed_heads_and_options(exit_head, decode_
     expected = oracle.dovit(weights, images, thresholds, **options)
     assume(all(answer.gap > MARGIN for answer in expected))
     out = run(model, images, DoViT(thresholds, **options))
-    for i, answer in enumerate(expected):
-        assert torch.equal(out.exit_index[i], answer.stage)
-        if answer.grid is not None:
-            assert_close(out.grid_logits[i], answer.grid)
-        assert_close(out[i].logits[0], answer.full)
+    assert_answers(out, expected)
 
 
 @pytest.mark.parametrize("head", ["fcn", "setr_naive", "mask_transformer"])

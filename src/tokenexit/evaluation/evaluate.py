@@ -228,11 +228,12 @@ def _judge(
         if not oracles.keys() & {"oracle", "context"}:
             return
         exits = agreement_exits(dense.windows.exit_records, dense.windows.ledger.tokens)
-    if "oracle" in oracles:
-        run(oracles["oracle"], PrescribedExits(exit_index=exits))
+    prescribed = PrescribedExits(exit_index=exits)
+    alone = run(oracles["oracle"], prescribed) if "oracle" in oracles else None
     if "context" in oracles:
         with inference(model.device, precision):
-            alone = model.segment([tensor], PrescribedExits(exit_index=exits), targets=[image.size])
+            if alone is None:
+                alone = model.segment([tensor], prescribed, targets=[image.size])
             output = model.segment([tensor], FrozenContext(exit_index=exits), targets=[image.size])
         ledger = with_frozen_keys(alone.windows.ledger, model.backbone)
         output = output.with_windows(replace(output.windows, ledger=ledger))

@@ -19,7 +19,6 @@ from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView
 from tokenexit.methods.wrapper import Wrapper
 from tokenexit.reducers.base import Reducer, Site
-from tokenexit.reducers.coarse_first import CoarseFirst
 from tokenexit.reducers.mpm import MPM
 
 
@@ -70,10 +69,11 @@ class Reduced(Wrapper):
         self.by.check(model.backbone)
         super().check(model)
         back = min((site.after for site in self.method.sites(model.backbone.depth)), default=model.backbone.depth)
-        if isinstance(self.by, CoarseFirst) and self.by.after >= back:
+        last = max((site.after for site in self.by.sites(model.backbone.depth)), default=0)
+        if self.by.splits and last >= back:
             raise ConfigError(
-                f"after must be below {back}, the number of blocks before tokens that left come back, got "
-                f"{self.by.after}: what has left is not split."
+                f"after must be below {back}, the number of blocks before tokens that left come back, got {last}: what "
+                "has left is not split."
             )
 
     def for_export(self) -> NoReturn:

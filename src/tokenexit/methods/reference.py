@@ -11,7 +11,7 @@ Legend: cells = all patches of all images, P live patch tokens, C channels, K cl
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any, ClassVar
 
@@ -60,7 +60,7 @@ class PrescribedExits(DToP):
         return self.exit_index.to(graded.position.device).index_select(0, graded.position) == n
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ContextState(DToPState):
     """The state of `FrozenContext`.
 
@@ -69,8 +69,8 @@ class ContextState(DToPState):
         left: `(cells,)` bool.
     """
 
-    frozen: Tensor = field(default_factory=lambda: torch.empty(0))
-    left: Tensor = field(default_factory=lambda: torch.empty(0))
+    frozen: Tensor
+    left: Tensor
 
 
 @dataclass(frozen=True, eq=False)

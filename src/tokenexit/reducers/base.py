@@ -49,12 +49,14 @@ class Reducer(ABC):
         title: its name in tables and figures.
         main_option: the option that `--merge NAME:VALUE` sets.
         trials: values of that option that calibration tries, from merging little to much; none where it sets no amount.
+        splits: whether tokens come apart at its sites, and not together.
     """
 
     name: ClassVar[str]
     title: ClassVar[str]
     main_option: ClassVar[str]
     trials: ClassVar[tuple[Any, ...]] = ()
+    splits: ClassVar[bool] = False
 
     @property
     def label(self) -> str:

@@ -45,6 +45,7 @@ class CoarseFirst(Reducer):
     name: ClassVar[str] = "coarse_first"
     title: ClassVar[str] = "Coarse first"
     main_option: ClassVar[str] = "after"
+    splits: ClassVar[bool] = True
 
     after: int = 1
     side: int = 2
