@@ -1,12 +1,14 @@
-"""Measure what a user would deploy: dense and exits, fp32 and INT8, in torch, onnxruntime and OpenVINO, in turn.
+"""Measure what a user would deploy: dense and exits, fp32, bf16 and INT8, in torch, onnxruntime and OpenVINO, in turn.
 
     python -m benchmarks.deploy --out docs/evidence/performance/deploy
     python -m benchmarks.deploy --out docs/evidence/performance/deploy --only small-1024 base-512 --threads 2
     python -m benchmarks.deploy --out docs/evidence/performance/deploy --tables
 
-Batch 1, to labels at full size. Random weights: the threshold of the one exit lets half of the tokens leave, in INT8
-the one at which as many leave. torch in INT8 is dynamic quantisation of linear layers, exit heads left in fp32; torch
-has no compiled form of that. onnxruntime in INT8 takes ranges as they come, OpenVINO in advance, from the image itself.
+Batch 1, to labels at full size. Random weights: the threshold of the one exit lets half of the tokens leave, in bf16
+and INT8 the one at which as many leave. torch in INT8 is dynamic quantisation of linear layers, exit heads left in
+fp32; torch has no compiled form of that. onnxruntime has no bf16 on CPUs, and rows on processors without bf16
+instructions leave it out. torch in bf16 is autocast, but for compiled dense, whose weights and activations all are.
+onnxruntime in INT8 takes ranges as they come, OpenVINO in advance, from the image itself.
 Compiled exits have compiled blocks, compiled dense is one graph. Times are medians over rounds with 95 % intervals,
 ratios are taken round by round; agreement is the share of fp32 dense's labels.
 
@@ -42,16 +44,22 @@ from tokenexit.heads import class_scores
 from tokenexit.methods import Dense, DToP, Method
 from tokenexit.outputs.segmentation import resize_maps
 from tokenexit.runtime.memory import keep_buffers
-from tokenexit.runtime.precision import inference
+from tokenexit.runtime.precision import Precision, inference, is_fast
 from tokenexit.segmenter import ExitSegmenter
 
 ROWS = tuple((backbone, size) for size in (512, 1024) for backbone in ("vit_small_patch16", "vit_base_patch16"))
 RUNTIMES = ("torch eager", "torch compiled", "onnxruntime", "OpenVINO")
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "bf16", "int8")
 
 Labels = npt.NDArray[np.int64]
+COMPILED: tuple[Precision, ...] = ("fp32", "bf16")
 Cell = tuple[str, str, str]
 """dense or exits, precision, runtime."""
+
+
+def leaving(model: ExitSegmenter, image: Tensor, tau: float) -> int:
+    """The number of tokens that leave at the exit."""
+    return int((model([image], DToP(tau)).exit_index[0] == 0).sum())
 
 
 @torch.no_grad()
@@ -64,12 +72,11 @@ def half_leaves(model: ExitSegmenter, image: Tensor) -> float:
     return float(scores.quantile(0.5))
 
 
-def matched(model: ExitSegmenter, image: Tensor, wanted: int, tau: float) -> float:
+def matched(left_at: Callable[[float], int], wanted: int, tau: float) -> float:
     """The threshold near `tau` at which as many tokens leave a model of other precision, by halving."""
     low, high = 0.0, 1.0
     for _ in range(20):
-        with torch.no_grad():
-            left = int((model([image], DToP(tau)).exit_index[0] == 0).sum())
+        left = left_at(tau)
         if left == wanted:
             break
         low, high = (tau, high) if left > wanted else (low, tau)
@@ -88,22 +95,28 @@ def in_int8(model: ExitSegmenter) -> ExitSegmenter:
     return small
 
 
-def compiled_dense(model: ExitSegmenter, image: Tensor) -> Callable[[], Labels]:
+def compiled_dense(model: ExitSegmenter, image: Tensor, precision: Precision) -> Callable[[], Labels]:
     """The plain dense model as one compiled graph, with its logits at full size."""
-    logits = plain(model, [image], "fp32", compiled=True)
+    logits = plain(model, [image], precision, compiled=True)
     grid, patch = model.backbone.patch_embed.grid(*image.shape[1:]), model.config.backbone.patch_size
 
     def labels() -> Labels:
         (rows,) = logits()
-        maps = rows.view(1, *grid, -1).permute(0, 3, 1, 2)
+        maps = rows.float().view(1, *grid, -1).permute(0, 3, 1, 2)
         full = resize_maps(maps, grid, patch, model.decode_head.upscale, (image.shape[1], image.shape[2]))
         return full.argmax(1)[0].numpy()
 
     return labels
 
 
-def in_torch(model: ExitSegmenter, image: Tensor, method: Method[Any]) -> Callable[[], Labels]:
-    return lambda: torch.as_tensor(model([image], method).labels)[0].numpy()
+def in_torch(
+    model: ExitSegmenter, image: Tensor, method: Method[Any], precision: Precision = "fp32"
+) -> Callable[[], Labels]:
+    def labels() -> Labels:
+        with inference(image.device, precision):
+            return torch.as_tensor(model([image], method).labels)[0].numpy()
+
+    return labels
 
 
 def in_onnxruntime(path: Path, image: Tensor, threads: int) -> Callable[[], Labels]:
@@ -132,30 +145,50 @@ def cells(
     openvino: bool = True,
 ) -> dict[Cell, Callable[[], Labels]]:
     """All that a user could deploy, by what it is; each returns labels `(H, W)`."""
-    methods: dict[str, Method[Any]] = {"dense": Dense(), "exits": DToP(tau)}
     found: dict[Cell, Callable[[], Labels]] = {}
-    small = in_int8(model)
-    with torch.no_grad():
-        wanted = int((model([image], methods["exits"]).exit_index[0] == 0).sum())
-    for name, method in methods.items():
-        own = method if name == "dense" else DToP(matched(small, image, wanted, tau))
-        found[name, "fp32", "torch eager"] = in_torch(model, image, method)
-        found[name, "int8", "torch eager"] = in_torch(small, image, own)
-        path = export_model(model, method, [image], folder / name).path
+    small, bf16 = in_int8(model), is_fast("bf16", image.device)
+    with inference(image.device):
+        wanted = leaving(model, image, tau)
+        quantised = matched(lambda t: leaving(small, image, t), wanted, tau)
+    with inference(image.device, "bf16"):
+        lowered = matched(lambda t: leaving(model, image, t), wanted, tau) if bf16 else tau
+    taus = {"fp32": tau, "bf16": lowered, "int8": quantised}
+    for name in ("dense", "exits"):
+        method = {each: Dense() if name == "dense" else DToP(value) for each, value in taus.items()}
+        found[name, "fp32", "torch eager"] = in_torch(model, image, method["fp32"])
+        found[name, "int8", "torch eager"] = in_torch(small, image, method["int8"])
+        path = export_model(model, method["fp32"], [image], folder / name).path
         found[name, "fp32", "onnxruntime"] = in_onnxruntime(path, image, threads)
         int8 = quantize_int8(path, [image], agreement=0.0).path
         found[name, "int8", "onnxruntime"] = in_onnxruntime(int8, image, threads)
+        if bf16:
+            found[name, "bf16", "torch eager"] = in_torch(model, image, method["bf16"], "bf16")
         if openvino:
             found[name, "fp32", "OpenVINO"] = in_openvino(open_openvino(path), image, thresholds_of(path))
             graph = quantize_int8(path, [image], agreement=0.0, ranges=[image], runtime="openvino").path
             run = open_openvino(graph, graph.with_suffix(".bin"))
             found[name, "int8", "OpenVINO"] = in_openvino(run, image, thresholds_of(graph))
+        if openvino and bf16:
+            run, own = open_openvino(path, precision="bf16"), thresholds_of(path)
+            if name == "exits":
+                own = as_many_leave(run, image, wanted, own)
+            found[name, "bf16", "OpenVINO"] = in_openvino(run, image, own)
     if compiled:
         blocks = copy.deepcopy(model)
         blocks.backbone.compile_blocks()
-        found["dense", "fp32", "torch compiled"] = compiled_dense(model, image)
-        found["exits", "fp32", "torch compiled"] = in_torch(blocks, image, methods["exits"])
+        for precision in COMPILED if bf16 else COMPILED[:1]:
+            found["dense", precision, "torch compiled"] = compiled_dense(model, image, precision)
+            found["exits", precision, "torch compiled"] = in_torch(blocks, image, DToP(taus[precision]), precision)
     return found
+
+
+def as_many_leave(run: Runner, image: Tensor, wanted: int, thresholds: Thresholds) -> Thresholds:
+    """The thresholds at which as many tokens leave an exported file in other precision."""
+
+    def left_at(tau: float) -> int:
+        return int((run(image[None].numpy(), np.full_like(thresholds, tau))[2] == 0).sum())
+
+    return np.full_like(thresholds, matched(left_at, wanted, float(thresholds[0])))
 
 
 def measured(

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,23 +22,22 @@ from tokenexit.exporting.export import Answers, Runner
 from tokenexit.exporting.graph import OUTPUTS
 
 FILES = ("model.int8.xml", "model.int8.bin")
-PRECISION = {"INFERENCE_PRECISION_HINT": "f32"}
-"""What is not INT8 runs in fp32: on some processors OpenVINO takes bf16 by itself."""
 
 
-def open_openvino(graph: Path, weights: Path | None = None) -> Runner:
+def open_openvino(graph: Path, weights: Path | None = None, *, precision: Literal["f32", "bf16"] = "f32") -> Runner:
     """Return a function that runs a file in OpenVINO on as many threads as torch has.
 
     Args:
         graph: an exported ONNX file, or the graph of an INT8 model.
         weights: the weights of an INT8 model.
+        precision: of what is not INT8. On some processors OpenVINO takes bf16 by itself, scores of exits included.
 
     Raises:
         ConfigError: where OpenVINO is not installed.
     """
     import torch
 
-    settings = {**PRECISION, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
     compiled = _core().compile_model(_read(graph, weights), "CPU", settings)
 
     def run(image: npt.NDArray[np.float32], thresholds: npt.NDArray[np.float32]) -> Answers:
