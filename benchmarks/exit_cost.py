@@ -32,7 +32,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.conversion import median_interval, processor
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.methods.base import ModelView
 from tokenexit.runtime.memory import keep_buffers

@@ -26,7 +26,7 @@ from tokenexit.data.loader import Spread
 from tokenexit.data.registry import open_dataset
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.evaluation.metrics import boundary_counts, boundary_iou, confusion_matrix, scores
 from tokenexit.methods import Dense, DToP, FixedRatio, Method, Reduced
 from tokenexit.methods.reference import PrescribedExits

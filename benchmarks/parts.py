@@ -23,7 +23,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-import tokenexit.engine.vit
+import tokenexit.engine.block
 import tokenexit.methods.base
 import tokenexit.methods.dtop
 import tokenexit.segmenter
@@ -63,7 +63,7 @@ def watched(model: ExitSegmenter, watch: Stopwatch) -> Iterator[None]:
     places: list[tuple[Any, str, str]] = [
         (model.backbone, "embed", "embed"),
         (model.backbone, "run", "blocks"),
-        (tokenexit.engine.vit, "packed_attention", "attention"),
+        (tokenexit.engine.block, "packed_attention", "attention"),
         (DToP, "decide", "rule"),
         (Tokens, "keep", "compaction"),
         (tokenexit.methods.dtop, "scatter", "canvas"),

@@ -26,9 +26,10 @@ from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import Spread
 from tokenexit.data.registry import open_dataset
 from tokenexit.engine import ops
+from tokenexit.engine.block import Block
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Tokens
-from tokenexit.engine.vit import Block, ViT
+from tokenexit.engine.vit import ViT
 from tokenexit.evaluation.evaluate import evaluate
 from tokenexit.methods import Dense, Reduced
 from tokenexit.reducers import ToMe

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.oracles.methods import Answer
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.heads import Head, HeadOutput, StageAdapter
 from tokenexit.methods import ModelView
 from tokenexit.outputs.segmentation import SegmentationOutput

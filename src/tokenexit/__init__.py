@@ -16,7 +16,7 @@ from tokenexit.version import __version__
 
 _HOME = {
     "ExitSegmenter": "tokenexit.segmenter",
-    "ViTConfig": "tokenexit.engine.vit",
+    "ViTConfig": "tokenexit.engine.vit_config",
     "Preprocessing": "tokenexit.inputs.preprocessing",
     "Labels": "tokenexit.inputs.labels",
     "load_image": "tokenexit.inputs.images",
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
     from tokenexit.checkpoints.calibration import Calibration
     from tokenexit.conversion.convert import convert
     from tokenexit.conversion.wrap import wrap
-    from tokenexit.engine.vit import ViTConfig
+    from tokenexit.engine.vit_config import ViTConfig
     from tokenexit.errors import CheckpointError, ConfigError, DataError, TokenExitError
     from tokenexit.evaluation.evaluate import evaluate
     from tokenexit.evaluation.results import Evaluation

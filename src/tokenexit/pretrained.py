@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tokenexit.checkpoints.calibration import CALIBRATE, CALIBRATION_FILE, Calibration, read_calibration
 from tokenexit.checkpoints.files import read_tensors, tensor_shapes
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import HeadModule, HeadSpec, ModuleHead, head_from, normalize_head
 from tokenexit.heads.module import MODULE, import_path

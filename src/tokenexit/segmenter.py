@@ -22,7 +22,8 @@ from tokenexit.checkpoints.files import read_state_dict
 from tokenexit.checkpoints.load import LoadReport, load_backbone
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig, vit_config
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig, vit_config
 from tokenexit.engine.window_policy import WindowPolicy
 from tokenexit.errors import ConfigError
 from tokenexit.heads import EoMTHead, Head, HeadSpec, ModuleHead, StageAdapter, build_head, normalize_head
@@ -127,7 +128,7 @@ class ExitSegmenter(PretrainedMixin):
     """A plain ViT segmenter whose tokens may leave early.
 
     Args:
-        backbone: a preset's name (`tokenexit.engine.vit.PRESETS`) or a `ViTConfig`.
+        backbone: a preset's name (`tokenexit.engine.vit_config.PRESETS`) or a `ViTConfig`.
         num_classes: number K of classes.
         exits: number of blocks before each exit, increasing.
         exit_head: a head for all exits, or a list with one for each; a name of `tokenexit.heads.HEADS`, or a mapping

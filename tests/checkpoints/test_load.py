@@ -12,7 +12,8 @@ from torch import Tensor
 
 from tokenexit.checkpoints import load_backbone, read_state_dict
 from tokenexit.checkpoints.load import resize_patches
-from tokenexit.engine.vit import ViT, ViTConfig, resize_pos_embed, vit_config
+from tokenexit.engine.vit import ViT, resize_pos_embed
+from tokenexit.engine.vit_config import ViTConfig, vit_config
 from tokenexit.errors import CheckpointError
 
 SMALL = ViTConfig(embed_dim=8, depth=2, num_heads=2, patch_size=4, pos_embed_grid=(3, 3))

@@ -68,7 +68,7 @@ def test_help__of_every_option_is_a_noun_phrase(command: str, monkeypatch: pytes
 
 def test_lists__are_those_of_the_library() -> None:
     from tokenexit.conversion.families import SOURCES
-    from tokenexit.engine.vit import PRESETS
+    from tokenexit.engine.vit_config import PRESETS
     from tokenexit.heads import HEADS as REGISTERED
 
     assert ("auto", *SOURCES) == KINDS

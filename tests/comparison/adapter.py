@@ -15,7 +15,7 @@ from torch import Tensor
 from tokenexit.calibration.calibration_set import CalibrationSet, dense_reference, true_run
 from tokenexit.calibration.dense_pass import DensePass, MacTable, compose, live_counts
 from tokenexit.data.base import Sample
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.exporting.graph import ExitGraph, threshold_table
 from tokenexit.inputs.labels import default_labels
 from tokenexit.inputs.preprocessing import Preprocessing

@@ -22,7 +22,8 @@ from tokenexit.checkpoints import load_backbone
 from tokenexit.conversion.convert import ConversionReport, convert
 from tokenexit.conversion.families import HALF, IMAGENET
 from tokenexit.conversion.opening import open_source
-from tokenexit.engine.vit import ViT, ViTConfig, vit_config
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig, vit_config
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.inputs.preprocessing import Preprocessing
 from tokenexit.methods import DoViT, DToP

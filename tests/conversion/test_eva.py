@@ -14,7 +14,8 @@ from tests.conversion.test_convert import save
 from tests.helpers import enliven, random_image
 from tokenexit.checkpoints import load_backbone, read_state_dict
 from tokenexit.conversion.convert import convert
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import CheckpointError
 
 EVA02 = ViTConfig(

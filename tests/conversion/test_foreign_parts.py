@@ -13,8 +13,8 @@ from tokenexit.conversion.families.mmseg import from_mmseg
 from tokenexit.conversion.families.mmseg_heads import rename_head
 from tokenexit.conversion.families.segmenter import from_segmenter
 from tokenexit.conversion.rename import prefixed, rename, under
+from tokenexit.engine.block import Block
 from tokenexit.engine.tokens import Packing, Tokens
-from tokenexit.engine.vit import Block
 from tokenexit.heads import build_head
 
 DIM, CLASSES = 32, 5

@@ -13,9 +13,9 @@ from torch import Tensor
 
 import tokenexit.engine.cuda_graphs as cuda_graphs
 from tests.helpers import random_image, tiny_segmenter
+from tokenexit.engine.block import Block
 from tokenexit.engine.cuda_graphs import CapturedBlocks
 from tokenexit.engine.tokens import Packing
-from tokenexit.engine.vit import Block
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DoViT, DToP, Method
 from tokenexit.runtime.precision import inference

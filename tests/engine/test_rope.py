@@ -15,7 +15,8 @@ from tests.oracles import methods as oracle_methods
 from tests.oracles import vit as oracle
 from tokenexit.engine.rope import Places, rope_periods, rope_phases, rotate
 from tokenexit.engine.tokens import Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.exporting.export import export_model
 from tokenexit.methods import DoViT, DToP

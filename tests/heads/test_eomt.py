@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.helpers import enliven, tiny_config
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads import eomt_spec
 from tokenexit.inputs.preprocessing import Preprocessing

@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from tests.helpers import random_image, tiny_segmenter
-from tokenexit.engine.vit import ViT, vit_config
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import vit_config
 from tokenexit.heads import build_head
 from tokenexit.methods import Dense, DToP
 from tokenexit.outputs.ledger import dense_gmacs, dtop_convention_gmacs

@@ -9,7 +9,8 @@ from tests.helpers import assert_close, gently_varied, tiny_segmenter
 from tests.methods.test_behaviours import counted_macs
 from tests.oracles import merging as oracle
 from tokenexit.engine.ops import GIGA
-from tokenexit.engine.vit import ViT, vit_config
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import vit_config
 from tokenexit.methods import Dense
 
 

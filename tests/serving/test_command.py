@@ -73,7 +73,7 @@ def served(saved: Path, *options: str, slow: float = 0.0) -> Iterator[tuple[subp
     """A server in a process of its own. slow: seconds that each block of its model takes longer."""
     program = f"""
 import sys, time, torch
-from tokenexit.engine.vit import Block
+from tokenexit.engine.block import Block
 real = Block.forward
 def forward(self, x, packing, *rest):
     if packing.lengths[0] < 1000:  # not what is timed at the start

@@ -27,7 +27,7 @@ from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.calibration.targets import Budget
 from tokenexit.data.photos import UnlabelledImages
 from tokenexit.data.registry import open_dataset
-from tokenexit.engine.vit import PRESETS
+from tokenexit.engine.vit_config import PRESETS
 from tokenexit.methods import Dense
 from tokenexit.runtime.notebook import Notebook
 from tokenexit.segmenter import ExitSegmenter

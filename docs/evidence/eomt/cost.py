@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tokenexit.engine.ops import GIGA
-from tokenexit.engine.vit import vit_config
+from tokenexit.engine.vit_config import vit_config
 from tokenexit.segmenter import ExitSegmenter
 
 MODELS = {

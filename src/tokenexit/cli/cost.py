@@ -20,7 +20,7 @@ BACKBONES = (
     *("pe_spatial_tiny_patch16", "pe_spatial_small_patch16", "pe_spatial_base_patch16", "pe_spatial_large_patch14"),
     *("pe_core_base_patch16", "pe_core_large_patch14", "siglip2_so400m_patch16"),
 )
-"""The names of `tokenexit.engine.vit.PRESETS`, which would import torch."""
+"""The names of `tokenexit.engine.vit_config.PRESETS`, which would import torch."""
 HEADS = ("linear", "fcn", "setr_naive", "setr_pup", "atm", "mask_transformer", "dinov2_linear", "eomt", "cropr")
 """The names of `tokenexit.heads.HEADS`, likewise."""
 

@@ -255,8 +255,8 @@ def _precision(seconds: float) -> Iterator[Finding]:
     """Time one block of a small ViT over one 512x512 image's tokens in both precisions, by turns."""
     import torch
 
+    from tokenexit.engine.block import Block
     from tokenexit.engine.tokens import Packing
-    from tokenexit.engine.vit import Block
 
     device = _device()
     block = Block(384, 6, 1536).to(device).eval()

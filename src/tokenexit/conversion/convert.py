@@ -22,7 +22,8 @@ from tokenexit.conversion.framework_config import attention_heads_in
 from tokenexit.conversion.infer import backbone_config, head_spec, heads_of, preset_of
 from tokenexit.conversion.rename import State, rename, under
 from tokenexit.conversion.sidecar import Sidecar, read_sidecar
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError, TokenExitError
 from tokenexit.heads import HEADS, eomt_spec
 from tokenexit.hub.fetch import DEFAULT_FILES, HUB_PREFIX, resolve_weights

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from tokenexit.conversion.rename import under
-from tokenexit.engine.vit import PRESETS, ViTConfig
+from tokenexit.engine.vit_config import PRESETS, ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.heads import HEADS
 

@@ -23,7 +23,8 @@ from tokenexit.conversion.families import SOURCES, Normalisation, detect, not_pl
 from tokenexit.conversion.infer import backbone_config
 from tokenexit.conversion.rename import State, register_positions, under
 from tokenexit.engine.tokens import Grid
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import CheckpointError, ConfigError
 
 PLAIN = "wrap takes plain ViTs of timm, transformers and DINOv2"

@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from tokenexit.engine import ops
 from tokenexit.engine.attention import segment_matmul
+from tokenexit.engine.block import Block, run_block
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, scatter, unpack_grids
-from tokenexit.engine.vit import Block, ViT, ViTConfig, run_block
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads.base import (
     Head,

@@ -10,9 +10,9 @@ from torch import nn
 
 from tokenexit.engine import ops
 from tokenexit.engine.attention import segment_matmul
+from tokenexit.engine.block import Block
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import Block
 from tokenexit.heads.base import Head, HeadOutput, attention_heads, check_head_options, check_head_rate, init_linear
 
 

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens, cell_packing, rows_where, scatter
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.heads import (
     EoMTHead,

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import Method, ModelView
 from tokenexit.methods.wrapper import Wrapper

@@ -11,7 +11,8 @@ import torch
 
 from tokenexit.engine.ops import GIGA, Ops
 from tokenexit.engine.tokens import Grid
-from tokenexit.engine.vit import ViT, vit_config
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import vit_config
 from tokenexit.heads import Head, HeadSpec, build_head
 from tokenexit.heads.eomt import take_joint_blocks
 from tokenexit.methods.base import ExitRecord

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Detail, Grid, Tokens
-from tokenexit.engine.vit import ViT, ViTConfig
+from tokenexit.engine.vit import ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.reducers.base import Reducer, Site, check_block
 from tokenexit.reducers.supertokens import embedding_ops, share_windows

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.reducers.base import COSINES, Adjustable, Site, check_block, check_number
 from tokenexit.reducers.matching import components
 

@@ -37,7 +37,8 @@ from torch import Tensor
 from tokenexit.engine import ops
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import Projected, ViT, ViTConfig
+from tokenexit.engine.vit import Projected, ViT
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.engine.window_policy import nested, policy_ops
 from tokenexit.errors import ConfigError
 from tokenexit.reducers.base import COSINES, Adjustable, Site, check_number

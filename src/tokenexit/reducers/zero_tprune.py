@@ -39,7 +39,7 @@ from torch import Tensor
 
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.tokens import Grid, Tokens
-from tokenexit.engine.vit import ViTConfig
+from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
 from tokenexit.reducers.base import Adjustable, Site, check_number
 from tokenexit.reducers.matching import nearest, unit

@@ -11,7 +11,7 @@ from tokenexit.data.base import SegmentationDataset
 from tokenexit.data.loader import Cached, Spread
 from tokenexit.data.registry import open_dataset
 from tokenexit.data.transforms import Compose, training_transform
-from tokenexit.engine.vit import vit_config
+from tokenexit.engine.vit_config import vit_config
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.hub.fetch import resolve_folder
 from tokenexit.inputs.labels import Labels, default_labels

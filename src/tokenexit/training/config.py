@@ -22,7 +22,7 @@ class ModelConfig:
     """The model."""
 
     backbone: str = "vit_tiny_patch16"
-    """A preset of `tokenexit.engine.vit.PRESETS`."""
+    """A preset of `tokenexit.engine.vit_config.PRESETS`."""
     exits: list[int] = field(default_factory=lambda: [3, 6, 9])
     """Exits, each by the number of blocks before it."""
     exit_head: Any = "fcn"
