@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import replace
+from itertools import islice
 from types import MethodType
 from typing import Any
 
@@ -263,7 +264,7 @@ class ViT(nn.Module):
         captured = None if torch.is_grad_enabled() or weight is not None else self.captured
         if captured is not None and captured.fits(tokens.packing):
             return tokens.with_x(captured.run(x, tokens.packing, start, stop, phases))
-        for block in self.blocks[start:stop]:
+        for block in islice(self.blocks, start, stop):  # a slice would be a new ModuleList
             x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight)
         return tokens.with_x(x)
 
