@@ -4,6 +4,8 @@ example's."""
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -166,15 +168,19 @@ def test_stages__answer_as_the_model_in_any_buckets(
 # ----------------------------------------------------------------------------------------------------------- ONNX files
 
 
-@pytest.fixture(scope="module", params=["dtop", "dovit"])
-def exported(request: Any, tmp_path_factory: Any) -> tuple[ExitSegmenter, Any, Path, Any]:
+def written(name: str, out: Path, bucket: int) -> tuple[ExitSegmenter, Any, Path, Any]:
+    """Stages of a model with one exit, with this bucket behind it, the model and its method."""
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX needs the export extra")
-    model = tiny_segmenter("atm" if request.param == "dtop" else "fcn", exits=(1,), depth=2, rope="half")
-    method = DToP(0.3, 2) if request.param == "dtop" else DoViT(0.6)
-    out = tmp_path_factory.mktemp("stages")
-    made = export_stages(model, method, [random_image(16, 20)], out, buckets=[[5]])
+    model = tiny_segmenter("atm" if name == "dtop" else "fcn", exits=(1,), depth=2, rope="half")
+    method = DToP(0.3, 2) if name == "dtop" else DoViT(0.6)
+    made = export_stages(model, method, [random_image(16, 20)], out, buckets=[[bucket]])
     return model, method, out / "stages", made
+
+
+@pytest.fixture(scope="module", params=["dtop", "dovit"])
+def exported(request: Any, tmp_path_factory: Any) -> tuple[ExitSegmenter, Any, Path, Any]:
+    return written(request.param, tmp_path_factory.mktemp("stages"), 5)
 
 
 def test_export_stages__writes_onnx_of_fixed_shapes_that_the_manifest_names(exported: Any) -> None:
@@ -244,6 +250,55 @@ def test_export_stages__answers_as_the_model_in_onnxruntime_with_garbage_in_padd
         outputs.append(session.run(None, feeds)[0][:9])
     assert np.array_equal(outputs[0], outputs[1])
     assert np.array_equal(outputs[0], outputs[2])
+
+
+@pytest.fixture(scope="module")
+def in_cpp(tmp_path_factory: Any) -> Path:
+    """The loop in C++, compiled."""
+    openvino = pytest.importorskip("openvino", reason="the loop in C++ needs the openvino extra")
+    if shutil.which("g++") is None or not Path("/usr/include/nlohmann/json.hpp").exists():
+        pytest.skip("the loop in C++ needs g++ and nlohmann-json3-dev")
+    source = Path(__file__).parents[2] / "examples" / "stages_host.cpp"
+    program, home = tmp_path_factory.mktemp("program") / "stages_host", Path(openvino.__file__).parent
+    libraries = [str(path) for path in (home / "libs").glob("libopenvino.so.*")]
+    flags = ["-std=c++20", "-O1", f"-I{home / 'include'}", *libraries, f"-Wl,-rpath,{home / 'libs'}"]
+    subprocess.run(["g++", str(source), "-o", str(program), *flags], check=True)
+    return program
+
+
+@pytest.mark.parametrize("name", ["dtop", "dovit"])
+def test_stages_in_cpp__answer_as_the_loop_in_python(name: str, in_cpp: Path, tmp_path: Path) -> None:
+    model, method, folder, _ = written(name, tmp_path, 9)  # OpenVINO 2026.4 dies of buckets below 8
+    module, seen = example(), set()
+    image, labels = tmp_path / "image.raw", tmp_path / "labels.raw"
+    for seed, table in enumerate(tables(method, 1)):
+        pixels = random_image(16, 20, seed)[None].numpy()
+        pixels.tofile(image)
+        ours, left = module.segment(module.load(folder), pixels, table)
+        asked = [] if table.tolist() == pytest.approx([method.threshold]) else [repr(float(table[0]))]
+        command = [str(in_cpp), str(folder), str(image), str(labels), *asked]
+        said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        assert np.array_equal(np.fromfile(labels, np.int32).reshape(16, 20), ours)
+        counts = [int((left == n).sum()) for n in range(2)]
+        assert f"and those that stayed: {counts[0]} {counts[1]}\n" in said
+        assert said.rstrip().endswith("classes: " + " ".join(model.classes.names[k] for k in np.unique(ours)))
+        seen.add(counts[0])
+    assert len(seen) > 2, "nobody, everybody and some leave"
+
+
+def test_stages_in_cpp__say_in_a_line_what_is_wrong(in_cpp: Path, tmp_path: Path) -> None:
+    short, folder = tmp_path / "image.raw", written("dovit", tmp_path, 9)[2]
+    short.write_bytes(b"1234")
+    cases = [
+        ([], 2, "usage: stages_host STAGES IMAGE LABELS"),
+        ([str(tmp_path), str(short), "out"], 1, "no manifest.json in"),
+        ([str(folder), str(short), "out"], 1, "must hold 960 float32"),
+        ([str(folder), str(short), "out", "0.5", "0.5"], 1, "there must be 1 thresholds"),
+    ]
+    for arguments, code, words in cases:
+        found = subprocess.run([str(in_cpp), *arguments], capture_output=True, text=True, cwd=tmp_path)
+        assert (found.returncode, found.stderr.count("\n")) == (code, 1)
+        assert words in found.stderr
 
 
 def test_export_stages__manifest_says_what_a_loop_must_know(exported: Any) -> None:
