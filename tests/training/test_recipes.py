@@ -13,9 +13,10 @@ from typing import Any, NamedTuple
 import pytest
 import yaml
 
+from tokenexit import reducers
 from tokenexit.data.registry import dataset_labels
-from tokenexit.methods import DoViT, DToP, build_method
-from tokenexit.outputs.ledger import dtop_convention_gmacs
+from tokenexit.methods import Dense, DoViT, DToP, Reduced, as_method, build_method
+from tokenexit.outputs.ledger import dense_ops, dtop_convention_gmacs
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.annealing import fades
 from tokenexit.training.config import TrainConfig, flat
@@ -152,6 +153,38 @@ def test_recipes__are_all_that_were_published() -> None:
     dense = {f"dovit/{name}.yaml" for name in DENSE}
     assert set(PUBLISHED) == dtop | dovit | dense | {"dtop/setr_ade20k_base.yaml"}
     assert (len(dtop), len(dovit), len(dense)) == (8, 12, 12)
+
+
+ALGM = {  # spec of the rivals, 2.1: threshold, second block, dense GMACs of one crop as published
+    "ade20k_tiny": (0.9, 5, 12.8),
+    "ade20k_small": (0.88, 5, 38.6),
+    "ade20k_base": (0.94, 5, 130),
+    "ade20k_large": (0.95, 7, 672),
+    "cityscapes_small": (0.955, 5, 116),
+    "pascal_context59_small": (0.88, 5, 32.1),
+}
+
+
+def test_algm_recipes__are_those_that_were_published() -> None:
+    assert [name for name in RECIPES if name.startswith("algm/")] == sorted(
+        f"algm/segmenter_{name}.yaml" for name in ALGM
+    )
+
+
+@pytest.mark.parametrize("name", ALGM)
+def test_algm_recipes__merge_where_the_release_does_on_a_model_of_the_published_cost(name: str) -> None:
+    threshold, block, gmacs = ALGM[name]
+    run = recipe(f"algm/segmenter_{name}.yaml")
+    model = model_of(run)
+    (method,) = run.methods
+    assert as_method(method) == Reduced(Dense(), reducers.ALGM(threshold, local_block=1, global_block=block))
+    grid = model.backbone.patch_embed.grid(*run.data.crop)
+    found = dense_ops(model.backbone, model.decode_head, grid).macs / 1e9
+    assert found == pytest.approx(gmacs, rel=0.013 if "tiny" in name else 0.006), "the table has three digits"
+    assert run.steps * run.batch_size == pytest.approx(EPOCHS[run.data.name], rel=0.001)
+
+
+EPOCHS = {"ade20k": 64 * 20_210, "cityscapes": 216 * 2_975, "pascal_context59": 256 * 4_996}
 
 
 # ------------------------------------------------------------------------------------------- value by value
