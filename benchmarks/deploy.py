@@ -52,7 +52,6 @@ RUNTIMES = ("torch eager", "torch compiled", "onnxruntime", "OpenVINO")
 PRECISIONS = ("fp32", "bf16", "int8")
 
 Labels = npt.NDArray[np.int64]
-COMPILED: tuple[Precision, ...] = ("fp32", "bf16")
 Cell = tuple[str, str, str]
 """dense or exits, precision, runtime."""
 
@@ -147,22 +146,22 @@ def cells(
     """All that a user could deploy, by what it is; each returns labels `(H, W)`."""
     found: dict[Cell, Callable[[], Labels]] = {}
     small, bf16 = in_int8(model), is_fast("bf16", image.device)
+    floats: tuple[Precision, ...] = ("fp32", "bf16") if bf16 else ("fp32",)
     with inference(image.device):
         wanted = leaving(model, image, tau)
-        quantised = matched(lambda t: leaving(small, image, t), wanted, tau)
-    with inference(image.device, "bf16"):
-        lowered = matched(lambda t: leaving(model, image, t), wanted, tau) if bf16 else tau
-    taus = {"fp32": tau, "bf16": lowered, "int8": quantised}
+        taus = {"fp32": tau, "int8": matched(lambda t: leaving(small, image, t), wanted, tau)}
+    if bf16:
+        with inference(image.device, "bf16"):
+            taus["bf16"] = matched(lambda t: leaving(model, image, t), wanted, tau)
     for name in ("dense", "exits"):
         method = {each: Dense() if name == "dense" else DToP(value) for each, value in taus.items()}
-        found[name, "fp32", "torch eager"] = in_torch(model, image, method["fp32"])
+        for precision in floats:
+            found[name, precision, "torch eager"] = in_torch(model, image, method[precision], precision)
         found[name, "int8", "torch eager"] = in_torch(small, image, method["int8"])
         path = export_model(model, method["fp32"], [image], folder / name).path
         found[name, "fp32", "onnxruntime"] = in_onnxruntime(path, image, threads)
         int8 = quantize_int8(path, [image], agreement=0.0).path
         found[name, "int8", "onnxruntime"] = in_onnxruntime(int8, image, threads)
-        if bf16:
-            found[name, "bf16", "torch eager"] = in_torch(model, image, method["bf16"], "bf16")
         if openvino:
             found[name, "fp32", "OpenVINO"] = in_openvino(open_openvino(path), image, thresholds_of(path))
             graph = quantize_int8(path, [image], agreement=0.0, ranges=[image], runtime="openvino").path
@@ -176,7 +175,7 @@ def cells(
     if compiled:
         blocks = copy.deepcopy(model)
         blocks.backbone.compile_blocks()
-        for precision in COMPILED if bf16 else COMPILED[:1]:
+        for precision in floats:
             found["dense", precision, "torch compiled"] = compiled_dense(model, image, precision)
             found["exits", precision, "torch compiled"] = in_torch(blocks, image, DToP(taus[precision]), precision)
     return found

@@ -10,9 +10,10 @@ median over rounds.
 An exit is timed inside whole calls, where blocks have emptied the caches, and its head's linear layers are taken off;
 `around` is what a call of `never` takes beyond one of dense, by exit and again without these layers: it has state and
 result in it, too. `conversion, exits free` is what would be left if exits cost nothing: a call has a fixed part, the
-time of dense on an image of one patch, and only the rest shrinks with multiply-adds. Operations
-are those that the profiler lists under an exit, nested ones included, and those that reach the dispatcher once; what
-the linear layers call is taken off both.
+time of dense on an image of one patch, and only the rest shrinks with multiply-adds.
+
+Operations are those that the profiler lists under an exit, nested ones included, and those that reach the dispatcher
+once; what the linear layers call is taken off both.
 """
 
 from __future__ import annotations
