@@ -7,7 +7,8 @@ with exits from the first block on, `finetuned step` and `finetuned coarse` with
 these, `trained on` for as many steps without them, which is the control, or `heads alone`, fitted to the dense model as
 it is. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
 Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
-block: the points that no other static point beats, joined by lines over the logarithm of multiply-adds, as sizes go on.
+block: their upper hull over the logarithm of multiply-adds, so that no further point can lower it. Exits get no hull:
+the points that no cheaper one equals, joined by lines.
 """
 
 from __future__ import annotations
@@ -131,6 +132,19 @@ def best(rows: Iterable[Row], figure: str = "miou") -> list[tuple[float, float]]
     return found
 
 
+def hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Return the points of the line, concave over the logarithm of multiply-adds, that lies above all of them."""
+    kept: list[tuple[float, float]] = []
+    for x, y in points:
+        while len(kept) > 1:
+            (x0, y0), (x1, y1) = kept[-2:]
+            if (y1 - y0) * math.log(x / x0) > (y - y0) * math.log(x1 / x0):
+                break
+            kept.pop()
+        kept.append((x, y))
+    return kept
+
+
 def at(points: Sequence[tuple[float, float]], gmacs: float) -> float:
     """Return the figure at some multiply-adds: between points over their logarithm, the last one's behind it."""
     if not points or gmacs < points[0][0]:
@@ -142,8 +156,9 @@ def at(points: Sequence[tuple[float, float]], gmacs: float) -> float:
 
 
 def curve(rows: Iterable[Row], kinds: Sequence[str], gmacs: float, figure: str) -> float:
-    """Return what points of some kinds reach at some multiply-adds, at any size."""
-    return at(best((row for row in rows if row["method"] in kinds), figure), gmacs)
+    """Return what points of some kinds reach at some multiply-adds, at any size: the hull of static ones."""
+    points = best((row for row in rows if row["method"] in kinds), figure)
+    return at(hull(points) if kinds == STATIC else points, gmacs)
 
 
 def tables(data: str, rows: list[Row]) -> None:
@@ -201,7 +216,7 @@ def draw(data: str, rows: list[Row], out: Path) -> None:
                 x, y = zip(*points)
                 axes.plot(x, y, color=colour, marker=marker, ls=line, lw=0.9, ms=5, alpha=1 - 0.25 * n, label=name)
     for n, seed in enumerate(seeds):
-        static = best(row for row in rows if row["method"] in STATIC and row["seed"] == seed)
+        static = hull(best(row for row in rows if row["method"] in STATIC and row["seed"] == seed))
         axes.plot(*zip(*static), color="#222222", lw=0.7, ls=":", alpha=1 - 0.25 * n, label="best static plan")
     top = max(row["miou"] for row in rows)
     axes.set_ylim(top - 12, top + 0.7)
