@@ -35,12 +35,12 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.conversion import median_interval, processor, ratio
+from benchmarks.parts import threshold_for
 from benchmarks.rivals import plain
 from tokenexit.exporting.export import Runner, export_model
 from tokenexit.exporting.graph import OUTPUTS
 from tokenexit.exporting.openvino import open_openvino
 from tokenexit.exporting.quantize import Thresholds, quantize_int8, thresholds_of
-from tokenexit.heads import class_scores
 from tokenexit.methods import Dense, DToP, Method
 from tokenexit.outputs.segmentation import resize_maps
 from tokenexit.runtime.memory import keep_buffers
@@ -59,16 +59,6 @@ Cell = tuple[str, str, str]
 def leaving(model: ExitSegmenter, image: Tensor, tau: float) -> int:
     """The number of tokens that leave at the exit."""
     return int((model([image], DToP(tau)).exit_index[0] == 0).sum())
-
-
-@torch.no_grad()
-def half_leaves(model: ExitSegmenter, image: Tensor) -> float:
-    """The threshold that half of the tokens' scores at the first exit exceed."""
-    tokens = model.backbone.run(model.backbone.embed([image]), 0, model.config.exits[0]).patches()
-    head: Any = model.exit_heads[0]
-    out = head(tokens)
-    scores = class_scores(head.kind, out.logits, out.presence, out.packing.image_index()).amax(1)
-    return float(scores.quantile(0.5))
 
 
 def matched(left_at: Callable[[float], int], wanted: int, tau: float) -> float:
@@ -200,7 +190,7 @@ def measured(
     openvino: bool = True,
 ) -> dict[str, Any]:
     """Time all cells in turn; two rounds before are not counted, in which graphs are compiled."""
-    tau = half_leaves(model, image)
+    tau = threshold_for(model, image, 0.5)
     found = cells(model, image, tau, folder, threads, compiled, openvino)
     times: dict[Cell, list[float]] = {cell: [] for cell in found}
     answers: dict[Cell, Labels] = {}

@@ -24,6 +24,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -168,6 +169,13 @@ def watched(model: ExitSegmenter, kind: type[Method[Any]], spent: dict[str, floa
         yield
 
 
+def cpu_ms(call: Callable[[], Any]) -> float:
+    """Milliseconds of this thread's CPU that a call takes."""
+    start = time.thread_time()
+    call()
+    return 1e3 * (time.thread_time() - start)
+
+
 def measure(
     shape: Callable[[], tuple[ExitSegmenter, Tensor]], name: str, precision: Precision, rounds: int
 ) -> dict[str, Any]:
@@ -182,15 +190,13 @@ def measure(
         }
         ms: dict[str, list[float]] = defaultdict(list)
         parts: dict[str, list[float]] = defaultdict(list)
-        patch_size = model.config.backbone.patch_size
+        side = model.config.backbone.patch_size
         for turn in range(rounds + 2):
-            start = time.thread_time()
-            model([image[:, :patch_size, :patch_size]], Dense())
-            ms["one patch"].append(1e3 * (time.thread_time() - start))
+            alone = cpu_ms(lambda: model([image[:, :side, :side]], Dense()))
+            if turn > 1:
+                ms["one patch"].append(alone)
             for contender, method in contenders.items():
-                start = time.thread_time()
-                model([image], method)
-                took = 1e3 * (time.thread_time() - start)
+                took = cpu_ms(partial(model, [image], method))
                 spent: dict[str, float] = {"exits": 0.0, "products": 0.0}
                 if contender != "dense":
                     with watched(model, type(method), spent):
@@ -205,7 +211,7 @@ def measure(
     beyond = [(never - dense) / exits for never, dense in zip(ms["never"], ms["dense"])]
     around = [extra - products for extra, products in zip(beyond, parts["never products"])]
     ratio = 1 / ledger.share_of_dense[0]
-    fixed = median(ms["one patch"][2:])
+    fixed = median(ms["one patch"])
     free = [dense / (fixed + (dense - fixed) / ratio) for dense in ms["dense"]]
     speedup = interval([dense / dynamic for dense, dynamic in zip(ms["dense"], ms["some"])])
     return {

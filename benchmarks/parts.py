@@ -24,12 +24,11 @@ import torch
 from torch import Tensor
 
 import tokenexit.engine.block
-import tokenexit.methods.base
-import tokenexit.methods.dtop
 import tokenexit.segmenter
 from tokenexit.engine.tokens import Tokens
 from tokenexit.heads import class_scores
 from tokenexit.methods import Dense, DToP, Method
+from tokenexit.methods.base import Canvas
 from tokenexit.segmenter import ExitSegmenter
 
 PARTS = ("embed", "blocks", "attention", "exit head", "rule", "compaction", "canvas", "decode head", "ledger", "finish")
@@ -66,7 +65,7 @@ def watched(model: ExitSegmenter, watch: Stopwatch) -> Iterator[None]:
         (tokenexit.engine.block, "packed_attention", "attention"),
         (DToP, "decide", "rule"),
         (Tokens, "keep", "compaction"),
-        (tokenexit.methods.dtop, "scatter", "canvas"),
+        (Canvas, "read", "canvas"),
         (model.decode_head, "forward", "decode head"),
         (tokenexit.segmenter, "write_ledger", "ledger"),
         *((head, "forward", "exit head") for head in model.exit_heads),

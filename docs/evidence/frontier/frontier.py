@@ -132,10 +132,10 @@ def best(rows: Iterable[Row], figure: str = "miou") -> list[tuple[float, float]]
     return found
 
 
-def hull(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Return the points of the line, concave over the logarithm of multiply-adds, that lies above all of them."""
+def best_static(rows: Iterable[Row], figure: str = "miou") -> list[tuple[float, float]]:
+    """Return the corners of the line, concave over the logarithm of multiply-adds, that no static point is above."""
     kept: list[tuple[float, float]] = []
-    for x, y in points:
+    for x, y in best((row for row in rows if row["method"] in STATIC), figure):
         while len(kept) > 1:
             (x0, y0), (x1, y1) = kept[-2:]
             if (y1 - y0) * math.log(x / x0) > (y - y0) * math.log(x1 / x0):
@@ -155,10 +155,9 @@ def at(points: Sequence[tuple[float, float]], gmacs: float) -> float:
     return points[-1][1]
 
 
-def curve(rows: Iterable[Row], kinds: Sequence[str], gmacs: float, figure: str) -> float:
-    """Return what points of some kinds reach at some multiply-adds, at any size: the hull of static ones."""
-    points = best((row for row in rows if row["method"] in kinds), figure)
-    return at(hull(points) if kinds == STATIC else points, gmacs)
+def curve(rows: Iterable[Row], kind: str, gmacs: float, figure: str) -> float:
+    """Return what points of one kind reach at some multiply-adds, at any size."""
+    return at(best((row for row in rows if row["method"] == kind), figure), gmacs)
 
 
 def tables(data: str, rows: list[Row]) -> None:
@@ -170,10 +169,10 @@ def tables(data: str, rows: list[Row]) -> None:
         print(f"|---:|---:|{'---:|' * len(columns)}")
         for gmacs in AT[data]:
             by_seed = [[row for row in rows if row["seed"] == seed] for seed in seeds]
-            static = [curve(mine, STATIC, gmacs, figure) for mine in by_seed]
+            static = [at(best_static(mine, figure), gmacs) for mine in by_seed]
             cells = [f"{mean(static):.2f}"]
             for kind in columns:
-                own = [curve(mine, (kind,), gmacs, figure) for mine in by_seed]
+                own = [curve(mine, kind, gmacs, figure) for mine in by_seed]
                 gains = [mine - other for mine, other in zip(own, static) if not math.isnan(mine)]
                 spread = f" ± {stdev(gains):.2f}" if gains[1:] else ""
                 reached = mean(one for one in own if not math.isnan(one)) if gains else math.nan
@@ -216,7 +215,7 @@ def draw(data: str, rows: list[Row], out: Path) -> None:
                 x, y = zip(*points)
                 axes.plot(x, y, color=colour, marker=marker, ls=line, lw=0.9, ms=5, alpha=1 - 0.25 * n, label=name)
     for n, seed in enumerate(seeds):
-        static = hull(best(row for row in rows if row["method"] in STATIC and row["seed"] == seed))
+        static = best_static(row for row in rows if row["seed"] == seed)
         axes.plot(*zip(*static), color="#222222", lw=0.7, ls=":", alpha=1 - 0.25 * n, label="best static plan")
     top = max(row["miou"] for row in rows)
     axes.set_ylim(top - 12, top + 0.7)

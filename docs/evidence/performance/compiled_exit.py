@@ -13,12 +13,13 @@ import sys
 import time
 from collections import defaultdict
 from contextlib import ExitStack
+from functools import partial
 from statistics import median
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from benchmarks.exit_cost import LEAVING, METHODS, SHAPES, some
+from benchmarks.exit_cost import LEAVING, METHODS, SHAPES, cpu_ms, some
 from torch import Tensor
 
 from tokenexit.engine.tokens import Tokens
@@ -69,10 +70,9 @@ def main() -> None:
                         stack.enter_context(patch.object(DToP, "grade", lambda *_: last[0]))
                     for _ in range(CALLS):
                         spent.clear()
-                        start = time.thread_time()
-                        model([image], method)
+                        took = cpu_ms(partial(model, [image], method))
                         if turn:
-                            found[name]["call"].append(1e3 * (time.thread_time() - start))
+                            found[name]["call"].append(took)
                             found[name]["exit"] += spent
     for name, times in found.items():
         print(f"{name}: exit {median(times['exit']):.2f} ms, call {median(times['call']):.1f} ms")
