@@ -8,6 +8,7 @@ were found before). Times are of the thread's own CPU, which other work on the m
 median over rounds.
 
 An exit is timed inside whole calls, where blocks have emptied the caches, and its head's linear layers are taken off;
+`caches warm` is the second exit of a call, called again and again;
 `around` is what a call of `never` takes beyond one of dense, by exit and again without these layers: it has state and
 result in it, too. `conversion, exits free` is what would be left if exits cost nothing: a call has a fixed part, the
 time of dense on an image of one patch, and only the rest shrinks with multiply-adds.
@@ -117,8 +118,10 @@ def dispatched(call: Callable[[], Any]) -> int:
     return counter.count
 
 
-def operations(model: ExitSegmenter, image: Tensor, method: Method[Any]) -> dict[str, int]:
-    """Operations of the second exit, beyond those of its head's linear layers."""
+def second_exit(
+    model: ExitSegmenter, image: Tensor, method: Method[Any]
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """The second exit of a call, to be called again, and the products of its head's linear layers alone."""
     calls: list[Callable[[], Any]] = []
     at_exit = type(method).at_exit
 
@@ -144,7 +147,18 @@ def operations(model: ExitSegmenter, image: Tensor, method: Method[Any]) -> dict
 
     (call,) = calls
     call()  # lowers the head's weights under autocast
+    return call, products
+
+
+def operations(call: Callable[[], Any], products: Callable[[], Any]) -> dict[str, int]:
+    """Operations of an exit beyond those of its products."""
     return {name: count(call) - count(products) for name, count in (("listed", listed), ("dispatched", dispatched))}
+
+
+def warm_ms(call: Callable[[], Any], products: Callable[[], Any], times: int = 200) -> list[float]:
+    """Milliseconds of an exit beyond its products, called again and again, so that the caches hold all it touches."""
+    both = [(cpu_ms(call), cpu_ms(products)) for _ in range(times)]
+    return interval([exit - alone for exit, alone in both[times // 4 :]])
 
 
 @contextmanager
@@ -207,7 +221,9 @@ def measure(
                     parts[f"{contender} products"].append(1e3 * spent["products"] / exits)
         ledger = model([image], contenders["some"]).ledger
         share = model([image], contenders["never"]).ledger.share_of_dense[0] - 1
-        counts = {contender: operations(model, image, contenders[contender]) for contender in ("never", "some")}
+        again = {contender: second_exit(model, image, contenders[contender]) for contender in ("never", "some")}
+        counts = {contender: operations(*pair) for contender, pair in again.items()}
+        warm = {contender: warm_ms(*pair) for contender, pair in again.items()}
     beyond = [(never - dense) / exits for never, dense in zip(ms["never"], ms["dense"])]
     around = [extra - products for extra, products in zip(beyond, parts["never products"])]
     ratio = 1 / ledger.share_of_dense[0]
@@ -219,6 +235,7 @@ def measure(
         "live": ledger.live_after(model.config.exits),
         "operations of an exit": counts,
         "ms of an exit": {name: interval(parts[f"{name} exit"]) for name in ("never", "some")},
+        "ms of an exit, caches warm": warm,
         "ms of its products": {name: round(median(parts[f"{name} products"]), 3) for name in ("never", "some")},
         "ms around an exit": interval(around),
         "ms": {name: round(median(values), 2) for name, values in ms.items()},
