@@ -23,7 +23,7 @@ from tokenexit.calibration.latency import (
     nonnegative_fit,
 )
 from tokenexit.checkpoints.calibration import Calibration
-from tokenexit.methods import Dense, DoViT, DToP, FixedRatio, Gated, GatedBySize, Truncated
+from tokenexit.methods import Dense, DoViT, DToP, FixedRatio, Gated, GatedBySize, Resized, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
 milliseconds = st.floats(0.0, 10.0)
@@ -278,6 +278,7 @@ def test_gated_by_size__closes_what_gate_closes_at_every_size(
         assert method.for_grid(grid) == found.apply(DToP())
         seen.add(found.closed)
     assert {(0, 1), ()} <= seen
+    assert gated_by_size(model, Resized(DToP(), 0.5)) == Resized(method, 0.5)  # gates see the resized images
 
 
 def test_gated_by_size__leaves_what_has_no_gates_and_what_always_pays(

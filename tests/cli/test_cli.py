@@ -20,6 +20,10 @@ from tests.training.tiny import HEADS, silent, tiny_run, write_dataset
 from tokenexit.calibration import latency
 from tokenexit.calibration.latency import Curve, Latency
 from tokenexit.cli import COMMANDS, main
+from tokenexit.cli.chosen_methods import resized
+from tokenexit.errors import ConfigError
+from tokenexit.methods import Dense, DToP, Reduced, Resized, build_method
+from tokenexit.reducers import MPM
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.training.loop import train
 from tokenexit.version import __version__
@@ -362,6 +366,37 @@ def test_predict_merges_tokens_beside_exits(model: Path, data: Path, tmp_path: P
     assert len(list(out.glob("*.png"))) == 6  # masks and exit maps
     refused = wrong(capsys, "predict", model, photos, "--out", tmp_path / "b", *method, "--merge", "mpm:1", "--gate")
     assert refused == "--gate closes exits by times without merging: leave it or --merge out."
+
+
+def test_predict_takes_images_at_another_size__and_masks_keep_their_own(
+    model: Path, data: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    photos, method = data / "images" / "test", ("--method", "dtop", "--threshold", "0.6", "--no-gate")
+    fine(capsys, "predict", model, photos, "--out", tmp_path / "half", *method, "--input-scale", "0.5")
+    fine(capsys, "predict", model, photos, "--out", tmp_path / "full", *method, "--input-scale", "1")
+    by = ("--merge", "mpm:1", "--input-scale", "0.5")
+    fine(capsys, "predict", model, photos, "--out", tmp_path / "both", *method, *by)
+    half, full, both = (
+        build_method(json.loads((tmp_path / name / "predictions.json").read_text())["method"])
+        for name in ("half", "full", "both")
+    )
+    assert half == Resized(DToP(0.6), 0.5)
+    assert full == DToP(0.6)
+    assert both == Resized(Reduced(DToP(0.6), MPM((1,))), 0.5)
+    loaded = ExitSegmenter.from_pretrained(model)
+    for photo in photos.iterdir():
+        mask = np.asarray(Image.open(tmp_path / "half" / f"{photo.stem}.png"))
+        assert mask.shape == Image.open(photo).size[::-1]
+        np.testing.assert_array_equal(mask, loaded.predict(photo, method=half).labels[0])
+    assert "scale must be above 0 and at most 4, got 0.0" in wrong(
+        capsys, "predict", model, photos, "--out", tmp_path / "none", *method, "--input-scale", "0"
+    )
+
+
+def test_resized__refuses_a_plan_that_resizes_by_itself() -> None:
+    with pytest.raises(ConfigError, match=r"--input-scale 0.7 does not go with this model's calibrated plan"):
+        resized(Resized(Dense(), 0.5), 0.7)
+    assert resized(Resized(Dense(), 0.5), None) == Resized(Dense(), 0.5)
 
 
 def test_evaluate_gates_if_asked(

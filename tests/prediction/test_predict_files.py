@@ -726,6 +726,22 @@ def test_a_zip_holds_what_the_folder_would_and_is_gone_on_with(model: ExitSegmen
         predict_files(model, [folder], packed_, Dense())
 
 
+def test_a_folder_keeps_to_the_exits_that_were_closed__on_resized_images_too(
+    model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images, out, scaled = tmp_path / "pictures", tmp_path / "out", Resized(DToP(threshold=0.0), 0.5)
+    images.mkdir()
+    for name in ("one", "two"):
+        noise(32, 32).save(images / f"{name}.png")
+    gated = Resized(GatedBySize(scaled.method, ((1, (0,)),)), 0.5)
+    monkeypatch.setattr(predicting, "gated_by_size", lambda *_: gated)
+    predict_files(model, [images], out, scaled, gate=True)
+    (out / "one.png").unlink()
+    monkeypatch.setattr(predicting, "gated_by_size", lambda *_: scaled)  # another machine, or another day
+    predict_files(model, [images], out, scaled, gate=True)
+    assert build_method(json.loads((out / RECORD).read_text())["method"]) == gated
+
+
 def test_exits_that_do_not_pay_are_passed_over_and_a_folder_keeps_to_the_choice_it_began_with(
     model: ExitSegmenter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,14 +9,14 @@ in the batch, so that the same image always meets the same exits.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 from tokenexit.calibration.latency import Latency, latency_on_this_machine
 from tokenexit.engine.tokens import Grid
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Method, MethodLike, Reduced, as_method
+from tokenexit.methods import Method, MethodLike, Reduced, Resized, as_method
 from tokenexit.methods.gated import Gated, GatedBySize
 from tokenexit.methods.thresholded import blocks_of_live_tokens
 from tokenexit.runtime.precision import Precision
@@ -117,6 +117,8 @@ def gated_by_size(model: ExitSegmenter, method: MethodLike, precision: Precision
     """
     method = as_method(method)
     model.check(method)
+    if isinstance(method, Resized):  # gates see the resized images
+        return replace(method, method=gated_by_size(model, method.method, precision))
     if isinstance(method, Reduced):
         raise ConfigError("which exits pay is measured without merged tokens: close exits of the method inside.")
     if not method.may_gate:

@@ -218,6 +218,23 @@ def merged(model: ExitSegmenter, method: Method[Any], by: Reducer | None) -> Met
     return reduced
 
 
+def resized(method: Method[Any], scale: float | None) -> Method[Any]:
+    """The method on images whose sides are multiplied by `--input-scale`; as it is without one.
+
+    Raises `ConfigError` for a scale out of range, and for a plan that resizes images by itself.
+    """
+    from tokenexit.methods import Resized
+
+    if scale is None:
+        return method
+    if isinstance(method, Resized):
+        raise ConfigError(
+            f"--input-scale {scale:g} does not go with this model's calibrated plan, which takes images at "
+            f"{method.scale:g} of their sides: leave it out, or name --method with its --threshold."
+        )
+    return method if scale == 1.0 else Resized(method, scale)
+
+
 def say_if_uncalibrated(model: ExitSegmenter, asked: Sequence[dict[str, Any]] | None) -> None:
     """Say on stderr, beside the results, that they are dense's because nothing else was asked for."""
     if asked is None and model.calibration is None:

@@ -15,6 +15,7 @@ from tokenexit.cli.chosen_methods import (
     is_calibrated,
     merged,
     reducers_of,
+    resized,
     say_if_uncalibrated,
 )
 from tokenexit.cli.method_options import add_merge_option, add_method_choice
@@ -99,6 +100,12 @@ def _parser() -> argparse.ArgumentParser:
         help="no exits that do not pay on this machine at an image's size, see `tokenexit gate`; on unless "
         "thresholds are the calibration's",
     )
+    parser.add_argument(
+        "--input-scale",
+        type=float,
+        metavar="SCALE",
+        help="factor on the images' sides before they are segmented; masks have the images' own size",
+    )
     add_method_choice(parser)
     add_merge_option(parser)
     add_running_options(parser)
@@ -130,11 +137,12 @@ def _run_of(
     if by is not None:  # what was calibrated and timed without it is not what suits it
         if options.gate:
             raise ConfigError("--gate closes exits by times without merging: leave it or --merge out.")
-        return merged(model, method, by), False, None
+        return resized(merged(model, method, by), options.input_scale), False, None
     calibrated = is_calibrated(model, method)
     gate = method.may_gate and not calibrated if options.gate is None else options.gate
-    watched = calibrated and not gate and bool(model.config.exits)  # without exits there are no scores to watch
-    return method, gate, Monitor(reference_statistics_of(model)) if watched else None
+    scaled = resized(method, options.input_scale)
+    watched = scaled == method and calibrated and not gate and bool(model.config.exits)  # there are scores to watch
+    return scaled, gate, Monitor(reference_statistics_of(model)) if watched else None
 
 
 def _predicted(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ from tokenexit.inputs.sources import (
     name_apart,
     quiet,
 )
-from tokenexit.methods import Method, build_method, spec_of
+from tokenexit.methods import GatedBySize, Method, Resized, build_method, spec_of
 from tokenexit.prediction.label_studio import LOCAL_FILES
 from tokenexit.prediction.outputs import DEFAULT, OUTPUTS, PARTS, VIDEO, VIDEO_SUFFIX, CallInfo, Output
 from tokenexit.prediction.pipeline import MAX_TOKENS, Engine, Limits, ResultWriter, Worker, count_file
@@ -301,7 +301,14 @@ def _gated(model: ExitSegmenter, method: Method[Any], precision: Precision, reco
         before = build_method(record["method"])
     except (ConfigError, KeyError, TypeError, ValueError):  # nothing was begun, or by another version
         return gated_by_size(model, method, precision)
-    return before if before.inner == method else gated_by_size(model, method, precision)
+    return before if _without_gates(before) == method else gated_by_size(model, method, precision)
+
+
+def _without_gates(method: Method[Any]) -> Method[Any]:
+    """Return the method with all its exits open."""
+    if isinstance(method, Resized):
+        return replace(method, method=_without_gates(method.method))
+    return method.method if isinstance(method, GatedBySize) else method
 
 
 def _made_with(model: ExitSegmenter, method: Method[Any], precision: Precision) -> dict[str, Any]:
