@@ -13,10 +13,10 @@ features (a depthwise convolution) and in answers (a convolution over class prob
 and of others as they left; `control` is the FCN head without these.
 expected: fine-tuning with exits on, where the loss has the share of multiply-adds behind exits that a token expects to
 pay, its score under a soft threshold.
-run: DToP at four sets of thresholds. learned: a logistic score of "the last head will say the same" (agree) or "this is
-the label" (right), fitted on validation images, in place of the best class's probability; thresholds at which as many
-leave on these images. context: the exits of DToP, where those that left stay keys and values, as they were, in a few
-later blocks, or in all.
+run: DToP at four sets of thresholds. learned: in place of the best class's probability a small network's score of "the
+last head will say the same" (agree) or "this is the label" (right), fitted on validation images; thresholds at which as
+many leave on these images. context: the exits of DToP, where those that left stay keys and values, as they were, in
+a few later blocks, or in all.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tokenexit.heads import HEADS, FCNHead, Head, HeadOutput
 from tokenexit.methods import Dense, DToP, Method, ModelView
 from tokenexit.methods.base import ExitRecord, Result
 from tokenexit.methods.dtop import DToPState
-from tokenexit.methods.reference import ContextState, PrescribedExits
+from tokenexit.methods.reference import ContextState, FrozenContext, PrescribedExits, patch_labels
 from tokenexit.methods.thresholded import Graded
 from tokenexit.outputs.ledger import Ledger
 from tokenexit.outputs.losses import segmentation_loss
@@ -170,9 +170,9 @@ def expected_share(
 
 @dataclass(frozen=True)
 class LearnedDToP(DToP):
-    """DToP with another score: a logistic layer on what the classifier of an exit's head sees.
+    """DToP with another score: a small network on what the classifier of an exit's head sees.
 
-    scores: a layer for each exit, none for the best class's probability. seen: a list to which exits add scores.
+    scores: a network for each exit, none for the best class's probability. seen: a list to which exits add scores.
     """
 
     name: ClassVar[str] = "dtop_learned"
@@ -225,8 +225,6 @@ def learned(options: argparse.Namespace) -> dict[str, Any]:
 
 def _dense_pass(model: ExitSegmenter, data: Any) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
     """Return for every exit what its classifier is given, `(n, channels)`, whether it agrees, is right."""
-    from tokenexit.methods.reference import patch_labels
-
     hidden, agree, right = ([list[Tensor]() for _ in model.exit_heads] for _ in range(3))
     for i in progress_bars()("fitting")(range(len(data))):
         image = _EvaluatedImage.of(data, i, model, {1.0})
@@ -243,7 +241,7 @@ def _dense_pass(model: ExitSegmenter, data: Any) -> tuple[list[Tensor], list[Ten
 
 
 def _fit(x: Tensor, y: Tensor) -> nn.Module:
-    """Fit a logistic layer on standardised inputs by full-batch steps, with a little weight decay."""
+    """Fit a network of one hidden layer on standardised inputs, in steps of 4,096 rows."""
     layer = nn.Sequential(
         nn.BatchNorm1d(x.shape[1], affine=False, momentum=None), nn.Linear(x.shape[1], 64), nn.ReLU(), nn.Linear(64, 1)
     )
@@ -288,8 +286,8 @@ def _as_many_leave(
 
 
 @dataclass(frozen=True, eq=False)
-class BriefContext(PrescribedExits):
-    """Prescribed exits, where tokens that left stay keys and values, as they were, for a few blocks, and are then gone.
+class BriefContext(FrozenContext):
+    """`FrozenContext` for a few blocks: tokens that left are gone behind them.
 
     blocks: how many. exits: number of blocks before each exit.
     """
@@ -299,19 +297,12 @@ class BriefContext(PrescribedExits):
     blocks: int = 1
     exits: tuple[int, ...] = (3, 6, 9)
 
-    def sites(self, depth: int) -> tuple[Site, ...]:
-        return tuple(Site(after) for after in range(1, depth))
-
-    def start(self, tokens: Tokens, model: ModelView) -> ContextState:
-        nobody = torch.zeros(tokens.cells, dtype=torch.bool, device=tokens.x.device)
-        return ContextState(**vars(super().start(tokens, model)), frozen=tokens.patches().x, left=nobody)
-
     def at_exit(self, n: int, tokens: Tokens, state: DToPState, model: ModelView) -> tuple[Tokens, DToPState]:
         assert isinstance(state, ContextState)
         assert self.exit_index is not None
         patches = tokens.patches()
         live = ~state.left.index_select(0, patches.position)
-        _, seen = super().at_exit(n, tokens.keep(live), state, model)
+        _, seen = PrescribedExits.at_exit(self, n, tokens.keep(live), state, model)
         assert isinstance(seen, ContextState)
         frozen = state.frozen.index_copy(0, patches.position[live], patches.x[live])
         return tokens, replace(seen, frozen=frozen, left=self.exit_index <= n)
@@ -329,7 +320,8 @@ class BriefContext(PrescribedExits):
 
     def result(self, tokens: Tokens, state: DToPState, model: ModelView) -> Result:
         assert isinstance(state, ContextState)
-        return super().result(tokens.keep(~state.left.index_select(0, tokens.patches().position)), state, model)
+        live = ~state.left.index_select(0, tokens.patches().position)
+        return PrescribedExits.result(self, tokens.keep(live), state, model)
 
 
 def brief_ledger(ledger: Ledger, backbone: ViT, exit_index: Tensor, exits: Sequence[int], blocks: int) -> Ledger:
