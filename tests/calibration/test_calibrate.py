@@ -36,7 +36,7 @@ from tokenexit.calibration.drift import (
 )
 from tokenexit.calibration.for_bound import SequentialTest, split
 from tokenexit.calibration.latency import Curve, Latency, latency_on_this_machine
-from tokenexit.calibration.search import cap_shares, meet_budget
+from tokenexit.calibration.search import TRUE_RUNS, cap_shares, meet_budget
 from tokenexit.calibration.store import reference_statistics_of, write_calibration
 from tokenexit.calibration.targets import Bound, Budget, target_of
 from tokenexit.calibration.threshold_path import ThresholdPath, build_path, even_path, position_where
@@ -127,6 +127,20 @@ def test_meet_budget__stays_below_a_step_and_says_when_nothing_will_do() -> None
     assert fit.reached == 0.5
     assert meet_budget(0.3, 10.0, lambda x: 1 - 0.08 * x, lambda x: (0.4, None)) is None
     assert meet_budget(2.0, 10.0, lambda x: 1 - 0.08 * x, lambda x: (1.0, None)).position == 0.0  # type: ignore[union-attr]
+
+
+def test_meet_budget__tries_the_end_before_it_says_that_nothing_will_do() -> None:
+    """Predictions may be so far off that six guesses are all too dear, and the end of the path is not."""
+    tried: list[float] = []
+
+    def measured(position: float) -> tuple[float, None]:
+        tried.append(position)
+        return 1.0 - 0.5 * (position / 30.0) ** 40, None
+
+    fit = meet_budget(0.96, 30.0, lambda position: 1.0 - position / 68.0, measured)
+    assert fit is not None
+    assert (fit.position, fit.reached) == (30.0, 0.5)
+    assert len(tried) == TRUE_RUNS + 1
 
 
 def method_of(result: Calibration) -> Mapping[str, Any]:
@@ -351,6 +365,14 @@ def test_split__parts_are_disjoint_and_a_function_of_the_seed() -> None:
 def test_calibrate__says_what_bound_is_in_reach() -> None:
     with pytest.raises(ConfigError, match=r"max_disagreement=0\.1 is out of reach: .* support a bound of 0\.\d+; ask"):
         calibrate(calibration_set(30, seed=3), DoViT(), Bound("max_disagreement", 0.1, 0.8))
+
+
+@pytest.mark.parametrize("target", [Bound("max_disagreement", 0.9, 0.8), Bound("max_miou_drop", 50.0)], ids=repr)
+def test_calibrate__tests_the_first_position_where_the_path_has_no_other(target: Bound) -> None:
+    """With the k most confident of each class on grids this small everybody stays; a stop lets nobody stay anyway."""
+    for method in (DToP(keep_per_class=100), DToP(stop=1)):
+        result = calibrate(calibration_set(24), method, target)
+        assert result.reached["places_tested"] >= 1
 
 
 def test_sequential_test__accepts_the_last_position_before_the_first_failure() -> None:

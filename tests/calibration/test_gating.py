@@ -304,3 +304,27 @@ def test_changes__says_what_is_closed_at_every_number_of_patches(steps: list[tup
     for tokens in {1, 4999, 5001} | {start + d for start, _ in apart for d in (-1, 0, 1) if start + d > 0}:
         expected = closed(tokens)
         assert method.for_grid((1, tokens)) == (Gated(DToP(), expected) if expected else DToP())
+
+
+def test_latency__counts_heads_on_all_patches_where_a_method_scores_the_grid() -> None:
+    costs = Latency(Curve(1, 1, 0), (Curve(0, 10, 0), Curve(0, 100, 0)), scored_on_grid=True)
+    live = torch.tensor([[4, 2, 0]])
+    assert costs.ms(live, (1, 3), 4).tolist() == [5 + 10 * 4 + 2 * 3 + 100 * 4 + 1]
+
+
+def test_choose_exits__closes_a_late_exit_whose_head_still_sees_all_patches() -> None:
+    block, cheap, dear = Curve(0, 1e-3, 0), Curve(0, 1e-4, 0), Curve(0, 5e-3, 0)
+    live = [0.5, 0.05]
+    assert choose_exits(Latency(block, (cheap, dear)), [3, 6], 12, 1000, live).closed == ()
+    assert choose_exits(Latency(block, (cheap, dear), scored_on_grid=True), [3, 6], 12, 1000, live).closed == (1,)
+
+
+@pytest.mark.parametrize(("method", "on_grid"), [(DToP(0.9), False), (DoViT(0.9), True)], ids=repr)
+def test_latency_on_this_machine__knows_who_scores_the_grid(
+    model: ExitSegmenter, method: DToP | DoViT, on_grid: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    curve = Curve(0, 1, 0)
+    monkeypatch.setattr(latency, "measure_latency", lambda *_: Latency(curve, (curve,) * 2, curve))
+    first, cached = (latency_on_this_machine(model, method) for _ in range(2))
+    assert first.scored_on_grid is cached.scored_on_grid is on_grid

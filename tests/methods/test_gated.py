@@ -12,7 +12,19 @@ import torch
 
 from tests.helpers import random_image, tiny_segmenter
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Gated, GatedBySize, Method, build_method, spec_of
+from tokenexit.methods import (
+    Cropr,
+    Dense,
+    DoViT,
+    DToP,
+    FixedRatio,
+    Gated,
+    GatedBySize,
+    Method,
+    Truncated,
+    build_method,
+    spec_of,
+)
 from tokenexit.segmenter import ExitSegmenter
 
 IMAGES = [random_image(24, 32, seed=1), random_image(16, 20, seed=2)]
@@ -71,6 +83,25 @@ def test_gated__with_no_exit_closed_is_the_method() -> None:
 def test_gated__refuses_exits_that_are_not_there(closed: tuple[int, ...]) -> None:
     with pytest.raises(ConfigError, match="names exits that are not there: this model has 2"):
         tiny_segmenter().check(Gated(DToP(), closed))
+
+
+@pytest.mark.parametrize("method", [Dense(), Truncated(2)], ids=repr)
+def test_gated__refuses_methods_in_which_no_token_chooses_an_exit(method: Method[Any]) -> None:
+    for gated in (Gated(method, (0,)), GatedBySize(method, ((1, (0,)),))):
+        with pytest.raises(ConfigError, match=f"closed must be empty for '{method.name}'"):
+            tiny_segmenter().check(gated)
+    tiny_segmenter().check(Gated(method))
+
+
+@pytest.mark.parametrize(
+    ("head", "method"),
+    [("fcn", FixedRatio((0.5, 0.25))), ("fcn", FixedRatio((0.5, 0.25), rejoin=1)), ("cropr", Cropr(0.3))],
+    ids=repr,
+)
+@torch.no_grad()
+def test_gated__says_at_which_exit_tokens_left(head: str, method: Method[Any]) -> None:
+    exit_index = tiny_segmenter(head, "linear")(IMAGES, Gated(method, (0,))).exit_index
+    assert {int(n) for each in exit_index for n in each.unique()} == {1, 2}
 
 
 def test_gated__refuses_to_record_exits_it_does_not_have() -> None:

@@ -28,6 +28,7 @@ from tokenexit.training.config import (
         (TrainConfig, {"steps": 0}, "steps must be at least 1, got 0"),
         (TrainConfig, {"batch_size": -1}, "batch_size must be at least 1, got -1"),
         (TrainConfig, {"loss_stride": 0}, "loss_stride must be at least 1, got 0"),
+        (TrainConfig, {"loss_stride": 704}, "loss_stride must leave pixels in a crop of 352x352, got 704"),
         (TrainConfig, {"seed": -1}, "seed must be at least 0, got -1"),
         (TrainConfig, {"aux_weight": float("nan")}, "aux_weight must be at least 0, got nan"),
         (TrainConfig, {"checkpoint_every": -1}, "checkpoint_every must be at least 0, got -1"),

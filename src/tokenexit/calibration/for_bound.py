@@ -107,7 +107,12 @@ def positions_to_test(planner: Planner, sequential_test: SequentialTest) -> list
     for position in sorted({*spots, *(crossing(spots, seen, wanted) for wanted in RATIOS)}):
         if position > positions[-1] + 1e-2:
             positions.append(position)
-    return positions if planner.by is not None else positions[1:]  # merging alone may lose something
+    return positions[1:] if loses_nothing_at_first(planner) and len(positions) > 1 else positions
+
+
+def loses_nothing_at_first(planner: Planner) -> bool:
+    """Return whether all tokens go on to the end at the first position, which nobody needs to test then."""
+    return planner.by is None and planner.method.last_exit is None and planner.method.cap is None
 
 
 def fix_path(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:
@@ -125,10 +130,10 @@ def fix_path(planner: Planner, sequential_test: SequentialTest) -> tuple[list[fl
 def pilot_runs(planner: Planner, sequential_test: SequentialTest) -> tuple[list[float], list[float]]:
     """Positions evenly spaced in predicted compute, and the losses there over the bound, made to rise.
 
-    At the first position nobody leaves; beside merging something is lost there, too.
+    At the first position nobody leaves; beside merging, a stop or a cap something is lost there, too.
     """
     first, last = planner.mac_ratio(0.0), planner.mac_ratio(planner.path.end)
-    spots, seen = [0.0], [0.0 if planner.by is None else sequential_test.ratio(planner.method_at(0.0))]
+    spots, seen = [0.0], [0.0 if loses_nothing_at_first(planner) else sequential_test.ratio(planner.method_at(0.0))]
     for i in range(PILOT_RUNS):
         spot = position_where(planner.mac_ratio, first + (last - first) * (i + 1) / PILOT_RUNS, planner.path.end)
         if spot > spots[-1]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import partial
 from itertools import combinations, pairwise
 from statistics import median
@@ -31,7 +31,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.evaluation.evaluate import timed_forward
 from tokenexit.methods import Dense, Method
 from tokenexit.methods.base import ModelView
-from tokenexit.methods.thresholded import blocks_of_live_tokens
+from tokenexit.methods.thresholded import ThresholdMethod, blocks_of_live_tokens
 from tokenexit.runtime.cache import cached_path, read_cached, write_cached
 from tokenexit.runtime.precision import Precision, inference
 from tokenexit.runtime.schema import Between
@@ -102,12 +102,13 @@ class Latency:
     """Milliseconds of an image at batch 1, by patch tokens.
 
     block: one block of the backbone. exits: head, rule and compaction of each exit. rest: embedding, decode head and
-    whatever else depends on the image's size alone.
+    whatever else depends on the image's size alone. scored_on_grid: exit heads run on all patches, whoever is live.
     """
 
     block: Curve
     exits: tuple[Curve, ...]
     rest: Curve = Curve(0.0, 0.0, 0.0)
+    scored_on_grid: bool = False
 
     def ms(self, live: Tensor, exits: Sequence[int], depth: int, last: int | None = None) -> Tensor:
         """`(n, E + 1)` tokens of each image before the first exit and after each, to `(n,)` milliseconds.
@@ -121,7 +122,7 @@ class Latency:
                 break
             total = total + (stop - start) * self.block(counts[:, n])
             if n < len(exits):
-                total = total + self.exits[n](counts[:, n])
+                total = total + self.exits[n](counts[:, 0 if self.scored_on_grid else n])
         return total
 
 
@@ -197,12 +198,15 @@ def latency_on_this_machine(model: ExitSegmenter, method: Method[Any], precision
     path = cached_path("latency", model.device, model.config.to_dict(), method.name, precision, EXITS_SINCE, *stop)
     kept = read_cached(path, _Kept)
     if kept is not None and len(kept["exits"]) == len(model.config.exits):
-        return Latency(Curve(*kept["block"]), tuple(Curve(*values) for values in kept["exits"]), Curve(*kept["rest"]))
-    found = measure_latency(model, method, precision)
-    write_cached(
-        path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)}
-    )
-    return found
+        exits = tuple(Curve(*values) for values in kept["exits"])
+        found = Latency(Curve(*kept["block"]), exits, Curve(*kept["rest"]))
+    else:
+        found = measure_latency(model, method, precision)
+        write_cached(
+            path, {"block": astuple(found.block), "exits": list(map(astuple, found.exits)), "rest": astuple(found.rest)}
+        )
+    inner = method.inner
+    return replace(found, scored_on_grid=isinstance(inner, ThresholdMethod) and inner.scores_grid)
 
 
 def timed_in_turn(

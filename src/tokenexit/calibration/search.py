@@ -45,8 +45,8 @@ def meet_budget(
     """The least saving position of the path `[0, end]` whose true cost is at most `budget`; None if there is none.
 
     predicted: cost at a position by the dense pass, falling. measured: the same by a true run, and the run. At most
-    `runs` true runs; between positions known to be too dear and cheap enough, the next guess moves the prediction by
-    what it was last wrong.
+    `runs` true runs, and one at the end if all were too dear; between positions known to be too dear and cheap enough,
+    the next guess moves the prediction by what it was last wrong.
     """
     best: BudgetFit[T] | None = None
     dear, cheap = 0.0, end
@@ -67,6 +67,9 @@ def meet_budget(
         position = position_where(predicted, (1 - tolerance / 2) * budget - (reached - guess), end)
         if not dear < position < cheap:
             position = (dear + cheap) / 2 if best is not None or cheap < end else end
+    if best is None:  # every guess was too dear, as predictions may be far off
+        reached, run = measured(end)
+        best = BudgetFit(end, predicted(end), reached, run) if reached <= budget else None
     return best
 
 

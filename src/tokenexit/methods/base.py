@@ -360,12 +360,23 @@ def all_stay(tokens: Tokens, num_exits: int) -> Tensor:
     return torch.full((tokens.cells,), num_exits, dtype=torch.int64, device=tokens.x.device)
 
 
-def exits_of(left: Sequence[Tokens], tokens: Tokens, num_exits: int) -> Tensor:
+LeftAt = tuple[int, Tokens]
+"""An exit, and the tokens that left there."""
+
+
+def exits_of(left: Sequence[LeftAt], tokens: Tokens, num_exits: int) -> Tensor:
     """Return `exit_index` from the tokens that each exit let go, `(cells,)` int64, as they are spread over groups."""
     exit_index = all_stay(tokens, num_exits)
-    for n, gone in enumerate(left):
+    for n, gone in left:
         exit_index.index_fill_(0, gone.position, n)
     return tokens.spread(exit_index)
+
+
+def rejoined(left: Sequence[LeftAt], tokens: Tokens) -> Tokens:
+    """Return live tokens and all that left, in raster order."""
+    for _, gone in left:
+        tokens = tokens.insert(gone)
+    return tokens
 
 
 def check_rejoin(rejoin: int | None) -> None:

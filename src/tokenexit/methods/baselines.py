@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -21,6 +20,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
 from tokenexit.methods.base import (
     ExitRecord,
+    LeftAt,
     Method,
     ModelView,
     PerExit,
@@ -33,6 +33,7 @@ from tokenexit.methods.base import (
     option,
     record_of,
     rejoin_sites,
+    rejoined,
 )
 from tokenexit.methods.dtop import DToP, DToPState, Finish
 from tokenexit.methods.selection import Score
@@ -48,7 +49,7 @@ class FixedRatioState(DToPState):
         left: patch tokens with the features they left with.
     """
 
-    left: tuple[Tokens, ...] = ()
+    left: tuple[LeftAt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -125,14 +126,14 @@ class FixedRatio(Method[FixedRatioState]):
         after, next_state = self._for(model).at_exit(n, tokens, state, model)
         assert isinstance(next_state, FixedRatioState), "DToP hands on what it is given"
         if self.rejoin is not None:
-            next_state = replace(next_state, left=(*state.left, tokens.apart(after)))
+            next_state = replace(next_state, left=(*state.left, (n, tokens.apart(after))))
         return after, next_state
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         return rejoin_sites(self.rejoin, depth)
 
     def at_site(self, site: Site, tokens: Tokens, state: FixedRatioState, qkv: Tensor | None) -> Tokens:
-        return reduce(Tokens.insert, state.left, tokens)
+        return rejoined(state.left, tokens)
 
     def result(self, tokens: Tokens, state: FixedRatioState, model: ModelView) -> Result:
         if self.rejoin is not None:

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import reduce
 from typing import Any, ClassVar, NoReturn, Self
 
 import torch
@@ -33,6 +32,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.heads import CroprHead
 from tokenexit.methods.base import (
     ExitRecord,
+    LeftAt,
     Method,
     ModelView,
     Result,
@@ -43,6 +43,7 @@ from tokenexit.methods.base import (
     option,
     record_of,
     rejoin_sites,
+    rejoined,
 )
 from tokenexit.methods.thresholded import check_share
 from tokenexit.reducers.base import Site
@@ -57,7 +58,7 @@ class CroprState:
         exit_records: one for each exit so far.
     """
 
-    left: tuple[Tokens, ...] = ()
+    left: tuple[LeftAt, ...] = ()
     exit_records: tuple[ExitRecord, ...] = ()
 
 
@@ -127,13 +128,13 @@ class Cropr(Method[CroprState]):
         if model.with_records:
             out = head(patches)
             record = replace(record_of(head, patches, out, out.logits), work=record.work)
-        return tokens.keep(~leaves), CroprState((*state.left, gone), (*state.exit_records, record))
+        return tokens.keep(~leaves), CroprState((*state.left, (n, gone)), (*state.exit_records, record))
 
     def sites(self, depth: int) -> tuple[Site, ...]:
         return rejoin_sites(self.rejoin, depth)
 
     def at_site(self, site: Site, tokens: Tokens, state: CroprState, qkv: Tensor | None) -> Tokens:
-        return reduce(Tokens.insert, state.left, tokens)
+        return rejoined(state.left, tokens)
 
     def result(self, tokens: Tokens, state: CroprState, model: ModelView) -> Result:
         return decode_grid(tokens, state.exit_records, exits_of(state.left, tokens, model.num_exits), model)

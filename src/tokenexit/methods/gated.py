@@ -13,6 +13,8 @@ from typing import Any, ClassVar, NoReturn
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.methods.base import ExitRecord, Method, ModelView, Result
+from tokenexit.methods.baselines import Truncated
+from tokenexit.methods.dense import Dense
 from tokenexit.methods.reduced import Reduced
 from tokenexit.methods.wrapper import Wrapper
 
@@ -53,6 +55,10 @@ class Gated(_Closing):
     def check(self, model: ModelView) -> None:
         if any(not 0 <= n < model.num_exits for n in self.closed):
             raise ConfigError(f"closed={self.closed} names exits that are not there: this model has {model.num_exits}.")
+        if self.closed and isinstance(self.inner, Dense | Truncated):
+            raise ConfigError(
+                f"closed must be empty for '{self.inner.name}', got {self.closed}: no token chooses an exit."
+            )
         if self.closed and model.with_records:
             raise ConfigError("closed exits leave no map for losses and studies: run the method itself instead.")
         if self.last_exit in self.closed:

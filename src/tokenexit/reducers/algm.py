@@ -98,5 +98,5 @@ class ALGM(Adjustable):
 
     def ops(self, site: Site, live: int, grid: Grid, backbone: ViTConfig) -> Ops:
         if self._is_local(site):
-            return window_ops(grid, self.window, backbone.embed_dim)
+            return window_ops(grid, self.window, backbone.embed_dim) if live else Ops()
         return bipartite_ops(live, backbone.num_prefix_tokens, backbone.embed_dim)

@@ -22,6 +22,7 @@ from torch import Tensor
 from tokenexit.inputs.labels import Labels
 from tokenexit.methods import Method
 from tokenexit.outputs.ledger import Size
+from tokenexit.outputs.segmentation import check_finite
 from tokenexit.report.html import Block, Facts, Figure, FigureRow, Legend, Section, report_html
 from tokenexit.report.pictures import colorize, exit_legend, exit_map, overlay, palette_png
 from tokenexit.report.tables import Swatch
@@ -168,6 +169,7 @@ def label_map(answer: Answer) -> npt.NDArray[Any]:
 @torch.inference_mode()
 def view(model: ExitSegmenter, method: Method[Any], answer: Answer, size: Size) -> View:
     """Make the page's view of an image. The maps have the requested size, see `shown_size`."""
+    check_finite(*answer.output.windows.grid_logits)
     maps = answer.output.logits[0]
     best, label = maps.max(dim=0)
     scores = best.clamp(max=1.0) if answer.output.value != "logits" else (best - maps.logsumexp(dim=0)).exp()

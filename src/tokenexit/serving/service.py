@@ -25,6 +25,7 @@ from fastapi.responses import HTMLResponse
 from PIL import Image
 from torch import Tensor
 
+from tokenexit.engine.block import Block
 from tokenexit.errors import ConfigError, DataError
 from tokenexit.inputs.labels import default_labels
 from tokenexit.methods import METHODS, Method
@@ -177,10 +178,11 @@ class Service:
             observe=self._observe_batch,
             around=lambda: inference(model.device, precision),  # for good: weights are lowered once
         )
-        heads = [*model.exit_heads, model.decode_head]
+        # The first norm stands for its block: where tokens merge inside a block, the block itself is not called.
+        norms = [block.norm1 for block in model.backbone.blocks if isinstance(block, Block)]
         self._hooks = [
             part.register_forward_pre_hook(lambda *_: self.batcher.between())
-            for part in [*model.backbone.blocks, *heads]
+            for part in [*norms, *model.exit_heads, model.decode_head]
         ]
         self.samples = SAMPLES if knows_scenes(self.model) else ()
         self.page = page_html(name, self.choices.offers(), self.choices.usual.name, len(self.samples))
