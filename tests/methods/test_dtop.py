@@ -3,9 +3,13 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.calibration.test_dense_pass import calibration_set
 from tests.helpers import MARGIN, assert_close, choose_thresholds, fix_exit, random_image, tiny_segmenter
 from tests.oracles import methods as oracle
 from tests.oracles.methods import Weights
+from tokenexit.calibration.calibrate import calibrate
+from tokenexit.calibration.dense_pass import DensePass, compose
+from tokenexit.calibration.targets import Budget
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DToP
 from tokenexit.methods.reduced import Reduced
@@ -87,6 +91,64 @@ def test_context_weight__equals_its_oracle_which_counts_keys(power, k, shares, s
     for i, answer in enumerate(expected):
         assert torch.equal(out.exit_index[i], answer.stage)
         assert_close(out.grid_logits[i], answer.grid)
+
+
+@pytest.mark.parametrize("exit_head", ["fcn", "atm"])
+@given(
+    window=st.sampled_from([2, 3, 7]),
+    k=st.sampled_from([0, 1]),
+    shares=st.tuples(st.sampled_from([0.2, 0.5]), st.sampled_from([0.3, 0.6])),
+    seed=st.integers(0, 20),
+    class_token=st.booleans(),
+)
+def test_keep_in_window__equals_its_oracle_in_which_the_surest_of_each_square_stays(
+    exit_head, window, k, shares, seed, class_token
+):
+    model = tiny_segmenter(exit_head, exit_head, seed=seed, class_token=class_token)
+    weights, images = Weights.of(model), batch(seed)
+
+    def answers(thresholds):
+        return [oracle.dtop(weights, image, thresholds, k, window=window) for image in images]
+
+    thresholds = choose_thresholds(answers, shares)
+    expected = answers(thresholds)
+    assume(all(answer.gap > MARGIN for answer in expected))
+    out = run(model, images, DToP(thresholds, k, keep_in_window=window))
+    for i, answer in enumerate(expected):
+        assert torch.equal(out.exit_index[i], answer.stage)
+        assert_close(out.grid_logits[i], answer.grid)
+
+
+def test_keep_in_window__leaves_one_token_of_each_square_and_class_rules_beside_it():
+    model, image = tiny_segmenter("fcn"), random_image(24, 40)
+    out = run(model, [image], DToP((0.0, NEVER), keep_per_class=0, keep_in_window=4))
+    stayed = out.exit_index[0] == 2
+    assert stayed.shape == (6, 10)
+    for row in range(0, 6, 4):
+        for column in range(0, 10, 4):
+            assert stayed[row : row + 4, column : column + 4].sum() == 1
+    with_k = run(model, [image], DToP((0.0, NEVER), keep_per_class=2, keep_in_window=4)).exit_index[0] == 2
+    by_k = run(model, [image], DToP((0.0, NEVER), keep_per_class=2)).exit_index[0] == 2
+    assert torch.equal(with_k, stayed | by_k)
+
+
+def test_keep_in_window__an_image_does_not_depend_on_those_beside_it():
+    model, method = tiny_segmenter("fcn", seed=3), DToP(0.3, 0, keep_in_window=3)
+    together = run(model, batch(), method)
+    for i, image in enumerate(batch()):
+        alone = run(model, [image], method)
+        assert torch.equal(together.exit_index[i], alone.exit_index[0])
+
+
+def test_keep_in_window__is_what_calibration_expects():
+    images, method = calibration_set(4), DToP((0.3, NEVER), keep_per_class=1, keep_in_window=2)
+    expected = compose(DensePass.of(images, method), method, (0.7, 0.0))
+    outputs = [output for _, _, output in images.forward(method, "running")]
+    true = torch.cat([index.flatten() for output in outputs for index in output.windows.exit_index])
+    assert torch.equal(expected, true)
+    found = calibrate(images, method, Budget("budget", 0.9))
+    assert found.method["keep_in_window"] == 2
+    assert found.reached["share_of_dense"] <= 0.9
 
 
 def test_context_weight__changes_answers_where_tokens_leave_and_no_bit_where_none_do():
@@ -440,6 +502,8 @@ def test_defaults__are_the_published_ones():
     ("options", "words"),
     [
         ({"keep_per_class": -1}, r"keep_per_class must be at least 0, got -1: use 0"),
+        ({"keep_in_window": 1}, r"keep_in_window must be 0 or at least 2 patches, got 1"),
+        ({"keep_in_window": -4}, r"keep_in_window must be 0 or at least 2 patches, got -4"),
         ({"context_weight": 1.5}, r"context_weight must be in .*, got 1.5"),
         ({"finish": "early"}, r"finish must be auto, presence_last, frozen or masks, got 'early'"),
         ({"threshold": 1.2}, r"threshold must be in \[0, 1\], got 1.2"),

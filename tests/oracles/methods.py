@@ -170,10 +170,12 @@ def dtop(
     cap: Sequence[float] | None = None,
     rejoin: int = 0,
     context_weight: float = 0.0,
+    window: int = 0,
 ) -> Answer:
     """DToP on one image. rejoin: before so many last blocks all tokens are there again, and the end answers for all.
 
     context_weight: those that leave are shared out among live tokens of their class, which then count as more keys.
+    window: side of squares of patches in each of which the surest of those that would leave stays, too.
     """
     image, config = image.double(), weights.vit
     grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
@@ -226,7 +228,8 @@ def dtop(
             ahead = {p: lead(row) for p, row in zip(absolute, rows)}
             if boundary_guard or not isinstance(tau, int | float):
                 answer.gap = min([answer.gap, *ahead.values()])
-            leaving, gap = _dtop_choice(sure, named, ahead, bound, held, k)
+            square = {p: (p // grid[1] // window, p % grid[1] // window) for p in absolute} if window else {}
+            leaving, gap = _dtop_choice(sure, named, ahead, bound, held, k, square)
             answer.gap = min(answer.gap, gap)
             if cap is not None:
                 going = sorted((p for p in absolute if p not in leaving), key=lambda p: (sure[p], p))
@@ -260,10 +263,12 @@ def _dtop_choice(
     bound: dict[int, float],
     held: set[int],
     k: int,
+    square: dict[int, tuple[int, int]] | None = None,
 ) -> tuple[list[int], float]:
     """Positions that leave, and the smallest margin of any choice that was made.
 
     By position: the score, the class and its lead over the second, the threshold. held: who stays whatever its score.
+    square: the window of each position, in which the surest candidate stays; empty for none.
     """
     gap = float("inf")
     candidates = []
@@ -278,6 +283,12 @@ def _dtop_choice(
         if 0 < k < len(same):
             gap = min(gap, same[k - 1][0] - same[k][0])
         leaving += [position for _, position, _ in same[k:]]
+    squares = square or {}
+    for place in sorted({squares[p] for _, p, _ in candidates if p in squares}):
+        inside = sorted((c for c in candidates if squares[c[1]] == place), key=lambda c: (-c[0], c[1]))
+        if len(inside) > 1:
+            gap = min(gap, inside[0][0] - inside[1][0])
+        leaving = [p for p in leaving if p != inside[0][1]]
     return leaving, gap
 
 

@@ -15,6 +15,8 @@ differs from the release, and why:
 - a decode head of masks (EoMT), which is younger than the paper, sees live tokens in its blocks, and the features with
   which others left where it makes masks of the whole grid: the backdrop. `finish="masks"`, ours, takes its answer for
   exited tokens, too;
+- `keep_in_window`, ours and off by default: the most confident easy token of each square of patches stays, too, so
+  that context is spread over the image and not only over classes;
 - `context_weight`, ours and off by default: tokens that stay count in attention for those of their class that have
   left, so that what is common in the image does not become rare in its context.
 
@@ -84,6 +86,9 @@ class DToP(ThresholdMethod[DToPState]):
             One for all exits or one for each; thresholds by class are not published for DToP.
         keep_per_class: k of the paper, how many tokens of each predicted class stay at every exit; 5 as published, 0
             keeps none.
+        keep_in_window: side, in patches, of squares in each of which the most confident easy token stays, whatever its
+            class; beside the k of each class. 0 is published; with 4 and no training a model in which one class is
+            most of the image loses far less (docs/evidence/frontier.md).
         finish: "presence_last" scores exited tokens with the presence of the last head, as the release does with ATM
             heads throughout; "frozen" keeps the scores a token left with; "masks" takes the masks of a decode head that
             has them for exited tokens, too; "auto" is presence_last where all heads are ATM, else frozen.
@@ -113,6 +118,12 @@ class DToP(ThresholdMethod[DToPState]):
         "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
     detach_canvas: bool = option(False, "no gradient of later losses into tokens that exited earlier")
+    keep_in_window: int = option(
+        0,
+        "side in patches of windows in each of which the most confident token that may leave stays, whatever its "
+        "class; 0 for none",
+        kw_only=True,
+    )
     context_weight: float = option(
         0.0,
         "power of the number of patches that a live token stands for, which have left, by which attention counts it",
@@ -127,6 +138,11 @@ class DToP(ThresholdMethod[DToPState]):
         if self.keep_per_class < 0:
             raise ConfigError(f"keep_per_class must be at least 0, got {self.keep_per_class}: use 0 to keep none.")
         check_share("context_weight", self.context_weight)
+        if self.keep_in_window < 0 or self.keep_in_window == 1:
+            raise ConfigError(
+                f"keep_in_window must be 0 or at least 2 patches, got {self.keep_in_window}: in windows of one patch "
+                "nobody would leave."
+            )
         if self.finish not in get_args(Finish):
             raise ConfigError(f"finish must be auto, presence_last, frozen or masks, got '{self.finish}': choose one.")
         if self.stop is not None and self.stop < 1:
@@ -138,9 +154,11 @@ class DToP(ThresholdMethod[DToPState]):
 
     @property
     def min_live(self) -> int:
-        return int(self.keep_per_class > 0)
+        return int(self.keep_per_class > 0 or self.keep_in_window > 0)
 
     def for_export(self) -> Method[Any]:
+        if self.keep_in_window:
+            raise ConfigError("keep_in_window cannot be exported: leave it at 0.")
         if self.keep_per_class == 0:
             raise ConfigError(
                 "with keep_per_class=0 no token may be left, and heads cannot be traced on none: export with 1 or more."
@@ -206,7 +224,7 @@ class DToP(ThresholdMethod[DToPState]):
         head, patches = model.exit_heads[n], tokens.patches()
         out = head(patches)
 
-        # Rule: candidates are above p0; the k most confident of each class stay.
+        # Rule: candidates are above p0; the k most confident of each class stay, and one of each window if asked for.
         with torch.no_grad():
             score, label = self.grade(n, head, out, patches.grids)
             labels = state.label.write(patches.position, label)
@@ -238,6 +256,8 @@ class DToP(ThresholdMethod[DToPState]):
             return live
         easy = self.guard(graded, live & self.confident(n, graded))
         stay = graded.most_confident(easy, self.keep_per_class)  # some of the easy ones
+        if self.keep_in_window:
+            stay = stay | graded.most_confident_in_windows(easy, self.keep_in_window)
         return self.limit(n, graded, easy ^ stay, live)
 
     def grade(self, n: int, head: Head | ExitRecord, out: HeadOutput, grids: tuple[Grid, ...]) -> tuple[Tensor, Tensor]:

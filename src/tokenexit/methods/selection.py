@@ -93,15 +93,31 @@ def on_boundary(label: Tensor, grids: Sequence[Grid]) -> Tensor:
 
     Corners do not touch. Images of any sizes at once, without a loop.
     """
-    cells = Packing.of([h * w for h, w in grids], label.device)
-    image, index = cells.image_index(), torch.arange(len(label), device=label.device)
-    height, width = torch.tensor(grids, device=label.device).index_select(0, image).unbind(1)
-    index_in_image = index - cells.offsets[:-1].long().index_select(0, image)
-    row, column = index_in_image // width, index_in_image % width
+    index = torch.arange(len(label), device=label.device)
+    _, height, width, row, column = _places(grids, label.device)
     right = (column + 1 < width) & (label != label.roll(-1))
     below = (row + 1 < height) & (label != label[(index + width).clamp(max=len(label) - 1)])
     above = (row > 0) & below[(index - width).clamp(min=0)]
     return right | right.roll(1) | below | above
+
+
+def windows_of(grids: Sequence[Grid], side: int, device: torch.device) -> Tensor:
+    """Return the window of every patch, `(cells,)` int64: equal within an image's squares of `side` x `side` patches.
+
+    Images of any sizes at once, without a loop; what lies at the right and lower edge may be smaller.
+    """
+    image, _, _, row, column = _places(grids, device)
+    most = max(max(grid) for grid in grids)  # more windows than any image has in a row or column
+    return (image * most + row // side) * most + column // side
+
+
+def _places(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return every patch's image, the rows and columns of its grid, and its own row and column, each `(cells,)`."""
+    cells = Packing.of([h * w for h, w in grids], device)
+    image = cells.image_index()
+    height, width = torch.tensor(grids, device=device).index_select(0, image).unbind(1)
+    index_in_image = torch.arange(len(image), device=device) - cells.offsets[:-1].long().index_select(0, image)
+    return image, height, width, index_in_image // width, index_in_image % width
 
 
 def nobody(mask: Tensor) -> bool:

@@ -21,7 +21,7 @@ from tokenexit.engine.tokens import Grid, Packing
 from tokenexit.errors import ConfigError
 from tokenexit.heads import Head, HeadOutput
 from tokenexit.methods.base import ExitRecord, Method, ModelView, PerExit, State, Threshold, Thresholds, option
-from tokenexit.methods.selection import Score, exceeds, keep_at_most, on_boundary, retain_top_k
+from tokenexit.methods.selection import Score, exceeds, keep_at_most, on_boundary, retain_top_k, windows_of
 
 NEVER = 1.0
 """The threshold at which no token leaves: scores are at most 1 and the comparison is strict."""
@@ -96,6 +96,12 @@ class Graded:
         """Return the k most confident of `candidate (P,)` in each image and class, `(P,)` bool."""
         image = None if len(self.grids) == 1 else self.packing.image_index()
         return retain_top_k(candidate, self.score, self.label, image, self.num_classes, k)
+
+    def most_confident_in_windows(self, candidate: Tensor, side: int) -> Tensor:
+        """Return the most confident of `candidate (P,)` in each window of `side` x `side` patches, `(P,)` bool."""
+        window = windows_of(self.grids, side, self.score.device)
+        window = window if self.position is None else window.index_select(0, self.position)
+        return retain_top_k(candidate, self.score, window, None, 1, 1)  # windows of two images are never one
 
     def on_boundary(self) -> Tensor:
         """Return which tokens lie beside a patch of another class, `(P,)` bool."""
