@@ -30,11 +30,13 @@ from tests.serving.live import LABELS, Client, drawing, encoded, multipart, png,
 from tests.serving.test_metrics import values
 from tokenexit.checkpoints.calibration import Calibration
 from tokenexit.errors import CheckpointError, ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Gated, Reduced, Resized, spec_of
-from tokenexit.reducers import MPM, Supertokens
+from tokenexit.methods import Dense, DoViT, DToP, Gated, Method, Reduced, Resized, spec_of
+from tokenexit.reducers import ALGM, MPM, Supertokens, ToMe
 from tokenexit.segmenter import ExitSegmenter
 from tokenexit.serving.app import Limits, create_app
+from tokenexit.serving.guards import Ending
 from tokenexit.serving.pace import Pace, dense_macs
+from tokenexit.serving.service import Service
 
 MIB = 1 << 20
 
@@ -588,6 +590,38 @@ def kept(client: Client, data: bytes) -> str:
 
 def bytes_of(text: str, size: list[int]) -> np.ndarray[Any, Any]:
     return np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(size)
+
+
+def test_view__of_output_that_is_not_finite_is_refused_as_predictions_are() -> None:
+    model = small_model(decode_head="linear")
+    with torch.no_grad():
+        for parameter in model.decode_head.parameters():
+            parameter.fill_(float("nan"))
+    with running(model) as client:
+        replies = (client.predict(("a.png", png())), client.post("/view", {"image": kept(client, png())}))
+    for reply in replies:
+        assert reply.status == 422, reply.body[:200]
+        assert "not finite" in reply.detail
+
+
+@pytest.mark.parametrize(
+    "method", [Dense(), Reduced(Dense(), ToMe(0.02)), Reduced(DToP(0.9), ALGM(0.9, 2, None))], ids=lambda method: method.label
+)
+def test_dear_requests__may_give_way_before_every_block_whatever_merges_inside(method: Method[Any]) -> None:
+    model, blocks = small_model(), 0
+
+    def count() -> None:
+        nonlocal blocks
+        blocks += 1
+
+    service = Service(model, "tiny", Limits(), "fp32", Ending())
+    try:
+        service.batcher.between = count  # type: ignore[method-assign]
+        with torch.no_grad():
+            model([torch.rand(3, 16, 16)], method)
+    finally:
+        service.close()
+    assert blocks >= len(model.backbone.blocks)
 
 
 @pytest.mark.parametrize("head", ["fcn", "atm"])

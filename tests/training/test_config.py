@@ -31,6 +31,7 @@ from tokenexit.training.config import (
         (TrainConfig, {"loss_stride": 704}, "loss_stride must leave pixels in a crop of 352x352, got 704"),
         (TrainConfig, {"seed": -1}, "seed must be at least 0, got -1"),
         (TrainConfig, {"aux_weight": float("nan")}, "aux_weight must be at least 0, got nan"),
+        (TrainConfig, {"macs_weight": -0.1}, "macs_weight must be at least 0, got -0.1"),
         (TrainConfig, {"checkpoint_every": -1}, "checkpoint_every must be at least 0, got -1"),
         (TrainConfig, {"val_limit": 0}, "val_limit must be at least 1, got 0"),
         (TrainConfig, {"methods": []}, "methods must name at least one method, got none"),

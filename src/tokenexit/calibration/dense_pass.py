@@ -25,7 +25,7 @@ from torch import Tensor
 
 from tokenexit.calibration.calibration_set import CalibrationSet
 from tokenexit.engine.tokens import Grid, Packing, Tokens, pack_grids, unpack_grids
-from tokenexit.heads import Head, HeadOutput, class_scores
+from tokenexit.heads import Head, class_scores
 from tokenexit.methods import Dense, ExitRecord, Method, ModelView, Reduced, ThresholdMethod
 from tokenexit.methods.base import on_all_cells, record_of
 from tokenexit.methods.resized import Resized
@@ -89,7 +89,7 @@ class DensePass:
             own = tuple(output.grid(i) for i in range(len(output)))
             exits = output.exit_records[:-1:steps]
             left = (*output.exit_records[steps - 1 : -1 : steps], output.exit_records[-1])
-            scores = [rule.grade(n, record, _answer(record, own), own)[0] for n, record in enumerate(exits)]
+            scores = [rule.grade(n, record, record.answer(own), own)[0] for n, record in enumerate(exits)]
             uncertainties.append(1.0 - torch.stack(scores).cpu())
             labels.append(torch.stack([_label(record, own) for record in exits]).short().cpu())
             said.append(torch.stack([_samples(record, own) for record in left]).to(_small(classes)).cpu())
@@ -193,13 +193,6 @@ def context_price(exits: Sequence[int], depth: int) -> Tensor:
     return torch.tensor([(1 - n / depth) ** 2 for n in exits] + [0.0])
 
 
-def _answer(record: ExitRecord, grids: tuple[Grid, ...]) -> HeadOutput:
-    """Output of the head when it was recorded."""
-    assert record.logits is not None, "the recorder keeps every map"
-    rows = [h * w * record.scale**2 for h, w in grids]
-    return HeadOutput(record.logits, Packing.of(rows, record.logits.device), record.presence)
-
-
 def _label(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """Class of every token, `(cells,)`; of a finer grid the class of the mean score over the token."""
     return token_scores(record, grids).argmax(dim=-1)
@@ -247,7 +240,7 @@ def token_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
 
 def _cell_scores(record: ExitRecord, grids: tuple[Grid, ...]) -> Tensor:
     """`(cells scale^2, K)`, one row for each cell that the head speaks of."""
-    answer = _answer(record, grids)
+    answer = record.answer(grids)
     return class_scores(record.kind, answer.logits, answer.presence, answer.packing.image_index())
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.tokens import Grid, Tokens, cell_packing, rows_where, scatter
+from tokenexit.engine.tokens import Grid, Packing, Tokens, cell_packing, rows_where, scatter
 from tokenexit.engine.vit import ViT
 from tokenexit.engine.vit_config import ViTConfig
 from tokenexit.errors import ConfigError
@@ -145,6 +145,12 @@ class ExitRecord:
     masks: tuple[MaskPrediction, ...] = ()
     work: tuple[Ops, ...] = ()
     beside: tuple[Ops, ...] = ()
+
+    def answer(self, grids: tuple[Grid, ...]) -> HeadOutput:
+        """Return the recorded map as the output of the head on complete grids."""
+        assert self.logits is not None, "the call was made with records"
+        rows = [h * w * self.scale**2 for h, w in grids]
+        return HeadOutput(self.logits, Packing.of(rows, self.logits.device), self.presence)
 
 
 @dataclass(frozen=True)

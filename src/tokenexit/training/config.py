@@ -236,6 +236,9 @@ class TrainConfig:
     given."""
     aux_weight: float = 0.4
     """Weight of every exit's loss on labels; 0.4 is usual for softmax heads, 1 for ATM heads."""
+    macs_weight: float = 0.0
+    """Weight of the multiply-adds that tokens expect to take behind exits, as a share of dense, for methods with
+    thresholds; 0.3 saves a point or two of dense. 0 as published."""
     loss_stride: int = 1
     """Stride in pixels, on both axes, at which losses are taken; 1 as published, 2 is much faster on a CPU."""
     class_weights: list[float] | None = None
@@ -264,7 +267,7 @@ class TrainConfig:
     """Log of losses, learning rates and mIoU: csv writes log.csv, tensorboard events for TensorBoard, too."""
 
     def __post_init__(self) -> None:
-        _at_least("", self, steps=1, batch_size=1, accumulate=1, loss_stride=1, seed=0, aux_weight=0)
+        _at_least("", self, steps=1, batch_size=1, accumulate=1, loss_stride=1, seed=0, aux_weight=0, macs_weight=0)
         _at_least("", self, checkpoint_every=0)
         if self.loss_stride // 2 >= min(self.data.crop):
             raise ConfigError(

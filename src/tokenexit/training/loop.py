@@ -64,6 +64,7 @@ from tokenexit.training.config import (
     validation_steps,
 )
 from tokenexit.training.distill import distillation_loss, load_teacher
+from tokenexit.training.expected_macs import check_macs_weight, expected_share
 from tokenexit.training.freeze import training_mode
 from tokenexit.training.log import Row, is_row, open_log
 from tokenexit.training.optim import build_optimizer, learning_rate
@@ -153,6 +154,7 @@ def _set_up(config: TrainConfig, accelerator: Accelerator, say: Say) -> tuple[Tr
     """Set up a run before its first step; also return the report of the loaded weights, if any."""
     check_run(config, accelerator.num_processes)
     methods = [build_method(spec) for spec in config.methods]
+    check_macs_weight(config.macs_weight, methods)
     torch.manual_seed(config.seed)
     data = build_dataset(config.data, config.data.train_split, taught_labels(config))
     check_class_weights(config, data.labels.num_classes)
@@ -338,15 +340,20 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
         if run.teacher is not None:
             with torch.no_grad():
                 target = run.teacher(images, with_records=True)
-    if is_unlabelled(config):
-        assert target is not None, "check_run has seen that there is a teacher"
-        return distillation_loss(output, target, config.distill)
-    void = run.data.labels.ignore_index
-    loss = segmentation_loss(
-        *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights, config.ignored_pixels),
-        config.masks.points,
-    )
-    return loss if target is None else loss + distillation_loss(output, target, config.distill)
+    losses = []
+    if not is_unlabelled(config):
+        void = run.data.labels.ignore_index
+        losses.append(
+            segmentation_loss(
+                *(output, masks, void, config.aux_weight, config.loss_stride, config.class_weights),
+                *(config.ignored_pixels, config.masks.points),
+            )
+        )
+    if target is not None:
+        losses.append(distillation_loss(output, target, config.distill))
+    if config.macs_weight:
+        losses.append(config.macs_weight * expected_share(output, method, run.model))
+    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
 
 def _note_on_labels(config: TrainConfig) -> str:

@@ -1,4 +1,4 @@
-"""Try rules beside the published one: who may leave, and with what answer. None of them is a part of the library.
+"""Try rules beside the published one: who may leave, and with what answer. Most of them are no part of the library.
 
     D="--data-root data/camvid"
     python docs/evidence/frontier/rules/rules.py heads neighbours runs/camvid-dense $D --out runs/neighbours
@@ -11,8 +11,7 @@
 heads: fresh exit heads on a dense model whose other weights stay as they are. `neighbours` sees 3x3 patches twice, in
 features (a depthwise convolution) and in answers (a convolution over class probabilities), of live patches as they are
 and of others as they left; `control` is the FCN head without these.
-expected: fine-tuning with exits on, where the loss has the share of multiply-adds behind exits that a token expects to
-pay, its score under a soft threshold.
+expected: fine-tuning with exits on and `macs_weight`, now an option of the library.
 run: DToP at four sets of thresholds. learned: in place of the best class's probability a small network's score of "the
 last head will say the same" (agree) or "this is the label" (right), fitted on validation images; thresholds at which as
 many leave on these images. context: the exits of DToP, where those that left stay keys and values, as they were, in
@@ -46,8 +45,6 @@ from tokenexit.methods.dtop import DToPState
 from tokenexit.methods.reference import ContextState, FrozenContext, PrescribedExits, patch_labels
 from tokenexit.methods.thresholded import Graded
 from tokenexit.outputs.ledger import Ledger
-from tokenexit.outputs.losses import segmentation_loss
-from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.reducers.base import Site
 from tokenexit.runtime.precision import inference
 from tokenexit.segmenter import ExitSegmenter
@@ -138,31 +135,8 @@ def train_heads(options: argparse.Namespace) -> None:
 
 def train_expected(options: argparse.Namespace) -> None:
     """Fine-tune with exits on and expected multiply-adds in the loss."""
-    config = _recipe("camvid_dtop_finetune", options)
-    (spec,) = config.methods
-    depth, exits = 12, (3, 6, 9)
-
-    def loss(output: SegmentationOutput, masks: Tensor, *args: Any, **keywords: Any) -> Tensor:
-        plain = segmentation_loss(output, masks, *args, **keywords)
-        total: Tensor = plain + options.weight * expected_share(output, spec["threshold"], exits, depth)
-        return total
-
-    loop.segmentation_loss = loss  # type: ignore[attr-defined]
+    config = replace(_recipe("camvid_dtop_finetune", options), macs_weight=options.weight)
     loop.train(config if options.steps is None else replace(config, steps=options.steps))
-
-
-def expected_share(
-    output: SegmentationOutput, thresholds: Sequence[float], exits: Sequence[int], depth: int, softness: float = 0.05
-) -> Tensor:
-    """Return the mean share of blocks behind exits that a token expects to take, as it stays with a soft threshold."""
-    left_at = torch.cat([one.flatten() for one in output.exit_index])
-    total = torch.zeros((), device=left_at.device)
-    for n, (record, tau, after, until) in enumerate(zip(output.exit_records, thresholds, exits, (*exits[1:], depth))):
-        assert record.logits is not None
-        score = record.logits.float().softmax(1).amax(1)
-        stays = torch.sigmoid((tau - score) / softness) * (left_at >= n)
-        total = total + stays.mean() * (until - after) / depth
-    return total
 
 
 # ---------------------------------------------------------------------------------------------- a score that is learned
