@@ -269,7 +269,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _at_least("", self, steps=1, batch_size=1, accumulate=1, loss_stride=1, seed=0, aux_weight=0, macs_weight=0)
         _at_least("", self, checkpoint_every=0)
-        if self.loss_stride // 2 >= min(self.data.crop):
+        if 0 < min(self.data.crop) <= self.loss_stride // 2:
             raise ConfigError(
                 f"loss_stride must leave pixels in a crop of {self.data.crop[0]}x{self.data.crop[1]}, got "
                 f"{self.loss_stride}: choose 1, or 2 for speed."
