@@ -605,7 +605,9 @@ def test_view__of_output_that_is_not_finite_is_refused_as_predictions_are() -> N
 
 
 @pytest.mark.parametrize(
-    "method", [Dense(), Reduced(Dense(), ToMe(0.02)), Reduced(DToP(0.9), ALGM(0.9, 2, None))], ids=lambda method: method.label
+    "method",
+    [Dense(), Reduced(Dense(), ToMe(0.02)), Reduced(DToP(0.9), ALGM(0.9, 2, None))],
+    ids=lambda method: method.label,
 )
 def test_dear_requests__may_give_way_before_every_block_whatever_merges_inside(method: Method[Any]) -> None:
     model, blocks = small_model(), 0
