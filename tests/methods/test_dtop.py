@@ -70,6 +70,22 @@ def test_dtop__equals_its_oracle_for_mixed_heads_and_any_k(
         assert_close(out[i].logits[0], answer.full)
 
 
+def equals_its_oracle(model, seed, k, shares, options, oracles_options):
+    """Compare exits and maps of a batch with the oracle's, at thresholds at which such shares of tokens leave."""
+    weights, images = Weights.of(model), batch(seed)
+
+    def answers(thresholds):
+        return [oracle.dtop(weights, image, thresholds, k, **oracles_options) for image in images]
+
+    thresholds = choose_thresholds(answers, shares)
+    expected = answers(thresholds)
+    assume(all(answer.gap > MARGIN for answer in expected))
+    out = run(model, images, DToP(thresholds, k, **options))
+    for i, answer in enumerate(expected):
+        assert torch.equal(out.exit_index[i], answer.stage)
+        assert_close(out.grid_logits[i], answer.grid)
+
+
 @given(
     power=st.sampled_from([0.5, 1.0]),
     k=st.sampled_from([0, 1, 3]),
@@ -79,18 +95,7 @@ def test_dtop__equals_its_oracle_for_mixed_heads_and_any_k(
 )
 def test_context_weight__equals_its_oracle_which_counts_keys(power, k, shares, seed, class_token):
     model = tiny_segmenter(["fcn", "linear"], "linear", seed=seed, class_token=class_token)
-    weights, images = Weights.of(model), batch(seed)
-
-    def answers(thresholds):
-        return [oracle.dtop(weights, image, thresholds, k, context_weight=power) for image in images]
-
-    thresholds = choose_thresholds(answers, shares)
-    expected = answers(thresholds)
-    assume(all(answer.gap > MARGIN for answer in expected))
-    out = run(model, images, DToP(thresholds, k, context_weight=power))
-    for i, answer in enumerate(expected):
-        assert torch.equal(out.exit_index[i], answer.stage)
-        assert_close(out.grid_logits[i], answer.grid)
+    equals_its_oracle(model, seed, k, shares, {"context_weight": power}, {"context_weight": power})
 
 
 @pytest.mark.parametrize("exit_head", ["fcn", "atm"])
@@ -105,18 +110,7 @@ def test_keep_in_window__equals_its_oracle_in_which_the_surest_of_each_square_st
     exit_head, window, k, shares, seed, class_token
 ):
     model = tiny_segmenter(exit_head, exit_head, seed=seed, class_token=class_token)
-    weights, images = Weights.of(model), batch(seed)
-
-    def answers(thresholds):
-        return [oracle.dtop(weights, image, thresholds, k, window=window) for image in images]
-
-    thresholds = choose_thresholds(answers, shares)
-    expected = answers(thresholds)
-    assume(all(answer.gap > MARGIN for answer in expected))
-    out = run(model, images, DToP(thresholds, k, keep_in_window=window))
-    for i, answer in enumerate(expected):
-        assert torch.equal(out.exit_index[i], answer.stage)
-        assert_close(out.grid_logits[i], answer.grid)
+    equals_its_oracle(model, seed, k, shares, {"keep_in_window": window}, {"window": window})
 
 
 def test_keep_in_window__leaves_one_token_of_each_square_and_class_rules_beside_it():

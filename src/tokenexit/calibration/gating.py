@@ -66,13 +66,10 @@ def choose_exits(
     """
     end = depth if last is None else exits[last]
 
-    def at_exit(n: int, live: float) -> float:
-        return costs.exits[n](tokens if costs.scored_on_grid else live * tokens)
-
     def expected(opened: Sequence[int]) -> float:
         ms, live, block = 0.0, 1.0, 0
         for n in opened:
-            ms += (exits[n] - block) * costs.block(live * tokens) + at_exit(n, live)
+            ms += (exits[n] - block) * costs.block(live * tokens) + costs.exit(n, live * tokens, tokens)
             live, block = live_after[n], exits[n]
         return ms + (end - block) * costs.block(live * tokens)
 
@@ -81,7 +78,7 @@ def choose_exits(
         ms = costs.block(live * tokens)
         ways: list[Way] = [] if last in later else [((end - block) * ms, 0, ())]
         for n, (rest, fewer, opened) in later.items():
-            until = (exits[n] - block) * ms + at_exit(n, live)
+            until = (exits[n] - block) * ms + costs.exit(n, live * tokens, tokens)
             ways.append((until + rest, fewer - 1, (n, *opened)))
         return min(ways)
 

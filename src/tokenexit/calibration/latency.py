@@ -110,6 +110,10 @@ class Latency:
     rest: Curve = Curve(0.0, 0.0, 0.0)
     scored_on_grid: bool = False
 
+    def exit(self, n: int, live: T, cells: T) -> T:
+        """Milliseconds of exit `n` where so many tokens of so many patches are live."""
+        return self.exits[n](cells if self.scored_on_grid else live)
+
     def ms(self, live: Tensor, exits: Sequence[int], depth: int, last: int | None = None) -> Tensor:
         """`(n, E + 1)` tokens of each image before the first exit and after each, to `(n,)` milliseconds.
 
@@ -122,7 +126,7 @@ class Latency:
                 break
             total = total + (stop - start) * self.block(counts[:, n])
             if n < len(exits):
-                total = total + self.exits[n](counts[:, 0 if self.scored_on_grid else n])
+                total = total + self.exit(n, counts[:, n], counts[:, 0])
         return total
 
 

@@ -46,7 +46,7 @@ class FixedRatioState(DToPState):
     """DToP's state and, with `rejoin`, the tokens that each exit let go.
 
     Attributes:
-        left: patch tokens with the features they left with.
+        left: the tokens that each exit let go, with the features they left with.
     """
 
     left: tuple[LeftAt, ...] = ()

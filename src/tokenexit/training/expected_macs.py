@@ -5,7 +5,7 @@ threshold, which is no function to learn from. Here it stays with the probabilit
 
     sum over exits n: mean over tokens that are live at n of sigmoid((threshold - score) / 0.05) * blocks up to the next
 
-as a share of all blocks. On CamVid with a weight of 0.3, 250 steps and three seeds the same thresholds take 1.0 to 1.6
+as a share of all blocks. On CamVid with a weight of 0.3, 250 steps and three seeds the same thresholds take 1.1 to 1.6
 points of dense less for the same mIoU (docs/evidence/frontier.md).
 """
 

@@ -353,7 +353,7 @@ def _loss(model: torch.nn.Module, images: Tensor, masks: Tensor, method: Method[
         losses.append(distillation_loss(output, target, config.distill))
     if config.macs_weight:
         losses.append(config.macs_weight * expected_share(output, method, run.model))
-    return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
+    return torch.stack(losses).sum()
 
 
 def _note_on_labels(config: TrainConfig) -> str:
