@@ -42,8 +42,8 @@ class Stages {
         std::ifstream file(folder / "manifest.json");
         if (!file) throw std::runtime_error("no manifest.json in " + folder.string());
         about = json::parse(file);
-        if (about["format"] != "tokenexit stages" || about["version"] != 1)
-            throw std::runtime_error("manifest.json must be of tokenexit stages 1");
+        if (about["format"] != "tokenexit stages" || about["version"] != 2)
+            throw std::runtime_error("manifest.json must be of tokenexit stages 2");
         ov::Core core;
         for (const auto& stage : about["stages"])
             for (const auto& each : stage["files"]) {
@@ -111,11 +111,12 @@ Floats gather(const Floats& rows, const Rows& at, size_t width) {
     return out;
 }
 
-// Dynamic Token Pruning: easy tokens leave with the exit's answer, but for the k most confident of each class.
+// Dynamic Token Pruning: easy tokens leave with the exit's answer, but for the most confident of each class or window.
 Answer dtop(Stages& stages, const Floats& image, const std::vector<Floats>& thresholds) {
     const json &about = stages.about, &rule = about["rule"];
     const size_t prefix = about["prefix_tokens"], width = about["width"], classes = about["classes"].size();
     const size_t exits = about["exits_after_blocks"].size(), cells = about["grid"][0].get<size_t>() * about["grid"][1].get<size_t>();
+    const size_t columns = about["grid"][1], side = rule["keep_in_window"];
     const size_t keep = rule["keep_per_class"], stop = rule["stop"].is_null() ? exits + 1 : rule["stop"].get<size_t>();
     Floats tokens = stages.run("embed", {{"image", image}}).at("tokens"), canvas(cells * classes);
     Rows place(prefix + cells), left_at(cells, exits);
@@ -139,9 +140,13 @@ Answer dtop(Stages& stages, const Floats& image, const std::vector<Floats>& thre
         for (size_t i = 0; i < count; ++i)
             if (leaves[i]) easy.push_back(i);
         std::stable_sort(easy.begin(), easy.end(), [&](size_t a, size_t b) { return score[a] > score[b]; });
-        std::map<float, size_t> kept;
-        for (const size_t i : easy)
-            if (kept[label[i]]++ < keep) leaves[i] = false;
+        std::map<float, size_t> of_class;
+        std::map<size_t, size_t> of_window;
+        for (const size_t i : easy) {
+            if (of_class[label[i]]++ < keep) leaves[i] = false;
+            const size_t cell = place[prefix + i] - prefix;
+            if (side && of_window[cell / columns / side * cells + cell % columns / side]++ == 0) leaves[i] = false;
+        }
         Rows stays(prefix);
         std::iota(stays.begin(), stays.end(), 0);
         for (size_t i = 0; i < count; ++i)

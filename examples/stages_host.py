@@ -40,8 +40,8 @@ def load(folder: Path) -> Stages:
     import onnxruntime
 
     about = json.loads((folder / "manifest.json").read_text())
-    if (about["format"], about["version"]) != ("tokenexit stages", 1):
-        raise SystemExit(f"{folder} has {about['format']} {about['version']}: this loop reads tokenexit stages 1.")
+    if (about["format"], about["version"]) != ("tokenexit stages", 2):
+        raise SystemExit(f"{folder} has {about['format']} {about['version']}: this loop reads tokenexit stages 2.")
     names = [file["file"] for stage in about["stages"] for file in stage["files"]]
     return Stages(about, {name: onnxruntime.InferenceSession(folder / name) for name in names})
 
@@ -52,7 +52,7 @@ def confident(found: dict[str, Array], count: int, threshold: Array) -> Array:
 
 
 def dtop(stages: Stages, image: Array, thresholds: Array) -> tuple[Array, Array]:
-    """Dynamic Token Pruning: easy tokens leave with the exit's answer, but for the k most confident of each class."""
+    """Dynamic Token Pruning: easy tokens leave with the exit's answer, but for the surest of each class or window."""
     about, rule = stages.about, stages.about["rule"]
     prefix, exits, cells = about["prefix_tokens"], len(about["exits_after_blocks"]), int(np.prod(about["grid"]))
     tokens, place = stages.run("embed", image=image)["tokens"], np.arange(prefix + cells)
@@ -65,9 +65,13 @@ def dtop(stages: Stages, image: Array, thresholds: Array) -> tuple[Array, Array]
         if n == exits or n + 1 == rule["stop"]:
             break
         leaves = confident(found, len(position), thresholds[n])
-        for k in np.unique(found["label"][: len(position)][leaves]):
-            easy = np.flatnonzero(leaves & (found["label"][: len(position)] == k))
-            leaves[easy[np.argsort(-found["score"][easy], kind="stable")[: rule["keep_per_class"]]]] = False
+        easy = np.flatnonzero(leaves)
+        easy = easy[np.argsort(-found["score"][easy], kind="stable")]  # the surest first
+        for k in np.unique(found["label"][easy]):
+            leaves[easy[found["label"][easy] == k][: rule["keep_per_class"]]] = False
+        if side := rule["keep_in_window"]:
+            row, column = np.divmod(position[easy], about["grid"][1])
+            leaves[easy[np.unique(row // side * cells + column // side, return_index=True)[1]]] = False
         stays = np.append(np.ones(prefix, bool), ~leaves)
         tokens, place = tokens[stays], place[stays]
     presence = {"presence": found["presence"]} if "presence" in found else {}

@@ -15,10 +15,10 @@ from tokenexit.calibration.calibration_set import CalibrationSet, dense_referenc
 from tokenexit.calibration.plans import Held, Plan, choose_plan, finalists, search_plans, static_plans, try_plan
 from tokenexit.calibration.survey import Survey
 from tokenexit.errors import ConfigError
-from tokenexit.methods import Dense, DoViT, DToP, Resized, ThresholdMethod, Truncated
+from tokenexit.methods import Dense, DoViT, DToP, Method, Resized, ThresholdMethod, Truncated
 from tokenexit.segmenter import ExitSegmenter
 
-SCALES = (1.0, 0.7, 0.5)
+SCALES = (1.25, 1.0, 0.7, 0.5)
 ODD = ((18, 23), (13, 26))
 """Heights and widths that are no whole patches."""
 
@@ -150,8 +150,8 @@ def test_search__of_a_grid_head_lets_no_plan_with_exits_stop(grid_survey: Survey
         ({"depth": 3, "exits": (1, 3)}, "exits must be before depth=3, where everybody stops, got 3"),
         ({"depth": 3, "exits": (6,)}, "exits must be before depth=3"),
         ({"exits": (3, 1)}, "exits must be increasing numbers of blocks, got 3 and 1"),
-        ({"scale": 0.0}, "size must be above 0 and at most 1, got 0"),
-        ({"scale": 1.5}, "size must be above 0 and at most 1, got 1.5"),
+        ({"scale": 0.0}, "size must be above 0 and at most 4, got 0"),
+        ({"scale": 4.5}, "size must be above 0 and at most 4, got 4.5"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
     ],
 )
@@ -226,12 +226,12 @@ def test_finalists__are_the_best_of_each_kind_by_the_simpler_name() -> None:
 
 
 class Answers(Noise):
-    """Noise whose truth is what a model says of it after its first blocks."""
+    """Noise whose truth is what a model says of it by some method."""
 
-    def __init__(self, count: int, model: ExitSegmenter) -> None:
+    def __init__(self, count: int, model: ExitSegmenter, method: Method[Any]) -> None:
         super().__init__(count, ODD)
         images = CalibrationSet(model, Noise(count, ODD), tuple(range(count)))
-        run = [out for _, _, out in images.forward(Truncated(2), "truth")]
+        run = [out for _, _, out in images.forward(method, "truth")]
         self.masks = [one.numpy() for out in run for one in out.labels]
 
     def __getitem__(self, index: int, /) -> Any:
@@ -242,7 +242,7 @@ def test_labels__see_that_late_blocks_do_harm_and_agreement_cannot() -> None:
     model = tiny_segmenter("linear", exits=(1, 2, 3))
     with torch.no_grad():  # what the last blocks add has nothing to do with the image's truth
         model.exit_heads[1].classifier.weight.copy_(model.decode_head.classifier.weight)  # type: ignore[union-attr,operator,arg-type]
-    images = CalibrationSet(model, Answers(6, model), tuple(range(6)))
+    images = CalibrationSet(model, Answers(6, model, Truncated(2)), tuple(range(6)))
     taught = Survey(images, DToP(), "pixels", (1.0,), labels=True)
     best, *_ = choose_plan(taught, 0.9)
     assert (best.plan.stop, best.plan.exits) == (2, ())
@@ -251,6 +251,37 @@ def test_labels__see_that_late_blocks_do_harm_and_agreement_cannot() -> None:
     blind, *_ = choose_plan(untaught, 0.9)
     assert blind.plan.stop != 2
     assert untaught.dense_loss == 0.0
+
+
+@pytest.mark.parametrize("context", [{"keep_per_class": 5}, {"keep_per_class": 0, "keep_in_window": 2}])
+def test_try_plan__keeps_the_context_that_loses_least(context: dict[str, int]) -> None:
+    model = tiny_segmenter("linear", exits=(1, 2, 3))
+    truth = Answers(6, model, DToP(0.5, **context))
+    images = CalibrationSet(model, truth, tuple(range(6)))
+    survey = Survey(images, DToP(), "pixels", (1.0,), labels=True)
+    spent = true_run(images, DToP(0.5, **context), survey.reference).mac_ratio
+    found = try_plan(survey, Plan(1.0, None, (1, 2, 3), spent, 0.0), spent + 0.005)
+    assert found is not None
+    method = found.method
+    assert isinstance(method, DToP)
+    assert {name: getattr(method, name) for name in context} == context
+
+
+def test_try_plan__leaves_a_context_that_somebody_chose() -> None:
+    for method in (DToP(keep_per_class=4), DToP(keep_in_window=3)):
+        assert method.contexts == ()
+    assert [(one.keep_per_class, one.keep_in_window) for one in DToP(0.7, stop=2).contexts] == [(0, 4), (0, 2)]
+    assert all((one.threshold, one.stop) == (0.7, 2) for one in DToP(0.7, stop=2).contexts)
+
+
+def test_labels__see_that_a_larger_image_is_better_and_agreement_does_not_look() -> None:
+    model = tiny_segmenter("linear", exits=(1, 2, 3))
+    truth = Answers(6, model, Resized(Truncated(1), 1.25))
+    images = CalibrationSet(model, truth, tuple(range(6)))
+    taught = Survey(images, DToP(), "pixels", labels=True)
+    best, *_ = choose_plan(taught, 0.9)
+    assert (best.plan.scale, best.plan.stop, best.loss) == (1.25, 1, 0.0)
+    assert max(Survey(images, DToP(), "pixels").scales) == 1.0
 
 
 def test_survey__judges_another_model_by_the_dense_answers_of_the_first() -> None:

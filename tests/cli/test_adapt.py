@@ -12,6 +12,8 @@ from tokenexit.adaptation import adapt as module
 from tokenexit.adaptation import choose, fit
 from tokenexit.adaptation.adapt import adapt_model
 from tokenexit.cli import main
+from tokenexit.cli.adapt import LARGEST_SIZE
+from tokenexit.methods.resized import LARGEST
 from tokenexit.segmenter import ExitSegmenter
 
 
@@ -138,3 +140,7 @@ def test_adapt__with_parts_that_do_not_go_together_is_one_sentence(
 ) -> None:
     assert adapt(source, photos, tmp_path / "out", *words) == 2
     assert capsys.readouterr().err.splitlines()[-1].startswith("tokenexit adapt: ")
+
+
+def test_adapt__takes_sizes_as_large_as_images_may_be_resized() -> None:
+    assert LARGEST_SIZE == LARGEST

@@ -36,7 +36,7 @@ NEEDED = {
 """Arguments without which a command is not complete."""
 WRONG: dict[str, list[list[str]]] = {
     "adapt": [
-        *(DATA, MACHINE, ["--limit", "0"], ["--limit", "two"], ["--depth", "0"], ["--size", "0"], ["--size", "1.5"]),
+        *(DATA, MACHINE, ["--limit", "0"], ["--limit", "two"], ["--depth", "0"], ["--size", "0"], ["--size", "4.5"]),
         *(["--exits", "three"], ["--exits", "auto", "3"], ["--exit-head", "atm"], ["--finetune", "-1"]),
         *(["--budget", "half"], ["--budget", "1.5"], ["--max-disagreement", "2%"], ["--confidence", "0.8"]),
         *(["--data-root", "d"], ["--kind", "nope"], ["--keep", "nope"]),

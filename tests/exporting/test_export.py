@@ -53,6 +53,8 @@ CASES: list[tuple[str, Method[Any]]] = [
     ("fcn", Truncated(1)),
     ("fcn", DToP(0.26, 1, context_weight=0.5)),
     ("fcn", DToP(0.26, 1, stop=2)),
+    ("fcn", DToP(0.26, 0, keep_in_window=3)),
+    ("atm", DToP(0.3, 1, keep_in_window=2)),
     ("atm", DToP(0.3, 2, stop=2)),
 ]
 
@@ -79,8 +81,14 @@ def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method
 
 @pytest.mark.parametrize(
     ("head", "method"),
-    [("atm", DToP(0.3, 2)), ("fcn", DoViT(0.26)), ("atm", DToP(0.3, 2, stop=2)), ("fcn", DToP(0.3, 2, stop=1))],
-    ids=["dtop", "dovit", "dtop that stops", "dtop that stops at once"],
+    [
+        ("atm", DToP(0.3, 2)),
+        ("fcn", DoViT(0.26)),
+        ("atm", DToP(0.3, 2, stop=2)),
+        ("fcn", DToP(0.3, 2, stop=1)),
+        ("fcn", DToP(0.3, 0, keep_in_window=4)),
+    ],
+    ids=["dtop", "dovit", "dtop that stops", "dtop that stops at once", "dtop in windows"],
 )
 def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, method: Any, tmp_path: Path) -> None:
     onnxruntime = needs_onnx()

@@ -42,6 +42,8 @@ CASES: dict[str, tuple[str, Method[Any], dict[str, Any]]] = {
     "dtop atm that stops": ("atm", DToP(0.3, 2, stop=2), {}),
     "dtop that stops at once": ("fcn", DToP(0.5, 2, stop=1), {}),
     "dtop mask transformer": ("mask_transformer", DToP(0.4, 1), ROPE),
+    "dtop in windows": ("fcn", DToP(0.5, 0, keep_in_window=3), {}),
+    "dtop in windows and of classes": ("fcn", DToP(0.4, 1, keep_in_window=2), {"class_token": False}),
     "dtop setr naive": ("setr_naive", DToP(0.6, 3), {"exits": (2, 3)}),
     "dovit": ("fcn", DoViT(0.6), {}),
     "dovit by class": ("fcn", DoViT(BY_CLASS, score="entropy"), {}),
@@ -304,7 +306,7 @@ def test_stages_in_cpp__say_in_a_line_what_is_wrong(in_cpp: Path, tmp_path: Path
 def test_export_stages__manifest_says_what_a_loop_must_know(exported: Any) -> None:
     model, method, folder, _ = exported
     about = json.loads((folder / "manifest.json").read_text())
-    assert (about["format"], about["version"]) == ("tokenexit stages", 1)
+    assert (about["format"], about["version"]) == ("tokenexit stages", 2)
     assert about["method"]["name"] == method.name
     assert about["thresholds"] == pytest.approx([method.threshold])
     assert about["image_size"] == about["preprocessing"]["resize"] == [16, 20]
@@ -312,7 +314,7 @@ def test_export_stages__manifest_says_what_a_loop_must_know(exported: Any) -> No
     assert about["exits_after_blocks"] == [1]
     assert about["classes"] == list(model.classes.names)
     assert about["buckets"] == [[5, 20]]
-    wanted: dict[str, Any] = {"keep_per_class": 2, "stop": None}
+    wanted: dict[str, Any] = {"keep_per_class": 2, "keep_in_window": 0, "stop": None}
     if method.name == "dovit":
         wanted = {"scores": "all", "min_improvement": None, "blend_trigger": 0.1, "blend_weight": 0.5}
     assert about["rule"] == wanted
@@ -385,8 +387,8 @@ def test_export_stages__leaves_nothing_behind_that_differs_and_no_folder_of_othe
 
 def test_example__refuses_a_manifest_of_another_version(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime", reason="ONNX needs the export extra")
-    (tmp_path / "manifest.json").write_text('{"format": "tokenexit stages", "version": 2}')
-    with pytest.raises(SystemExit, match="reads tokenexit stages 1"):
+    (tmp_path / "manifest.json").write_text('{"format": "tokenexit stages", "version": 1}')
+    with pytest.raises(SystemExit, match="reads tokenexit stages 2"):
         example().load(tmp_path)
 
 

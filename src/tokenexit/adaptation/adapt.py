@@ -35,7 +35,7 @@ from tokenexit.calibration.calibration_set import labelled as with_labels
 from tokenexit.calibration.planner import costs_of
 from tokenexit.calibration.plans import Held, Plan, TriedPlan, try_plan
 from tokenexit.calibration.store import calibration_of
-from tokenexit.calibration.survey import SIZES, Survey
+from tokenexit.calibration.survey import Survey
 from tokenexit.calibration.targets import Average, Bound, Budget, CalibrationTarget, target_of
 from tokenexit.checkpoints.calibration import CALIBRATION_FILE, Calibration, read_calibration
 from tokenexit.conversion.opening import open_source
@@ -129,7 +129,7 @@ def adapt(
         confidence: probability with which that bound holds.
         out: folder for the model; with it, an interrupted call goes on. Without it nothing is saved.
         exits: number of blocks before each exit; chosen if not given, and an empty list for none.
-        size: factor on the image's sides, at most 1; chosen if not given.
+        size: factor on the image's sides; chosen if not given.
         depth: number of blocks after which everybody stops, the network's depth for no stop; chosen if not given.
         exit_head: kind of the exit heads, "fcn" or "linear".
         keep: unit in which agreement counts, "pixels", or "classes" so that rare ones count as much.
@@ -237,7 +237,7 @@ def adapt_model(
         judged_on = chosen_on
         if labelled is not None:
             judged_on = with_labels(replace(chosen_on, data=labelled, indices=range(len(labelled))))
-        sizes = SIZES if options.held.scale is None else tuple(dict.fromkeys((1.0, options.held.scale)))
+        sizes = None if options.held.scale is None else tuple(dict.fromkeys((1.0, options.held.scale)))
         with inference(dense.device, options.precision):
             survey = Survey(judged_on, method, options.average, sizes, labels=labelled is not None)
             pilot = Pilot(survey, chosen_on)

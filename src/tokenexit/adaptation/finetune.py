@@ -125,6 +125,7 @@ def finetune_config(
     crop = crop or crop_of(seen, model.backbone.patch_size, preprocessing)
     if batch_size is None:
         batch_size = IMAGES_PER_STEP if max(crop) <= LARGE_CROP else LARGE_IMAGES_PER_STEP
+    scale: float = getattr(method, "input_scale", 1.0)
     low, high = RATIO_OF_ONE_SIZE if len({(min(size), max(size)) for size in seen}) == 1 else RATIO
     return TrainConfig(
         out=str(out),
@@ -134,7 +135,7 @@ def finetune_config(
             root=str(root),
             options={"files": [path.relative_to(root).as_posix() for path in paths]},
             crop=crop,
-            ratio=(min(low, getattr(method, "input_scale", 1.0)), high),
+            ratio=(min(low, scale), max(high, scale)),
             resize_base=resize_base(seen, preprocessing),
             cat_max_ratio=1.0,  # without labels no crop is better than another
         ),

@@ -158,8 +158,7 @@ def _decimals(share: float) -> int:
 
 def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
     """Yield the plan in words, why it was taken, and the plans that were run."""
-    plan = found.tried[0].plan
-    yield f"{_capital(_in_words(plan))}. {_why(found, judge)}"
+    yield f"{_capital(_in_words(found.tried[0]))}. {_why(found, judge)}"
     patch_size = found.dense.config.backbone.patch_size
     columns = [
         Column("plan", help="What the plan saves by; a simple plan is a rival of those that mix all three."),
@@ -183,13 +182,16 @@ def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
     yield Table(columns, rows, caption=f"Plans that were run on {judge.images}")
 
 
-def _in_words(plan: Plan) -> str:
+def _in_words(one: TriedPlan) -> str:
     """Say what the plan does."""
+    plan, side = one.plan, getattr(one.method.inner, "keep_in_window", 0)
     parts = []
     if plan.scale != 1.0:
         parts.append(f"the image runs at {plan.scale:g} of its sides")
     if plan.exits:
         parts.append(f"tokens may leave after {_blocks_named(plan.exits)} where their exit head is sure")
+    if side:
+        parts.append(f"in each square of {side}x{side} patches the surest of them stays as context")
     if plan.stop is not None:
         parts.append(f"{'all that are left stop' if plan.exits else 'everybody stops'} after block {plan.stop}")
     return "; ".join(parts) or "the dense model as it is"

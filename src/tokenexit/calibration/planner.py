@@ -112,15 +112,16 @@ class Planner:
         reference: Reference,
         share: float,
         loss_of: Callable[[TrueRun], float],
-        paths: Sequence[ThresholdPath] | None = None,
+        rivals: Sequence[tuple[ThresholdMethod[Any], ThresholdPath]] | None = None,
     ) -> float:
-        """Use the path that loses least at this share of dense compute, and return what it loses.
+        """Use the method and path that lose least at this share of dense compute, and return what they lose.
 
         What the loss of context does differs from model to model and cannot be seen on a dense pass, so paths that
-        send tokens away earlier or later are compared by true runs, on a few images.
+        send tokens away earlier or later, and methods that keep other tokens, are compared by true runs, on a few
+        images.
 
-        loss_of: loss of a true run, compared with `reference`. paths: the planner's own if not given. A path that
-        cannot meet the share loses infinitely much.
+        loss_of: loss of a true run, compared with `reference`. rivals: the planner's own method and paths if not given.
+        A path that cannot meet the share loses infinitely much.
         """
         positions = calibration_set.spread(COMPARED_IMAGES)
         few, said = calibration_set.part(positions), reference.part(positions)
@@ -129,13 +130,12 @@ class Planner:
             run = true_run(few, self.method_at(position), said, "comparing paths")
             return run.mac_ratio, run
 
-        paths = self.paths if paths is None else paths
+        rivals = [(self.method, path) for path in self.paths] if rivals is None else rivals
         losses: list[float] = []
-        for path in paths:
-            self.path = path
+        for self.method, self.path in rivals:
             fit = meet_budget(share, self.path.end, self.mac_ratio, measured, tolerance=0.02, runs=3)
             losses.append(math.inf if fit is None else loss_of(fit.run))
-        self.path = paths[losses.index(min(losses))]
+        self.method, self.path = rivals[losses.index(min(losses))]
         return min(losses)
 
     def hold_to(self, cap: float, position: float) -> None:

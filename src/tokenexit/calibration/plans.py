@@ -26,10 +26,11 @@ from tokenexit.calibration.planner import Planner
 from tokenexit.calibration.search import TOLERANCE, meet_budget
 from tokenexit.calibration.survey import Searched, Survey
 from tokenexit.calibration.targets import Budget
-from tokenexit.calibration.threshold_path import class_guard, even_path, position_where
+from tokenexit.calibration.threshold_path import ThresholdPath, class_guard, even_path, position_where
 from tokenexit.engine.ops import GIGA
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
+from tokenexit.methods.resized import LARGEST
 from tokenexit.methods.thresholded import blocks_of_live_tokens
 
 MOST_EXITS = 4
@@ -120,7 +121,7 @@ class Held:
     """What a user holds fixed of a plan; None leaves it to the search.
 
     Attributes:
-        scale: factor on the sides.
+        scale: factor on the sides, at most `LARGEST`.
         depth: number of blocks after which everybody stops, the network's depth for no stop.
         exits: number of blocks before each exit, increasing; empty for none.
 
@@ -133,8 +134,10 @@ class Held:
     exits: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.scale is not None and not 0.0 < self.scale <= 1.0:
-            raise ConfigError(f"size must be above 0 and at most 1, got {self.scale:g}: it is a factor on the sides.")
+        if self.scale is not None and not 0.0 < self.scale <= LARGEST:
+            raise ConfigError(
+                f"size must be above 0 and at most {LARGEST:g}, got {self.scale:g}: it is a factor on the sides."
+            )
         if self.depth is not None and self.depth < 1:
             raise ConfigError(f"depth must be at least 1, got {self.depth}: it is a number of blocks.")
         exits = self.exits or ()
@@ -328,16 +331,30 @@ def try_plan(survey: Survey, plan: Plan, budget: float, kind: str = "plan") -> T
     if survey.clock is not None:  # paths are compared at equal multiply-adds
         share = planner.mac_ratio(position_where(predicted, budget, planner.path.end))
     loss = planner.compare(some, survey.reference, share, survey.loss_of)
-    unguarded = planner.path
-    guarded = [replace(unguarded, guard=class_guard(planner.dense, most)) for most in GUARDS]
-    if planner.compare(some, survey.reference, share, survey.loss_of, guarded) >= loss:
-        planner.path = unguarded
+    for rivals in (_guarded, _in_other_contexts):
+        own = planner.method, planner.path
+        others = rivals(planner)
+        lost = planner.compare(some, survey.reference, share, survey.loss_of, others) if others else math.inf
+        if lost < loss:
+            loss = lost
+        else:
+            planner.method, planner.path = own
     tolerance = TOLERANCE if survey.clock is None else TIME_TOLERANCE
     fit = meet_budget(budget, planner.path.end, predicted, measured, tolerance)
     if fit is None:
         return None
     method = planner.method_at(fit.position)
     return TriedPlan(replace(plan, price=fit.reached), kind, method, fit.run, survey.loss_of(fit.run))
+
+
+def _guarded(planner: Planner) -> list[tuple[ThresholdMethod[Any], ThresholdPath]]:
+    """Return the method on the path in use, with classes that exits answer badly held back."""
+    return [(planner.method, replace(planner.path, guard=class_guard(planner.dense, most))) for most in GUARDS]
+
+
+def _in_other_contexts(planner: Planner) -> list[tuple[ThresholdMethod[Any], ThresholdPath]]:
+    """Return the method with other tokens kept as context, on the path in use."""
+    return [(method, planner.path) for method in planner.method.contexts]
 
 
 def priced_by(survey: Survey, target: Budget) -> tuple[Survey, float]:

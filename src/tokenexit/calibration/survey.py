@@ -28,6 +28,8 @@ from tokenexit.segmenter import ExitSegmenter
 
 SIZES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
 """Factors on the side that plans choose from; a dense pass is made at each, four full ones in all."""
+LARGER = (1.25, 1.1)
+"""Others where labels judge: that a larger image is better than the dense model's own size, agreement cannot see."""
 SEARCH_TOKENS = 20_000
 """Tokens on which places are searched; paths of thresholds are built on more."""
 
@@ -58,7 +60,7 @@ class Survey:
         calibration_set: a model that has exits at all places to choose from, and images.
         method: a method with thresholds: what exits do.
         average: the unit in which a loss is judged, "pixels" or "classes".
-        scales: factors on the images' sides.
+        scales: factors on the images' sides; `SIZES` if not given, with labels `LARGER` ones, too.
         labels: judge by the masks of the images, and not by the dense model.
         dense: the model whose dense answers are wanted, if it is another than the one that has exits.
     """
@@ -68,7 +70,7 @@ class Survey:
         calibration_set: CalibrationSet,
         method: ThresholdMethod[Any],
         average: Average,
-        scales: Sequence[float] = SIZES,
+        scales: Sequence[float] | None = None,
         labels: bool = False,
         dense: ExitSegmenter | None = None,
     ) -> None:
@@ -77,6 +79,7 @@ class Survey:
         judged_by = calibration_set if dense is None else replace(calibration_set, model=dense)
         maps, answers, self.sizes = _wanted(judged_by, labels)
         self.reference = Reference(answers, calibration_set.data.labels.ignore_index if labels else None)
+        scales = scales or ((*LARGER, *SIZES) if labels else SIZES)
         self.passes = {scale: DensePass.of(calibration_set, method, scale, maps) for scale in scales}
         self.full_grids = tuple(self.model.backbone.patch_embed.grid(*size) for size in self.sizes)
         self.costs = {

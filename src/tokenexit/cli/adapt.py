@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tokenexit.segmenter import ExitSegmenter
 
 TARGETS = ("budget", "latency_ms", "max_disagreement", "confidence")
+LARGEST_SIZE = 4.0
+"""As in `methods/resized.py`, which loads torch."""
 DOES_NOT_PAY = 3
 """Exit status where the model was made and does not save what was wished."""
 
@@ -117,8 +119,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--finetune goes with --budget: a bound is tested before it; leave one out.")
     if options.finetune < 0:
         raise ConfigError(f"--finetune must be at least 0, got {options.finetune}: it is a number of steps.")
-    if options.size is not None and not 0.0 < options.size <= 1.0:
-        raise ConfigError(f"--size must be above 0 and at most 1, got {options.size:g}: it is a factor on the sides.")
+    if options.size is not None and not 0.0 < options.size <= LARGEST_SIZE:
+        raise ConfigError(
+            f"--size must be above 0 and at most {LARGEST_SIZE:g}, got {options.size:g}: it is a factor on the sides."
+        )
     if options.data is None and options.data_root is not None:
         raise ConfigError("--data-root needs --data: name the dataset, such as folder.")
     for target in ("budget", "max_disagreement"):

@@ -43,7 +43,7 @@ from tokenexit.runtime.atomic import atomic_folder
 from tokenexit.segmenter import ExitSegmenter
 
 FOLDER, MANIFEST = "stages", "manifest.json"
-VERSION = 1
+VERSION = 2
 """Of the manifest; one that an older host loop would misread gets another."""
 DTYPES = {torch.float32: "float32", torch.int32: "int32"}
 INPUTS = {
@@ -199,7 +199,8 @@ def _facts(model: ExitSegmenter, method: StagedMethod, size: Size, buckets: Buck
 def _rule(method: StagedMethod) -> dict[str, Any]:
     """Return the numbers of the rule that the host loop applies, whether defaults or not."""
     if isinstance(method, DToP):
-        return {"keep_per_class": method.keep_per_class, "stop": method.stop}
+        keep = {"keep_per_class": method.keep_per_class, "keep_in_window": method.keep_in_window}
+        return {**keep, "stop": method.stop}
     return {
         "scores": "all" if method.scores_grid else "live",
         "min_improvement": method.min_improvement,
@@ -275,14 +276,20 @@ def runner_of(host: Host) -> Runner:
     return run
 
 
-def _graded(host: Host, found: dict[str, npt.NDArray[Any]], count: int, earlier: Floats | None = None) -> Graded:
-    """Return what an exit says of its first `count` patches."""
+def _graded(
+    host: Host,
+    found: dict[str, npt.NDArray[Any]],
+    count: int,
+    earlier: Floats | None = None,
+    position: npt.NDArray[np.int64] | None = None,
+) -> Graded:
+    """Return what an exit says of its first `count` patches, at `position` of the grid, or of all in order."""
     score = torch.from_numpy(found["score"][:count])
     label = torch.from_numpy(found["label"][:count]).long() if "label" in found else torch.zeros(count).long()
     grids = (tuple(host.about["grid"]),)
     packing, classes = Packing.of([count], score.device), len(host.about["classes"])
-    before = None if earlier is None else torch.from_numpy(earlier)
-    return Graded(score, label, packing, grids, classes, earlier=before)
+    before, where = (None if one is None else torch.from_numpy(one) for one in (earlier, position))
+    return Graded(score, label, packing, grids, classes, position=where, earlier=before)
 
 
 def _dtop(host: Host, method: DToP, image: Floats) -> Answers:
@@ -298,7 +305,8 @@ def _dtop(host: Host, method: DToP, image: Floats) -> Answers:
         canvas[position], left[position] = found["rows"][: len(position)], n
         if n in (exits, method.last_exit):
             break
-        leaves = method.decide(n, _graded(host, found, len(position)), torch.ones(len(position), dtype=torch.bool))
+        graded = _graded(host, found, len(position), position=position)
+        leaves = method.decide(n, graded, torch.ones(len(position), dtype=torch.bool))
         stay = np.append(np.ones(prefix, bool), ~leaves.numpy())
         x, place = x[stay], place[stay]
     presence = {"presence": found["presence"]} if "presence" in found else {}

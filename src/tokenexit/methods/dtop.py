@@ -51,6 +51,11 @@ from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, 
 
 Finish = Literal["auto", "presence_last", "frozen", "masks"]
 
+KEEP_PER_CLASS = 5
+"""As published."""
+PLANNED_WINDOWS = (4, 2)
+"""Sides of windows that plans compare with `KEEP_PER_CLASS`."""
+
 
 @dataclass(frozen=True)
 class DToPState:
@@ -113,7 +118,9 @@ class DToP(ThresholdMethod[DToPState]):
     may_gate: ClassVar[bool] = True
     decodes_grid: ClassVar[bool] = False
 
-    keep_per_class: int = option(5, "most confident tokens of each predicted class that stay at every exit")
+    keep_per_class: int = option(
+        KEEP_PER_CLASS, "most confident tokens of each predicted class that stay at every exit"
+    )
     finish: Finish = option(
         "auto", "scores of exited tokens in the result", choices=("auto", "presence_last", "frozen", "masks")
     )
@@ -153,13 +160,17 @@ class DToP(ThresholdMethod[DToPState]):
         return None if self.stop is None else self.stop - 1
 
     @property
+    def contexts(self) -> tuple[DToP, ...]:
+        if (self.keep_per_class, self.keep_in_window) != (KEEP_PER_CLASS, 0):  # as somebody chose
+            return ()
+        return tuple(replace(self, keep_per_class=0, keep_in_window=side) for side in PLANNED_WINDOWS)
+
+    @property
     def min_live(self) -> int:
         return int(self.keep_per_class > 0 or self.keep_in_window > 0)
 
     def for_export(self) -> Method[Any]:
-        if self.keep_in_window:
-            raise ConfigError("keep_in_window cannot be exported: leave it at 0.")
-        if self.keep_per_class == 0:
+        if self.min_live == 0:
             raise ConfigError(
                 "with keep_per_class=0 no token may be left, and heads cannot be traced on none: export with 1 or more."
             )

@@ -104,15 +104,24 @@ def on_boundary(label: Tensor, grids: Sequence[Grid]) -> Tensor:
 def windows_of(grids: Sequence[Grid], side: int, device: torch.device) -> Tensor:
     """Return the window of every patch, `(cells,)` int64: equal within an image's squares of `side` x `side` patches.
 
-    Images of any sizes at once, without a loop; what lies at the right and lower edge may be smaller.
+    side: at least 2. Images of any sizes at once, without a loop; what lies at the right and lower edge may be smaller.
     """
-    image, _, _, row, column = _places(grids, device)
-    most = max(max(grid) for grid in grids)  # more windows than any image has in a row or column
-    return (image * most + row // side) * most + column // side
+    image, _, width, row, column = _places(grids, device)
+    of_image = row // side * (width // side + 1) + column // side
+    return of_image if image is None else image * max(h * w for h, w in grids) + of_image
 
 
-def _places(grids: Sequence[Grid], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return every patch's image, the rows and columns of its grid, and its own row and column, each `(cells,)`."""
+def _places(
+    grids: Sequence[Grid], device: torch.device
+) -> tuple[Tensor | None, Tensor | int, Tensor | int, Tensor, Tensor]:
+    """Return every patch's image, the rows and columns of its grid, and its own row and column, each `(cells,)`.
+
+    Of one image, which may be traced at any size, rows and columns are numbers, and there is no tensor of images.
+    """
+    if len(grids) == 1:
+        ((rows, columns),) = grids
+        index = torch.arange(rows * columns, device=device)
+        return None, rows, columns, index // columns, index % columns
     cells = Packing.of([h * w for h, w in grids], device)
     image = cells.image_index()
     height, width = torch.tensor(grids, device=device).index_select(0, image).unbind(1)

@@ -174,6 +174,11 @@ class ThresholdMethod(Method[State]):
         """Whether the decode head reads tokens that left through a model's stage adapters, where it has them."""
         return False
 
+    @property
+    def contexts(self) -> tuple[Self, ...]:
+        """The same with other tokens kept as context, for a plan to choose from; none where there is no choice."""
+        return ()
+
     def with_thresholds(self, thresholds: Thresholds) -> Self:
         return replace(self, threshold=thresholds)
 
