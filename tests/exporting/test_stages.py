@@ -175,7 +175,8 @@ def written(name: str, out: Path, bucket: int) -> tuple[ExitSegmenter, Any, Path
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX needs the export extra")
     model = tiny_segmenter("atm" if name == "dtop" else "fcn", exits=(1,), depth=2, rope="half")
-    method = DToP(0.3, 2) if name == "dtop" else DoViT(0.6)
+    methods = {"dtop": DToP(0.3, 2), "dtop in windows": DToP(0.6, 0, keep_in_window=2), "dovit": DoViT(0.6)}
+    method = methods[name]
     made = export_stages(model, method, [random_image(16, 20)], out, buckets=[[bucket]])
     return model, method, out / "stages", made
 
@@ -268,7 +269,7 @@ def in_cpp(tmp_path_factory: Any) -> Path:
     return program
 
 
-@pytest.mark.parametrize("name", ["dtop", "dovit"])
+@pytest.mark.parametrize("name", ["dtop", "dtop in windows", "dovit"])
 def test_stages_in_cpp__answer_as_the_loop_in_python(name: str, in_cpp: Path, tmp_path: Path) -> None:
     model, method, folder, _ = written(name, tmp_path, 9)  # OpenVINO 2026.4 dies of buckets below 8
     module, seen = example(), set()

@@ -121,7 +121,8 @@ def _places(
     if len(grids) == 1:
         ((rows, columns),) = grids
         index = torch.arange(rows * columns, device=device)
-        return None, rows, columns, index // columns, index % columns
+        row = index // columns
+        return None, rows, columns, row, index - row * columns  # ONNX has no remainder of an open number
     cells = Packing.of([h * w for h, w in grids], device)
     image = cells.image_index()
     height, width = torch.tensor(grids, device=device).index_select(0, image).unbind(1)
