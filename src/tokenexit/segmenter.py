@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,14 @@ class Work:
         attended: for every block, the number of tokens of each image that its attention ran on.
         fed: the same of its MLP, before which a reducer may have merged some.
         reduction: work of the comparisons of each image.
+        frozen: for every block, the number of tokens of each image that were keys and values alone.
         cover: in the end, see `Tokens`.
     """
 
     attended: list[tuple[int, ...]]
     fed: list[tuple[int, ...]]
     reduction: list[Ops]
+    frozen: list[tuple[int, ...]] = field(default_factory=list)
     cover: Tensor | None = None
 
 
@@ -77,6 +79,7 @@ def run_tokens(
             tokens = backbone.run(tokens, step.start, step.stop)
             work.attended += [tokens.packing.lengths] * len(step)
             work.fed += [tokens.packing.lengths] * len(step)
+            work.frozen += [_frozen(tokens)] * len(step)
         elif isinstance(step, Site):
             tokens = _at_site(backbone, step, tokens, method, state, work)
         else:
@@ -118,10 +121,16 @@ def _at_site(backbone: ViT, site: Site, tokens: Tokens, method: Method[Any], sta
     if not site.inside:
         return method.at_site(site, tokens, state, None)
     work.attended.append(tokens.packing.lengths)
+    work.frozen.append(_frozen(tokens))
     tokens, qkv = backbone.attend(tokens, site.after, site.weighed)
     tokens = method.at_site(site, tokens, state, qkv)
     work.fed.append(tokens.packing.lengths)
     return backbone.feed(tokens, site.after)
+
+
+def _frozen(tokens: Tokens) -> tuple[int, ...]:
+    """Return the number of frozen tokens of each image."""
+    return (0,) * len(tokens.grids) if tokens.frozen is None else tokens.frozen.packing.lengths
 
 
 class ExitSegmenter(PretrainedMixin):
@@ -305,6 +314,7 @@ class ExitSegmenter(PretrainedMixin):
                 full_grids,
                 work.fed,
                 work.reduction,
+                work.frozen,
             ),
             sizes=_sizes(images),
             targets=targets,

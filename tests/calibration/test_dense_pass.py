@@ -120,10 +120,11 @@ def test_compose__lets_all_leave_at_a_stop(seed: int, limits: Any, k: int, cap: 
 
 
 @pytest.mark.parametrize("head", ["fcn", "atm"])
+@pytest.mark.parametrize("frozen", [0, 1])
 @pytest.mark.parametrize("stop", [1, 2])
-def test_mac_table__of_a_method_that_stops_is_the_ledger_of_its_run(head: str, stop: int) -> None:
+def test_mac_table__of_a_method_that_stops_is_the_ledger_of_its_run(head: str, stop: int, frozen: int) -> None:
     images = calibration_set(exit_head=head, num_registers=1)
-    method = DToP(0.3, keep_per_class=1, stop=stop)
+    method = DToP(0.3, keep_per_class=1, stop=stop, frozen_context=frozen)
     run = true_run(images, method, dense_reference(images))
     grids = tuple(images.model.backbone.patch_embed.grid(*size) for size in ((16, 20), (12, 24)) * 3)
     costs = MacTable(images.model, method, grids)
@@ -194,7 +195,11 @@ def test_dense_pass__is_exact_at_the_first_exit(method: Any) -> None:
 
 
 @pytest.mark.parametrize("head", [*SOFTMAX_TOKEN_HEADS, "atm"])
-@pytest.mark.parametrize("method", [DToP(keep_per_class=2), DoViT()], ids=["dtop", "dovit"])
+@pytest.mark.parametrize(
+    "method",
+    [DToP(keep_per_class=2), DToP(keep_per_class=0, frozen_context=1), DoViT()],
+    ids=["dtop", "all seen", "dovit"],
+)
 def test_costs__are_the_ledgers_for_the_counts_of_a_true_run(head: str, method: Any) -> None:
     if head == "atm" and method.name == "dovit":
         return

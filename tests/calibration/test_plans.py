@@ -254,7 +254,7 @@ def test_labels__see_that_late_blocks_do_harm_and_agreement_cannot() -> None:
 
 
 @pytest.mark.parametrize("context", [{"keep_per_class": 5}, {"keep_per_class": 0, "keep_in_window": 2}])
-def test_try_plan__keeps_the_context_that_loses_least(context: dict[str, int]) -> None:
+def test_try_plan__keeps_the_context_that_loses_least(context: dict[str, Any]) -> None:
     model = tiny_segmenter("linear", exits=(1, 2, 3))
     truth = Answers(6, model, DToP(0.5, **context))
     images = CalibrationSet(model, truth, tuple(range(6)))

@@ -175,7 +175,11 @@ def written(name: str, out: Path, bucket: int) -> tuple[ExitSegmenter, Any, Path
     for package in ("onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="ONNX needs the export extra")
     model = tiny_segmenter("atm" if name == "dtop" else "fcn", exits=(1,), depth=2, rope="half")
-    methods = {"dtop": DToP(0.3, 2), "dtop in windows": DToP(0.6, 0, keep_in_window=2), "dovit": DoViT(0.6)}
+    methods: dict[str, Method[Any]] = {
+        "dtop": DToP(0.3, 2),
+        "dtop in windows": DToP(0.6, 0, keep_in_window=2),
+        "dovit": DoViT(0.6),
+    }
     method = methods[name]
     made = export_stages(model, method, [random_image(16, 20)], out, buckets=[[bucket]])
     return model, method, out / "stages", made

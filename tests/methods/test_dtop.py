@@ -13,8 +13,14 @@ from tokenexit.calibration.targets import Budget
 from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, DToP
 from tokenexit.methods.reduced import Reduced
+from tokenexit.methods.reference import FrozenContext, PrescribedExits
 from tokenexit.methods.thresholded import NEVER
+from tokenexit.outputs.ledger import with_frozen_keys
+from tokenexit.reducers.algm import ALGM
+from tokenexit.reducers.coarse_first import CoarseFirst
 from tokenexit.reducers.mpm import MPM
+from tokenexit.reducers.supertokens import Supertokens
+from tokenexit.reducers.tome import ToMe
 
 SOME = [(16, 20), (9, 33), (4, 4)]
 
@@ -111,6 +117,75 @@ def test_keep_in_window__equals_its_oracle_in_which_the_surest_of_each_square_st
 ):
     model = tiny_segmenter(exit_head, exit_head, seed=seed, class_token=class_token)
     equals_its_oracle(model, seed, k, shares, {"keep_in_window": window}, {"window": window})
+
+
+@given(
+    distance=st.sampled_from([1, 2, 3]),
+    k=st.sampled_from([0, 1, 3]),
+    shares=st.tuples(st.sampled_from([0.3, 0.6, 1.0]), st.sampled_from([0.4, 0.8])),
+    seed=st.integers(0, 20),
+    options=st.sampled_from([{}, {"class_token": False}, {"rope": "half"}, {"rope": "half", "k_bias": False}]),
+)
+def test_frozen_context__equals_its_oracle_in_which_some_that_left_are_seen_on(distance, k, shares, seed, options):
+    model = tiny_segmenter(["fcn", "linear"], "linear", seed=seed, **options)
+    equals_its_oracle(model, seed, k, shares, {"frozen_context": distance}, {"frozen": distance})
+
+
+def test_frozen_context__of_everybody_is_what_the_reference_line_imposes():
+    model, image = tiny_segmenter("fcn", seed=5), random_image(16, 24)
+    out = run(model, [image], DToP(0.7, 0, frozen_context=1))
+    imposed = run(model, [image], FrozenContext(exit_index=out.exit_index[0].flatten()))
+    assert 0 < int((out.exit_index[0] < 2).sum()) < 24
+    assert_close(imposed.grid_logits[0], out.grid_logits[0])
+    alone = run(model, [image], PrescribedExits(exit_index=out.exit_index[0].flatten()))
+    assert out.ledger.macs == with_frozen_keys(alone.ledger, model.backbone).macs
+
+
+def test_frozen_context__an_image_does_not_depend_on_those_beside_it():
+    model, method = tiny_segmenter("fcn", seed=5), DToP(0.7, 0, frozen_context=2)
+    together = run(model, batch(), method)
+    for i, image in enumerate(batch()):
+        alone = run(model, [image], method)
+        assert torch.equal(alone.exit_index[0], together.exit_index[i])
+        assert_close(alone.grid_logits[0], together.grid_logits[i])
+        assert alone.ledger.macs[0] == together.ledger.macs[i]
+
+
+def test_frozen_context__is_counted_for_what_keys_and_values_take():
+    model, image = tiny_segmenter("fcn", seed=5), random_image(16, 24)
+    out = run(model, [image], DToP((0.0, NEVER), 0, frozen_context=2))  # all 24 leave at once, 6 of them are seen on
+    none = run(model, [image], DToP((0.0, NEVER), 0))
+    prefix, blocks = model.config.backbone.num_prefix_tokens, model.config.backbone.depth - model.config.exits[0]
+    assert out.ledger.macs[0] - none.ledger.macs[0] == blocks * model.backbone.frozen_ops(prefix, 6).macs
+
+
+def test_frozen_context__leaves_no_bit_changed_where_nobody_leaves():
+    model = tiny_segmenter("fcn", seed=5)
+    dense, out = (run(model, batch(), method) for method in (Dense(), DToP(NEVER, frozen_context=2)))
+    assert all(torch.equal(a, b) for a, b in zip(dense.grid_logits, out.grid_logits))
+
+
+@pytest.mark.parametrize(
+    "by", [Supertokens(0.0, (2,)), CoarseFirst(1), ALGM(0.5, local_block=1, global_block=2), ToMe(0.25)]
+)
+def test_frozen_context__goes_beside_reducers(by):
+    model = tiny_segmenter("fcn", seed=5)
+    method = Reduced(DToP((0.6, 0.7), 0, frozen_context=2), by)
+    together = run(model, batch(), method)
+    for i, image in enumerate(batch()):
+        alone = run(model, [image], method)
+        assert torch.equal(alone.exit_index[0], together.exit_index[i])
+        assert_close(alone.grid_logits[0], together.grid_logits[i])
+        assert alone.ledger.macs[0] == together.ledger.macs[i]
+
+
+def test_frozen_context__trains_those_that_are_seen_on():
+    """The loss of those that went on reaches frozen tokens, and through them the blocks before their exit."""
+    model = tiny_segmenter("fcn", seed=5).train()
+    method = DToP((0.6, NEVER), 0, frozen_context=1, detach_canvas=True)
+    out = model(batch(), method, with_records=True)
+    out.exit_records[-1].logits.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.backbone.blocks.parameters() if p.grad is not None)
 
 
 def test_keep_in_window__leaves_one_token_of_each_square_and_class_rules_beside_it():
@@ -496,6 +571,8 @@ def test_defaults__are_the_published_ones():
     ("options", "words"),
     [
         ({"keep_per_class": -1}, r"keep_per_class must be at least 0, got -1: use 0"),
+        ({"frozen_context": -1}, r"frozen_context must be at least 0, got -1"),
+        ({"frozen_context": 2, "context_weight": 0.5}, r"frozen_context and context_weight do not go together"),
         ({"keep_in_window": 1}, r"keep_in_window must be 0 or at least 2 patches, got 1"),
         ({"keep_in_window": -4}, r"keep_in_window must be 0 or at least 2 patches, got -4"),
         ({"context_weight": 1.5}, r"context_weight must be in .*, got 1.5"),

@@ -171,11 +171,13 @@ def dtop(
     rejoin: int = 0,
     context_weight: float = 0.0,
     window: int = 0,
+    frozen: int = 0,
 ) -> Answer:
     """DToP on one image. rejoin: before so many last blocks all tokens are there again, and the end answers for all.
 
     context_weight: those that leave are shared out among live tokens of their class, which then count as more keys.
     window: side of squares of patches in each of which the surest of those that would leave stays, too.
+    frozen: of those that leave, the ones on every so many rows and columns are seen on, and stay as they are.
     """
     image, config = image.double(), weights.vit
     grid, prefix, exits = grid_of(image, config.patch_size), config.num_prefix_tokens, weights.config.exits
@@ -213,7 +215,12 @@ def dtop(
         if i >= config.depth - rejoin:
             alive[:] = True
         counts = torch.tensor([1.0] * prefix + [m**context_weight for m in stands_for], dtype=torch.float64)
-        x = run_block(weights.backbone, config, i, x, torch.cat([always, alive]), grid, counts)
+        seen, before = alive.clone(), x
+        for p in range(n):
+            on_crossing = frozen and all(place % frozen == frozen // 2 for place in divmod(p, grid[1]))
+            seen[p] = bool(alive[p] or on_crossing)
+        after = run_block(weights.backbone, config, i, x, torch.cat([always, seen]), grid, counts)
+        x = torch.where(torch.cat([always, alive])[:, None], after, before)
         answer.live.append(int(alive.sum()))
         if i + 1 in exits:
             e = exits.index(i + 1)

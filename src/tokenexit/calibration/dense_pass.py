@@ -321,6 +321,8 @@ def live_counts(dense: DensePass, exit_index: Tensor) -> Tensor:
 class MacTable:
     """Multiply-adds of images from their live counts: the ledger's formulas, tabled over counts once per grid.
 
+    Of tokens that left and stay keys and values the number is the expected one, as counts do not say where they lie.
+
     grids: patches of each image. full_grids: those at the size whose dense cost is the denominator, if it is another.
     """
 
@@ -336,6 +338,9 @@ class MacTable:
         self.on_grid, self.scored_on_grid = method.decodes_grid, method.scores_grid
         adapters = model.view().stage_adapters if method.adapts_stopped else ()
         self.per_stopped = adapters[0].ops(1).macs if adapters else 0
+        by_itself, once_seen = (model.backbone.frozen_ops(queries, 1).macs for queries in (0, 1))
+        self.prefix = model.config.backbone.num_prefix_tokens
+        self.seen_on, self.per_key, self.per_look = method.seen_on, by_itself, once_seen - by_itself
         distinct = list(dict.fromkeys(grids))
         self.kind = torch.tensor([distinct.index(grid) for grid in grids])
         self.tables = [self._table(model, grid) for grid in distinct]
@@ -380,6 +385,11 @@ class MacTable:
             for n in range(ran):
                 macs = macs + (bounds[n + 1] - bounds[n]) * table[exits + 1][own[:, n]]
                 macs = macs + table[n][cells if self.scored_on_grid else own[:, n]]
+            if self.seen_on:
+                for n in range(1, exits + 1 if self.last_exit is None else ran):
+                    keys, queries = self.seen_on * (cells - own[:, n]), own[:, n] + self.prefix
+                    each = torch.where(queries > 0, self.per_key + self.per_look * queries, 0)
+                    macs = macs + ((bounds[n + 1] - bounds[n]) * keys * each).round().long()
             if self.last_exit is None:
                 macs = macs + (bounds[exits + 1] - bounds[exits]) * table[exits + 1][own[:, exits]]
                 macs = macs + table[exits][cells if self.on_grid else own[:, exits]]

@@ -132,7 +132,8 @@ class Planner:
 
         rivals = [(self.method, path) for path in self.paths] if rivals is None else rivals
         losses: list[float] = []
-        for self.method, self.path in rivals:
+        for method, path in rivals:
+            self.method, self.path = method, path
             fit = meet_budget(share, self.path.end, self.mac_ratio, measured, tolerance=0.02, runs=3)
             losses.append(math.inf if fit is None else loss_of(fit.run))
         self.method, self.path = rivals[losses.index(min(losses))]

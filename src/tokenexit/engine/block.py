@@ -16,7 +16,7 @@ from tokenexit.engine import ops
 from tokenexit.engine.attention import MaskedRows, masked_attention, packed_attention
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing, rotate
-from tokenexit.engine.tokens import Packing
+from tokenexit.engine.tokens import FrozenTokens, Packing, behind_each_other
 from tokenexit.engine.vit_config import MlpKind
 
 
@@ -47,6 +47,19 @@ class Attention(nn.Module):
         self.norm = nn.Identity() if norm_eps is None else nn.LayerNorm(dim, norm_eps)
         self.proj = nn.Linear(dim, dim)
 
+    def keys_values(self, x: Tensor, phases: Tensor | None) -> Tensor:
+        """Return the keys, rotated by `phases (T, 2 H)` if given, and values of `x (T, C)`: `(T, 2 C)`."""
+        dim = x.shape[1]
+        bias: Tensor | None = None if self.qkv.bias is None else self.qkv.bias[dim:]
+        if bias is not None and isinstance(self.qkv, KeysUnbiased):
+            bias = torch.cat([torch.zeros_like(bias[:dim]), bias[dim:]])
+        both = F.linear(x, self.qkv.weight[dim:], bias)
+        if phases is None:
+            return both
+        assert self.rope is not None
+        k, v = both.chunk(2, dim=1)
+        return torch.cat([rotate(k.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1), v], dim=1)
+
     def rotate(self, qkv: Tensor, phases: Tensor) -> Tensor:
         """Rotate queries and keys `(T, 3 C)` by the phases `(T, 2 H)` of their tokens."""
         assert self.rope is not None
@@ -55,16 +68,36 @@ class Attention(nn.Module):
         return torch.cat([q, k, v], dim=1)
 
     def attend(
-        self, qkv: Tensor, packing: Packing, masked: MaskedRows | None = None, weight: Tensor | None = None
+        self,
+        qkv: Tensor,
+        packing: Packing,
+        masked: MaskedRows | None = None,
+        weight: Tensor | None = None,
+        frozen: tuple[Tensor, Packing] | None = None,
     ) -> Tensor:
         """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only.
 
-        weight: of each token as a key, where none is masked.
+        weight: of each token as a key, where none is masked. frozen: keys and values `(F, 2 C)` of tokens that are seen
+        and do not see, with their packing, where none is masked and none has a weight.
         """
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
+        if frozen is not None:
+            return self._attend_beside(q_TNH, k_TNH, v_TNH, packing, *frozen)
         if masked is not None:
             return masked_attention(q_TNH, k_TNH, v_TNH, packing, masked).flatten(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing, weight=weight).flatten(1)
+
+    def _attend_beside(
+        self, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packing, frozen: Tensor, packing_f: Packing
+    ) -> Tensor:
+        """Attend to the tokens themselves and to frozen ones of their image."""
+        more = frozen.unflatten(1, (2, self.num_heads, -1)).unbind(1)
+        k_TNH, v_TNH = (torch.cat([own, other]) for own, other in zip((k_TNH, v_TNH), more))
+        if len(packing.lengths) > 1:
+            order = behind_each_other(packing, packing_f)
+            k_TNH, v_TNH = k_TNH.index_select(0, order), v_TNH.index_select(0, order)
+        keys = Packing.of([own + other for own, other in zip(packing.lengths, packing_f.lengths)], frozen.device)
+        return packed_attention(q_TNH, k_TNH, v_TNH, packing, keys).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -166,12 +199,14 @@ class Block(nn.Module):
         phases: Tensor | None = None,
         masked: MaskedRows | None = None,
         weight: Tensor | None = None,
+        frozen: FrozenTokens | None = None,
     ) -> Tensor:
         """Run the block on packed tokens: `(T, C)` to `(T, C)`, with `phases (T, 2 H)` if positions are rotary.
 
-        masked: rows that see some keys only. weight: `(T,)` of tokens as keys, see `Tokens`.
+        masked: rows that see some keys only. weight: `(T,)` of tokens as keys. frozen: tokens that are seen and do not
+        see. See `Tokens`.
         """
-        attended = self.attn.attend(self.before(x, phases), packing, masked, weight)
+        attended = self.attn.attend(self.before(x, phases), packing, masked, weight, self.seen(frozen))
         if not (self.training and self.drop_path > 0.0):
             return self.after(x, attended)
         first = drop_path(self.drop_path, packing, attended.dtype) if self.drop_path_attention else None
@@ -197,6 +232,12 @@ class Block(nn.Module):
         """Compute queries, keys and values, rotated by `phases (T, 2 H)` if given: `(T, C)` to `(T, 3 C)`."""
         qkv: Tensor = self.attn.qkv(self.norm1(x))
         return qkv if phases is None else self.attn.rotate(qkv, phases)
+
+    def seen(self, frozen: FrozenTokens | None) -> tuple[Tensor, Packing] | None:
+        """Return the keys and values `(F, 2 C)` of frozen tokens, with their packing; None for none."""
+        if frozen is None:
+            return None
+        return self.attn.keys_values(self.norm1(frozen.x), frozen.phases), frozen.packing
 
     def after(self, x: Tensor, attended: Tensor, first: Tensor | None = None, second: Tensor | None = None) -> Tensor:
         """Add the residual branches of attention and MLP, each times its factors `(T, 1)` of stochastic depth."""

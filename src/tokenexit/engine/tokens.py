@@ -100,6 +100,31 @@ class Detail:
 
 
 @dataclass(frozen=True)
+class FrozenTokens:
+    """Tokens that have left and stay as keys and values of those that are live, with the features they left with.
+
+    Attributes:
+        x: features `(F, C)`, image after image.
+        packing: where each image begins among the F rows.
+        phases: `(F, 2 H)` of each token; None without rotary positions.
+    """
+
+    x: Tensor
+    packing: Packing
+    phases: Tensor | None = None
+
+    def joined(self, others: FrozenTokens) -> FrozenTokens:
+        """Return these tokens, and behind those of each image the others of the same image."""
+        order = behind_each_other(self.packing, others.packing)
+        lengths = [own + more for own, more in zip(self.packing.lengths, others.packing.lengths)]
+        phases = None
+        if self.phases is not None and others.phases is not None:
+            phases = torch.cat([self.phases, others.phases]).index_select(0, order)
+        x = torch.cat([self.x, others.x.to(self.x.dtype)]).index_select(0, order)
+        return FrozenTokens(x, Packing.of(lengths, x.device), phases)
+
+
+@dataclass(frozen=True)
 class Tokens:
     """Live tokens of a batch, image after image.
 
@@ -118,6 +143,8 @@ class Tokens:
         weight: `(T,)` fp32, positive: attention of the backbone's blocks counts a token as that many keys; None where
             each is one. Heads see none.
         detail: what `split` gives back to cells that share a token; None where tokens are never split. Heads see none.
+        frozen: tokens that are not live and stay keys and values in the backbone's blocks; None for none. Heads see
+            none.
     """
 
     x: Tensor
@@ -129,6 +156,7 @@ class Tokens:
     cover: Tensor | None = None
     weight: Tensor | None = None
     detail: Detail | None = None
+    frozen: FrozenTokens | None = None
 
     @property
     def live(self) -> tuple[int, ...]:
@@ -196,6 +224,15 @@ class Tokens:
             phases=self.phases_at(index),
             weight=self.weight_at(index),
         )
+
+    def freeze(self, mask: Tensor) -> Tokens:
+        """Return the same tokens with those where `mask` holds frozen, beside what is frozen already.
+
+        mask: `(P,)` bool over the live patch tokens in packed order. The caller sees to it that they leave.
+        """
+        some = self.patches().keep(mask)
+        frozen = FrozenTokens(some.x, some.packing, some.phases)
+        return replace(self, frozen=frozen if self.frozen is None else self.frozen.joined(frozen))
 
     def _rows_that_stay(self, mask: Tensor) -> tuple[Tensor, list[int]]:
         """Return the rows that stay, in order, and their number in each image; see `keep`."""
@@ -355,6 +392,13 @@ class Tokens:
 def cell_packing(tokens: Tokens) -> Packing:
     """Return which rows of the flat canvas belong to which image."""
     return Packing.of([h * w for h, w in tokens.grids], tokens.x.device)
+
+
+def behind_each_other(first: Packing, second: Packing) -> Tensor:
+    """Return the order of the rows of two packed tensors, one behind the other, in which each image is in one piece."""
+    if len(first.lengths) == 1:
+        return torch.arange(first.total + second.total, device=first.device)
+    return torch.sort(torch.cat([first.image_index(), second.image_index()]), stable=True).indices
 
 
 def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:

@@ -260,12 +260,13 @@ class ViT(nn.Module):
 
     def run(self, tokens: Tokens, start: int, stop: int) -> Tokens:
         """Run blocks `start` (inclusive) to `stop` (exclusive) on the live tokens."""
-        x, phases, weight = tokens.x, tokens.phases, tokens.weight
-        captured = None if torch.is_grad_enabled() or weight is not None else self.captured
+        x, phases, weight, frozen = tokens.x, tokens.phases, tokens.weight, tokens.frozen
+        plain = weight is None and frozen is None and not torch.is_grad_enabled()
+        captured = self.captured if plain else None
         if captured is not None and captured.fits(tokens.packing):
             return tokens.with_x(captured.run(x, tokens.packing, start, stop, phases))
         for block in islice(self.blocks, start, stop):  # a slice would be a new ModuleList
-            x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight)
+            x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight, frozen)
         return tokens.with_x(x)
 
     def attend(self, tokens: Tokens, n: int, weighed: bool = False) -> tuple[Tokens, Tensor]:
@@ -279,7 +280,7 @@ class ViT(nn.Module):
         assert isinstance(block, Block)
         qkv = block.before(tokens.x, tokens.phases)
         weight = tokens.weights_by_size() if weighed else tokens.weight
-        attended = block.attn.attend(qkv, tokens.packing, weight=weight)
+        attended = block.attn.attend(qkv, tokens.packing, weight=weight, frozen=block.seen(tokens.frozen))
         drops = block.training and block.drop_path > 0.0 and block.drop_path_attention
         factor = drop_path(block.drop_path, tokens.packing, attended.dtype) if drops else None
         mixed = block.mix(tokens.x, attended, factor)
@@ -311,7 +312,8 @@ class ViT(nn.Module):
     def capture_blocks(self, step: int = STEP, record: Record | None = None) -> None:
         """Replay spans of blocks as CUDA graphs, which saves the launches of small batches.
 
-        Weights must not change afterwards, and calls must not overlap. Tokens with weights as keys run without graphs.
+        Weights must not change afterwards, and calls must not overlap. Tokens with weights as keys, or beside frozen
+        ones, run without graphs.
 
         Args:
             step: number of tokens between two padded lengths; a graph is recorded at the first use of each.

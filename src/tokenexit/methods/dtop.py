@@ -17,6 +17,8 @@ differs from the release, and why:
   exited tokens, too;
 - `keep_in_window`, ours and off by default: the most confident easy token of each square of patches stays, too, so
   that context is spread over the image and not only over classes;
+- `frozen_context`, ours and off by default: some of the tokens that left stay as keys and values of those that go on,
+  spread evenly over the image, with the features they left with;
 - `context_weight`, ours and off by default: tokens that stay count in attention for those of their class that have
   left, so that what is common in the image does not become rare in its context.
 
@@ -46,7 +48,7 @@ from tokenexit.methods.base import (
     option,
     record_of,
 )
-from tokenexit.methods.selection import confidence, inherit, nobody, scale_logits
+from tokenexit.methods.selection import confidence, inherit, lattice, nobody, scale_logits
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_exit
 
 Finish = Literal["auto", "presence_last", "frozen", "masks"]
@@ -101,6 +103,9 @@ class DToP(ThresholdMethod[DToPState]):
         context_weight: power p in [0, 1]. Tokens that leave are shared out among live ones of their image and predicted
             class; one that then stands for m patches counts as m ** p keys in attention. 0 is published; 0.5 helps a
             model that was trained without exits where one class is most of the image (docs/evidence/frontier.md).
+        frozen_context: distance w of rows and columns on whose crossings tokens that leave stay as context: keys and
+            values in all later blocks, with the features they left with, at a sixth of a live token's price. 0 is
+            published; 3 with keep_per_class=0 loses less for fewer multiply-adds (docs/evidence/frontier.md).
         threshold_warmup: share of the training over which thresholds fall from 1 to their value.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
         score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.
@@ -136,6 +141,12 @@ class DToP(ThresholdMethod[DToPState]):
         "power of the number of patches that a live token stands for, which have left, by which attention counts it",
         kw_only=True,
     )
+    frozen_context: int = option(
+        0,
+        "distance of rows and columns on whose crossings tokens that left stay keys and values of those that go on; "
+        "0 for none",
+        kw_only=True,
+    )
     stop: int | None = option(
         None, "number of the exit at which all tokens that are left leave, 1 the first", kw_only=True
     )
@@ -150,6 +161,12 @@ class DToP(ThresholdMethod[DToPState]):
                 f"keep_in_window must be 0 or at least 2 patches, got {self.keep_in_window}: in windows of one patch "
                 "nobody would leave."
             )
+        if self.frozen_context < 0:
+            raise ConfigError(
+                f"frozen_context must be at least 0, got {self.frozen_context}: 1 keeps all tokens as keys, 0 none."
+            )
+        if self.frozen_context and self.context_weight:
+            raise ConfigError("frozen_context and context_weight do not go together: leave one at 0.")
         if self.finish not in get_args(Finish):
             raise ConfigError(f"finish must be auto, presence_last, frozen or masks, got '{self.finish}': choose one.")
         if self.stop is not None and self.stop < 1:
@@ -166,10 +183,16 @@ class DToP(ThresholdMethod[DToPState]):
         return tuple(replace(self, keep_per_class=0, keep_in_window=side) for side in PLANNED_WINDOWS)
 
     @property
+    def seen_on(self) -> float:
+        return 1 / self.frozen_context**2 if self.frozen_context else 0.0
+
+    @property
     def min_live(self) -> int:
         return int(self.keep_per_class > 0 or self.keep_in_window > 0)
 
     def for_export(self) -> Method[Any]:
+        if self.frozen_context:
+            raise ConfigError("frozen_context cannot be exported: leave it at 0.")
         if self.min_live == 0:
             raise ConfigError(
                 "with keep_per_class=0 no token may be left, and heads cannot be traced on none: export with 1 or more."
@@ -203,11 +226,12 @@ class DToP(ThresholdMethod[DToPState]):
                 "stop ends the network before a decode head of masks, whose answers are finer than those of exits: "
                 "leave it out."
             )
-        if self.context_weight and model.decode_head.kind == "masks":
-            raise ConfigError(
-                "context_weight is of the backbone's attention, and this model's last blocks are its decode head's "
-                "(eomt): leave it at 0."
-            )
+        for name in ("context_weight", "frozen_context"):
+            if getattr(self, name) and model.decode_head.kind == "masks":
+                raise ConfigError(
+                    f"{name} is of the backbone's attention, and this model's last blocks are its decode head's "
+                    "(eomt): leave it at 0."
+                )
         if self.finish == "presence_last" and _kinds(model) != {"atm"}:
             raise ConfigError(
                 "finish='presence_last' needs ATM heads at every exit and at the end: use finish='frozen'."
@@ -255,6 +279,8 @@ class DToP(ThresholdMethod[DToPState]):
         merged = state.mass is not None and patches.cover is not None  # which count by their size from here on
         if n == self.last_exit or (nobody(leaves) and not merged):
             return tokens, state
+        if self.frozen_context:
+            tokens = tokens.freeze(leaves & lattice(patches.grids, self.frozen_context, patches.position))
         kept = tokens.keep(~leaves)
         return (kept, state) if state.mass is None else self._weighed(kept, state.mass, patches, graded, leaves, state)
 

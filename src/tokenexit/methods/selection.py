@@ -111,6 +111,16 @@ def windows_of(grids: Sequence[Grid], side: int, device: torch.device) -> Tensor
     return of_image if image is None else image * max(h * w for h, w in grids) + of_image
 
 
+def lattice(grids: Sequence[Grid], distance: int, position: Tensor) -> Tensor:
+    """Return which patches, at these rows of the canvas `(P,)`, lie where every so many rows and columns cross.
+
+    The first row and column are half a distance from the border. Returns `(P,)` bool.
+    """
+    *_, row, column = _places(grids, position.device)
+    on = (row % distance == distance // 2) & (column % distance == distance // 2)
+    return on.index_select(0, position)
+
+
 def _places(
     grids: Sequence[Grid], device: torch.device
 ) -> tuple[Tensor | None, Tensor | int, Tensor | int, Tensor, Tensor]:

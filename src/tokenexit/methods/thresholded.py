@@ -170,6 +170,11 @@ class ThresholdMethod(Method[State]):
         return False
 
     @property
+    def seen_on(self) -> float:
+        """Share of the tokens that leave which stay keys and values of those that go on."""
+        return 0.0
+
+    @property
     def adapts_stopped(self) -> bool:
         """Whether the decode head reads tokens that left through a model's stage adapters, where it has them."""
         return False

@@ -100,13 +100,15 @@ def write_ledger(
     full_grids: Sequence[Grid] | None = None,
     fed: Sequence[Sequence[int]] | None = None,
     reduction: Sequence[Ops] | None = None,
+    frozen: Sequence[Sequence[int]] = (),
 ) -> Ledger:
     """Add up the cost of one call.
 
     lengths: `[block][image]` tokens in every block and, last, after it, prefix included; 0 where nothing ran. records:
         one for each exit, then the decode head's. full_grids: of the images before a method resized them, for
         `dense_macs`; `grids` if not given. fed: tokens in the MLP of every block, and after the last; `lengths` if not
-        given. reduction: of each image.
+        given. reduction: of each image. frozen: `[block][image]` tokens that are keys and values alone, in the first
+        blocks; none in others.
     """
     fed = lengths if fed is None else fed
     prefix = backbone.config.num_prefix_tokens
@@ -114,6 +116,9 @@ def write_ledger(
     for i, (grid, full) in enumerate(zip(grids, grids if full_grids is None else full_grids)):
         alike = Counter((block[i], late[i]) for block, late in zip(lengths[:-1], fed))  # counts differ at exits alone
         blocks = sum((backbone.block_ops(*counts) * number for counts, number in alike.items()), Ops())
+        for queries, keys in zip(lengths, frozen):
+            if keys[i] and queries[i]:
+                blocks += backbone.frozen_ops(queries[i], keys[i])
         heads = Ops()
         for head, record in zip(exit_heads, records):
             if record.work:
