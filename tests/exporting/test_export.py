@@ -55,6 +55,7 @@ CASES: list[tuple[str, Method[Any]]] = [
     ("fcn", DToP(0.26, 1, stop=2)),
     ("fcn", DToP(0.26, 0, keep_in_window=3)),
     ("atm", DToP(0.3, 1, keep_in_window=2)),
+    ("fcn", DToP(0.26, 1, frozen_context=2)),
     ("atm", DToP(0.3, 2, stop=2)),
 ]
 
@@ -87,8 +88,9 @@ def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method
         ("atm", DToP(0.3, 2, stop=2)),
         ("fcn", DToP(0.3, 2, stop=1)),
         ("fcn", DToP(0.3, 0, keep_in_window=4)),
+        ("fcn", DToP(0.3, 1, frozen_context=2)),
     ],
-    ids=["dtop", "dovit", "dtop that stops", "dtop that stops at once", "dtop in windows"],
+    ids=["dtop", "dovit", "dtop that stops", "dtop that stops at once", "dtop in windows", "dtop with frozen keys"],
 )
 def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, method: Any, tmp_path: Path) -> None:
     onnxruntime = needs_onnx()

@@ -339,6 +339,7 @@ def test_export_stages__manifest_says_what_a_loop_must_know(exported: Any) -> No
         (DoViT(batch_mode="mean"), "batch_mode"),
         (DoViT(rejoin=1), "leave rejoin out"),
         (DToP(context_weight=0.5), "leave context_weight at 0"),
+        (DToP(frozen_context=2), "leave frozen_context at 0"),
         (Gated(DToP(), (0,)), "export the method inside"),
         (Resized(DToP(), 0.7), "export the method inside"),
         (Reduced(DToP(), ToMe()), "export the method inside"),

@@ -184,14 +184,14 @@ def _plan(found: Adaptation, judge: Judge) -> Iterator[Block]:
 
 def _in_words(one: TriedPlan) -> str:
     """Say what the plan does."""
-    plan, side = one.plan, getattr(one.method.inner, "keep_in_window", 0)
+    plan, distance = one.plan, getattr(one.method.inner, "frozen_context", 0)
     parts = []
     if plan.scale != 1.0:
         parts.append(f"the image runs at {plan.scale:g} of its sides")
     if plan.exits:
         parts.append(f"tokens may leave after {_blocks_named(plan.exits)} where their exit head is sure")
-    if side:
-        parts.append(f"in each square of {side}x{side} patches the surest of them stays as context")
+    if distance:
+        parts.append(f"one in {distance**2} of them stays as key and value of those that go on")
     if plan.stop is not None:
         parts.append(f"{'all that are left stop' if plan.exits else 'everybody stops'} after block {plan.stop}")
     return "; ".join(parts) or "the dense model as it is"

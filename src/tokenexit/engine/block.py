@@ -16,7 +16,7 @@ from tokenexit.engine import ops
 from tokenexit.engine.attention import MaskedRows, masked_attention, packed_attention
 from tokenexit.engine.ops import Ops
 from tokenexit.engine.rope import Pairing, rotate
-from tokenexit.engine.tokens import FrozenTokens, Packing, behind_each_other
+from tokenexit.engine.tokens import FrozenTokens, Packing, join_packed
 from tokenexit.engine.vit_config import MlpKind
 
 
@@ -91,12 +91,9 @@ class Attention(nn.Module):
         self, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packing, frozen: Tensor, packing_f: Packing
     ) -> Tensor:
         """Attend to the tokens themselves and to frozen ones of their image."""
-        more = frozen.unflatten(1, (2, self.num_heads, -1)).unbind(1)
-        k_TNH, v_TNH = (torch.cat([own, other]) for own, other in zip((k_TNH, v_TNH), more))
-        if len(packing.lengths) > 1:
-            order = behind_each_other(packing, packing_f)
-            k_TNH, v_TNH = k_TNH.index_select(0, order), v_TNH.index_select(0, order)
-        keys = Packing.of([own + other for own, other in zip(packing.lengths, packing_f.lengths)], frozen.device)
+        own = torch.stack([k_TNH, v_TNH], dim=1)
+        both, keys = join_packed(own, frozen.unflatten(1, (2, self.num_heads, -1)), packing, packing_f)
+        k_TNH, v_TNH = both.unbind(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, keys).flatten(1)
 
 

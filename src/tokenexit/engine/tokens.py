@@ -115,13 +115,11 @@ class FrozenTokens:
 
     def joined(self, others: FrozenTokens) -> FrozenTokens:
         """Return these tokens, and behind those of each image the others of the same image."""
-        order = behind_each_other(self.packing, others.packing)
-        lengths = [own + more for own, more in zip(self.packing.lengths, others.packing.lengths)]
+        x, packing = join_packed(self.x, others.x.to(self.x.dtype), self.packing, others.packing)
         phases = None
         if self.phases is not None and others.phases is not None:
-            phases = torch.cat([self.phases, others.phases]).index_select(0, order)
-        x = torch.cat([self.x, others.x.to(self.x.dtype)]).index_select(0, order)
-        return FrozenTokens(x, Packing.of(lengths, x.device), phases)
+            phases, _ = join_packed(self.phases, others.phases, self.packing, others.packing)
+        return FrozenTokens(x, packing, phases)
 
 
 @dataclass(frozen=True)
@@ -394,11 +392,14 @@ def cell_packing(tokens: Tokens) -> Packing:
     return Packing.of([h * w for h, w in tokens.grids], tokens.x.device)
 
 
-def behind_each_other(first: Packing, second: Packing) -> Tensor:
-    """Return the order of the rows of two packed tensors, one behind the other, in which each image is in one piece."""
-    if len(first.lengths) == 1:
-        return torch.arange(first.total + second.total, device=first.device)
-    return torch.sort(torch.cat([first.image_index(), second.image_index()]), stable=True).indices
+def join_packed(first: Tensor, second: Tensor, packing: Packing, behind: Packing) -> tuple[Tensor, Packing]:
+    """Return a packed tensor in which each image has its rows of the first, and then those of the second."""
+    lengths = [own + more for own, more in zip(packing.lengths, behind.lengths)]
+    joined = torch.cat([first, second])
+    if len(lengths) > 1:
+        image = torch.cat([packing.image_index(), behind.image_index()])
+        joined = joined.index_select(0, torch.sort(image, stable=True).indices)
+    return joined, Packing.of(lengths, joined.device)
 
 
 def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:

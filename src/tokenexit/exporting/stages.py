@@ -69,6 +69,8 @@ def staged_method(model: ExitSegmenter, method: Method[Any]) -> StagedMethod:
         raise ConfigError("stages hold no stage adapters, which run on as many tokens as stopped: export to onnx.")
     if isinstance(method, DToP) and method.context_weight:
         raise ConfigError("stages know no weights of keys: leave context_weight at 0, or export to onnx.")
+    if isinstance(method, DToP) and method.frozen_context:
+        raise ConfigError("stages hold no frozen keys: leave frozen_context at 0, or export to onnx.")
     if model.decode_head.kind == "masks":
         raise ConfigError("stages hold no decode head of masks (eomt), whose queries pass through blocks: use onnx.")
     if model.preprocessing.window is not None:

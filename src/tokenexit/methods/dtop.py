@@ -55,8 +55,8 @@ Finish = Literal["auto", "presence_last", "frozen", "masks"]
 
 KEEP_PER_CLASS = 5
 """As published."""
-PLANNED_WINDOWS = (4, 2)
-"""Sides of windows that plans compare with `KEEP_PER_CLASS`."""
+PLANNED_CONTEXTS = (2, 3)
+"""Values of `frozen_context` that plans compare with `KEEP_PER_CLASS` tokens alone, beside one token of each class."""
 
 
 @dataclass(frozen=True)
@@ -178,9 +178,10 @@ class DToP(ThresholdMethod[DToPState]):
 
     @property
     def contexts(self) -> tuple[DToP, ...]:
-        if (self.keep_per_class, self.keep_in_window) != (KEEP_PER_CLASS, 0):  # as somebody chose
+        chosen = (self.keep_per_class, self.keep_in_window, self.frozen_context, self.context_weight)
+        if chosen != (KEEP_PER_CLASS, 0, 0, 0.0):
             return ()
-        return tuple(replace(self, keep_per_class=0, keep_in_window=side) for side in PLANNED_WINDOWS)
+        return tuple(replace(self, keep_per_class=1, frozen_context=distance) for distance in PLANNED_CONTEXTS)
 
     @property
     def seen_on(self) -> float:
@@ -191,8 +192,6 @@ class DToP(ThresholdMethod[DToPState]):
         return int(self.keep_per_class > 0 or self.keep_in_window > 0)
 
     def for_export(self) -> Method[Any]:
-        if self.frozen_context:
-            raise ConfigError("frozen_context cannot be exported: leave it at 0.")
         if self.min_live == 0:
             raise ConfigError(
                 "with keep_per_class=0 no token may be left, and heads cannot be traced on none: export with 1 or more."
