@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import pytest
@@ -17,7 +17,7 @@ from tokenexit.engine.tokens import Packing
 from tokenexit.errors import ConfigError
 from tokenexit.heads import class_scores
 from tokenexit.methods import Dense, DToP, Gated, GatedBySize, Method, Truncated, build_method, spec_of
-from tokenexit.methods.reference import PrescribedExits, random_counterpart
+from tokenexit.methods.reference import random_counterpart
 from tokenexit.methods.thresholded import Graded
 from tokenexit.segmenter import ExitSegmenter
 
@@ -164,14 +164,15 @@ def test_stop__comes_back_from_its_specification_and_is_named_by_the_label() -> 
 
 
 @torch.no_grad()
-def test_random_exits__of_a_method_that_stops_cost_what_it_costs() -> None:
+@pytest.mark.parametrize("method", [DToP(0.3, stop=2), DToP(0.7, 0, frozen_context=2, stop=2)], ids=["alone", "frozen"])
+def test_random_exits__of_a_method_that_stops_cost_what_it_costs(method: DToP) -> None:
     model: ExitSegmenter = tiny_segmenter()
-    image, method = images_of((24, 32)), DToP(0.3, stop=2)
+    image = images_of((24, 32))
     counterpart = random_counterpart(method)
     assert counterpart is not None
     assert counterpart.last_exit == 1
     output = model(image, method)
-    again = model(image, PrescribedExits(finish=method.finish, stop=2, exit_index=output.exit_index[0].flatten()))
+    again = model(image, replace(counterpart, exit_index=output.exit_index[0].flatten()))
     assert again.ledger == output.ledger
     assert torch.equal(again.grid_logits[0], output.grid_logits[0])
     assert model(image, Dense()).ledger.macs > output.ledger.macs

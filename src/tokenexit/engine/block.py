@@ -50,10 +50,14 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, phases: Tensor | None) -> Tensor:
         """Return the keys, rotated by `phases (T, 2 H)` if given, and values of `x (T, C)`: `(T, 2 C)`."""
         dim = x.shape[1]
+        if not isinstance(self.qkv, nn.Linear):  # quantised, as one product
+            return self._rotated_keys(self.qkv(x)[:, dim:], phases)
         bias: Tensor | None = None if self.qkv.bias is None else self.qkv.bias[dim:]
         if bias is not None and isinstance(self.qkv, KeysUnbiased):
             bias = torch.cat([torch.zeros_like(bias[:dim]), bias[dim:]])
-        both = F.linear(x, self.qkv.weight[dim:], bias)
+        return self._rotated_keys(F.linear(x, self.qkv.weight[dim:], bias), phases)
+
+    def _rotated_keys(self, both: Tensor, phases: Tensor | None) -> Tensor:
         if phases is None:
             return both
         assert self.rope is not None
@@ -78,23 +82,32 @@ class Attention(nn.Module):
         """Attend with `(T, 3 C)`; returns `(T, C)`, before the last projection; `masked` rows see some keys only.
 
         weight: of each token as a key, where none is masked. frozen: keys and values `(F, 2 C)` of tokens that are seen
-        and do not see, with their packing, where none is masked and none has a weight.
+        and do not see, with their packing, where none is masked; each counts once.
         """
         q_TNH, k_TNH, v_TNH = qkv.unflatten(1, (3, self.num_heads, -1)).unbind(1)
         if frozen is not None:
-            return self._attend_beside(q_TNH, k_TNH, v_TNH, packing, *frozen)
+            return self._attend_beside(q_TNH, k_TNH, v_TNH, packing, weight, *frozen)
         if masked is not None:
             return masked_attention(q_TNH, k_TNH, v_TNH, packing, masked).flatten(1)
         return packed_attention(q_TNH, k_TNH, v_TNH, packing, packing, weight=weight).flatten(1)
 
     def _attend_beside(
-        self, q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, packing: Packing, frozen: Tensor, packing_f: Packing
+        self,
+        q_TNH: Tensor,
+        k_TNH: Tensor,
+        v_TNH: Tensor,
+        packing: Packing,
+        weight: Tensor | None,
+        frozen: Tensor,
+        packing_f: Packing,
     ) -> Tensor:
         """Attend to the tokens themselves and to frozen ones of their image."""
         own = torch.stack([k_TNH, v_TNH], dim=1)
         both, keys = join_packed(own, frozen.unflatten(1, (2, self.num_heads, -1)), packing, packing_f)
         k_TNH, v_TNH = both.unbind(1)
-        return packed_attention(q_TNH, k_TNH, v_TNH, packing, keys).flatten(1)
+        if weight is not None:
+            weight, _ = join_packed(weight, weight.new_ones(len(frozen)), packing, packing_f)
+        return packed_attention(q_TNH, k_TNH, v_TNH, packing, keys, weight=weight).flatten(1)
 
 
 class Mlp(nn.Module):

@@ -226,7 +226,8 @@ class Tokens:
     def freeze(self, mask: Tensor) -> Tokens:
         """Return the same tokens with those where `mask` holds frozen, beside what is frozen already.
 
-        mask: `(P,)` bool over the live patch tokens in packed order. The caller sees to it that they leave.
+        mask: `(P,)` bool over the live patch tokens in packed order. The caller sees to it that they leave. One host
+        synchronisation, as in `keep`.
         """
         some = self.patches().keep(mask)
         frozen = FrozenTokens(some.x, some.packing, some.phases)

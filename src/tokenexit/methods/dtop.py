@@ -105,7 +105,8 @@ class DToP(ThresholdMethod[DToPState]):
             model that was trained without exits where one class is most of the image (docs/evidence/frontier.md).
         frozen_context: distance w of rows and columns on whose crossings tokens that leave stay as context: keys and
             values in all later blocks, with the features they left with, at a sixth of a live token's price. 0 is
-            published; 3 with keep_per_class=0 loses less for fewer multiply-adds (docs/evidence/frontier.md).
+            published; 2 with keep_per_class=1 wins back most of what a model that was trained without exits loses
+            (docs/evidence/frontier.md).
         threshold_warmup: share of the training over which thresholds fall from 1 to their value.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
         score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.

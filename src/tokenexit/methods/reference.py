@@ -172,11 +172,13 @@ def patch_labels(mask: Tensor, patch_size: int, num_classes: int, ignored: int) 
 
 
 def random_counterpart(method: Method[Any]) -> PrescribedExits | None:
-    """Return DToP with exits still to be prescribed, for the line of random exits.
+    """Return DToP with exits still to be prescribed, for the line of random exits; frozen keys stay where they were.
 
     Other methods have none (None): their carriers and results differ.
     """
-    return PrescribedExits(finish=method.finish, stop=method.stop) if type(method) is DToP else None
+    if type(method) is not DToP:
+        return None
+    return PrescribedExits(finish=method.finish, stop=method.stop, frozen_context=method.frozen_context)
 
 
 def random_exits(exit_index: Tensor, generator: torch.Generator) -> Tensor:
