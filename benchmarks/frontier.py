@@ -50,10 +50,14 @@ def static_plans(model: ExitSegmenter) -> list[Method[Any]]:
 
 
 def exit_plans(
-    thresholds: Sequence[Sequence[float]], stops: Sequence[int | None], merging: Sequence[Reducer]
+    thresholds: Sequence[Sequence[float]], stops: Sequence[int | None], merging: Sequence[Reducer], frozen: int = 0
 ) -> list[Method[Any]]:
-    """Return exits at a few thresholds, stopped or not, alone and beside merging."""
-    exits = [DToP(tuple(one), stop=stop) for stop in stops for one in thresholds]
+    """Return exits at a few thresholds, stopped or not, alone and beside merging.
+
+    frozen: `frozen_context`, beside which one token of each class is kept.
+    """
+    context: dict[str, Any] = {"keep_per_class": 1, "frozen_context": frozen} if frozen else {}
+    exits = [DToP(tuple(one), stop=stop, **context) for stop in stops for one in thresholds]
     return [*exits, *(Reduced(each, by) for by in merging for each in exits)]
 
 
@@ -130,6 +134,7 @@ def main() -> None:
     parser.add_argument(
         "--stops", type=int, nargs="+", help="exits at which all that are left leave; none if not given"
     )
+    parser.add_argument("--frozen-context", type=int, default=0, help="of all exits; one token of each class beside it")
     parser.add_argument("--no-plans", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -146,7 +151,7 @@ def main() -> None:
         settings["thresholds"] = options.thresholds
     if options.precision != "fp32":
         settings["precision"] = options.precision
-    for name in ("merge", "exits_only", "stops"):
+    for name in ("merge", "exits_only", "stops", "frozen_context"):
         if getattr(options, name):
             settings[name] = getattr(options, name)
     notebook = Notebook(options.out, settings)
@@ -162,7 +167,7 @@ def main() -> None:
         planned_by = ()
     methods = [] if options.exits_only else static_plans(model)
     if model.decode_head.takes_live_tokens:
-        methods += exit_plans(thresholds, options.stops or [None], merging)
+        methods += exit_plans(thresholds, options.stops or [None], merging, options.frozen_context)
     for size in options.sizes:
         rows = [Scaled(method, size) for method in methods]
         run = partial(figures, model, Cached(data), rows, size in at_random, options.precision)

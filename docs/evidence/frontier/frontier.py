@@ -40,6 +40,7 @@ KINDS = {
     "dense, trained on": ("Dense, trained on for as long", "#7a7a3c", "d", "--"),
     "truncated, trained on": ("stopped, trained on for as long", "#b9b98c", "^", ""),
     "dtop": ("DToP, any size", "#1f6fb4", "o", ""),
+    "dtop with frozen keys": ("DToP with frozen keys, not trained for exits", "#0f7f6b", "o", ""),
     "dtop and supertokens": ("DToP beside supertokens (STEP), any size", "#b3262a", "P", ""),
     "dtop, trained on": ("DToP on the dense model trained on", "#6fa8d6", "o", ""),
     "dtop, finetuned": ("DToP Finetune, any size", "#1f6fb4", "s", ""),
@@ -70,6 +71,7 @@ KINDS = {
 }
 COLUMNS = {
     "dtop": "DToP, any size",
+    "dtop with frozen keys": "DToP with frozen keys",
     "dtop and supertokens": "DToP beside supertokens",
     "dtop, finetuned": "Finetune",
     "dtop, finetuned early": "early exits",
@@ -93,6 +95,8 @@ def rows_of(file: Path) -> list[Row]:
             kind = spec["name"]
             if kind == "reduced":
                 kind, spec = f"{spec['method']['name']} and {spec['by']['name']}", spec["method"]
+            if spec.get("frozen_context"):
+                kind = f"{kind} with frozen keys"
             if key.startswith("plans"):
                 kind = "planned by labels" if key.endswith("labels") else "planned"
             elif found["label"].startswith("random"):
