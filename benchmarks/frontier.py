@@ -10,7 +10,7 @@ run in turn, and results are in the file as they come: a second call goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,8 @@ SIZES = (1.25, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.42, 0.35)
 THRESHOLDS: tuple[tuple[float, ...], ...] = ((0.99, 0.95, 0.9), (0.98, 0.9, 0.8), (0.98, 0.8, 0.65), (0.9, 0.7, 0.5))
 AT_RANDOM = (1.0, 0.7)
 """Sizes at which random exits run beside."""
+CONTEXT = ("keep_per_class", "keep_in_window", "frozen_context")
+"""Options of DToP that say which tokens stay as context."""
 BUDGETS = (0.75, 0.6, 0.5, 0.4, 0.3, 0.25, 0.2, 0.15, 0.1)
 
 
@@ -50,13 +52,12 @@ def static_plans(model: ExitSegmenter) -> list[Method[Any]]:
 
 
 def exit_plans(
-    thresholds: Sequence[Sequence[float]], stops: Sequence[int | None], merging: Sequence[Reducer], frozen: int = 0
+    thresholds: Sequence[Sequence[float]],
+    stops: Sequence[int | None],
+    merging: Sequence[Reducer],
+    context: Mapping[str, int],
 ) -> list[Method[Any]]:
-    """Return exits at a few thresholds, stopped or not, alone and beside merging.
-
-    frozen: `frozen_context`, beside which one token of each class is kept.
-    """
-    context: dict[str, Any] = {"keep_per_class": 1, "frozen_context": frozen} if frozen else {}
+    """Return exits at a few thresholds, stopped or not, alone and beside merging; with other options of DToP."""
     exits = [DToP(tuple(one), stop=stop, **context) for stop in stops for one in thresholds]
     return [*exits, *(Reduced(each, by) for by in merging for each in exits)]
 
@@ -134,7 +135,8 @@ def main() -> None:
     parser.add_argument(
         "--stops", type=int, nargs="+", help="exits at which all that are left leave; none if not given"
     )
-    parser.add_argument("--frozen-context", type=int, default=0, help="of all exits; one token of each class beside it")
+    for name in CONTEXT:
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, help="of all exits; as published if not given")
     parser.add_argument("--no-plans", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
@@ -151,7 +153,9 @@ def main() -> None:
         settings["thresholds"] = options.thresholds
     if options.precision != "fp32":
         settings["precision"] = options.precision
-    for name in ("merge", "exits_only", "stops", "frozen_context"):
+    context = {name: getattr(options, name) for name in CONTEXT if getattr(options, name) is not None}
+    settings |= context
+    for name in ("merge", "exits_only", "stops"):
         if getattr(options, name):
             settings[name] = getattr(options, name)
     notebook = Notebook(options.out, settings)
@@ -167,7 +171,7 @@ def main() -> None:
         planned_by = ()
     methods = [] if options.exits_only else static_plans(model)
     if model.decode_head.takes_live_tokens:
-        methods += exit_plans(thresholds, options.stops or [None], merging, options.frozen_context)
+        methods += exit_plans(thresholds, options.stops or [None], merging, context)
     for size in options.sizes:
         rows = [Scaled(method, size) for method in methods]
         run = partial(figures, model, Cached(data), rows, size in at_random, options.precision)

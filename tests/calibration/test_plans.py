@@ -253,7 +253,9 @@ def test_labels__see_that_late_blocks_do_harm_and_agreement_cannot() -> None:
     assert untaught.dense_loss == 0.0
 
 
-@pytest.mark.parametrize("context", [{"keep_per_class": 5}, {"keep_per_class": 1, "frozen_context": 2}])
+@pytest.mark.parametrize(
+    "context", [{"keep_per_class": 5}, {"keep_per_class": 0, "keep_in_window": 4, "frozen_context": 2}]
+)
 def test_try_plan__keeps_the_context_that_loses_least(context: dict[str, Any]) -> None:
     model = tiny_segmenter("linear", exits=(1, 2, 3))
     truth = Answers(6, model, DToP(0.5, **context))
@@ -270,7 +272,9 @@ def test_try_plan__keeps_the_context_that_loses_least(context: dict[str, Any]) -
 def test_try_plan__leaves_a_context_that_somebody_chose() -> None:
     for method in (DToP(keep_per_class=4), DToP(keep_in_window=3), DToP(frozen_context=4), DToP(context_weight=0.5)):
         assert method.contexts == ()
-    assert [(one.keep_per_class, one.frozen_context) for one in DToP(0.7, stop=2).contexts] == [(1, 2), (1, 3)]
+    assert [(one.keep_per_class, one.keep_in_window, one.frozen_context) for one in DToP(0.7, stop=2).contexts] == [
+        *((1, 0, 3), (0, 4, 2))
+    ]
     assert all((one.threshold, one.stop) == (0.7, 2) for one in DToP(0.7, stop=2).contexts)
 
 

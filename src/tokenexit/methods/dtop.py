@@ -55,8 +55,11 @@ Finish = Literal["auto", "presence_last", "frozen", "masks"]
 
 KEEP_PER_CLASS = 5
 """As published."""
-PLANNED_CONTEXTS = (2, 3)
-"""Values of `frozen_context` that plans compare with `KEEP_PER_CLASS` tokens alone, beside one token of each class."""
+PLANNED_CONTEXTS: tuple[dict[str, int], ...] = (
+    {"keep_per_class": 1, "frozen_context": 3},
+    {"keep_per_class": 0, "keep_in_window": 4, "frozen_context": 2},
+)
+"""What plans compare with `KEEP_PER_CLASS` alone: a little for little, and what was best without training."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ class DToP(ThresholdMethod[DToPState]):
             model that was trained without exits where one class is most of the image (docs/evidence/frontier.md).
         frozen_context: distance w of rows and columns on whose crossings tokens that leave stay as context: keys and
             values in all later blocks, with the features they left with, at a sixth of a live token's price. 0 is
-            published; 2 with keep_per_class=1 wins back most of what a model that was trained without exits loses
-            (docs/evidence/frontier.md).
+            published; 2 with keep_in_window=4 wins back what a model that was trained without exits loses where one
+            class is most of the image (docs/evidence/frontier.md).
         threshold_warmup: share of the training over which thresholds fall from 1 to their value.
         cap: for each exit the share of an image's tokens that may go on, see `ThresholdMethod`.
         score: "probability", "margin" or "entropy"; the published "probability" of ATM heads is presence times sigmoid.
@@ -182,7 +185,7 @@ class DToP(ThresholdMethod[DToPState]):
         chosen = (self.keep_per_class, self.keep_in_window, self.frozen_context, self.context_weight)
         if chosen != (KEEP_PER_CLASS, 0, 0, 0.0):
             return ()
-        return tuple(replace(self, keep_per_class=1, frozen_context=distance) for distance in PLANNED_CONTEXTS)
+        return tuple(replace(self, **context) for context in PLANNED_CONTEXTS)  # type: ignore[arg-type]
 
     @property
     def seen_on(self) -> float:
