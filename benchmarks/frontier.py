@@ -55,7 +55,7 @@ def exit_plans(
     thresholds: Sequence[Sequence[float]],
     stops: Sequence[int | None],
     merging: Sequence[Reducer],
-    context: Mapping[str, int],
+    context: Mapping[str, Any],
 ) -> list[Method[Any]]:
     """Return exits at a few thresholds, stopped or not, alone and beside merging; with other options of DToP."""
     exits = [DToP(tuple(one), stop=stop, **context) for stop in stops for one in thresholds]
