@@ -32,6 +32,7 @@ from tokenexit.errors import ConfigError
 from tokenexit.methods import Dense, Method, Resized, ThresholdMethod, Truncated
 from tokenexit.methods.resized import LARGEST
 from tokenexit.methods.thresholded import blocks_of_live_tokens
+from tokenexit.segmenter import ExitSegmenter
 
 MOST_EXITS = 4
 PRICE = 0.03
@@ -353,8 +354,16 @@ def _guarded(planner: Planner) -> list[tuple[ThresholdMethod[Any], ThresholdPath
 
 
 def _in_other_contexts(planner: Planner) -> list[tuple[ThresholdMethod[Any], ThresholdPath]]:
-    """Return the method with other tokens kept as context, on the path in use."""
-    return [(method, planner.path) for method in planner.method.contexts]
+    """Return the method with other tokens kept as context, where the model can run it, on the path in use."""
+    return [(method, planner.path) for method in planner.method.contexts if _runs(planner.model, method)]
+
+
+def _runs(model: ExitSegmenter, method: Method[Any]) -> bool:
+    try:
+        model.check(method)
+    except ConfigError:
+        return False
+    return True
 
 
 def priced_by(survey: Survey, target: Budget) -> tuple[Survey, float]:
