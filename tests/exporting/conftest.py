@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,15 +15,3 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnxscript", reason="ONNX needs the export extra")
     model = tiny_segmenter("fcn", exits=(1, 2), depth=3)
     return export_model(model, DToP(0.75, 2), [random_image(21, 30)], tmp_path_factory.mktemp("exported")).path
-
-
-@pytest.fixture(autouse=True)
-def children_end_unheard() -> Iterator[None]:
-    """Take away the handler that torch's DataLoader leaves behind for ended children.
-
-    In a process that has trained with workers and then compiled graphs, it once ended the process itself when an
-    example in a process of its own was done.
-    """
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    yield
-    signal.signal(signal.SIGCHLD, before)
