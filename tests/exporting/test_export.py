@@ -125,31 +125,34 @@ def test_export_model__writes_torch_programs_with_the_same_facts(tmp_path: Path)
     assert graph(random_image(9, 9)[None], torch.ones(2))[0].shape == (1, 9, 9)
 
 
+@pytest.mark.parametrize("context", [{}, {"frozen_context": 2}, {"context_weight": 0.5}], ids=repr)
 def test_export_model__of_a_confident_model_allows_for_equal_scores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    context: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny_segmenter()
     swapped: list[bool] = []
 
     def swaps(path: Path) -> Any:
         def two_tokens_change_places(image: Any, thresholds: Any) -> Any:
-            prescribed = model(torch.from_numpy(image), DToP(thresholds.squeeze().tolist())).exit_index[0].clone()
+            prescribed = (
+                model(torch.from_numpy(image), DToP(thresholds.squeeze().tolist(), **context)).exit_index[0].clone()
+            )
             flat = prescribed.flatten()
             early, late = (flat == flat.min()).nonzero()[0], (flat == flat.max()).nonzero()[0]
             flat[early], flat[late] = flat[late].clone(), flat[early].clone()
             swapped.append(bool(flat.min() < flat.max()))
-            output = model(torch.from_numpy(image), PrescribedExits(exit_index=flat))
+            output = model(torch.from_numpy(image), PrescribedExits(exit_index=flat, **context))
             return output.labels.numpy(), output.grid_logits[0][None].numpy(), flat.view_as(prescribed)[None].numpy()
 
         return two_tokens_change_places
 
     monkeypatch.setitem(exporting.WRITERS, "torch", (exporting._write_torch, swaps))
     with torch.no_grad():
-        export_model(model, DToP(0.6), [random_image(80, 80)], tmp_path / "a", "torch")
+        export_model(model, DToP(0.6, **context), [random_image(80, 80)], tmp_path / "a", "torch")
     assert any(swapped)
     monkeypatch.setattr(exporting, "SWAPPED", 0.001)
     with torch.no_grad(), pytest.raises(CheckpointError, match="lets other tokens leave"):
-        export_model(model, DToP(0.6), [random_image(80, 80)], tmp_path / "b", "torch")
+        export_model(model, DToP(0.6, **context), [random_image(80, 80)], tmp_path / "b", "torch")
 
 
 def test_export_model__leaves_nothing_behind_that_differs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -325,7 +325,13 @@ def _run(
     file, _ = answers[shares.index(elsewhere)]
     if isinstance(inner, DToP) and elsewhere <= SWAPPED:
         exits = torch.from_numpy(np.ascontiguousarray(file[2][0])).long().flatten()
-        same = PrescribedExits(finish=inner.finish, stop=inner.stop, exit_index=exits)
+        same = PrescribedExits(
+            exit_index=exits,
+            finish=inner.finish,
+            stop=inner.stop,
+            context_weight=inner.context_weight,
+            frozen_context=inner.frozen_context,
+        )
         with torch.no_grad():
             compared = _compared(file, model([image], same), exact([image.double()], same))
         return replace(compared, elsewhere=elsewhere)
