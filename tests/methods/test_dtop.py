@@ -34,6 +34,16 @@ def run(model, images, method, **options):
         return model(images, method, **options)
 
 
+def is_alone_as_in_a_batch(model, method):
+    """Compare exits, maps and costs of each image by itself with those among others."""
+    together = run(model, batch(), method)
+    for i, image in enumerate(batch()):
+        alone = run(model, [image], method)
+        assert torch.equal(alone.exit_index[0], together.exit_index[i])
+        assert_close(alone.grid_logits[0], together.grid_logits[i])
+        assert alone.ledger.macs[0] == together.ledger.macs[i]
+
+
 # Against the oracle, where heads of several kinds meet and k varies.
 
 
@@ -143,12 +153,7 @@ def test_frozen_context__of_everybody_is_what_the_reference_line_imposes():
 
 def test_frozen_context__an_image_does_not_depend_on_those_beside_it():
     model, method = tiny_segmenter("fcn", seed=5), DToP(0.7, 0, frozen_context=2)
-    together = run(model, batch(), method)
-    for i, image in enumerate(batch()):
-        alone = run(model, [image], method)
-        assert torch.equal(alone.exit_index[0], together.exit_index[i])
-        assert_close(alone.grid_logits[0], together.grid_logits[i])
-        assert alone.ledger.macs[0] == together.ledger.macs[i]
+    is_alone_as_in_a_batch(model, method)
 
 
 def test_frozen_context__is_counted_for_what_keys_and_values_take():
@@ -171,12 +176,7 @@ def test_frozen_context__leaves_no_bit_changed_where_nobody_leaves():
 def test_frozen_context__goes_beside_reducers(by):
     model = tiny_segmenter("fcn", seed=5)
     method = Reduced(DToP((0.6, 0.7), 0, frozen_context=2), by)
-    together = run(model, batch(), method)
-    for i, image in enumerate(batch()):
-        alone = run(model, [image], method)
-        assert torch.equal(alone.exit_index[0], together.exit_index[i])
-        assert_close(alone.grid_logits[0], together.grid_logits[i])
-        assert alone.ledger.macs[0] == together.ledger.macs[i]
+    is_alone_as_in_a_batch(model, method)
 
 
 def test_frozen_context__trains_those_that_are_seen_on():
@@ -203,10 +203,7 @@ def test_keep_in_window__leaves_one_token_of_each_square_and_class_rules_beside_
 
 def test_keep_in_window__an_image_does_not_depend_on_those_beside_it():
     model, method = tiny_segmenter("fcn", seed=3), DToP(0.3, 0, keep_in_window=3)
-    together = run(model, batch(), method)
-    for i, image in enumerate(batch()):
-        alone = run(model, [image], method)
-        assert torch.equal(together.exit_index[i], alone.exit_index[0])
+    is_alone_as_in_a_batch(model, method)
 
 
 def test_keep_in_window__is_what_calibration_expects():
@@ -232,11 +229,7 @@ def test_context_weight__changes_answers_where_tokens_leave_and_no_bit_where_non
 
 def test_context_weight__an_image_does_not_depend_on_those_beside_it():
     model, method = tiny_segmenter(["fcn", "linear"], "linear", seed=3), DToP(0.4, 2, context_weight=0.5)
-    together = run(model, batch(), method)
-    for i, image in enumerate(batch()):
-        alone = run(model, [image], method)
-        assert torch.equal(alone.exit_index[0], together.exit_index[i])
-        assert_close(alone.grid_logits[0], together.grid_logits[i])
+    is_alone_as_in_a_batch(model, method)
 
 
 def test_context_weight__counts_a_merged_token_for_its_cells():

@@ -24,8 +24,12 @@ class KeysUnbiased(nn.Linear):
     """The projection to queries, keys and values whose bias leaves out the keys, whatever stands in their third."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.effective_bias())
+
+    def effective_bias(self) -> Tensor:
+        """Return the bias with zeros for the keys, `(3 C,)`."""
         q, k, v = self.bias.chunk(3)
-        return F.linear(x, self.weight, torch.cat([q, torch.zeros_like(k), v]))
+        return torch.cat([q, torch.zeros_like(k), v])
 
 
 class Attention(nn.Module):
@@ -50,26 +54,22 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor, phases: Tensor | None) -> Tensor:
         """Return the keys, rotated by `phases (T, 2 H)` if given, and values of `x (T, C)`: `(T, 2 C)`."""
         dim = x.shape[1]
-        if not isinstance(self.qkv, nn.Linear):  # quantised, as one product
-            return self._rotated_keys(self.qkv(x)[:, dim:], phases)
-        bias: Tensor | None = None if self.qkv.bias is None else self.qkv.bias[dim:]
-        if bias is not None and isinstance(self.qkv, KeysUnbiased):
-            bias = torch.cat([torch.zeros_like(bias[:dim]), bias[dim:]])
-        return self._rotated_keys(F.linear(x, self.qkv.weight[dim:], bias), phases)
+        if isinstance(self.qkv, nn.Linear):
+            bias = self.qkv.effective_bias() if isinstance(self.qkv, KeysUnbiased) else self.qkv.bias
+            both = F.linear(x, self.qkv.weight[dim:], None if bias is None else bias[dim:])
+        else:  # quantised, as one product
+            both = self.qkv(x)[:, dim:]
+        return both if phases is None else self.rotate(both, phases)
 
-    def _rotated_keys(self, both: Tensor, phases: Tensor | None) -> Tensor:
-        if phases is None:
-            return both
-        assert self.rope is not None
-        k, v = both.chunk(2, dim=1)
-        return torch.cat([rotate(k.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1), v], dim=1)
+    def rotate(self, parts: Tensor, phases: Tensor) -> Tensor:
+        """Rotate by the phases `(T, 2 H)` of their tokens all but the values, which come last.
 
-    def rotate(self, qkv: Tensor, phases: Tensor) -> Tensor:
-        """Rotate queries and keys `(T, 3 C)` by the phases `(T, 2 H)` of their tokens."""
+        parts: queries, keys and values `(T, 3 C)`, or keys and values `(T, 2 C)`.
+        """
         assert self.rope is not None
-        q, k, v = qkv.chunk(3, dim=1)
-        q, k = (rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in (q, k))
-        return torch.cat([q, k, v], dim=1)
+        *turning, values = parts.split(self.proj.in_features, dim=1)
+        turned = [rotate(part.unflatten(1, (self.num_heads, -1)), phases, self.rope).flatten(1) for part in turning]
+        return torch.cat([*turned, values], dim=1)
 
     def attend(
         self,

@@ -22,7 +22,7 @@ from tokenexit.exporting.graph import OUTPUTS, ExitGraph, check_exportable, thre
 from tokenexit.heads import ModuleHead
 from tokenexit.heads.module import in_short, named
 from tokenexit.methods import DToP, Method, MethodLike, as_method, spec_of
-from tokenexit.methods.reference import PrescribedExits
+from tokenexit.methods.reference import prescribed_like
 from tokenexit.outputs.segmentation import SegmentationOutput
 from tokenexit.runtime.atomic import atomic_write
 from tokenexit.segmenter import ExitSegmenter
@@ -325,13 +325,7 @@ def _run(
     file, _ = answers[shares.index(elsewhere)]
     if isinstance(inner, DToP) and elsewhere <= SWAPPED:
         exits = torch.from_numpy(np.ascontiguousarray(file[2][0])).long().flatten()
-        same = PrescribedExits(
-            exit_index=exits,
-            finish=inner.finish,
-            stop=inner.stop,
-            context_weight=inner.context_weight,
-            frozen_context=inner.frozen_context,
-        )
+        same = replace(prescribed_like(inner), context_weight=inner.context_weight, exit_index=exits)
         with torch.no_grad():
             compared = _compared(file, model([image], same), exact([image.double()], same))
         return replace(compared, elsewhere=elsewhere)

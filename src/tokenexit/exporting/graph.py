@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenexit.engine.tokens import FrozenTokens, Grid, Packing, Tokens
+from tokenexit.engine.tokens import Grid, Packing, Tokens
 from tokenexit.methods import Method, Result
 from tokenexit.methods.thresholded import per_class, per_exit
 from tokenexit.outputs.segmentation import resize_maps, scores_of_masks
@@ -58,12 +58,8 @@ class OneImage(Tokens):
         return replace(self, x=x, position=position, packing=packing, phases=phases, weight=weight)
 
     def freeze(self, mask: Tensor) -> Tokens:
-        index = mask.nonzero().squeeze(1)
-        torch._check(index.shape[0] <= mask.shape[0])
-        index = index + self.num_prefix
-        x = self.x.index_select(0, index)
-        frozen = FrozenTokens(x, Packing.of([x.shape[0]], x.device), self.phases_at(index))
-        return replace(self, frozen=frozen if self.frozen is None else self.frozen.joined(frozen))
+        some = replace(self, min_live=0)  # nobody may be frozen
+        return replace(self, frozen=super(OneImage, some).freeze(mask).frozen)
 
 
 class ExitGraph(nn.Module):

@@ -176,8 +176,11 @@ def random_counterpart(method: Method[Any]) -> PrescribedExits | None:
 
     Other methods have none (None): their carriers and results differ.
     """
-    if type(method) is not DToP:
-        return None
+    return prescribed_like(method) if type(method) is DToP else None
+
+
+def prescribed_like(method: DToP) -> PrescribedExits:
+    """Return a method with this one's end and frozen keys, whose exits are still to be prescribed."""
     return PrescribedExits(finish=method.finish, stop=method.stop, frozen_context=method.frozen_context)
 
 
