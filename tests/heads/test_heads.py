@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.helpers import SMALL_HEADS, TOKEN_HEADS, assert_close, enliven
 from tests.oracles.heads import run_head
+from tokenexit.engine.recurring_rows import recurring
 from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.errors import ConfigError
 from tokenexit.heads import HEADS, build_head, class_scores, normalize_head, presence_probability
@@ -83,6 +84,20 @@ def test_head__an_image_does_not_depend_on_its_companions(name):
             assert_close(together[i][0], logits)
             if presence is not None:
                 assert_close(together[i][1], presence)
+
+
+@pytest.mark.parametrize("name", [name for name in TOKEN_HEADS if HEADS[name].pointwise])
+@given(live=st.integers(1, 40), more=st.integers(0, 9))
+def test_pointwise_head__pads_its_rows_in_bf16_where_some_tokens_have_left(name, live, more):
+    head, tokens, rows = lively_head(name), tokens_of([live], [(1, live + more)]), set()
+    head.classifier.register_forward_pre_hook(lambda _, args: rows.add(len(args[0])))
+    with torch.no_grad():
+        exact = head(tokens)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = head(tokens)
+    assert rows == {live, recurring(live) if more else live}
+    assert out.packing == tokens.packing
+    assert_close(out.logits.float(), exact.logits, 0.05)
 
 
 @pytest.mark.parametrize("name", TOKEN_HEADS)

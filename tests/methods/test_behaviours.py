@@ -89,7 +89,7 @@ def test_method__in_bf16_a_batch_is_its_singles_where_decisions_agree(case, head
             single = model([image], method)
             if torch.equal(one.exit_index[0], single.exit_index[0]):
                 agreed += 1
-                assert_close(one.grid_logits[0], single.grid_logits[0], 2e-2)
+                assert_close(one.grid_logits[0], single.grid_logits[0], 4e-2)  # five units in the last place
     assert agreed >= 3
 
 

@@ -120,9 +120,8 @@ def _without_padding(
     q_TNH: Tensor, k_TNH: Tensor, v_TNH: Tensor, visible: Tensor, dropout: float, bias: Tensor | None
 ) -> Tensor:
     """Attend within one image to the keys that are `visible (Tk,)`, whatever finite values the others have."""
-    added = torch.where(visible, 0.0 if bias is None else bias, UNSEEN).to(q_TNH.dtype)[None, None, None]
-    q, k, v = (t.transpose(0, 1)[None] for t in (q_TNH, k_TNH, v_TNH))  # (1, N, t, H)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=added, dropout_p=dropout)[0].transpose(0, 1)
+    added = torch.where(visible, 0.0 if bias is None else bias, UNSEEN).to(q_TNH.dtype)
+    return _batched(q_TNH, k_TNH, v_TNH, 1, dropout, added)
 
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, dropout: float, bias: Tensor | None = None) -> Tensor:

@@ -166,6 +166,11 @@ class Tokens:
         """Number of rows of the flat canvas: all patches of all images."""
         return sum(h * w for h, w in self.grids)
 
+    @property
+    def some_left(self) -> bool:
+        """Whether fewer tokens are live than there are patches: some have left, or were merged."""
+        return len(self.position) < self.cells + self.num_prefix * len(self.grids)
+
     def with_x(self, x: Tensor) -> Tokens:
         return replace(self, x=x)
 
@@ -400,7 +405,16 @@ def join_packed(first: Tensor, second: Tensor, packing: Packing, behind: Packing
     if len(lengths) > 1:
         image = torch.cat([packing.image_index(), behind.image_index()])
         joined = joined.index_select(0, torch.sort(image, stable=True).indices)
+    if isinstance(packing, PaddedPacking) or isinstance(behind, PaddedPacking):
+        return joined, PaddedPacking(tuple(lengths), joined.device, torch.cat([_visible(packing), _visible(behind)]))
     return joined, Packing.of(lengths, joined.device)
+
+
+def _visible(packing: Packing) -> Tensor:
+    """Return which rows of one image are no padding."""
+    if isinstance(packing, PaddedPacking):
+        return packing.visible
+    return torch.ones(packing.total, dtype=torch.bool, device=packing.device)
 
 
 def scatter(canvas: Tensor, position: Tensor, value: Tensor) -> Tensor:

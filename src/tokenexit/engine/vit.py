@@ -23,6 +23,7 @@ from tokenexit.engine import ops
 from tokenexit.engine.block import Block, drop_path, run_block
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
+from tokenexit.engine.recurring_rows import images_in_recurring_rows, new_numbers_cost
 from tokenexit.engine.rope import rope_periods, rope_phases
 from tokenexit.engine.tokens import Grid, Packing, Tokens, group_equal
 from tokenexit.engine.vit_config import ViTConfig
@@ -265,9 +266,22 @@ class ViT(nn.Module):
         captured = self.captured if plain else None
         if captured is not None and captured.fits(tokens.packing):
             return tokens.with_x(captured.run(x, tokens.packing, start, stop, phases))
+        if new_numbers_cost(x) and tokens.some_left:
+            return self._run_in_recurring_rows(tokens, start, stop)
         for block in islice(self.blocks, start, stop):  # a slice would be a new ModuleList
             x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight, frozen)
         return tokens.with_x(x)
+
+    def _run_in_recurring_rows(self, tokens: Tokens, start: int, stop: int) -> Tokens:
+        """Run the same, each image by itself, with a number of rows that recurs."""
+        images = []
+        for length, (x, packing, phases, weight, frozen) in zip(
+            tokens.packing.lengths, images_in_recurring_rows(tokens)
+        ):
+            for block in islice(self.blocks, start, stop):
+                x = run_block(block, self.grad_checkpointing, x, packing, phases, None, weight, frozen)
+            images.append(x[:length])
+        return tokens.with_x(images[0] if len(images) == 1 else torch.cat(images))
 
     def attend(self, tokens: Tokens, n: int, weighed: bool = False) -> tuple[Tokens, Tensor]:
         """Run block `n` up to its MLP. Returns its queries, keys, values, too: `(T, 3, N, H)`.

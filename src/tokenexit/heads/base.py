@@ -198,7 +198,7 @@ def class_scores(kind: ScoreKind, logits: Tensor, presence: Tensor | None, image
     row, in order; None for softmax.
     """
     if kind == "softmax":
-        return logits.float().softmax(dim=-1)
+        return logits.softmax(dim=-1, dtype=torch.float32)
     assert presence is not None and image is not None, "ATM heads always give presence logits"  # noqa: PT018
     if kind == "masks":
         lengths = torch.bincount(image, minlength=len(presence)).tolist()

@@ -2,27 +2,43 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from tokenexit.engine import ops
 from tokenexit.engine.ops import Ops
+from tokenexit.engine.recurring_rows import in_recurring_rows, new_numbers_cost
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.heads.base import Head, HeadOutput, TokenBatchNorm, check_head_options, init_linear
 
 
-class LinearHead(Head):
-    """The head is one linear classifier per token."""
+class PointwiseHead(Head):
+    """The base of heads that look at one token at a time."""
 
     pointwise = True
+
+    @abstractmethod
+    def classify(self, x: Tensor) -> Tensor:
+        """Return class logits `(P, K)` of features `(P, C)`, each row by itself."""
+
+    def forward(self, tokens: Tokens) -> HeadOutput:
+        recur = not self.training and new_numbers_cost(tokens.x) and tokens.some_left
+        logits = in_recurring_rows(self.classify, tokens.x) if recur else self.classify(tokens.x)
+        return HeadOutput(logits, tokens.packing)
+
+
+class LinearHead(PointwiseHead):
+    """The head is one linear classifier per token."""
 
     def __init__(self, embed_dim: int, num_classes: int) -> None:
         super().__init__(num_classes)
         self.classifier = nn.Linear(embed_dim, num_classes)
         init_linear(self)
 
-    def forward(self, tokens: Tokens) -> HeadOutput:
-        return HeadOutput(self.classifier(tokens.x), tokens.packing)
+    def classify(self, x: Tensor) -> Tensor:
+        return self.classifier(x)  # type: ignore[no-any-return]
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
         return ops.linear(tokens, self.classifier.in_features, self.classifier.out_features)
@@ -35,17 +51,15 @@ class DINOv2LinearHead(LinearHead):
         super().__init__(embed_dim, num_classes)
         self.norm = TokenBatchNorm(embed_dim)
 
-    def forward(self, tokens: Tokens) -> HeadOutput:
-        return HeadOutput(self.classifier(self.norm(tokens.x)), tokens.packing)
+    def classify(self, x: Tensor) -> Tensor:
+        return self.classifier(self.norm(x))  # type: ignore[no-any-return]
 
 
-class FCNHead(Head):
+class FCNHead(PointwiseHead):
     """The head applies a 1x1 convolution, BatchNorm, ReLU and a 1x1 classifier (DoViT's exit heads on Segmenter).
 
     channels: width of the hidden layer, 256 in both papers.
     """
-
-    pointwise = True
 
     def __init__(self, embed_dim: int, num_classes: int, channels: int = 256) -> None:
         super().__init__(num_classes)
@@ -56,9 +70,8 @@ class FCNHead(Head):
         self.classifier = nn.Linear(channels, num_classes)
         init_linear(self)
 
-    def forward(self, tokens: Tokens) -> HeadOutput:
-        hidden = F.relu(self.norm(self.proj(self.input_norm(tokens.x))), inplace=True)
-        return HeadOutput(self.classifier(hidden), tokens.packing)
+    def classify(self, x: Tensor) -> Tensor:
+        return self.classifier(F.relu(self.norm(self.proj(self.input_norm(x))), inplace=True))  # type: ignore[no-any-return]
 
     def ops(self, tokens: int, grid: Grid) -> Ops:
         dim, channels, classes = (

@@ -48,7 +48,7 @@ from tokenexit.methods.base import (
     option,
     record_of,
 )
-from tokenexit.methods.selection import confidence, inherit, lattice, nobody, scale_logits
+from tokenexit.methods.selection import confidence, inherit, lattice, scale_logits
 from tokenexit.methods.thresholded import Graded, ThresholdMethod, check_share, of_exit, per_exit
 
 Finish = Literal["auto", "presence_last", "frozen", "masks"]
@@ -279,12 +279,15 @@ class DToP(ThresholdMethod[DToPState]):
             state = replace(state, backdrop=state.backdrop.write(patches.position, patches.x))
 
         # Carrier: the retained tokens alone; tokens that leave take no part in later blocks. None follows a stop.
+        if n == self.last_exit:
+            return tokens, state
+        kept = tokens.keep(~leaves)
         merged = state.mass is not None and patches.cover is not None  # which count by their size from here on
-        if n == self.last_exit or (nobody(leaves) and not merged):
+        if kept is tokens and not merged:
             return tokens, state
         if self.frozen_context:
-            tokens = tokens.freeze(leaves & lattice(patches.grids, self.frozen_context, patches.position))
-        kept = tokens.keep(~leaves)
+            seen_on = leaves & lattice(patches.grids, self.frozen_context, patches.position)
+            kept = replace(kept, frozen=tokens.freeze(seen_on).frozen)
         return (kept, state) if state.mass is None else self._weighed(kept, state.mass, patches, graded, leaves, state)
 
     def decide(self, n: int, graded: Graded, live: Tensor) -> Tensor:
