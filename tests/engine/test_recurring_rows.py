@@ -9,7 +9,7 @@ from torch import nn
 from tests.helpers import assert_close, enliven, random_image, tiny_config
 from tokenexit.engine import attention, recurring_rows, vit
 from tokenexit.engine.recurring_rows import in_recurring_rows, new_numbers_cost, recurring
-from tokenexit.engine.tokens import Tokens
+from tokenexit.engine.tokens import Packing, Tokens
 from tokenexit.engine.vit import ViT
 
 
@@ -25,6 +25,13 @@ def test_recurring__numbers_are_few():
     assert len({recurring(rows) for rows in range(1, 10_001)}) <= 100
 
 
+@given(st.integers(0, 1000), st.integers(1, 40))
+def test_recurring__of_a_graph_is_the_next_multiple(rows, multiple):
+    number = recurring(rows, multiple)
+    assert rows <= number < rows + multiple
+    assert number % multiple == 0
+
+
 def test_recurring__grows_with_the_rows():
     numbers = [recurring(rows) for rows in range(3000)]
     assert numbers == sorted(numbers)
@@ -34,12 +41,13 @@ def test_recurring__grows_with_the_rows():
 def test_in_recurring_rows__is_what_the_function_gives_of_these_rows(rows, seed):
     torch.manual_seed(seed)
     layer, x, seen = nn.Linear(3, 5).double(), torch.randn(rows, 3).double(), []
+    tokens = Tokens(x, torch.arange(rows), Packing.of([rows], x.device), ((1, rows),), 0)
 
     def function(rows):
         seen.append(len(rows))
         return layer(rows)
 
-    assert torch.allclose(in_recurring_rows(function, x), layer(x), atol=1e-12)
+    assert torch.allclose(in_recurring_rows(function, tokens), layer(x), atol=1e-12)
     assert seen == [recurring(rows)]
 
 
@@ -88,7 +96,7 @@ def test_run__in_recurring_rows_gives_what_it_gives_without(changes, products, w
         tokens = some_of(backbone, sizes, weighed, frozen)
         plain = backbone.run(tokens, 0, 4)
         rows = widths_of_products(backbone)
-        monkeypatch.setattr(vit, "new_numbers_cost", lambda x: True)
+        monkeypatch.setattr(recurring_rows, "new_numbers_cost", lambda x: True)
         padded = backbone.run(tokens, 0, 4)
     assert_close(padded.x, plain.x)
     assert padded.packing == plain.packing
@@ -105,7 +113,7 @@ def test_run__in_recurring_rows_has_the_gradients_that_it_has_without(again, mon
     backbone.grad_checkpointing = again
     tokens = some_of(backbone, [(4, 5), (3, 3), (6, 7)], True, True)
     for padded in (False, True):
-        monkeypatch.setattr(vit, "new_numbers_cost", lambda x, padded=padded: padded)
+        monkeypatch.setattr(recurring_rows, "new_numbers_cost", lambda x, padded=padded: padded)
         backbone.zero_grad()
         backbone.run(tokens, 0, 4).x.square().sum().backward(retain_graph=True)
         gradients.append({name: value.grad for name, value in backbone.named_parameters() if value.grad is not None})
@@ -140,9 +148,12 @@ def test_run__pads_in_bf16_where_some_have_left():
     assert rows == {recurring(len(tokens.x))}
 
 
-def test_padding__is_written_behind_the_rows():
+@pytest.mark.parametrize("multiple", [None, 8])
+def test_padding__is_written_behind_the_rows(multiple):
     x = torch.arange(6.0).view(3, 2)
-    assert torch.equal(recurring_rows._padded(x)[:3], x)
-    assert recurring_rows._padded(x)[3:].abs().max() == 0
-    assert recurring_rows._padded(None) is None
-    assert recurring_rows._padded(torch.zeros(16)).shape == (16,)
+    padded = recurring_rows._padded(x, multiple)
+    assert torch.equal(padded[:3], x)
+    assert padded[3:].abs().max() == 0
+    assert len(padded) == recurring(3, multiple)
+    assert recurring_rows._padded(None, multiple) is None
+    assert recurring_rows._padded(torch.zeros(16), multiple).shape == (16,)

@@ -60,10 +60,11 @@ CASES: list[tuple[str, Method[Any]]] = [
 ]
 
 
+@pytest.mark.parametrize("pad_rows", [None, 8], ids=["as they are", "padded"])
 @pytest.mark.parametrize(("head", "method"), CASES, ids=[f"{head} {type(m).__name__}" for head, m in CASES])
-def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method[Any]) -> None:
+def test_trace__is_the_model_at_any_size_and_threshold(head: str, method: Method[Any], pad_rows: int | None) -> None:
     model = tiny_segmenter(head)
-    graph = trace(model, method).module(check_guards=False)
+    graph = trace(model, method, pad_rows).module(check_guards=False)
     own = threshold_table(model, method)
     left: set[int] = set()
     sizes = [size for size in SIZES if head != "setr_pup" or min(size) > 4]  # its traced convolutions want two rows
@@ -114,6 +115,37 @@ def test_export_model__writes_onnx_that_runs_in_another_runtime(head: str, metho
     assert about["thresholds"] == pytest.approx([method.threshold] * 2)
     assert len(about["classes"]) == len(about["palette"]) == 5
     assert about["score"] == "probability"
+
+
+@pytest.mark.parametrize("rope", [None, "half"])
+@pytest.mark.parametrize("frozen_context", [0, 2])
+def test_export_model__pads_the_rows_of_every_product_behind_an_exit(
+    rope: Any, frozen_context: int, tmp_path: Path
+) -> None:
+    onnxruntime, onnx = needs_onnx(), pytest.importorskip("onnx")
+    model = tiny_segmenter("fcn", rope=rope)
+    method = DToP(0.26, 1, frozen_context=frozen_context)
+    made = export_model(model, method, [random_image(21, 30), random_image(8, 13)], tmp_path, pad_rows=8)
+    assert made.runs == 6
+    graph = onnx.load(made.path)
+    (about,) = [json.loads(one.value) for one in graph.metadata_props if one.key == "tokenexit"]
+    assert about["rows_padded_to_multiples_of"] == 8
+    inputs = [node.input[0] for node in graph.graph.node if node.op_type in ("MatMul", "Gemm")]
+    graph.graph.ClearField("output")
+    graph.graph.output.extend(onnx.helper.make_empty_tensor_value_info(name) for name in inputs)
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), providers=["CPUExecutionProvider"])
+    image = random_image(31, 43)
+    table = threshold_table(model, DToP(0.26)).numpy()
+    found = session.run(None, {"image": image[None].numpy(), "thresholds": table})
+    rows = {array.shape[0] for array in found if array.ndim == 2}  # of products between weights and features
+    everybody = 8 * 11 + 1
+    assert rows - {everybody, everybody - 1}, "some have left"
+    assert all(number % 8 == 0 for number in rows - {everybody, everybody - 1})
+
+
+def test_export_model__refuses_to_pad_to_multiples_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pad_rows must be at least 1, got 0"):
+        export_model(tiny_segmenter("fcn"), DToP(0.26), [random_image(8, 8)], tmp_path, pad_rows=0)
 
 
 def test_export_model__writes_torch_programs_with_the_same_facts(tmp_path: Path) -> None:
@@ -404,6 +436,10 @@ def test_export__refuses_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureF
     assert "is a file" in wrong(capsys, "export", tmp_path / "model", "--out", tmp_path / "file")
     nobody = ("--method", "dtop", "--keep-per-class", 0)
     assert "export with 1 or more" in wrong(capsys, "export", tmp_path / "model", "--out", tmp_path / "o", *nobody)
+    padded = ("--out", tmp_path / "o", "--pad-rows")
+    assert "--pad-rows must be at least 0, got -1" in wrong(capsys, "export", tmp_path / "model", *padded, -1)
+    staged = ("--format", "stages", *padded, 8)
+    assert "stages have buckets: leave it out" in wrong(capsys, "export", tmp_path / "model", *staged)
 
 
 @pytest.mark.parametrize("format", ["torch", "onnx"])

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 IN_ADVANCE = ("int8-static", "int8-openvino")
 """Values of --quantize that take ranges of activations from images."""
+PADDED_FOR_OPENVINO = 32
+"""The default of --pad-rows for OpenVINO, which generates code for each number of rows."""
 
 
 def export(arguments: list[str]) -> int:
@@ -56,7 +58,7 @@ def export(arguments: list[str]) -> int:
     images = compared_images(model, options.images)
     if options.format == "compiled":
         print("compiling, which takes a minute or more", flush=True)
-    made = export_model(model, method, images, options.out, options.format)
+    made = export_model(model, method, images, options.out, options.format, _pad_rows(options))
     say_if_uncalibrated(model, asked)
     print(f"{made.path}: {made.path.stat().st_size / 1e6:.1f} MB\n{_compared(made)}")
     if options.quantize:
@@ -76,6 +78,10 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--data is for the mIoU of an INT8 file beside the float one: add --quantize.")
     if options.agreement is not None and not options.quantize:
         raise ConfigError("--agreement is of an INT8 file with the float one: add --quantize int8.")
+    if options.format == "stages" and options.pad_rows is not None:
+        raise ConfigError("--pad-rows is for files of any number of tokens, and stages have buckets: leave it out.")
+    if options.pad_rows is not None and options.pad_rows < 0:
+        raise ConfigError(f"--pad-rows must be at least 0, got {options.pad_rows}: 32 is for OpenVINO, 0 for none.")
     if options.format != "stages":
         for name in ("image_size", "buckets", "bucket_count"):
             if getattr(options, name) is not None:
@@ -83,6 +89,13 @@ def _check(options: argparse.Namespace) -> None:
     if options.buckets is not None and options.bucket_count is not None:
         raise ConfigError("--bucket-count is how many buckets are chosen, and --buckets gives them: leave one out.")
     check_counts(options, "image_size", "bucket_count")
+
+
+def _pad_rows(options: argparse.Namespace) -> int | None:
+    """Return the multiple to which rows are padded: as asked, for OpenVINO `PADDED_FOR_OPENVINO`, else none."""
+    if options.pad_rows is None and options.quantize == "int8-openvino":
+        return PADDED_FOR_OPENVINO
+    return options.pad_rows or None
 
 
 def _compared(made: Exported) -> str:
@@ -192,6 +205,13 @@ def _parser() -> argparse.ArgumentParser:
         type=Path,
         metavar="IMAGE|DIR",
         help="images on which file and model are compared, three at most; drawn ones if not given",
+    )
+    parser.add_argument(
+        "--pad-rows",
+        type=int,
+        metavar="N",
+        help="pad live tokens to a multiple of N behind each exit, for runtimes that generate code for each number of "
+        "rows; 0 for no padding (default: 32 with --quantize int8-openvino, else 0)",
     )
     _add_int8_options(parser)
     _add_stage_options(parser)

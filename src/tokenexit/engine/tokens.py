@@ -171,6 +171,11 @@ class Tokens:
         """Whether fewer tokens are live than there are patches: some have left, or were merged."""
         return len(self.position) < self.cells + self.num_prefix * len(self.grids)
 
+    @property
+    def row_multiple(self) -> int | None:
+        """The multiple to which a graph pads rows where some have left; None outside of graphs, and where none is."""
+        return None
+
     def with_x(self, x: Tensor) -> Tokens:
         return replace(self, x=x)
 

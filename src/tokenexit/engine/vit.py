@@ -23,7 +23,7 @@ from tokenexit.engine import ops
 from tokenexit.engine.block import Block, drop_path, run_block
 from tokenexit.engine.cuda_graphs import STEP, CapturedBlocks, Record, cuda_graphs
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.recurring_rows import images_in_recurring_rows, new_numbers_cost
+from tokenexit.engine.recurring_rows import images_in_recurring_rows, pads_rows
 from tokenexit.engine.rope import rope_periods, rope_phases
 from tokenexit.engine.tokens import Grid, Packing, Tokens, group_equal
 from tokenexit.engine.vit_config import ViTConfig
@@ -266,7 +266,7 @@ class ViT(nn.Module):
         captured = self.captured if plain else None
         if captured is not None and captured.fits(tokens.packing):
             return tokens.with_x(captured.run(x, tokens.packing, start, stop, phases))
-        if new_numbers_cost(x) and tokens.some_left:
+        if pads_rows(tokens):
             return self._run_in_recurring_rows(tokens, start, stop)
         for block in islice(self.blocks, start, stop):  # a slice would be a new ModuleList
             x = run_block(block, self.grad_checkpointing, x, tokens.packing, phases, None, weight, frozen)

@@ -87,7 +87,12 @@ class Exported:
 
 
 def export_model(
-    model: ExitSegmenter, method: MethodLike, images: Sequence[Tensor], out: Path, format: Format = "onnx"
+    model: ExitSegmenter,
+    method: MethodLike,
+    images: Sequence[Tensor],
+    out: Path,
+    format: Format = "onnx",
+    pad_rows: int | None = None,
 ) -> Exported:
     """Trace `model` with `method`, compare the file with it on `images`, and write it to the folder `out`.
 
@@ -100,6 +105,8 @@ def export_model(
         out: the folder.
         format: "onnx"; "torch", a program of torch.export; or "compiled", that program as machine code for this kind of
             processor (AOTInductor), which takes a C++ compiler to make and torch alone, from Python or C++, to run.
+        pad_rows: pad live tokens to a multiple of so many behind each exit, for a runtime that generates code for each
+            number of rows (OpenVINO), which without makes new images slower than none that leave.
 
     Returns:
         The file, and how it compares with the model.
@@ -111,14 +118,16 @@ def export_model(
     """
     if not images:
         raise ConfigError("there is no image to compare the file with the model on: give one.")
+    if pad_rows is not None and pad_rows < 1:
+        raise ConfigError(f"pad_rows must be at least 1, got {pad_rows}: 32 is a good number for OpenVINO.")
     model = copy.deepcopy(model).cpu().eval().requires_grad_(False)
     method = as_method(method)
     check_exportable(model, method)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILES[format]
     with explained(model):
-        program = trace(model, method)
-    about = metadata(model, method)
+        program = trace(model, method, pad_rows)
+    about = metadata(model, method) | ({} if pad_rows is None else {"rows_padded_to_multiples_of": pad_rows})
     with explained(model), atomic_write(path) as unfinished:
         write, open_file = WRITERS[format]
         write(program, about, unfinished)
@@ -126,7 +135,7 @@ def export_model(
     return summarised(path, runs)
 
 
-def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedProgram:
+def trace(model: ExitSegmenter, method: Method[Any], pad_rows: int | None = None) -> torch.export.ExportedProgram:
     """Trace the graph, with height, width and token counts left open."""
     patch = model.config.backbone.patch_size
     image = torch.zeros(1, 3, 5 * patch + 1, 7 * patch + 2)  # no multiple of the patch, no square, not the table's grid
@@ -134,7 +143,7 @@ def trace(model: ExitSegmenter, method: Method[Any]) -> torch.export.ExportedPro
     # Sizes of 0 and 1 are not special: the graph must not depend on the example's sizes.
     with torch.no_grad(), quiet(), torch.fx.experimental._config.patch(backed_size_oblivious=True):  # type: ignore[attr-defined]
         example = (image, threshold_table(model, method))
-        return torch.export.export(ExitGraph(model, method), example, dynamic_shapes=dynamic, strict=False)
+        return torch.export.export(ExitGraph(model, method, pad_rows), example, dynamic_shapes=dynamic, strict=False)
 
 
 def metadata(model: ExitSegmenter, method: Method[Any]) -> dict[str, Any]:

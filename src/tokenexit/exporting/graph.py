@@ -28,9 +28,13 @@ class OneImage(Tokens):
 
     Attributes:
         min_live: number of patch tokens that are live whatever the scores.
+        row_multiple: the multiple to which rows are padded behind the first exit; None for no padding.
+        some_left: whether this is behind an exit.
     """
 
     min_live: int = 0
+    row_multiple: int | None = None
+    some_left: bool = False
 
     def patch_index(self) -> Tensor:
         return torch.arange(self.num_prefix, self.x.shape[0], device=self.x.device)
@@ -55,7 +59,9 @@ class OneImage(Tokens):
         packing = Packing.of([x.shape[0]], x.device)
         position = self.position.index_select(0, index)
         phases, weight = self.phases_at(index), self.weight_at(index)
-        return replace(self, x=x, position=position, packing=packing, phases=phases, weight=weight)
+        return replace(
+            self, x=x, position=position, packing=packing, phases=phases, weight=weight, some_left=True
+        )
 
     def freeze(self, mask: Tensor) -> Tokens:
         some = replace(self, min_live=0)  # nobody may be frozen
@@ -63,12 +69,15 @@ class OneImage(Tokens):
 
 
 class ExitGraph(nn.Module):
-    """The graph of a segmenter with one method; thresholds are an input, so that one graph serves many budgets."""
+    """The graph of a segmenter with one method; thresholds are an input, so that one graph serves many budgets.
 
-    def __init__(self, model: ExitSegmenter, method: Method[Any]) -> None:
+    pad_rows: the multiple to which numbers of live tokens are padded; None for no padding.
+    """
+
+    def __init__(self, model: ExitSegmenter, method: Method[Any], pad_rows: int | None = None) -> None:
         super().__init__()
         check_exportable(model, method)
-        self.model, self.method = model, method.for_export()
+        self.model, self.method, self.pad_rows = model, method.for_export(), pad_rows
 
     def forward(self, image: Tensor, thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Segment one image.
@@ -81,7 +90,7 @@ class ExitGraph(nn.Module):
         method = self.method if self.method.thresholds is None else self.method.with_thresholds(thresholds.unbind())
         embedded = backbone.embed([image[0]])
         values = {field.name: getattr(embedded, field.name) for field in fields(Tokens)}
-        tokens = OneImage(**values, min_live=method.min_live)
+        tokens = OneImage(**values, min_live=method.min_live, row_multiple=self.pad_rows)
         result, _ = run_tokens(backbone, model.config.exits, tokens, method, model.view())
         ((h, w),) = tokens.grids
         head = model.decode_head

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from tokenexit.engine import ops
 from tokenexit.engine.ops import Ops
-from tokenexit.engine.recurring_rows import in_recurring_rows, new_numbers_cost
+from tokenexit.engine.recurring_rows import in_recurring_rows, pads_rows
 from tokenexit.engine.tokens import Grid, Tokens
 from tokenexit.heads.base import Head, HeadOutput, TokenBatchNorm, check_head_options, init_linear
 
@@ -24,8 +24,8 @@ class PointwiseHead(Head):
         """Return class logits `(P, K)` of features `(P, C)`, each row by itself."""
 
     def forward(self, tokens: Tokens) -> HeadOutput:
-        recur = not self.training and new_numbers_cost(tokens.x) and tokens.some_left
-        logits = in_recurring_rows(self.classify, tokens.x) if recur else self.classify(tokens.x)
+        recur = not self.training and pads_rows(tokens)  # which BatchNorm must not see in training
+        logits = in_recurring_rows(self.classify, tokens) if recur else self.classify(tokens.x)
         return HeadOutput(logits, tokens.packing)
 
 
