@@ -59,9 +59,7 @@ class OneImage(Tokens):
         packing = Packing.of([x.shape[0]], x.device)
         position = self.position.index_select(0, index)
         phases, weight = self.phases_at(index), self.weight_at(index)
-        return replace(
-            self, x=x, position=position, packing=packing, phases=phases, weight=weight, some_left=True
-        )
+        return replace(self, x=x, position=position, packing=packing, phases=phases, weight=weight, some_left=True)
 
     def freeze(self, mask: Tensor) -> Tokens:
         some = replace(self, min_live=0)  # nobody may be frozen
