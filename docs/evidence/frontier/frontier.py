@@ -4,8 +4,8 @@
 
 Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, `finetuned early`
 with exits from the first block on, `finetuned step` and `finetuned coarse` with supertokens or coarse first beside
-these, `trained on` for as many steps without them, which is the control, or `heads alone`, fitted to the dense model as
-it is. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
+these, `trained on` for as many steps without them, which is the control, `with DoViT` from the start, or `heads
+alone`, fitted to the dense model as it is. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
 Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
 block: their upper hull over the logarithm of multiply-adds, so that no further point can lower it. Exits get no hull:
 the points that no cheaper one equals, joined by lines.
@@ -63,6 +63,8 @@ KINDS = {
     "oracle, finetuned early": ("agreement oracle", "#7b4fa3", "*", ""),
     "dense, heads alone": ("Dense, early heads fitted to it", "#5f7f5f", "d", "--"),
     "truncated, heads alone": ("stopped at heads fitted to Dense", "#a9c0a9", "^", ""),
+    "dense, with DoViT": ("Dense of the model trained with DoViT", "#9fbf9f", "d", "--"),
+    "dovit, with DoViT": ("DoViT, exits on for the whole schedule, any size", "#2f7f3b", "D", ""),
     "planned": ("plans of size, stop and exits, by agreement", "#c8501e", "s", "-"),
     "planned by labels": ("plans of size, stop and exits, by labels", "#0f7f6b", "P", "-"),
     "random": ("random exits at DToP's counts", "#bbbbbb", "x", ""),
@@ -78,6 +80,7 @@ COLUMNS = {
     "dtop, finetuned step": "early exits, trained beside supertokens",
     "dtop and supertokens, finetuned step": "the same with supertokens",
     "dtop and coarse_first, finetuned coarse": "coarse first",
+    "dovit, with DoViT": "DoViT, trained with exits",
     "planned": "plan, by agreement",
     "planned by labels": "plan, by labels",
 }
@@ -121,7 +124,7 @@ def rows_of(file: Path) -> list[Row]:
                     "boundary_iou": found["boundary_IoU"],
                     "iou": found["IoU"],
                     "ms": found["latency_ms_median"],
-                    "ms_p95": found["latency_ms_p95"],
+                    "ms_p95": found.get("latency_ms_p95"),
                 }
             )
     return rows

@@ -2,7 +2,7 @@
 
 In bf16 and fp16 on a CPU torch multiplies with oneDNN, which generates machine code for every shape that it has not
 met: one to three milliseconds for each product, longer than the product itself in a small model. Where tokens leave,
-every photograph has numbers of its own, so that exits made new photographs slower than none at all did. Rows are
+every photograph has numbers of its own, and with exits a new one took longer than without any. Rows are
 therefore padded to numbers of five significant bits, of which there are few (docs/evidence/performance.md), and in
 graphs for a runtime that does the same, OpenVINO, to a multiple of `Tokens.row_multiple`. Nobody sees the padding.
 

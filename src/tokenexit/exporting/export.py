@@ -106,7 +106,7 @@ def export_model(
         format: "onnx"; "torch", a program of torch.export; or "compiled", that program as machine code for this kind of
             processor (AOTInductor), which takes a C++ compiler to make and torch alone, from Python or C++, to run.
         pad_rows: pad live tokens to a multiple of so many behind each exit, for a runtime that generates code for each
-            number of rows (OpenVINO), which without makes new images slower than none that leave.
+            number of rows (OpenVINO): without it a new image may take longer with exits than without any.
 
     Returns:
         The file, and how it compares with the model.
