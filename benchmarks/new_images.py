@@ -82,7 +82,7 @@ def contenders(model: ExitSegmenter, method: Method[Any], image: Tensor, folder:
     return found
 
 
-def measure(shape: str, count: int) -> dict[str, Any]:
+def measure(shape: str, count: int, only: str) -> dict[str, Any]:
     torch.manual_seed(0)
     model, like = SHAPES[shape]()
     images = [torch.randn_like(like) * (0.5 + torch.rand(1)) + 0.3 * torch.randn(3, 1, 1) for _ in range(count + 1)]
@@ -92,6 +92,7 @@ def measure(shape: str, count: int) -> dict[str, Any]:
     ms: Mapping[str, dict[str, list[float]]] = defaultdict(lambda: {"new": [], "known": []})
     with tempfile.TemporaryDirectory() as folder:
         running = contenders(model, method, images[0], Path(folder))
+        running = {name: run for name, run in running.items() if only in name}
         for run in running.values():
             run(images[0])
         for image in images[1:]:
@@ -109,13 +110,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["quickstart", "tiny-660", "small-1024"])
     parser.add_argument("--images", type=int, default=40)
+    parser.add_argument("--only", default="", help="contenders whose names hold this, such as 'OpenVINO int8'")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
     torch.set_num_threads(1)
     rows = {}
     for shape in options.shapes:
-        rows[shape] = measure(shape, options.images)
+        rows[shape] = measure(shape, options.images, options.only)
         print(f"{shape}: {json.dumps(rows[shape], indent=1)}", flush=True)
     machine = {"torch": torch.__version__, "threads": 1, "processor": processor(torch.device("cpu"))}
     if options.json is not None:
