@@ -4,11 +4,11 @@
 
 Runs differ in data, seed, and in how their model was trained: `dense`, `finetuned` with exits on, `finetuned early`
 with exits from the first block on, `finetuned step` and `finetuned coarse` with supertokens or coarse first beside
-these, `trained on` for as many steps without them, which is the control, `with DoViT` from the start, or `heads
-alone`, fitted to the dense model as it is. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot for each data set; it prints
-Markdown tables. The best static plan for some multiply-adds is the dense model at any size, stopped after any exit's
-block: their upper hull over the logarithm of multiply-adds, so that no further point can lower it. Exits get no hull:
-the points that no cheaper one equals, joined by lines.
+these, `trained on` for as many steps without them, which is the control, `with DoViT` from the start, or `heads alone`,
+fitted to the dense model as it is. Beside the runs it writes `frontier.json`, a row for each measured point, and a plot
+for each data set; it prints Markdown tables. The best static plan for some multiply-adds is the dense model at any
+size, stopped after any exit's block: their upper hull over the logarithm of multiply-adds, so that no further point can
+lower it. Exits get no hull: the points that no cheaper one equals, joined by lines.
 """
 
 from __future__ import annotations
