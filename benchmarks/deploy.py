@@ -37,10 +37,9 @@ from torch import Tensor, nn
 from benchmarks.conversion import median_interval, processor, ratio
 from benchmarks.parts import threshold_for
 from benchmarks.rivals import plain
-from tokenexit.cli.export import PADDED_FOR_OPENVINO
 from tokenexit.exporting.export import Runner, export_model
 from tokenexit.exporting.graph import OUTPUTS
-from tokenexit.exporting.openvino import open_openvino
+from tokenexit.exporting.openvino import PAD_ROWS, open_openvino
 from tokenexit.exporting.quantize import Thresholds, quantize_int8, thresholds_of
 from tokenexit.methods import Dense, DToP, Method
 from tokenexit.outputs.segmentation import resize_maps
@@ -154,9 +153,7 @@ def cells(
         int8 = quantize_int8(path, [image], agreement=0.0).path
         found[name, "int8", "onnxruntime"] = in_onnxruntime(int8, image, threads)
         if openvino:
-            path = export_model(
-                model, method["fp32"], [image], folder / f"{name} padded", pad_rows=PADDED_FOR_OPENVINO
-            ).path
+            path = export_model(model, method["fp32"], [image], folder / f"{name} padded", pad_rows=PAD_ROWS).path
             found[name, "fp32", "OpenVINO"] = in_openvino(open_openvino(path), image, thresholds_of(path))
             graph = quantize_int8(path, [image], agreement=0.0, ranges=[image], runtime="openvino").path
             run = open_openvino(graph, graph.with_suffix(".bin"))

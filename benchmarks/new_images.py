@@ -4,7 +4,8 @@
 
 Fresh models with three exits of DToP, drawn images of one size and of different contrast, so that each has its own
 numbers of live tokens. Contenders run in turn on one thread; each runs on a new image, and on the same once more.
-`as they are` is without padded rows. Milliseconds are of the process's CPU, medians over the second half of the images.
+`as they are` is without padded rows. In torch each call lowers the weights to bf16 anew. Milliseconds are of the
+process's CPU, medians over the second half of the images.
 """
 
 from __future__ import annotations
@@ -26,10 +27,9 @@ from torch import Tensor
 from benchmarks.conversion import processor
 from benchmarks.deploy import thresholds_of
 from benchmarks.exit_cost import LEAVING, METHODS, SHAPES, some
-from tokenexit.cli.export import PADDED_FOR_OPENVINO
 from tokenexit.engine import recurring_rows
 from tokenexit.exporting.export import export_model, open_onnx
-from tokenexit.exporting.openvino import open_openvino
+from tokenexit.exporting.openvino import PAD_ROWS, open_openvino
 from tokenexit.exporting.quantize import quantize_int8
 from tokenexit.methods import Dense, Method
 from tokenexit.runtime.memory import keep_buffers
@@ -40,20 +40,13 @@ Contender = Callable[[Tensor], Any]
 
 
 def in_torch(model: ExitSegmenter, method: Method[Any], precision: Precision, padded: bool) -> Contender:
-    asked = recurring_rows.new_numbers_cost
+    costs = recurring_rows.new_numbers_cost if padded else lambda _: False
 
     def run(image: Tensor) -> Any:
-        with patch.object(recurring_rows, "new_numbers_cost", asked if padded else lambda _: False):
+        with inference(image.device, precision), patch.object(recurring_rows, "new_numbers_cost", costs):
             return model([image], method).labels
 
-    with inference(torch.device("cpu"), precision):
-        run(torch.zeros(3, 64, 64))
-
-    def timed(image: Tensor) -> Any:
-        with inference(torch.device("cpu"), precision):
-            return run(image)
-
-    return timed
+    return run
 
 
 def in_runtimes(path: Path, image: Tensor, bf16: bool) -> dict[str, Contender]:
@@ -73,7 +66,7 @@ def in_runtimes(path: Path, image: Tensor, bf16: bool) -> dict[str, Contender]:
 def contenders(model: ExitSegmenter, method: Method[Any], image: Tensor, folder: Path) -> dict[str, Contender]:
     found: dict[str, Contender] = {}
     bf16 = is_fast("bf16", image.device)
-    ways = (("dense", Dense(), None), ("exits as they are", method, None), ("exits", method, PADDED_FOR_OPENVINO))
+    ways = (("dense", Dense(), None), ("exits as they are", method, None), ("exits", method, PAD_ROWS))
     for name, each, pad_rows in ways:
         for precision in ("fp32", "bf16") if bf16 else ("fp32",):
             found[f"torch {precision}, {name}"] = in_torch(model, each, precision, pad_rows is not None)  # type: ignore[arg-type]

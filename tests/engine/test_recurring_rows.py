@@ -1,5 +1,7 @@
 """Rows are padded to numbers that recur where new numbers are dear; nothing else about a run changes."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -73,7 +75,7 @@ def some_of(backbone: ViT, sizes: list[tuple[int, int]], weighed: bool, frozen: 
     """Some tokens of images of these sizes in patches; of the last image none but its prefix."""
     tokens = backbone.embed([random_image(4 * h, 4 * w, seed) for seed, (h, w) in enumerate(sizes)])
     if weighed:
-        tokens = vit.replace(tokens, weight=torch.rand(len(tokens.x)) + 0.5)
+        tokens = replace(tokens, weight=torch.rand(len(tokens.x)) + 0.5)
     stays = torch.rand(tokens.cells) < 0.6
     stays[-sizes[-1][0] * sizes[-1][1] :] = len(sizes) == 1
     stays[0] = False

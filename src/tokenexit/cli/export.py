@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 IN_ADVANCE = ("int8-static", "int8-openvino")
 """Values of --quantize that take ranges of activations from images."""
-PADDED_FOR_OPENVINO = 32
-"""The default of --pad-rows for OpenVINO, which generates code for each number of rows."""
 
 
 def export(arguments: list[str]) -> int:
@@ -92,9 +90,11 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _pad_rows(options: argparse.Namespace) -> int | None:
-    """Return the multiple to which rows are padded: as asked, for OpenVINO `PADDED_FOR_OPENVINO`, else none."""
+    """Return the multiple to which rows are padded: as asked, else one for OpenVINO and none for others."""
+    from tokenexit.exporting.openvino import PAD_ROWS
+
     if options.pad_rows is None and options.quantize == "int8-openvino":
-        return PADDED_FOR_OPENVINO
+        return PAD_ROWS
     return options.pad_rows or None
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenexit.engine.attention import padded_rows
+from tokenexit.engine.recurring_rows import recurring
 from tokenexit.engine.tokens import Packing
 
 STEP = 64
@@ -86,7 +87,7 @@ class CapturedBlocks:
         self._graphs: OrderedDict[tuple[object, ...], _Graph] = OrderedDict()
 
     def bucket(self, longest: int) -> int:
-        return -(-longest // self.step) * self.step
+        return recurring(longest, self.step)
 
     def fits(self, packing: Packing) -> bool:
         """Return whether padding to the bucket is worth a graph; for a single image it always is."""

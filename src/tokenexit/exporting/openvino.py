@@ -22,6 +22,8 @@ from tokenexit.exporting.export import Answers, Runner
 from tokenexit.exporting.graph import OUTPUTS
 
 FILES = ("model.int8.xml", "model.int8.bin")
+PAD_ROWS = 32
+"""A good `pad_rows` of `export_model` for OpenVINO, which generates code for each number of rows."""
 
 
 def open_openvino(graph: Path, weights: Path | None = None, *, precision: Literal["f32", "bf16"] = "f32") -> Runner:
