@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from PIL import Image
 
 from tests.cli.test_cli import fine, wrong
 from tests.helpers import assert_close, random_image, tiny_segmenter
+from tokenexit.cli.export import _pad_rows
 from tokenexit.data.scenes import Scenes
 from tokenexit.errors import CheckpointError, ConfigError
 from tokenexit.exporting import quantize as module
@@ -119,3 +122,11 @@ def test_export__for_openvino_says_the_miou_of_both(tmp_path: Path, capsys: pyte
     said = fine(capsys, "export", tmp_path / "model", *options, *images, "--data", "scenes")
     assert re.search(r"mIoU \d+\.\d\d, \d+\.\d\d of the float file, on \d+ images", said)
     assert (tmp_path / "out" / FILES[0]).exists()
+
+
+@pytest.mark.parametrize(
+    ("asked", "quantize", "padded"),
+    [(None, None, None), (None, "int8", None), (None, "int8-openvino", 32), (0, "int8-openvino", None), (8, None, 8)],
+)
+def test_export__pads_rows_by_itself_for_openvino_alone(asked: Any, quantize: Any, padded: Any) -> None:
+    assert _pad_rows(argparse.Namespace(pad_rows=asked, quantize=quantize)) == padded
